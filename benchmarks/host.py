@@ -1,0 +1,58 @@
+"""``python -m benchmarks host``: microseconds of host time per call, at tensors too small to cost anything else."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import record
+from .cases import HOST_COUNTS, HOST_GOAL, HOST_SIZE, Hyper, many
+from .peers import Unavailable, make
+from .runner import Plan, Race, ratios, records
+
+SETS = {"same gradients": 1, "new gradient addresses": 2}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--count", nargs="+", type=int, default=list(HOST_COUNTS), help="numbers of tensors")
+    parser.add_argument("--peer", nargs="+", default=["foreach", "ours"], metavar="PEER")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--calls", type=int, default=100, help="calls per round, of which the median counts")
+
+
+def run(args: argparse.Namespace) -> int:
+    env = record.environment(record.cpu_device())
+    out = Path(args.out) if args.out else record.path_for(env, "host")
+    record.refuse_overwrite(out, args.force)
+    data: dict[str, Any] = {**env, "command": "host", "results": [], "ratios": [], "notes": []}
+    for count in args.count:
+        case = many(count, HOST_SIZE)
+        for label, sets in SETS.items():
+            competitors = {}
+            for name in args.peer:
+                try:
+                    competitors[name] = make(name, case, torch.float32, Hyper())
+                except Unavailable as error:
+                    data["notes"].append(f"{name} was left out: {error}")
+            grads = [case.tensors(torch.float32, seed=1 + i, scale=1e-3) for i in range(sets)]
+            plan = Plan(rounds=args.rounds, calls=args.calls, warmup=20, reduce=statistics.median)
+            times = Race(competitors, grads).run(plan)
+            data["results"] += records(times, case, label)
+            if "ours" in times:
+                data["ratios"] += ratios(times, case, label)
+    tensors, goal = HOST_GOAL
+    for r in data["results"]:
+        if (r["tensors"], r["who"], r["what"]) == (tensors, "ours", "step"):
+            met = "met" if r["median_s"] <= goal else "MISSED"
+            data["notes"].append(
+                f"goal: perturb + step at {tensors} tensors within {goal * 1e6:.0f} us; "
+                f"with {r['dtype']}: {r['median_s'] * 1e6:.1f} us, {met}"
+            )
+    record.write(out, data, args.force)
+    print(record.markdown(data))
+    print(f"written to {out}")
+    return 0

@@ -1,0 +1,237 @@
+"""The competitors. Each owns its parameters and does optimizer work only; gradients are attached from outside.
+
+Every competitor has three calls: ``perturb`` (norm, backup, w + e), ``update`` (restore, then SGD with momentum) and
+``base`` (SGD with momentum alone, no perturbation before it).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+
+from .cases import Case, Hyper
+
+EPS = 1e-12
+# Torch's fused SGD leaves bf16 and fp16 parameters unchanged on the CPU (torch 2.13).
+FUSED_DTYPES = (torch.float32, torch.float64)
+
+
+class Unavailable(Exception):
+    """A competitor that cannot run here; the message says why."""
+
+
+def attach(params: Iterable[torch.Tensor], grads: Iterable[torch.Tensor]) -> None:
+    """Sets every ``p.grad``: a perturbation may consume the gradients, so all competitors get them back alike."""
+    for p, g in zip(params, grads, strict=True):
+        p.grad = g
+
+
+def torch_sgd(params: Sequence[torch.Tensor], hyper: Hyper) -> torch.optim.SGD:
+    """The fastest SGD of torch that is right for the dtype: fused, or foreach where fused does nothing."""
+    fused = params[0].dtype in FUSED_DTYPES
+    return torch.optim.SGD(params, **hyper.sgd, fused=True if fused else None, foreach=None if fused else True)
+
+
+class Competitor(ABC):
+    """One way to take a SAM step over ``self.params``."""
+
+    name: str
+    title: str
+
+    def __init__(self, params: list[torch.nn.Parameter], hyper: Hyper) -> None:
+        self.params = params
+        self.hyper = hyper
+
+    @abstractmethod
+    def perturb(self) -> None: ...
+
+    @abstractmethod
+    def update(self) -> None: ...
+
+    @abstractmethod
+    def base(self) -> None: ...
+
+
+class Usual(Competitor):
+    """SAM one tensor at a time: norms stacked, e_w formed, a clone kept, and the old tensor swapped back."""
+
+    name, title = "usual", "usual per-tensor SAM"
+
+    def __init__(self, params: list[torch.nn.Parameter], hyper: Hyper) -> None:
+        super().__init__(params, hyper)
+        self.optimizer = torch.optim.SGD(params, **hyper.sgd)
+        self.old: dict[torch.Tensor, torch.Tensor] = {}
+
+    @torch.no_grad()
+    def perturb(self) -> None:
+        grads = [p.grad for p in self.params if p.grad is not None]
+        norm = torch.norm(torch.stack([g.norm(p=2) for g in grads]), p=2)
+        scale = self.hyper.rho / (norm + EPS)
+        for p in self.params:
+            if p.grad is None:
+                continue
+            self.old[p] = p.data.clone()
+            e_w = p.grad * scale.to(p)
+            p.add_(e_w)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        for p in self.params:
+            p.data = self.old[p]
+        self.optimizer.step()
+
+    def base(self) -> None:
+        self.optimizer.step()
+
+
+class Foreach(Competitor):
+    """A lean SAM from torch's list operations, with a backup that is allocated once."""
+
+    name, title = "foreach", "lean torch._foreach_ SAM"
+
+    def __init__(self, params: list[torch.nn.Parameter], hyper: Hyper) -> None:
+        super().__init__(params, hyper)
+        self.optimizer = torch_sgd(params, hyper)
+        self.backup = [torch.empty_like(p, requires_grad=False) for p in params]
+
+    @torch.no_grad()
+    def perturb(self) -> None:
+        grads = [p.grad for p in self.params]
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+        scale = self.hyper.rho / (norm + EPS)
+        torch._foreach_copy_(self.backup, self.params)
+        torch._foreach_add_(self.params, torch._foreach_mul(grads, scale))
+
+    @torch.no_grad()
+    def update(self) -> None:
+        torch._foreach_copy_(self.params, self.backup)
+        self.optimizer.step()
+
+    def base(self) -> None:
+        self.optimizer.step()
+
+
+def compiled_perturb(
+    params: list[torch.Tensor], grads: list[torch.Tensor], backup: list[torch.Tensor], rho: float
+) -> None:
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+    scale = rho / (norm + EPS)
+    torch._foreach_copy_(backup, params)
+    torch._foreach_add_(params, torch._foreach_mul(grads, scale))
+
+
+def compiled_update(
+    params: list[torch.Tensor], source: list[torch.Tensor], grads: list[torch.Tensor],
+    buffers: list[torch.Tensor], lr: torch.Tensor, momentum: float, weight_decay: float,
+) -> None:  # fmt: skip
+    step = torch._foreach_add(grads, source, alpha=weight_decay)
+    torch._foreach_mul_(buffers, momentum)
+    torch._foreach_add_(buffers, step)
+    torch._foreach_copy_(params, torch._foreach_sub(source, torch._foreach_mul(buffers, lr)))
+
+
+class Compiled(Competitor):
+    """torch.compile of the lean SAM; the restore is folded into a functional SGD, which one kernel per tensor reads.
+
+    The learning rate is a tensor, so that a schedule would not recompile; shapes are static.
+    """
+
+    name, title = "compile", "torch.compile of foreach SAM"
+
+    def __init__(self, params: list[torch.nn.Parameter], hyper: Hyper) -> None:
+        super().__init__(params, hyper)
+        # Plain tensors that share the parameters' memory keep autograd out of the traced graph.
+        self.plain = [p.detach() for p in params]
+        self.backup = [torch.empty_like(p) for p in self.plain]
+        self.buffers = [torch.zeros_like(p) for p in self.plain]
+        self.lr = torch.tensor(hyper.lr)
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        self._perturb = torch.compile(compiled_perturb, fullgraph=True, dynamic=False)
+        self._update = torch.compile(compiled_update, fullgraph=True, dynamic=False)
+
+    def _grads(self) -> list[torch.Tensor]:
+        return [p.grad for p in self.params]  # type: ignore[misc]
+
+    @torch.no_grad()
+    def perturb(self) -> None:
+        self._perturb(self.plain, self._grads(), self.backup, self.hyper.rho)
+
+    @torch.no_grad()
+    def _sgd(self, source: list[torch.Tensor]) -> None:
+        hyper = self.hyper
+        self._update(self.plain, source, self._grads(), self.buffers, self.lr, hyper.momentum, hyper.weight_decay)
+
+    def update(self) -> None:
+        self._sgd(self.backup)
+
+    def base(self) -> None:
+        self._sgd(self.plain)
+
+
+class PytorchOptimizer(Competitor):
+    """SAM of the pytorch_optimizer package over torch.optim.SGD, both with their defaults."""
+
+    name, title = "pytorch_optimizer", "pytorch_optimizer's SAM"
+
+    def __init__(self, params: list[torch.nn.Parameter], hyper: Hyper) -> None:
+        super().__init__(params, hyper)
+        try:
+            from pytorch_optimizer import SAM
+        except ImportError as error:
+            raise Unavailable(f"pytorch_optimizer is not installed ({error})") from error
+        self.optimizer = SAM(params, torch.optim.SGD, rho=hyper.rho, **hyper.sgd)
+
+    def perturb(self) -> None:
+        self.optimizer.first_step()
+
+    def update(self) -> None:
+        self.optimizer.second_step()
+
+    def base(self) -> None:
+        self.optimizer.base_optimizer.step()
+
+
+class Ours(Competitor):
+    """rst_fused's optimizer through its public two-phase form, with a perturbation at every step."""
+
+    name, title = "ours", "rst_fused"
+    options: dict[str, object] = {}
+
+    def __init__(self, params: list[torch.nn.Parameter], hyper: Hyper, backend: str = "cpu") -> None:
+        super().__init__(params, hyper)
+        try:
+            from rst_fused import RST
+        except ImportError as error:
+            raise Unavailable(f"rst_fused does not import ({error})") from error
+        self.optimizer = RST(
+            params, base="sgd", rho=hyper.rho, schedule=1.0, backend=backend, **hyper.sgd, **self.options
+        )
+
+    def perturb(self) -> None:
+        self.optimizer.perturb()
+
+    def update(self) -> None:
+        self.optimizer.step()
+
+    def base(self) -> None:
+        self.optimizer.step()
+
+
+class OursMaster(Ours):
+    """rst_fused with fp32 master weights beside low-precision parameters: no backup is needed."""
+
+    name, title = "ours-master", "rst_fused, fp32 masters"
+    options = {"master_weights": True}
+
+
+PEERS: dict[str, Callable[[list[torch.nn.Parameter], Hyper], Competitor]] = {
+    kind.name: kind for kind in (Usual, Foreach, Compiled, PytorchOptimizer, Ours, OursMaster)
+}
+
+
+def make(name: str, case: Case, dtype: torch.dtype, hyper: Hyper) -> Competitor:
+    """A competitor over fresh parameters of ``case``: the same values for every competitor."""
+    params = [torch.nn.Parameter(t) for t in case.tensors(dtype, seed=0, scale=0.02)]
+    return PEERS[name](params, hyper)

@@ -1,0 +1,183 @@
+"""Result files: where and on what a number was measured, one JSON per run, and its summary in Markdown."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).with_name("results")
+FORMAT = 1
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def commit() -> str:
+    """The short commit, with ``-dirty`` when tracked files differ from it; ``unknown`` outside a repository."""
+    head = _git("rev-parse", "--short=12", "HEAD")
+    if head is None:
+        return "unknown"
+    return f"{head}-dirty" if _git("status", "--porcelain", "--untracked-files=no") else head
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.M) if info.exists() else None
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def _cache_bytes() -> int | None:
+    """Bytes of the last-level cache of the first core, or None where the system does not say."""
+    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return max((int(size.rstrip("K")) * 1024 for size in sizes), default=None)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _build() -> dict[str, str]:
+    try:
+        from rst_fused._backends import build_info
+    except ImportError:
+        return {}
+    return build_info()
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Commit, date, machine and versions; ``device`` is the name of what is measured."""
+    names = ("torch", "rst_fused", "pytorch_optimizer")
+    return {
+        "format": FORMAT,
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "device": device,
+        "machine": {
+            "cpu": _cpu_model(), "cores": os.cpu_count(), "last_level_cache_bytes": _cache_bytes(),
+            "threads": torch.get_num_threads(), "load_average": list(os.getloadavg()),
+            "system": f"{platform.system()} {platform.release()}", "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        },
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in names}},
+        "build": _build(),
+    }  # fmt: skip
+
+
+def cpu_device() -> str:
+    return f"{_cpu_model()} x{torch.get_num_threads()}"
+
+
+def path_for(env: dict[str, Any], command: str) -> Path:
+    """``results/<device>-torch<version>-<commit>-<command>.json``."""
+    device = re.sub(r"[^a-z0-9]+", "-", env["device"].lower()).strip("-")
+    torch_version = str(env["versions"]["torch"]).split("+")[0]
+    return RESULTS / f"{device}-torch{torch_version}-{env['commit']}-{command}.json"
+
+
+def refuse_overwrite(path: Path, force: bool) -> None:
+    """Results are append-only: raises FileExistsError when ``path`` is there, unless forced."""
+    if path.exists() and not force:
+        raise FileExistsError(f"{path} exists and results are append-only; pass --out elsewhere, or --force to replace")
+
+
+def write(path: Path, data: dict[str, Any], force: bool = False) -> Path:
+    """Writes ``data`` as JSON and its Markdown summary beside it; returns the summary's path."""
+    refuse_overwrite(path, force)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(data, indent=1) + "\n")
+    summary = path.with_suffix(".md")
+    summary.write_text(markdown(data))
+    return summary
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A result file; ValueError for another format."""
+    data = json.loads(path.read_text())
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise ValueError(f"{path} is not a result file of format {FORMAT}")
+    return data
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table whose columns also line up in a terminal: the first to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    rule = [":" + "-" * (w - 1) if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
+    lines = [
+        "| " + " | ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))) + " |"
+        for row in (head, rule, *rows)
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _heading(data: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items() if version)
+    load = data["machine"]["load_average"][0]
+    return (
+        f"# {data['command']}: {data['device']}\n\n"
+        f"Commit {data['commit']}, {data['date']}; {versions}; load average at the start {load:.1f}.\n"
+    )
+
+
+def seconds(value: float) -> str:
+    return f"{value * 1e3:.2f} ms" if value >= 1e-3 else f"{value * 1e6:.1f} us"
+
+
+def _order(values: Sequence[Any]) -> list[Any]:
+    return list(dict.fromkeys(values))
+
+
+def _times(results: list[dict[str, Any]]) -> str:
+    whats = _order([r["what"] for r in results])
+    cell = {(r["who"], r["what"]): f"{seconds(r['median_s'])} ({seconds(r['best_s'])})" for r in results}
+    rows = [[who, *(cell.get((who, what), "") for what in whats)] for who in _order([r["who"] for r in results])]
+    return table(["median (best)", *whats], rows)
+
+
+def _ratios(ratios: list[dict[str, Any]]) -> str:
+    ours = ratios[0]["ours"]
+    rows = []
+    for r in ratios:
+        goal = "" if r["goal"] is None else f"{r['goal']:g}"
+        met = "" if r["met"] is None else ("yes" if r["met"] else "NO")
+        rows.append([f"{r['against']}: {r['what']}", f"{r['median']:.2f}", f"{r['best']:.2f}", goal, met])
+    return table([f"time / time of {ours}", "median", "best", "goal", "met"], rows)
+
+
+def markdown(data: dict[str, Any]) -> str:
+    """The summary of a result file."""
+    parts = [_heading(data)]
+    for key in _order([(r["case"], r["dtype"]) for r in data.get("results", [])]):
+        chosen = [r for r in data["results"] if (r["case"], r["dtype"]) == key]
+        first = chosen[0]
+        parts.append(f"\n## {key[0]}, {key[1]}: {first['tensors']} tensors, {first['elements']:,} elements\n\n")
+        parts.append(_times(chosen))
+        for ours in _order([r["ours"] for r in data["ratios"] if (r["case"], r["dtype"]) == key]):
+            compared = [r for r in data["ratios"] if (r["case"], r["dtype"], r["ours"]) == (*key, ours)]
+            parts.append("\n" + _ratios(compared))
+    if "memory" in data:
+        rows = [
+            [m["mode"], m["dtype"], f"{m['measured']:.2f}", "" if m["predicted"] is None else f"{m['predicted']:g}"]
+            for m in data["memory"]
+        ]
+        parts.append("\n" + table(["peak extra bytes per parameter", "dtype", "measured", "predicted"], rows))
+    parts += [f"\n* {note}" for note in data.get("notes", [])]
+    return "".join(parts).rstrip() + "\n"

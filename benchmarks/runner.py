@@ -1,0 +1,161 @@
+"""Interleaved timing: every round times every competitor once, so that a noisy spell of the machine hits them all."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .cases import GOALS, Case, Goal
+from .peers import Competitor, attach
+from .probe import CEILING, MIXES, Probe
+
+WHATS = ("perturb", "update", "step", "base")  # step = perturb + update, of the same call
+Clock = Callable[[Callable[[], object]], float]
+Times = dict[str, list[float]]  # what -> one number of seconds per round
+
+
+def wall_clock(call: Callable[[], object]) -> float:
+    """Seconds that ``call`` takes; a device whose calls return early needs another clock."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long to measure: ``rounds`` rounds, in each of which a competitor's time is the best of ``calls`` calls."""
+
+    rounds: int
+    calls: int
+    warmup: int = 2
+    settle: float = 0.005  # seconds of rest before a competitor, in which the previous one's threads stop spinning
+    reduce: Callable[[Sequence[float]], float] = min
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No garbage collection inside."""
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+@dataclass
+class Race:
+    """The competitors over one case, and the gradients that all of them share.
+
+    ``grads`` holds one or more sets of gradients. The sets take turns from call to call: with two, every call meets
+    other addresses than the same call before it.
+    """
+
+    competitors: Mapping[str, Competitor]
+    grads: Sequence[Sequence[torch.Tensor]]
+    probe: Probe | None = None
+    clock: Clock = wall_clock
+    times: dict[str, Times] = field(default_factory=dict)
+
+    def one_step(self, competitor: Competitor, sets: Iterator[Sequence[torch.Tensor]]) -> dict[str, float]:
+        seconds = {}
+        for what in ("perturb", "update", "base"):
+            attach(competitor.params, next(sets))
+            seconds[what] = self.clock(getattr(competitor, what))
+        seconds["step"] = seconds["perturb"] + seconds["update"]
+        return seconds
+
+    def probe_round(self) -> dict[str, float]:
+        assert self.probe is not None
+        probe = self.probe
+        mixes = {mix: wall_clock(lambda mix=mix: probe.call(mix)) for mix in MIXES}  # type: ignore[misc]
+        return {what: sum(mixes[mix] for mix in parts) for what, parts in CEILING.items()}
+
+    def run(self, plan: Plan) -> dict[str, Times]:
+        """Warms up, measures, and returns seconds per round for each competitor and the probe."""
+        sets = {name: itertools.cycle(self.grads) for name in self.competitors}
+        entries: dict[str, Callable[[], dict[str, float]]] = {
+            name: (lambda c=c, name=name: self.one_step(c, sets[name]))  # type: ignore[misc]
+            for name, c in self.competitors.items()
+        }
+        with quiet():
+            for entry in entries.values():
+                for _ in range(plan.warmup):
+                    entry()
+            if self.probe is not None:
+                self.probe.calibrate()
+                entries["probe"] = self.probe_round
+            self.times = {name: {what: [] for what in WHATS} for name in entries}
+            for _ in range(plan.rounds):
+                for name, entry in entries.items():
+                    time.sleep(plan.settle)
+                    calls = [entry() for _ in range(plan.calls)]
+                    for what in WHATS:
+                        self.times[name][what].append(plan.reduce([call[what] for call in calls]))
+        return self.times
+
+    def disagreement(self) -> dict[str, float]:
+        """Largest distance of each competitor's weights from the first one's, relative to the largest weight.
+
+        All competitors took the same steps from the same weights, so this shows that they do the same work.
+        """
+        names = list(self.competitors)
+        first = self.competitors[names[0]].params
+        largest = max((float(p.detach().abs().max()) for p in first if p.numel()), default=1.0)
+        return {
+            name: max(
+                (float((p.detach() - q.detach()).abs().max()) for p, q in zip(self.competitors[name].params, first)
+                 if p.numel()), default=0.0) / largest
+            for name in names
+        }  # fmt: skip
+
+
+def records(times: Mapping[str, Times], case: Case, dtype: str) -> list[dict[str, Any]]:
+    """One record per competitor and part, with every round's seconds."""
+    return [
+        {
+            "case": case.name, "dtype": dtype, "elements": case.elements, "tensors": len(case.shapes),
+            "who": who, "what": what, "median_s": statistics.median(rounds), "best_s": min(rounds), "rounds_s": rounds,
+        }
+        for who, parts in times.items() for what, rounds in parts.items()
+    ]  # fmt: skip
+
+
+def _goal(case: str, what: str, against: str, goals: Sequence[Goal]) -> float | None:
+    for goal in goals:
+        if case in goal.cases and (goal.what, goal.against) == (what, against):
+            return goal.value
+    return None
+
+
+def ratios(
+    times: Mapping[str, Times], case: Case, dtype: str, ours: str = "ours", goals: Sequence[Goal] = GOALS
+) -> list[dict[str, Any]]:
+    """How many times longer each competitor takes than ``ours``; for the probe, the fraction of the ceiling reached.
+
+    ``median`` is over the ratios of single rounds, ``best`` is the ratio of the two best times. Against
+    ``torch base`` stands torch's own base step without SAM, compared with our restore + base step.
+    """
+    mine = times[ours]
+    pairs = [(who, what, parts[what], mine[what]) for who, parts in times.items() if who != ours for what in WHATS]
+    if "foreach" in times:
+        pairs.append(("torch base", "update", times["foreach"]["base"], mine["update"]))
+    found = []
+    for who, what, theirs, own in pairs:
+        median = statistics.median(t / o for t, o in zip(theirs, own, strict=True))
+        goal = _goal(case.name, what, who, goals)
+        found.append({
+            "case": case.name, "dtype": dtype, "ours": ours, "what": what, "against": who, "median": median,
+            "best": min(theirs) / min(own), "goal": goal, "met": None if goal is None else median >= goal,
+        })  # fmt: skip
+    return found

@@ -1,0 +1,44 @@
+// Adam and AdamW over one chunk, from the backup or the master when weights are perturbed (restore folded in): reads
+// w, g, m, v (and g1 for G-RST), writes w, m, v: 28 bytes per fp32 parameter (32 for G-RST).
+#pragma once
+
+#include "cpu/loop.h"
+
+namespace rst::RST_LEVEL {
+
+template <class T, bool Mixing, bool Master>
+void adam_step_chunk(const ChunkCall& c) {
+  using V = Arithmetic<T>;
+  using S = typename std::conditional<Master, float, T>::type;
+  const AdamRow& row = c.call->adam[c.tensor->row];
+  const double bias1 = 1 - std::pow(row.beta1, row.step), bias2 = 1 - std::pow(row.beta2, row.step);
+  const bool decoupled = c.call->decoupled;
+  const Adam<V> adam{broadcast<V>(-row.lr / bias1),
+                     broadcast<V>(1 - row.beta1),
+                     broadcast<V>(row.beta2),
+                     broadcast<V>(1 - row.beta2),
+                     broadcast<V>(std::sqrt(bias2)),
+                     broadcast<V>(row.eps),
+                     broadcast<V>(decoupled ? 0 : row.weight_decay),
+                     broadcast<V>(decoupled ? 1 - row.lr * row.weight_decay : 1),
+                     broadcast<V>(c.call->direction)};
+  const Mix<V> mix{broadcast<V>(row.gamma), broadcast<V>(1 - row.gamma)};
+  const bool write_only = Master || c.source != c.data[kParam];
+
+  each<T, V>(c, write_only ? c.data[kParam] : nullptr, RST_BODY(at) {
+    V w = at.template load<S>(c.source);
+    V g = at.template load<T>(c.data[kGrad]);
+    if constexpr (Mixing) g = mix(at.template load<T>(c.data[kFirstGrad]), g);
+    g = adam.decayed(w, g);
+    w = adam.shrunk(w);
+    const V m = adam.exp_avg(at.template load<S>(c.data[kBuffer]), g);
+    const V v = adam.exp_avg_sq(at.template load<S>(c.data[kBuffer2]), g);
+    at.template store<S>(c.data[kBuffer], m);
+    at.template store<S>(c.data[kBuffer2], v);
+    const V updated = adam.update(w, m, v);
+    if constexpr (Master) at.template store<float>(c.data[kMaster], updated);
+    at.template store_only<T>(c.data[kParam], updated);
+  });
+}
+
+}  // namespace rst::RST_LEVEL

@@ -1,0 +1,41 @@
+// Which SIMD level runs.
+#include <atomic>
+#include <cstring>
+
+#include "cpu/kernels.h"
+
+namespace rst {
+
+std::vector<const KernelTable*> runnable_kernels() {
+  std::vector<const KernelTable*> found{&plain_kernels()};
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+    found.push_back(&avx2_kernels());
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl")) {
+      found.push_back(&avx512_kernels());
+    }
+  }
+#endif
+  return found;
+}
+
+static std::atomic<const KernelTable*>& chosen() {
+  static std::atomic<const KernelTable*> table{runnable_kernels().back()};
+  return table;
+}
+
+const KernelTable& kernels() { return *chosen().load(std::memory_order_relaxed); }
+
+bool select_kernels(const char* name) {
+  for (const KernelTable* table : runnable_kernels()) {
+    if (std::strcmp(table->name, name) == 0) {
+      chosen().store(table, std::memory_order_relaxed);
+      return true;
+    }
+  }
+  return false;
+}
+
+}  // namespace rst

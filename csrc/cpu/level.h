@@ -1,0 +1,56 @@
+// Instantiates all kernels for one SIMD level. A level's .cpp includes the standard headers, sets RST_SIMD_LEVEL and
+// RST_LEVEL, switches the compiler's target and includes this file. Everything that depends on the level lies in
+// namespace rst::RST_LEVEL, so that the linker can never run code made for a newer processor on an older one.
+#pragma once
+
+#include "cpu/adam_step.h"
+#include "cpu/grad_norm.h"
+#include "cpu/perturb.h"
+#include "cpu/restore.h"
+#include "cpu/sgd_step.h"
+
+namespace rst::RST_LEVEL {
+
+template <class T>
+constexpr bool kIs16Bit = sizeof(T) == 2;
+
+template <class T>
+inline void fill(KernelTable& table, DType dtype) {
+  const int d = static_cast<int>(dtype);
+  table.grad_norm[d][0] = grad_norm_chunk<T, false>;
+  table.grad_norm[d][1] = grad_norm_chunk<T, true>;
+  table.perturb[d][0][0] = perturb_chunk<T, false, false>;
+  table.perturb[d][1][0] = perturb_chunk<T, true, false>;
+  table.backup[d] = backup_chunk<T>;
+  table.restore[d][0] = restore_chunk<T, false>;
+  table.mix[d] = mix_chunk<T>;
+  table.sgd_step[d][0][0][0] = sgd_step_chunk<T, false, false, false>;
+  table.sgd_step[d][0][1][0] = sgd_step_chunk<T, false, true, false>;
+  table.sgd_step[d][1][0][0] = sgd_step_chunk<T, true, false, false>;
+  table.sgd_step[d][1][1][0] = sgd_step_chunk<T, true, true, false>;
+  table.adam_step[d][0][0] = adam_step_chunk<T, false, false>;
+  table.adam_step[d][1][0] = adam_step_chunk<T, true, false>;
+  if constexpr (kIs16Bit<T>) {
+    table.perturb[d][0][1] = perturb_chunk<T, false, true>;
+    table.perturb[d][1][1] = perturb_chunk<T, true, true>;
+    table.restore[d][1] = restore_chunk<T, true>;
+    table.sgd_step[d][0][0][1] = sgd_step_chunk<T, false, false, true>;
+    table.sgd_step[d][0][1][1] = sgd_step_chunk<T, false, true, true>;
+    table.sgd_step[d][1][0][1] = sgd_step_chunk<T, true, false, true>;
+    table.sgd_step[d][1][1][1] = sgd_step_chunk<T, true, true, true>;
+    table.adam_step[d][0][1] = adam_step_chunk<T, false, true>;
+    table.adam_step[d][1][1] = adam_step_chunk<T, true, true>;
+  }
+}
+
+inline KernelTable make_table(const char* name) {
+  KernelTable table{};
+  table.name = name;
+  fill<float>(table, DType::Float);
+  fill<double>(table, DType::Double);
+  fill<BFloat16>(table, DType::BFloat16);
+  fill<Half>(table, DType::Half);
+  return table;
+}
+
+}  // namespace rst::RST_LEVEL

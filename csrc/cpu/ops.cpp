@@ -1,0 +1,167 @@
+#include "cpu/ops.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+namespace rst {
+
+namespace {
+
+int64_t cache_bytes() {
+  static const int64_t bytes = [] {
+#if defined(_SC_LEVEL3_CACHE_SIZE)
+    const int64_t found = sysconf(_SC_LEVEL3_CACHE_SIZE);
+    if (found > 0) return found;
+#endif
+    return int64_t{32} << 20;
+  }();
+  return bytes;
+}
+
+// `lanes`: room for the running sums of every chunk (grad_norm), or null.
+struct Job {
+  const Table* table;
+  const Call* call;
+  Kernel (*pick)(const Tensor& tensor, const Call& call);
+  unsigned reads, writes;  // bit s: stream s is read, written
+  double* lanes;
+  bool streaming;
+  int parts;
+};
+
+int count_bits(unsigned bits) { return __builtin_popcount(bits); }
+
+void run_strided(const Job& job, const Tensor& tensor, Kernel kernel, ChunkCall c) {
+  alignas(64) char packed[kStreams][kGather * 8];
+  const void* const source = c.source;
+  const int64_t end = c.begin + c.count;
+  c.streaming = false;
+  for (; c.begin < end; c.begin += c.count) {
+    c.count = std::min(kGather, end - c.begin);
+    for (int s = 0; s < kStreams; ++s) {
+      if (tensor.data[s] == nullptr) continue;
+      if (job.reads >> s & 1) gather(tensor, s, c.begin, c.count, packed[s]);
+      if (source == tensor.data[s]) c.source = packed[s];
+      c.data[s] = packed[s];
+    }
+    kernel(c);
+    for (int s = 0; s < kStreams; ++s) {
+      if (tensor.data[s] != nullptr && (job.writes >> s & 1)) scatter(tensor, s, c.begin, c.count, packed[s]);
+    }
+  }
+}
+
+void run_chunk(const Job& job, int64_t index) {
+  const Chunk& chunk = job.table->chunks[index];
+  const Tensor& tensor = job.table->tensors[chunk.tensor];
+  ChunkCall c;
+  c.call = job.call;
+  c.tensor = &tensor;
+  c.begin = chunk.begin;
+  c.count = chunk.count;
+  c.streaming = job.streaming;
+  c.lanes = job.lanes == nullptr ? nullptr : job.lanes + index * kNormLanes;
+  const int source = tensor.data[kMaster] != nullptr ? kMaster : tensor.data[kBackup] != nullptr ? kBackup : kParam;
+  const Kernel kernel = job.pick(tensor, *job.call);
+  if (tensor.strided()) {
+    c.source = tensor.data[source];
+    run_strided(job, tensor, kernel, c);
+    return;
+  }
+  for (int s = 0; s < kStreams; ++s) {
+    char* base = static_cast<char*>(tensor.data[s]);
+    c.data[s] = base == nullptr ? nullptr : base + chunk.begin * size_of(tensor.dtype_of(s));
+  }
+  c.source = c.data[source];
+  kernel(c);
+}
+
+void run_part(int k, void* context) {
+  const Job& job = *static_cast<const Job*>(context);
+  const int64_t end = first_chunk(*job.table, k + 1, job.parts);
+  for (int64_t i = first_chunk(*job.table, k, job.parts); i < end; ++i) run_chunk(job, i);
+}
+
+constexpr unsigned bit(int stream) { return 1u << stream; }
+
+void run(Job job, const Threads& threads) {
+  const int streams = count_bits(job.reads) + count_bits(job.writes);
+  // Bypassing the cache pays only when the data would not have stayed in it for the next op.
+  job.streaming = job.table->bytes.back() * streams > cache_bytes();
+  job.parts = threads.parallel == nullptr ? 1 : useful_threads(*job.table, streams, threads.count);
+  if (job.parts == 1) {
+    run_part(0, &job);
+  } else {
+    threads.parallel(job.parts, run_part, &job);
+  }
+}
+
+int d(const Tensor& tensor) { return static_cast<int>(tensor.dtype); }
+bool has(const Tensor& tensor, int stream) { return tensor.data[stream] != nullptr; }
+
+}  // namespace
+
+void grad_norm(const Table& table, const Call& call, const Threads& threads, double* stats) {
+  std::vector<double> lanes(table.chunks.size() * kNormLanes, 0.0);
+  auto pick = [](const Tensor& t, const Call& c) { return kernels().grad_norm[d(t)][c.adaptive]; };
+  run({&table, &call, pick, bit(kGrad) | (call.adaptive ? bit(kParam) : 0), 0, lanes.data(), false, 1}, threads);
+  double total = 0;
+  for (size_t chunk = 0; chunk < table.chunks.size(); ++chunk) {
+    double sum = 0;
+    for (int lane = 0; lane < kNormLanes; ++lane) sum += lanes[chunk * kNormLanes + lane];
+    total += sum;
+  }
+  const double norm = std::sqrt(total);
+  const bool finite = std::isfinite(norm);
+  stats[kNorm] = norm;
+  stats[kInverse] = finite && norm > 0 ? 1 / (norm + kNormEps) : 0;
+  stats[kNonFinite] = finite ? 0 : 1;
+  stats[kNonFiniteCount] += stats[kNonFinite];
+}
+
+void perturb(const Table& table, Call call, const Threads& threads, const double* stats, const double* rho, int rows) {
+  std::vector<double> scales(rho, rho + rows);
+  for (double& scale : scales) scale *= stats[kInverse];
+  call.scales = scales.data();
+  auto pick = [](const Tensor& t, const Call& c) { return kernels().perturb[d(t)][c.adaptive][has(t, kMaster)]; };
+  if (stats[kInverse] == 0) {  // 0 * inf would be NaN: do not even compute e
+    auto keep = [](const Tensor& t, const Call&) { return kernels().backup[d(t)]; };
+    run({&table, &call, keep, bit(kParam), bit(kBackup), nullptr, false, 1}, threads);
+    return;
+  }
+  run({&table, &call, pick, bit(kParam) | bit(kGrad) | bit(kMaster), bit(kParam) | bit(kBackup), nullptr, false, 1},
+      threads);
+}
+
+void restore(const Table& table, const Call& call, const Threads& threads) {
+  auto pick = [](const Tensor& t, const Call&) { return kernels().restore[d(t)][has(t, kMaster)]; };
+  run({&table, &call, pick, bit(kBackup) | bit(kMaster), bit(kParam), nullptr, false, 1}, threads);
+  if (call.gammas == nullptr) return;
+  auto mix = [](const Tensor& t, const Call&) { return kernels().mix[d(t)]; };
+  run({&table, &call, mix, bit(kGrad) | bit(kFirstGrad), bit(kGrad), nullptr, false, 1}, threads);
+}
+
+void sgd_step(const Table& table, const Call& call, const Threads& threads) {
+  auto pick = [](const Tensor& t, const Call&) {
+    return kernels().sgd_step[d(t)][has(t, kBuffer)][has(t, kFirstGrad)][has(t, kMaster)];
+  };
+  const unsigned state = bit(kBuffer) | bit(kMaster);
+  run({&table, &call, pick, bit(kParam) | bit(kGrad) | bit(kBackup) | bit(kFirstGrad) | state, bit(kParam) | state,
+       nullptr, false, 1},
+      threads);
+}
+
+void adam_step(const Table& table, const Call& call, const Threads& threads) {
+  auto pick = [](const Tensor& t, const Call&) {
+    return kernels().adam_step[d(t)][has(t, kFirstGrad)][has(t, kMaster)];
+  };
+  const unsigned state = bit(kBuffer) | bit(kBuffer2) | bit(kMaster);
+  run({&table, &call, pick, bit(kParam) | bit(kGrad) | bit(kBackup) | bit(kFirstGrad) | state, bit(kParam) | state,
+       nullptr, false, 1},
+      threads);
+}
+
+}  // namespace rst

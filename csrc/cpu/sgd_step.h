@@ -1,0 +1,36 @@
+// SGD over one chunk, from the backup or the master when weights are perturbed (restore folded in): reads w, g, m
+// (and g1 for G-RST), writes w, m: 20 bytes per fp32 parameter (24 for G-RST).
+#pragma once
+
+#include "cpu/loop.h"
+
+namespace rst::RST_LEVEL {
+
+template <class T, bool Momentum, bool Mixing, bool Master>
+void sgd_step_chunk(const ChunkCall& c) {
+  using V = Arithmetic<T>;
+  using S = typename std::conditional<Master, float, T>::type;  // dtype of the momentum buffer and of w's source
+  const SgdRow& row = c.call->sgd[c.tensor->row];
+  const Sgd<V> sgd{broadcast<V>(-row.lr), broadcast<V>(row.momentum), broadcast<V>(1 - row.dampening),
+                   broadcast<V>(row.weight_decay), broadcast<V>(c.call->direction)};
+  const Mix<V> mix{broadcast<V>(row.gamma), broadcast<V>(1 - row.gamma)};
+  const bool nesterov = c.call->nesterov;
+  const bool write_only = Master || c.source != c.data[kParam];
+
+  each<T, V>(c, write_only ? c.data[kParam] : nullptr, RST_BODY(at) {
+    const V w = at.template load<S>(c.source);
+    V g = at.template load<T>(c.data[kGrad]);
+    if constexpr (Mixing) g = mix(at.template load<T>(c.data[kFirstGrad]), g);
+    V d = sgd.decayed(w, g);
+    if constexpr (Momentum) {
+      const V buf = sgd.buffer(at.template load<S>(c.data[kBuffer]), d);
+      at.template store<S>(c.data[kBuffer], buf);
+      d = nesterov ? sgd.nesterov(buf, d) : buf;
+    }
+    const V updated = sgd.update(w, d);
+    if constexpr (Master) at.template store<float>(c.data[kMaster], updated);
+    at.template store_only<T>(c.data[kParam], updated);
+  });
+}
+
+}  // namespace rst::RST_LEVEL

@@ -1,0 +1,145 @@
+// Every formula of the package, once, for host and device.
+//
+// Each functor works on one value of type V and knows nothing of memory: V is float or double in scalar code
+// (CUDA threads, portable CPU code) and a SIMD vector in the CPU kernels. A value type supplies + - * /, construction
+// from its scalar, and the free functions fma, sqrt and abs. Multiplications that feed an addition are written as
+// fma(), and the build forbids further contraction, so that every implementation rounds at the same places.
+//
+// rst_fused/reference.py holds the same functors under the same names; it is the oracle of the tests.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define RST_HD __host__ __device__ __forceinline__
+#else
+#define RST_HD inline __attribute__((always_inline))
+#endif
+
+namespace rst {
+
+RST_HD float fma(float a, float b, float c) { return ::fmaf(a, b, c); }
+RST_HD double fma(double a, double b, double c) { return ::fma(a, b, c); }
+RST_HD float sqrt(float a) { return ::sqrtf(a); }
+RST_HD double sqrt(double a) { return ::sqrt(a); }
+RST_HD float abs(float a) { return ::fabsf(a); }
+RST_HD double abs(double a) { return ::fabs(a); }
+
+// T of ASAM (Kwon et al. 2021, arXiv 2102.11600, section 4): T = |w| + eta.
+template <class V>
+struct AsamScale {
+  V eta;
+  RST_HD V operator()(V magnitude) const { return magnitude + eta; }
+};
+
+// One term of ||g||^2 (SAM, Foret et al. 2021, eq. 2), added to `sum`.
+template <class V>
+struct SquaredNorm {
+  RST_HD V operator()(V g, V sum) const { return fma(g, g, sum); }
+};
+
+// One term of ||T g||^2 (ASAM).
+template <class V>
+struct AsamSquaredNorm {
+  RST_HD V operator()(V g, V t, V sum) const {
+    V tg = t * g;
+    return fma(tg, tg, sum);
+  }
+};
+
+// w + e with e = rho * g / ||g||; `scale` is rho / (||g|| + eps), or 0 for a zero or non-finite norm.
+template <class V>
+struct Perturb {
+  V scale;
+  RST_HD V operator()(V w, V g) const { return fma(scale, g, w); }
+};
+
+// w + e with e = rho * T^2 g / ||T g|| (ASAM).
+template <class V>
+struct AsamPerturb {
+  V scale;
+  RST_HD V operator()(V w, V g, V t) const { return fma(scale * (t * t), g, w); }
+};
+
+// G-RST (Zhao et al. 2022, arXiv 2203.09962): (1 - gamma) * g1 + gamma * g2. gamma = 1 gives g2 exactly.
+template <class V>
+struct Mix {
+  V gamma, one_minus_gamma;
+  RST_HD V operator()(V g1, V g2) const { return fma(gamma, g2, one_minus_gamma * g1); }
+};
+
+// SGD as torch.optim.SGD: decay, momentum with dampening, Nesterov. `direction` is -1 to maximize, else 1.
+template <class V>
+struct Sgd {
+  V minus_lr, momentum, one_minus_dampening, weight_decay, direction;
+
+  RST_HD V decayed(V w, V g) const { return fma(weight_decay, w, direction * g); }
+  RST_HD V buffer(V buf, V g) const { return fma(one_minus_dampening, g, momentum * buf); }
+  RST_HD V nesterov(V buf, V g) const { return fma(momentum, buf, g); }
+  RST_HD V update(V w, V d) const { return fma(minus_lr, d, w); }
+};
+
+// Adam (Kingma & Ba 2015) and, with `decay` = 1 - lr * weight_decay and weight_decay = 0, AdamW (Loshchilov & Hutter
+// 2019), in the form of torch.optim: step_size = lr / (1 - beta1^t), bias2_sqrt = sqrt(1 - beta2^t).
+template <class V>
+struct Adam {
+  V minus_step_size, one_minus_beta1, beta2, one_minus_beta2, bias2_sqrt, eps, weight_decay, decay, direction;
+
+  RST_HD V decayed(V w, V g) const { return fma(weight_decay, w, direction * g); }
+  RST_HD V shrunk(V w) const { return decay * w; }
+  RST_HD V exp_avg(V m, V g) const { return fma(one_minus_beta1, g - m, m); }
+  RST_HD V exp_avg_sq(V v, V g) const { return fma(one_minus_beta2 * g, g, beta2 * v); }
+  RST_HD V update(V w, V m, V v) const {
+    V denominator = sqrt(v) / bias2_sqrt + eps;
+    return w + minus_step_size * m / denominator;
+  }
+};
+
+// The random bits of stochastic rounding: a pure function of (seed, step), the tensor's index and the element's.
+struct RandomBits {
+  uint32_t key;
+
+  template <class U>
+  static RST_HD U mixed(U x) {  // the finalizer of MurmurHash3 (public domain): full avalanche
+    x ^= x >> 16;
+    x *= 0x85ebca6bu;
+    x ^= x >> 13;
+    x *= 0xc2b2ae35u;
+    return x ^ (x >> 16);
+  }
+  static RST_HD uint32_t folded(uint32_t h, uint64_t x) {
+    h = mixed(h ^ static_cast<uint32_t>(x)) + 0x9e3779b9u;
+    return mixed(h ^ static_cast<uint32_t>(x >> 32)) + 0x9e3779b9u;
+  }
+  // `block` is the element index divided by 2^32, so that tensors beyond 2^32 elements never repeat.
+  static RST_HD RandomBits of(uint64_t seed, uint64_t step, uint64_t tensor, uint64_t block) {
+    return {folded(folded(folded(folded(0u, seed), step), tensor), block)};
+  }
+  template <class U>
+  RST_HD U operator()(U element) const {
+    return mixed((element * 0x9e3779b9u) ^ key);
+  }
+};
+
+// Stochastic rounding of fp32 to a format that keeps the high bits: adding uniform bits below the cut and truncating
+// rounds away from zero with probability equal to the fraction cut off, so the expectation is the value itself.
+// V is float and U uint32_t, or vectors of them; to_bits and from_bits reinterpret one as the other.
+template <class V, class U>
+struct StochasticRound {
+  static RST_HD V to_bfloat16(V x, U random) {
+    U bits = (to_bits(x) + (random & 0xffffu)) & 0xffff0000u;
+    return x == x ? from_bits(bits) : x;
+  }
+  // Below 2^-14 a float16 has the fixed quantum 2^-24: there x is rounded as 2^-14 + |x|, which has that quantum.
+  static RST_HD V to_float16(V x, U random) {
+    V magnitude = abs(x);
+    V shift = magnitude < 0x1p-14f ? V{} + 0x1p-14f : V{};
+    U bits = (to_bits(magnitude + shift) + (random & 0x1fffu)) & 0xffffe000u;
+    U sign = to_bits(x) & 0x80000000u;
+    V rounded = from_bits(to_bits(from_bits(bits) - shift) | sign);
+    return x == x ? rounded : x;
+  }
+};
+
+}  // namespace rst

@@ -1,0 +1,125 @@
+"""The one place where an implementation is chosen.
+
+A backend is a set of ops with the signatures of rst_fused._schemas. ``cpu`` is the compiled C++ extension;
+``reference`` is plain torch and runs anywhere torch does.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from rst_fused import reference
+from rst_fused._schemas import NAMESPACE, SCHEMAS
+
+_BUILD_HINT = "pip install --no-build-isolation rst_fused (needs torch and a C++17 compiler)"
+_SIMD_VARIABLE = "RST_FUSED_SIMD"
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of all ops.
+
+    ``device_types`` are the devices it runs on (None: any), ``reason`` says why it is available or what is missing.
+    """
+
+    name: str
+    available: bool
+    reason: str
+    device_types: tuple[str, ...] | None
+    ops: Any
+
+    def supports(self, device: torch.device) -> bool:
+        return self.device_types is None or device.type in self.device_types
+
+
+_host: Any = None
+_import_error = ""
+try:
+    from rst_fused import _C, _host  # type: ignore[attr-defined,no-redef]
+
+    _host.connect(_C.core)
+except ImportError as error:
+    _import_error = str(error)
+
+
+def _select_simd() -> None:
+    wanted = os.environ.get(_SIMD_VARIABLE)
+    if wanted and not _host.select_simd(wanted):
+        raise ValueError(
+            f"{_SIMD_VARIABLE}={wanted!r}: expected one of {_host.simd_levels()}, the levels this processor can run"
+        )
+
+
+if _host is not None:
+    _select_simd()
+
+
+def _compiled_ops() -> Any:
+    return SimpleNamespace(**{name: getattr(getattr(torch.ops, NAMESPACE), name).default for name in SCHEMAS})
+
+
+_REFERENCE = Backend("reference", True, "plain torch", None, reference)
+_CPU = (
+    Backend("cpu", True, "compiled C++ extension", ("cpu",), _compiled_ops())
+    if _host is not None
+    else Backend("cpu", False, f"the C++ extension is not built ({_import_error}): {_BUILD_HINT}", ("cpu",), None)
+)
+_BY_SPEED = (_CPU, _REFERENCE)
+_said = False
+
+
+def backends() -> list[Backend]:
+    """All backends this version knows, the fastest first."""
+    return list(_BY_SPEED)
+
+
+def backend_for(requested: str, device: torch.device) -> Backend:
+    """The backend to use on ``device``: the one requested, or for "auto" the fastest that is available there.
+
+    Raises ValueError for an unknown name or a device it does not support, RuntimeError if it is not available.
+    """
+    names = [b.name for b in _BY_SPEED]
+    if requested == "auto":
+        return next(_announced(b) for b in _BY_SPEED if b.available and b.supports(device))
+    if requested not in names:
+        raise ValueError(f"backend={requested!r}: expected 'auto' or one of {names}")
+    found = _BY_SPEED[names.index(requested)]
+    if not found.available:
+        raise RuntimeError(f"backend={requested!r} was asked for but {found.reason}")
+    if not found.supports(device):
+        raise ValueError(
+            f"backend={requested!r} runs on {found.device_types}, but a parameter is on {device}; use backend='auto'"
+        )
+    return found
+
+
+def _announced(backend: Backend) -> Backend:
+    """Says once that the slow backend was chosen for lack of the fast one."""
+    global _said
+    if backend is _REFERENCE and not _CPU.available and not _said:
+        _said = True
+        warnings.warn(
+            f"rst_fused runs on its reference backend (plain torch): {_CPU.reason}", RuntimeWarning, stacklevel=2
+        )
+    return backend
+
+
+def host() -> Any:
+    """The torch-free helper module, or None where the extension is not built."""
+    return _host
+
+
+def build_info() -> dict[str, str]:
+    """How the extension was built; empty where it is not."""
+    return {} if _host is None else dict(_host.build_info())
+
+
+def simd_level() -> str:
+    """The SIMD level of the CPU kernels in use: plain, avx2 or avx512; "none" without the extension."""
+    return "none" if _host is None else str(_host.simd_level())

@@ -1,0 +1,297 @@
+"""The two phases of a step over lists of tensors: what runs under torch.compile and on every backend.
+
+The eager CPU path in rst_fused._plan does the same with less work on the host.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from rst_fused._rules import Group, as_rows
+
+if TYPE_CHECKING:
+    from rst_fused.optimizer import RST
+
+SIXTEEN_BIT = (torch.bfloat16, torch.float16)
+SUPPORTED = (torch.float32, torch.float64, *SIXTEEN_BIT, torch.complex64, torch.complex128)
+
+
+def check_grad(p: Tensor, where: str) -> None:
+    """Raises unless p.grad fits p, before anything is changed."""
+    g = p.grad
+    if g is None:
+        return
+    if g.layout != torch.strided:
+        raise RuntimeError(
+            f"the gradient of {where} has layout {g.layout}: only dense gradients are supported; "
+            "build the layer with sparse=False"
+        )
+    if g.dtype != p.dtype or g.device != p.device or g.shape != p.shape:
+        raise RuntimeError(
+            f"the gradient of {where} is {tuple(g.shape)} {g.dtype} on {g.device}, but the parameter is "
+            f"{tuple(p.shape)} {p.dtype} on {p.device}; they must agree"
+        )
+
+
+def has_master(opt: RST, p: Tensor) -> bool:
+    return opt.master_weights and p.dtype in SIXTEEN_BIT
+
+
+def init_state(opt: RST, group: Group, p: Tensor) -> None:
+    """Creates what the base optimizer keeps for p. Buffers start at zero; masters are fp32 beside 16-bit p."""
+    rule = opt.rule
+    if rule is None:
+        return
+    state = opt.state[p]
+    dtype = torch.float32 if has_master(opt, p) else p.dtype
+    for name in rule.buffer_names(rule.flags(group)):
+        if name not in state:
+            state[name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+    if rule.name != "sgd" and "step" not in state:
+        state["step"] = torch.zeros((), dtype=torch.float32)
+    if has_master(opt, p) and "master" not in state:
+        state["master"] = p.detach().to(torch.float32, memory_format=torch.preserve_format, copy=True)
+
+
+def share_steps(opt: RST, group: Group) -> None:
+    """Lets parameters at the same step count share one counter tensor, and gives those left behind their own."""
+    shared: dict[float, Tensor] = {}
+    active = {id(opt.state[p]["step"]) for p in group["params"] if p.grad is not None and "step" in opt.state[p]}
+    for p in group["params"]:
+        step = opt.state[p].get("step") if p in opt.state else None
+        if step is None:
+            continue
+        if p.grad is None:
+            if id(step) in active:
+                opt.state[p]["step"] = step.clone()
+        elif len(active) > 1:
+            opt.state[p]["step"] = shared.setdefault(float(step), step)
+
+
+def backup_of(opt: RST, p: Tensor) -> Tensor:
+    """The tensor that keeps p's weights while they are perturbed; allocated once."""
+    backup = opt._backups.get(p)
+    if backup is None:
+        backup = opt._backups[p] = torch.empty_like(p, requires_grad=False, memory_format=torch.preserve_format)
+    return backup
+
+
+def init_group(
+    opt: RST, group: Group, updating: bool, masters_only: bool,
+    params: list[Tensor], grads: list[Tensor], backups: list[Tensor], first_grads: list[Tensor],
+    buffers: list[Tensor], buffers2: list[Tensor], masters: list[Tensor],
+    steps: list[Tensor], sizes: list[int], fresh: list[bool],
+) -> None:  # fmt: skip
+    """Appends what the ops need for this group's parameters that have a gradient, one row per step count.
+
+    Dynamo runs this outside the graph and treats the tensors as static inputs, as for the optimizers of torch.
+    """
+    rule = opt.rule
+    names = rule.buffer_names(rule.flags(group)) if rule is not None else ()
+    active = [p for p in group["params"] if p.grad is not None and has_master(opt, p) == masters_only]
+    rows: dict[Any, list[Tensor]] = {}
+    is_fresh = {}
+    for p in active:
+        state = opt.state[p] if rule is not None else {}
+        is_fresh[p] = rule is not None and rule.splits_fresh(group) and names[0] not in state
+        init_state(opt, group, p)
+    if updating and rule is not None and rule.name != "sgd":
+        share_steps(opt, group)
+    for p in active:
+        step = opt.state[p].get("step") if rule is not None else None
+        rows.setdefault((id(step), is_fresh[p]), []).append(p)
+    for (_, new), members in rows.items():
+        sizes.append(len(members))
+        fresh.append(new)
+        for p in members:
+            state = opt.state[p] if rule is not None else {}
+            params.append(p)
+            assert p.grad is not None
+            grads.append(p.grad)
+            if masters_only:
+                masters.append(state["master"])
+            elif not updating or p in opt._perturbed:
+                backups.append(backup_of(opt, p))
+            else:
+                backups.append(p)
+            first_grads.append(state.get("first_grad", p.grad))
+            for out, name in zip((buffers, buffers2), names, strict=False):
+                out.append(state[name])
+        if "step" in state:
+            steps.append(state["step"])
+
+
+class Lists:
+    """The arguments of one call of an op, gathered over parameter groups that agree in all flags."""
+
+    def __init__(self) -> None:
+        self.params: list[Tensor] = []
+        self.grads: list[Tensor] = []
+        self.backups: list[Tensor] = []
+        self.first_grads: list[Tensor] = []
+        self.buffers: list[Tensor] = []
+        self.buffers2: list[Tensor] = []
+        self.masters: list[Tensor] = []
+        self.steps: list[Tensor] = []
+        self.sizes: list[int] = []
+        self.rows: list[tuple[Group, bool]] = []
+
+
+def gather(opt: RST, indices: list[int], updating: bool, masters_only: bool) -> Lists:
+    out = Lists()
+    for i in indices:
+        params: list[Tensor] = []
+        grads: list[Tensor] = []
+        backups: list[Tensor] = []
+        first_grads: list[Tensor] = []
+        buffers: list[Tensor] = []
+        buffers2: list[Tensor] = []
+        masters: list[Tensor] = []
+        steps: list[Tensor] = []
+        sizes: list[int] = []
+        fresh: list[bool] = []
+        group = opt.param_groups[i]
+        opt._init_group(
+            group, updating, masters_only, params, grads, backups, first_grads, buffers, buffers2, masters, steps,
+            sizes, fresh,
+        )  # fmt: skip
+        out.params += params
+        out.grads += grads
+        out.backups += backups
+        out.first_grads += first_grads
+        out.buffers += buffers
+        out.buffers2 += buffers2
+        out.masters += masters
+        out.steps += steps
+        out.sizes += sizes
+        out.rows += [(group, new) for new in fresh]
+    return out
+
+
+def partition(opt: RST) -> list[list[int]]:
+    """Indices of the parameter groups, those that one call can serve together."""
+    if opt.rule is None:
+        return [list(range(len(opt.param_groups)))]
+    parts: dict[tuple[bool, ...], list[int]] = {}
+    for i in range(len(opt.param_groups)):
+        parts.setdefault(opt.rule.flags(opt.param_groups[i]), []).append(i)
+    return list(parts.values())
+
+
+def master_kinds(opt: RST) -> tuple[bool, ...]:
+    return (False, True) if opt.master_weights else (False,)
+
+
+def signed_rho(group: Group) -> Any:
+    """rho, negative where the objective is maximized: the perturbation always makes the objective worse."""
+    return -group["rho"] if group.get("maximize") else group["rho"]
+
+
+def perturb(opt: RST, keep_first: bool) -> None:
+    """grad_norm and perturb_ over all groups."""
+    ops = opt.backend.ops
+    everything = list(range(len(opt.param_groups)))
+    calls = [gather(opt, everything, False, kind) for kind in master_kinds(opt)]
+    calls = [c for c in calls if c.params]
+    grads = [g for c in calls for g in c.grads]
+    sources = [p for c in calls for p in (c.masters or c.params)] if opt.adaptive else []
+    ops.grad_norm(opt._stats, grads, sources, opt.adaptive, opt.eta)
+    first_index = 0
+    for c in calls:
+        rho = as_rows([[signed_rho(group)] for group, _ in c.rows]).flatten()
+        if not torch.compiler.is_compiling():
+            # An interrupt may strike between the op and the note that it ran, or (in plain torch) inside the op: with
+            # backups written beforehand, restoring is right in every case.
+            if not c.masters:
+                torch._foreach_copy_(c.backups, c.params)
+            opt._perturbed.update(dict.fromkeys(c.params, True))
+        ops.perturb_(
+            c.params, c.grads, [] if c.masters else c.backups, c.masters, opt._stats, rho, c.sizes, opt.adaptive, opt.eta,
+            opt.stochastic_rounding, opt._rng, first_index,
+        )  # fmt: skip
+        first_index += len(c.params)
+        for p, g in zip(c.params, c.grads, strict=True):
+            opt._perturbed[p] = True
+            if keep_first:
+                opt.state[p]["first_grad"] = g
+            p.grad = None
+        touched(c.params)
+
+
+def update(opt: RST, perturbed: bool, mixing: bool) -> None:
+    """Restore, mix and base step, in one op per set of groups that agree in all flags."""
+    rule, ops = opt.rule, opt.backend.ops
+    assert rule is not None
+    amp = (getattr(opt, "grad_scale", None), getattr(opt, "found_inf", None))
+    for indices in partition(opt):
+        for kind in master_kinds(opt):
+            c = gather(opt, indices, True, kind)
+            if not c.params:
+                continue
+            flags = rule.flags(opt.param_groups[indices[0]])
+            gamma = opt._gamma_now if mixing else 1.0
+            steps = advanced(c.steps, amp[1])
+            lists: list[Any] = [c.params, c.grads]
+            if perturbed:
+                lists += [[] if c.masters else c.backups, c.first_grads if mixing else []]
+            buffers = [b for b in (c.buffers, c.buffers2) if b]
+            hyper = as_rows([rule.row(group, new, gamma) for group, new in c.rows])
+            rule.apply(ops, perturbed, lists, buffers, c.masters, hyper, steps, c.sizes, flags, amp)
+            forget(opt, c.params)
+            touched(c.params)
+    if perturbed:
+        restore(opt)
+
+
+def advanced(steps: list[Tensor], found_inf: Tensor | None) -> Tensor | None:
+    """Counts this step in every counter (unless AMP found an overflow) and returns them as one tensor."""
+    if not steps:
+        return None
+    torch._foreach_add_(steps, 1)
+    counted = torch.stack(steps).double()
+    if found_inf is not None:
+        for step in steps:
+            step.sub_((found_inf != 0).to(step.dtype).squeeze())
+    return counted
+
+
+def restore(opt: RST, mixing: bool = False) -> None:
+    """Every parameter that is still perturbed goes back to its weights.
+
+    With ``mixing`` (a base optimizer that is not fused) p.grad becomes (1 - gamma) g1 + gamma g2 where both exist.
+    """
+    for kind in master_kinds(opt):
+        for mixed in (True, False) if mixing else (False,):
+            params = [
+                p
+                for p in opt._perturbed
+                if has_master(opt, p) == kind
+                and (not mixing or mixed == (p.grad is not None and "first_grad" in opt.state[p]))
+            ]
+            if not params:
+                continue
+            masters = [opt.state[p]["master"] for p in params] if kind else []
+            backups = [] if kind else [backup_of(opt, p) for p in params]
+            grads = [p.grad for p in params] if mixed else []
+            firsts = [opt.state[p]["first_grad"] for p in params] if mixed else []
+            gamma = as_rows([[opt._gamma_now]]).flatten()
+            opt.backend.ops.restore_(params, backups, masters, grads, firsts, gamma, [len(params)])
+            forget(opt, params)
+            touched(params)
+
+
+def forget(opt: RST, params: list[Tensor]) -> None:
+    """These parameters are back at their weights."""
+    for p in params:
+        opt._perturbed.pop(p, None)
+        if p in opt.state:
+            opt.state[p].pop("first_grad", None)
+
+
+def touched(params: list[Tensor]) -> None:
+    """Tells autograd that the parameters changed: the compiled ops cannot."""
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(params)

@@ -1,0 +1,130 @@
+"""The base optimizers that the ops fuse: their hyperparameters, their state, and which op applies them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Group = dict[str, Any]
+
+
+def check_number(name: str, value: Any, low: float, high: float | None = None) -> None:
+    """Raises unless ``value`` (a number or one-element tensor) lies in [low, high)."""
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise ValueError(f"{name} is a tensor of shape {tuple(value.shape)}: expected a number or a one-element tensor")
+    if isinstance(value, bool) or not isinstance(value, (int, float, Tensor)):
+        raise TypeError(f"{name}={value!r}: expected a number, got {type(value).__name__}")
+    number = float(value)
+    if not low <= number or (high is not None and not number < high) or number in (float("inf"),):
+        limits = f"a finite number >= {low}" if high is None else f"a number in [{low}, {high})"
+        raise ValueError(f"{name}={value!r}: expected {limits}")
+
+
+class SgdRule:
+    """torch.optim.SGD: momentum, dampening, nesterov, weight decay, maximize."""
+
+    name = "sgd"
+    buffers: tuple[str, ...] = ("momentum_buffer",)
+    defaults: Group = {
+        "lr": 1e-3, "momentum": 0.0, "dampening": 0.0, "weight_decay": 0.0, "nesterov": False, "maximize": False,
+    }  # fmt: skip
+
+    def check(self, group: Group) -> None:
+        for name in ("lr", "momentum", "weight_decay"):
+            check_number(name, group[name], 0)
+        check_number("dampening", group["dampening"], -float("inf"))
+        if group["nesterov"] and (group["momentum"] == 0 or group["dampening"] != 0):
+            raise ValueError(
+                f"nesterov=True with momentum={group['momentum']!r}, dampening={group['dampening']!r}: "
+                "expected momentum > 0 and dampening = 0"
+            )
+
+    def flags(self, group: Group) -> tuple[bool, ...]:
+        """What must agree among the groups of one call: (has buffers, nesterov, maximize)."""
+        return (group["momentum"] != 0, bool(group["nesterov"]), bool(group["maximize"]))
+
+    def buffer_names(self, flags: tuple[bool, ...]) -> tuple[str, ...]:
+        return self.buffers if flags[0] else ()
+
+    def row(self, group: Group, fresh: bool, gamma: Any) -> list[Any]:
+        """Numbers in the order of SGD_HYPER. A fresh (zero) buffer starts from the whole gradient, as in torch."""
+        dampening = 0.0 if fresh else group["dampening"]
+        return [group["lr"], group["momentum"], dampening, group["weight_decay"], gamma]
+
+    def splits_fresh(self, group: Group) -> bool:
+        return group["momentum"] != 0 and group["dampening"] != 0
+
+    def apply(
+        self, ops: Any, restore: bool, lists: Sequence[Any], buffers: Sequence[list[Tensor]], masters: list[Tensor],
+        hyper: Tensor, steps: Tensor | None, sizes: list[int], flags: tuple[bool, ...], amp: tuple[Any, Any],
+    ) -> None:  # fmt: skip
+        op = ops.restore_sgd_step_ if restore else ops.sgd_step_
+        op(*lists, buffers[0] if buffers else [], masters, hyper, sizes, flags[1], flags[2], *amp)
+
+
+class AdamRule:
+    """torch.optim.Adam and AdamW (without amsgrad)."""
+
+    buffers: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
+
+    def __init__(self, decoupled: bool) -> None:
+        self.name = "adamw" if decoupled else "adam"
+        self.decoupled = decoupled
+        self.defaults: Group = {
+            "lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2 if decoupled else 0.0,
+            "maximize": False,
+        }  # fmt: skip
+
+    def check(self, group: Group) -> None:
+        for name in ("lr", "eps", "weight_decay"):
+            check_number(name, group[name], 0)
+        betas = group["betas"]
+        if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+            raise ValueError(f"betas={betas!r}: expected a pair (beta1, beta2)")
+        for i, beta in enumerate(betas):
+            check_number(f"betas[{i}]", beta, 0, 1)
+
+    def flags(self, group: Group) -> tuple[bool, ...]:
+        return (True, self.decoupled, bool(group["maximize"]))
+
+    def buffer_names(self, flags: tuple[bool, ...]) -> tuple[str, ...]:
+        return self.buffers
+
+    def row(self, group: Group, fresh: bool, gamma: Any) -> list[Any]:
+        """Numbers in the order of ADAM_HYPER."""
+        beta1, beta2 = group["betas"]
+        return [group["lr"], beta1, beta2, group["eps"], group["weight_decay"], gamma]
+
+    def splits_fresh(self, group: Group) -> bool:
+        return False
+
+    def apply(
+        self, ops: Any, restore: bool, lists: Sequence[Any], buffers: Sequence[list[Tensor]], masters: list[Tensor],
+        hyper: Tensor, steps: Tensor | None, sizes: list[int], flags: tuple[bool, ...], amp: tuple[Any, Any],
+    ) -> None:  # fmt: skip
+        op = ops.restore_adam_step_ if restore else ops.adam_step_
+        op(*lists, *buffers, masters, hyper, steps, sizes, self.decoupled, flags[2], *amp)
+
+
+def rule_for(base: Any) -> SgdRule | AdamRule:
+    """The rule that ``base`` names."""
+    if base == "sgd":
+        return SgdRule()
+    if base in ("adam", "adamw"):
+        return AdamRule(decoupled=base == "adamw")
+    raise ValueError(f"base={base!r}: expected 'sgd', 'adam', 'adamw' or a torch.optim.Optimizer instance")
+
+
+def as_rows(rows: list[list[Any]]) -> Tensor:
+    """A float64 matrix of the given numbers.
+
+    While torch.compile traces, numbers enter as a product with a tensor, so that the graph holds them as inputs: a
+    learning rate that changes each step then costs no new graph.
+    """
+    if not torch.compiler.is_compiling() and not any(isinstance(x, Tensor) for row in rows for x in row):
+        return torch.tensor(rows, dtype=torch.float64)
+    one = torch.ones((), dtype=torch.float64)
+    return torch.stack([torch.stack([one * x for x in row]) for row in rows])

@@ -1,0 +1,57 @@
+"""The contract of every op: its schema, and what it does to shapes and dtypes (nothing: all results are in place).
+
+Conventions shared by all ops
+    lists       one entry per parameter, all lists of a call equally long; an optional list is empty when absent. A
+                parameter that was not perturbed stands as its own backup, and without a first gradient its gradient
+                stands for both.
+    rows        hyperparameters are float64 tensors with one row per group of consecutive parameters; ``group_sizes``
+                says how many parameters each row covers.
+    stats       float64 ``[norm, inverse, non_finite, non_finite_count]``: the gradient norm, ``1 / (norm + 1e-12)`` or 0
+                where there is no direction, whether the norm was not finite, and how often that happened so far.
+    masters     fp32 copies of bfloat16/float16 parameters; where given, they take the place of backups.
+    rng         int64 ``[seed, step]``: stochastic rounding is a pure function of both and of the element's position.
+    first_grads the gradients of the first pass, for G-RST; empty for RST, which uses the second pass alone.
+"""
+
+from __future__ import annotations
+
+import torch
+
+NAMESPACE = "rst_fused"
+SGD_HYPER = ("lr", "momentum", "dampening", "weight_decay", "gamma")
+ADAM_HYPER = ("lr", "beta1", "beta2", "eps", "weight_decay", "gamma")
+STATS = ("norm", "inverse", "non_finite", "non_finite_count")
+
+_RESTORE = "Tensor[] backups, Tensor[] first_grads, "
+_SGD = (
+    "Tensor(b!)[] momentum_buffers, Tensor(c!)[] masters, Tensor hyper, int[] group_sizes, bool nesterov, "
+    "bool maximize, Tensor? grad_scale, Tensor? found_inf) -> ()"
+)
+_ADAM = (
+    "Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] masters, Tensor hyper, Tensor steps, "
+    "int[] group_sizes, bool decoupled, bool maximize, Tensor? grad_scale, Tensor? found_inf) -> ()"
+)
+_PARAMS = "(Tensor(a!)[] params, Tensor[] grads, "
+
+SCHEMAS = {
+    "grad_norm": "(Tensor(a!) stats, Tensor[] grads, Tensor[] params, bool adaptive, float eta) -> ()",
+    "perturb_": _PARAMS + "Tensor(b!)[] backups, Tensor[] masters, Tensor stats, Tensor rho, int[] group_sizes, "
+    "bool adaptive, float eta, bool stochastic, Tensor rng, int first_index) -> ()",
+    "restore_": "(Tensor(a!)[] params, Tensor[] backups, Tensor[] masters, Tensor(b!)[] grads, Tensor[] first_grads, "
+    "Tensor gamma, int[] group_sizes) -> ()",
+    "sgd_step_": _PARAMS + _SGD,
+    "restore_sgd_step_": _PARAMS + _RESTORE + _SGD,
+    "adam_step_": _PARAMS + _ADAM,
+    "restore_adam_step_": _PARAMS + _RESTORE + _ADAM,
+}
+
+_library = torch.library.Library(NAMESPACE, "DEF")
+
+
+def _fake(*args: object) -> None:
+    """Every op returns nothing and changes no shape."""
+
+
+for _name, _schema in SCHEMAS.items():
+    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=_library)

@@ -1,0 +1,28 @@
+"""Running statistics belong to the first pass alone: the second one runs at weights that are not the model's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch.nn.modules.batchnorm import _NormBase
+
+
+@contextmanager
+def freeze_batch_norm(model: torch.nn.Module | None) -> Iterator[None]:
+    """Inside, forward passes leave the running statistics of ``model`` alone (num_batches_tracked too).
+
+    Normalization itself is unchanged: layers in training mode use the statistics of the batch. Covers BatchNorm,
+    SyncBatchNorm and InstanceNorm. None does nothing.
+    """
+    tracking = [] if model is None else [
+        m for m in model.modules() if isinstance(m, _NormBase) and m.training and m.track_running_stats
+    ]
+    for module in tracking:
+        module.track_running_stats = False
+    try:
+        yield
+    finally:
+        for module in tracking:
+            module.track_running_stats = True

@@ -1,0 +1,391 @@
+"""RST, G-RST and SAM as torch optimizers: a thin layer that draws, keeps state and calls the ops."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from rst_fused import _engine
+from rst_fused._backends import Backend, backend_for
+from rst_fused._checks import as_integer
+from rst_fused._plan import Plans
+from rst_fused._rules import Group, check_number, rule_for
+from rst_fused.batch_norm import freeze_batch_norm
+from rst_fused.schedule import as_schedule, draw, match
+
+_COUNTERS = ("rst_steps", "rst_sam_steps", "rst_seed")
+_TRANSIENT = ("_backups", "_perturbed", "_plans", "_now")
+
+
+class RST(Optimizer):
+    """Randomized Sharpness-Aware Training around SGD, Adam, AdamW or any torch optimizer.
+
+    At step t a trial with probability p(t) decides between a base step and a SAM step::
+
+        base step:  g = grad L(w)
+        SAM step:   g1 = grad L(w);  e = rho g1 / ||g1||;  g2 = grad L(w + e);  g = (1 - gamma) g1 + gamma g2
+        update:     the base optimizer applies g at w
+
+    gamma = 1 is RST, anything else G-RST (Zhao, Zhang, Hu 2022, arXiv 2203.09962, sections 3 and 4); p = 1 and
+    gamma = 1 is SAM (Foret et al. 2021). The draw is a pure function of (seed, step): equal on every rank, and resumed
+    from the step count.
+
+    Arguments:
+        params: parameters or groups as for torch.optim; a group may set its own rho, lr and so on. May be None when
+            ``base`` is an optimizer instance.
+        base: "sgd", "adam", "adamw" (fused: restore, mixing and update are one pass), or a torch.optim.Optimizer,
+            whose param_groups are then shared. Hyperparameters of a named base (lr, momentum, betas, weight_decay,
+            maximize, ...) are keyword arguments with the meaning and defaults of torch.optim.
+        rho: radius of the perturbation, >= 0, per group.
+        schedule: p, or a callable step -> p in [0, 1] (see rst_fused.schedule).
+        gamma: weight of the second gradient: a number, a callable step -> gamma, or "match" for 1 / p(t).
+        adaptive: ASAM (Kwon et al. 2021): e = rho T^2 g1 / ||T g1||, T = |w| + eta.
+        seed: of the draws and of stochastic rounding, 0 <= seed < 2^63.
+        backend: "auto", "cpu" or "reference" (see rst_fused._backends).
+        model: in the closure form, its BatchNorm statistics are left alone by the second pass.
+        master_weights: keep fp32 copies of bfloat16/float16 parameters in the state and update those; buffers are fp32
+            too, and no backup is needed.
+        stochastic_rounding: round w + e stochastically where w is bfloat16/float16: e is smaller than their spacing,
+            and rounding to nearest would drop most of it.
+
+    Errors: ValueError or TypeError names the argument, what was given and what was expected, before anything changes.
+
+    Memory, in bytes per fp32 parameter beside weights and gradients: a backup 4, momentum 4 (Adam 8), and for G-RST the
+    first gradient 4 between the passes. Traffic: see rst_fused.ops.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any] | None = None,
+        base: str | Optimizer = "sgd",
+        *,
+        rho: float = 0.05,
+        schedule: float | Callable[[int], float] = 0.5,
+        gamma: float | Callable[[int], float] | str = 1.0,
+        adaptive: bool = False,
+        eta: float = 0.0,
+        seed: int = 0,
+        backend: str = "auto",
+        model: torch.nn.Module | None = None,
+        master_weights: bool = False,
+        stochastic_rounding: bool = True,
+        **hyper: Any,
+    ) -> None:
+        self.base = base if isinstance(base, Optimizer) else None
+        self.rule = None if self.base is not None else rule_for(base)
+        check_number("rho", rho, 0)
+        check_number("eta", eta, 0)
+        self.schedule = as_schedule(schedule)
+        self.gamma = self._checked_gamma(gamma)
+        self.adaptive, self.eta = bool(adaptive), float(eta)
+        self.seed = as_integer("seed", seed, 0, 2**63 - 1)
+        self.master_weights, self.stochastic_rounding = bool(master_weights), bool(stochastic_rounding)
+        self.requested_backend = backend
+        self._model = model
+        self.steps = self.sam_steps = 0
+        self._reset()
+        if self.rule is not None:
+            super().__init__(self._given(params), {**self._hyper(hyper), "rho": rho})
+        else:
+            self._share(params, hyper, rho)
+        first = self.param_groups[0]["params"][0]
+        self.backend: Backend = backend_for(backend, first.device)
+        self._stats = torch.zeros(4, dtype=torch.float64, device=first.device)
+        self._rng = torch.tensor([self.seed, 0], dtype=torch.int64)
+
+    # --- construction -----------------------------------------------------------------------------------------------
+    @staticmethod
+    def _given(params: Iterable[Any] | None) -> Iterable[Any]:
+        if params is None:
+            raise TypeError("params=None: expected parameters, unless base is an optimizer instance that holds them")
+        return params
+
+    def _hyper(self, hyper: Group) -> Group:
+        assert self.rule is not None
+        unknown = sorted(set(hyper) - set(self.rule.defaults))
+        if unknown:
+            raise TypeError(f"base={self.rule.name!r} takes no {unknown}: expected some of {sorted(self.rule.defaults)}")
+        return {**self.rule.defaults, **hyper}
+
+    def _share(self, params: Iterable[Any] | None, hyper: Group, rho: float) -> None:
+        """Takes over the groups and the state of an optimizer instance."""
+        assert self.base is not None
+        if hyper:
+            raise TypeError(f"{sorted(hyper)} given beside an optimizer instance as base: set them there")
+        if self.master_weights:
+            raise ValueError("master_weights=True with an optimizer instance as base: only 'sgd', 'adam', 'adamw' keep them")
+        if params is not None:
+            given = [p for item in params for p in (item["params"] if isinstance(item, dict) else [item])]
+            held = [p for group in self.base.param_groups for p in group["params"]]
+            if [id(p) for p in given] != [id(p) for p in held]:
+                raise ValueError(
+                    f"params ({len(given)} tensors) are not those of the base optimizer ({len(held)}): pass params=None"
+                )
+        super().__init__(self.base.param_groups, {"rho": rho})
+        self.param_groups, self.state = self.base.param_groups, self.base.state
+
+    def _checked_gamma(self, gamma: float | Callable[[int], float] | str) -> float | Callable[[int], float]:
+        if isinstance(gamma, str):
+            if gamma != "match":
+                raise ValueError(f"gamma={gamma!r}: expected a number, a callable step -> gamma, or 'match'")
+            return match(self.schedule)
+        if not callable(gamma):
+            check_number("gamma", gamma, 0)
+        return gamma
+
+    def _reset(self) -> None:
+        """What is never saved: backups, launch plans, and the notes of a step under way."""
+        self._backups: dict[Tensor, Tensor] = {}
+        self._perturbed: dict[Tensor, bool] = {}
+        self._plans = Plans()
+        self._now: tuple[int, bool] | None = None  # step, draw
+        self._gamma_now = 1.0
+        self._phase = ""  # "perturbed" between perturb and step
+        self._mixing = False
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Adds a group as torch.optim does; checks its hyperparameters, dtypes and layouts first."""
+        self._refuse_while_perturbed("add_param_group")
+        group = {**self.defaults, **param_group}
+        check_number("rho", group["rho"], 0)
+        if self.rule is not None:
+            self.rule.check(group)
+        params = param_group["params"]
+        params = [params] if isinstance(params, Tensor) else list(params)
+        for i, item in enumerate(params):
+            p = item[1] if isinstance(item, tuple) else item
+            if not isinstance(p, Tensor):
+                continue  # torch.optim names what is wrong
+            if p.layout != torch.strided:
+                raise ValueError(f"params[{i}] has layout {p.layout}: expected a dense tensor")
+            if p.dtype not in _engine.SUPPORTED:
+                raise ValueError(f"params[{i}] is {p.dtype}: expected one of {[str(d) for d in _engine.SUPPORTED]}")
+            device = self.param_groups[0]["params"][0].device if self.param_groups else params[0].device
+            if p.device != device:
+                raise ValueError(f"params[{i}] is on {p.device}, the first parameter on {device}: expected one device")
+        param_group["params"] = params
+        super().add_param_group(param_group)
+
+    # --- the step ---------------------------------------------------------------------------------------------------
+    def draw(self) -> bool:
+        """Whether the step under way is a SAM step: X_t ~ Bernoulli(p(t)). Asking again gives the same answer."""
+        if self._now is None or self._now[0] != self.steps:
+            self._now = (self.steps, draw(self.seed, self.steps, self.schedule(self.steps)))
+            gamma = self.gamma(self.steps) if callable(self.gamma) else self.gamma
+            check_number(f"gamma({self.steps})", gamma, 0)
+            self._gamma_now = float(gamma)
+            self._rng[1] = self.steps
+        return self._now[1]
+
+    @torch.no_grad()
+    def perturb(self, fire: bool | None = None) -> bool:
+        """After the first backward: draws, and if it fires moves the weights to w + e and returns True.
+
+        The gradients are consumed: p.grad is None afterwards (kept inside for G-RST). A zero or non-finite gradient
+        norm gives e = 0. ``fire`` overrides the draw; under torch.compile pass ``fire=opt.draw()``, evaluated outside.
+        Raises RuntimeError if already perturbed, or for gradients that are sparse or of another dtype.
+        """
+        self._refuse_while_perturbed("perturb")
+        if torch.compiler.is_compiling():
+            if fire is None:
+                raise RuntimeError("perturb() under torch.compile: pass fire=opt.draw(), evaluated outside the graph")
+        else:
+            drawn = self.draw()
+            fire = drawn if fire is None else bool(fire)
+        if not fire:
+            return False
+        self._mixing = self._gamma_now != 1.0
+        if torch.compiler.is_compiling():
+            _engine.perturb(self, self._mixing)
+            self._phase = "perturbed"
+            return True
+        self._phase = "perturbed"
+        try:
+            if not self._plans.perturb(self):
+                self._check_grads()
+                _engine.perturb(self, self._mixing)
+        except BaseException:
+            self.restore()
+            raise
+        return True
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Restores the weights if they are perturbed, and applies the base optimizer to them, in one pass.
+
+        closure: zeroes gradients, runs forward and backward and returns the loss; called once, or twice when the draw
+        fires. The first loss is returned. Without a closure the gradients in p.grad are used: those of the second pass
+        after a perturb() that returned True.
+        """
+        loss = None
+        if closure is not None:
+            self._refuse_while_perturbed("step(closure)")
+            with torch.enable_grad():
+                loss = closure()
+            if self.perturb():
+                with torch.enable_grad(), self.second_pass(self._model):
+                    closure()
+        perturbed = self._phase == "perturbed"
+        try:
+            if torch.compiler.is_compiling():
+                _engine.update(self, perturbed, self._mixing)
+            elif self.rule is None:
+                _engine.restore(self, self._mixing)
+                assert self.base is not None
+                self.base.step()
+            elif not self._plans.update(self, perturbed, self._mixing):
+                self._check_grads()
+                _engine.update(self, perturbed, self._mixing)
+        except BaseException:
+            if not torch.compiler.is_compiling():
+                self.restore()
+            raise
+        self.steps += 1
+        self.sam_steps += perturbed
+        self._phase = ""
+        self._mixing = False
+        return loss
+
+    @contextmanager
+    def second_pass(self, model: torch.nn.Module | None = None) -> Iterator[None]:
+        """Around the second forward and backward: BatchNorm statistics stay; on any exception the weights come back."""
+        try:
+            with freeze_batch_norm(model):
+                yield
+        except BaseException:
+            self.restore()
+            raise
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Abandons a perturbation: the weights are bit for bit those before perturb(). No update, no step counted."""
+        self._plans.restore(self)
+        _engine.restore(self)
+        self._phase = ""
+        self._mixing = False
+
+    def _init_group(self, group: Group, *args: Any) -> None:
+        _engine.init_group(self, group, *args)
+
+    def _check_grads(self) -> None:
+        for i, group in enumerate(self.param_groups):
+            for j, p in enumerate(group["params"]):
+                _engine.check_grad(p, f"parameter {j} of group {i}")
+
+    def _refuse_while_perturbed(self, what: str) -> None:
+        if self._phase:
+            raise RuntimeError(
+                f"{what} while the weights are perturbed: call step() after the second backward, or restore() to abandon it"
+            )
+
+    # --- what it cost -----------------------------------------------------------------------------------------------
+    @property
+    def cost(self) -> float:
+        """Mean forward-backward pairs per step so far: 1 + sam_steps / steps."""
+        return 1.0 + (self.sam_steps / self.steps if self.steps else 0.0)
+
+    @property
+    def last_grad_norm(self) -> float:
+        """||g1|| (ASAM: ||T g1||) of the last SAM step, NaN before the first. Waits for the device."""
+        return float(self._stats[0]) if self.sam_steps or self._phase else math.nan
+
+    @property
+    def non_finite_norms(self) -> int:
+        """SAM steps so far whose gradient norm was not finite, so that nothing was perturbed. Waits for the device."""
+        return int(self._stats[3])
+
+    # --- saving -----------------------------------------------------------------------------------------------------
+    def state_dict(self) -> dict[str, Any]:
+        """As torch.optim; the counters travel in the param_groups. Raises RuntimeError while perturbed."""
+        self._refuse_while_perturbed("state_dict")
+        saved = super().state_dict()
+        for group in saved["param_groups"]:
+            group.update(zip(_COUNTERS, (self.steps, self.sam_steps, self.seed), strict=True))
+        return saved
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Resumes bit-exactly. Also takes the state of the torch.optim optimizer that the base is named after."""
+        self._refuse_while_perturbed("load_state_dict")
+        rhos = [group["rho"] for group in self.param_groups]
+        if self.base is not None:
+            self.base.load_state_dict(state_dict)
+            self.param_groups, self.state = self.base.param_groups, self.base.state
+        else:
+            super().load_state_dict(state_dict)
+            self._keep_dtypes(state_dict)
+        counters = {}
+        for group, rho in zip(self.param_groups, rhos, strict=True):
+            group.setdefault("rho", rho)
+            counters = {name: group.pop(name) for name in _COUNTERS if name in group}
+        self.steps = counters.get("rst_steps", 0)
+        self.sam_steps = counters.get("rst_sam_steps", 0)
+        self.seed = counters.get("rst_seed", self.seed)
+        self._reset()
+        self._rng = torch.tensor([self.seed, self.steps], dtype=torch.int64)
+
+    def _keep_dtypes(self, saved: dict[str, Any]) -> None:
+        """Puts back the state that torch has cast to the dtype of its parameter: fp32 masters and buffers."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        keys = [key for group in saved["param_groups"] for key in group["params"]]
+        for p, key in zip(params, keys, strict=True):
+            for name, value in saved["state"].get(key, {}).items():
+                if isinstance(value, Tensor) and self.state[p][name].dtype != value.dtype:
+                    self.state[p][name] = value.detach().to(p.device, copy=True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._refuse_while_perturbed("pickling or copying")
+        hidden = [name for name in self.__dict__ if name.startswith("_optimizer_")]
+        skipped = {*_TRANSIENT, *hidden, "step", "backend", "_warned_capturable_if_run_uncaptured"}
+        return {name: value for name, value in self.__dict__.items() if name not in skipped}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "requested_backend" in state:  # unpickled or copied, rather than loading a state_dict
+            self._reset()
+            self.backend = backend_for(self.requested_backend, self.param_groups[0]["params"][0].device)
+            if self.base is not None:
+                self.param_groups, self.state = self.base.param_groups, self.base.state
+
+    def __repr__(self) -> str:
+        base = self.rule.name if self.rule is not None else repr(self.base)
+        return (
+            f"{type(self).__name__}(base={base}, schedule={self.schedule!r}, gamma={self.gamma!r}, "
+            f"adaptive={self.adaptive}, seed={self.seed}, backend={self.backend.name} "
+            f"({self.requested_backend}: {self.backend.reason}), steps={self.steps}, cost={self.cost:.3f})\n"
+            + super().__repr__()
+        )
+
+
+class SAM(RST):
+    """Sharpness-Aware Minimization (Foret et al. 2021): RST with p = 1, a SAM step every step.
+
+    Takes the arguments of RST except schedule and gamma, and offers first_step / second_step beside step(closure) and
+    perturb / step. ``base`` may also be an optimizer class, whose arguments are then the keyword arguments.
+    """
+
+    def __init__(self, params: Iterable[Any] | None = None, base: Any = "sgd", **kwargs: Any) -> None:
+        if isinstance(base, type) and issubclass(base, Optimizer):
+            own = ("rho", "adaptive", "eta", "seed", "backend", "model", "stochastic_rounding")
+            chosen = {name: kwargs.pop(name) for name in own if name in kwargs}
+            base, params, kwargs = base(self._given(params), **kwargs), None, chosen
+        super().__init__(params, base, schedule=1.0, **kwargs)
+
+    def first_step(self, zero_grad: bool = False) -> None:
+        """Moves the weights to w + e; gradients are consumed. ``zero_grad`` is accepted for compatibility."""
+        self.perturb()
+        if zero_grad:
+            self.zero_grad()
+
+    def second_step(self, zero_grad: bool = False) -> None:
+        """Restores the weights and applies the base optimizer with the gradients of the second pass."""
+        if not self._phase:
+            raise RuntimeError("second_step before first_step: call first_step after the first backward")
+        self.step()
+        if zero_grad:
+            self.zero_grad()

@@ -1,0 +1,306 @@
+"""Every formula in plain torch: the oracle of the tests, and the backend where nothing is compiled.
+
+The functors carry the names they have in csrc/sam_math.h; the ops have the signatures of rst_fused._schemas. Arithmetic
+is that of the tensors given (bfloat16 and float16 are computed in float32), so float64 inputs give float64 results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+NORM_EPS = 1e-12
+_MASK32 = 0xFFFFFFFF
+
+
+# --- functors -------------------------------------------------------------------------------------------------------
+def asam_scale(magnitude: Tensor, eta: float) -> Tensor:
+    """T = |w| + eta (ASAM, Kwon et al. 2021, section 4)."""
+    return magnitude + eta
+
+
+def squared_norm(g: Tensor) -> Tensor:
+    """One term of ||g||^2 (SAM, Foret et al. 2021, eq. 2)."""
+    return g * g
+
+
+def asam_squared_norm(g: Tensor, t: Tensor) -> Tensor:
+    """One term of ||T g||^2."""
+    return (t * g) * (t * g)
+
+
+def perturb(w: Tensor, g: Tensor, scale: Tensor) -> Tensor:
+    """w + e with e = scale * g, scale = rho / ||g||."""
+    return w + scale * g
+
+
+def asam_perturb(w: Tensor, g: Tensor, t: Tensor, scale: Tensor) -> Tensor:
+    """w + e with e = scale * T^2 g, scale = rho / ||T g||."""
+    return w + (scale * (t * t)) * g
+
+
+def mix(g1: Tensor, g2: Tensor, gamma: Tensor) -> Tensor:
+    """G-RST: (1 - gamma) g1 + gamma g2 (Zhao et al. 2022, section 4.2)."""
+    return gamma * g2 + (1 - gamma) * g1
+
+
+def sgd(
+    w: Tensor, g: Tensor, buf: Tensor | None, hyper: Sequence[Tensor], nesterov: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The new (w, momentum buffer), as torch.optim.SGD (whose first step has a zero buffer and no dampening)."""
+    lr, momentum, dampening, weight_decay = hyper
+    d = g + weight_decay * w
+    if buf is not None:
+        buf = momentum * buf + (1 - dampening) * d
+        d = d + momentum * buf if nesterov else buf
+    return w - lr * d, buf
+
+
+def adam(
+    w: Tensor, g: Tensor, m: Tensor, v: Tensor, hyper: Sequence[Tensor], step: Tensor, decoupled: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The new (w, exp_avg, exp_avg_sq), as torch.optim.Adam, or AdamW when ``decoupled``."""
+    lr, beta1, beta2, eps, weight_decay = hyper
+    if decoupled:
+        w = w * (1 - lr * weight_decay)
+    else:
+        g = g + weight_decay * w
+    m = m + (1 - beta1) * (g - m)
+    v = beta2 * v + (1 - beta2) * g * g
+    bias1, bias2 = 1 - beta1**step, 1 - beta2**step
+    return w - (lr / bias1) * m / (v.sqrt() / bias2.sqrt() + eps), m, v
+
+
+def random_bits(rng: Tensor, tensor_index: int, element: Tensor) -> Tensor:
+    """32 random bits per element (int64 in [0, 2^32)): a pure function of rng = [seed, step] and both indices."""
+
+    def mixed(x: Tensor) -> Tensor:
+        x = ((x ^ (x >> 16)) * 0x85EBCA6B) & _MASK32
+        x = ((x ^ (x >> 13)) * 0xC2B2AE35) & _MASK32
+        return x ^ (x >> 16)
+
+    def folded(h: Tensor, x: Tensor) -> Tensor:
+        h = (mixed(h ^ (x & _MASK32)) + 0x9E3779B9) & _MASK32
+        return (mixed(h ^ ((x >> 32) & _MASK32)) + 0x9E3779B9) & _MASK32
+
+    rng = rng.to(element.device)
+    key = torch.zeros((), dtype=torch.int64, device=element.device)
+    for part in (rng[0], rng[1], torch.full_like(key, tensor_index), element >> 32):
+        key = folded(key, part)
+    return mixed((((element & _MASK32) * 0x9E3779B9) & _MASK32) ^ key)
+
+
+def stochastic_round(x: Tensor, random: Tensor, dtype: torch.dtype) -> Tensor:
+    """float32 ``x`` rounded to bfloat16 or float16, away from zero with probability equal to the fraction cut off."""
+    shift = torch.zeros_like(x)
+    dropped = 0xFFFF
+    if dtype == torch.float16:  # below 2^-14 the quantum is 2^-24: round 2^-14 + |x|, which has that quantum
+        shift = torch.where(x.abs() < 2.0**-14, 2.0**-14, shift)
+        dropped = 0x1FFF
+    magnitude = (x.abs() + shift).view(torch.int32).to(torch.int64)
+    bits = (magnitude + (random & dropped)) & ~dropped
+    rounded = torch.copysign((bits & _MASK32).to(torch.int32).view(torch.float32) - shift, x)
+    return torch.where(x.isfinite(), rounded, x).to(dtype)
+
+
+# --- helpers --------------------------------------------------------------------------------------------------------
+def _rows(group_sizes: Sequence[int]) -> Iterator[int]:
+    return (row for row, size in enumerate(group_sizes) for _ in range(size))
+
+
+def _wide(x: Tensor) -> Tensor:
+    """The tensor in the dtype it is computed in; complex tensors as pairs of reals."""
+    x = x.detach()
+    if x.is_complex():
+        return torch.view_as_real(x)
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def _write(to: Tensor, value: Tensor) -> None:
+    (torch.view_as_real(to) if to.is_complex() else to).copy_(value)
+
+
+def _magnitude(w: Tensor) -> Tensor:
+    """|w|; of a complex tensor, for each of both parts."""
+    return w.abs().unsqueeze(-1) if w.is_complex() else _wide(w).abs()
+
+
+def element_positions(p: Tensor) -> Tensor:
+    """int64, shaped as p: the position of each element in the order of p's strides, largest first."""
+    order = sorted(range(p.dim()), key=lambda d: -p.stride(d) if p.size(d) > 1 else 0)
+    sizes = [p.size(d) for d in order]
+    inverse = [order.index(d) for d in range(p.dim())]
+    return torch.arange(p.numel(), device=p.device).view(sizes).permute(inverse)
+
+
+# --- ops ------------------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def grad_norm(stats: Tensor, grads: Sequence[Tensor], params: Sequence[Tensor], adaptive: bool, eta: float) -> None:
+    total = torch.zeros((), dtype=torch.float64, device=stats.device)
+    for i, grad in enumerate(grads):
+        g = _wide(grad).double()
+        if adaptive:
+            terms = asam_squared_norm(g, asam_scale(_magnitude(params[i]).double(), eta))
+        else:
+            terms = squared_norm(g)
+        total = total + terms.sum().to(stats.device)
+    norm = total.sqrt()
+    finite = norm.isfinite()
+    stats[0] = norm
+    stats[1] = torch.where(finite & (norm > 0), 1 / (norm + NORM_EPS), 0)
+    stats[2] = torch.where(finite, 0.0, 1.0)
+    stats[3] += stats[2]
+
+
+@torch.no_grad()
+def perturb_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    backups: Sequence[Tensor],
+    masters: Sequence[Tensor],
+    stats: Tensor,
+    rho: Tensor,
+    group_sizes: Sequence[int],
+    adaptive: bool,
+    eta: float,
+    stochastic: bool,
+    rng: Tensor,
+    first_index: int,
+) -> None:
+    for i, row in enumerate(_rows(group_sizes)):
+        p = params[i]
+        if not masters:
+            backups[i].copy_(p)
+        source = masters[i] if masters else p
+        w, g = _wide(source), _wide(grads[i]).to(_wide(source).dtype)
+        scale = rho[row].to(stats.device) * stats[1]
+        if adaptive:
+            moved = asam_perturb(w, g, asam_scale(_magnitude(source), eta), scale)
+        else:
+            moved = perturb(w, g, scale)
+        moved = torch.where(scale != 0, moved, w)  # 0 * inf would be NaN
+        if stochastic and p.dtype in (torch.bfloat16, torch.float16):
+            moved = stochastic_round(moved.float(), random_bits(rng, first_index + i, element_positions(p)), p.dtype)
+        _write(p, moved)
+
+
+@torch.no_grad()
+def restore_(
+    params: Sequence[Tensor],
+    backups: Sequence[Tensor],
+    masters: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    first_grads: Sequence[Tensor],
+    gamma: Tensor,
+    group_sizes: Sequence[int],
+) -> None:
+    for p, saved in zip(params, masters or backups, strict=True):
+        p.copy_(saved)
+    if first_grads:
+        for i, row in enumerate(_rows(group_sizes)):
+            _write(grads[i], mix(_wide(first_grads[i]), _wide(grads[i]), gamma[row]))
+
+
+def _prepared(
+    i: int,
+    row: int,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    backups: Sequence[Tensor],
+    first_grads: Sequence[Tensor],
+    masters: Sequence[Tensor],
+    hyper: Tensor,
+    maximize: bool,
+    grad_scale: Tensor | None,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The weights before the perturbation, the gradient to apply and the row of numbers without gamma."""
+    *numbers, gamma = hyper[row].unbind()
+    w = _wide(masters[i] if masters else backups[i] if backups else params[i])
+    g = _wide(grads[i])
+    if first_grads:
+        g = mix(_wide(first_grads[i]), g, gamma)
+    if grad_scale is not None:
+        g = g / grad_scale.to(g.device)
+    return w, (-g if maximize else g), numbers
+
+
+def _finish(
+    i: int,
+    params: Sequence[Tensor],
+    masters: Sequence[Tensor],
+    w: Tensor,
+    updated: Tensor,
+    state: Sequence[tuple[Tensor, Tensor]],
+    found_inf: Tensor | None,
+) -> None:
+    """Writes the update; where ``found_inf`` is not 0, only what restores the weights."""
+    if found_inf is not None:
+        skip = (found_inf != 0).to(w.device)
+        updated = torch.where(skip, w, updated)
+        state = [(old, torch.where(skip, _wide(old), new)) for old, new in state]
+    for old, new in state:
+        _write(old, new)
+    if masters:
+        _write(masters[i], updated)
+    _write(params[i], updated)
+
+
+@torch.no_grad()
+def restore_sgd_step_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    backups: Sequence[Tensor],
+    first_grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    masters: Sequence[Tensor],
+    hyper: Tensor,
+    group_sizes: Sequence[int],
+    nesterov: bool,
+    maximize: bool,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
+    for i, row in enumerate(_rows(group_sizes)):
+        w, g, numbers = _prepared(
+            i, row, params, grads, backups, first_grads, masters, hyper, maximize, grad_scale
+        )
+        buf = _wide(momentum_buffers[i]) if momentum_buffers else None
+        updated, new_buf = sgd(w, g, buf, numbers, nesterov)
+        state = [] if new_buf is None else [(momentum_buffers[i], new_buf)]
+        _finish(i, params, masters, w, updated, state, found_inf)
+
+
+@torch.no_grad()
+def restore_adam_step_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    backups: Sequence[Tensor],
+    first_grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    masters: Sequence[Tensor],
+    hyper: Tensor,
+    steps: Tensor,
+    group_sizes: Sequence[int],
+    decoupled: bool,
+    maximize: bool,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
+    for i, row in enumerate(_rows(group_sizes)):
+        w, g, numbers = _prepared(
+            i, row, params, grads, backups, first_grads, masters, hyper, maximize, grad_scale
+        )
+        m, v = _wide(exp_avgs[i]), _wide(exp_avg_sqs[i])
+        updated, m, v = adam(w, g, m, v, numbers, steps[row], decoupled)
+        _finish(i, params, masters, w, updated, [(exp_avgs[i], m), (exp_avg_sqs[i], v)], found_inf)
+
+
+def sgd_step_(params: Sequence[Tensor], grads: Sequence[Tensor], *args: object) -> None:
+    restore_sgd_step_(params, grads, [], [], *args)  # type: ignore[arg-type]
+
+
+def adam_step_(params: Sequence[Tensor], grads: Sequence[Tensor], *args: object) -> None:
+    restore_adam_step_(params, grads, [], [], *args)  # type: ignore[arg-type]
