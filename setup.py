@@ -109,13 +109,14 @@ def last_lines(log: IO[bytes]) -> str:
 def extension_modules() -> list[Extension]:
     host_sources = sorted(glob("csrc/host*.cpp"))
     torch_sources = sorted(set(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp")) - set(host_sources))
+    host_sources.append("csrc/cpu/table.cpp")  # both lay out chunk tables
     # Others' headers come in as system headers, which keeps their warnings away. For py_limited_api
     # BuildExtension itself defines Py_LIMITED_API.
     return [
         Extension(
             "rst_fused._C",
             torch_sources,
-            include_dirs=["csrc"],
+            include_dirs=[os.path.abspath("csrc")],
             extra_compile_args=[
                 *COMPILE_FLAGS,
                 f"-DTORCH_TARGET_VERSION={TARGET_VERSION}",
@@ -129,7 +130,7 @@ def extension_modules() -> list[Extension]:
         Extension(
             "rst_fused._host",
             host_sources,
-            include_dirs=["csrc"],
+            include_dirs=[os.path.abspath("csrc")],
             extra_compile_args=[*COMPILE_FLAGS, f"-isystem{pybind11.get_include()}"],
             language="c++",
         ),

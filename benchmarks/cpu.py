@@ -23,7 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--peer", nargs="+", choices=list(PEERS), default=None, metavar="PEER",
                         help=f"which competitors, of {', '.join(PEERS)}; default: all that suit the dtype")  # fmt: skip
     parser.add_argument("--rounds", type=int, default=None, help="default: 7, or 21 for a small case")
-    parser.add_argument("--calls", type=int, default=None, help="calls per round; default: 2, or 10 for a small case")
+    parser.add_argument(
+        "--calls", type=int, default=None, help="calls per round; default: 2, or 10 for a small case"
+    )
     parser.add_argument("--no-probe", action="store_true", help="leave out the bandwidth ceiling")
 
 
@@ -47,7 +49,9 @@ def measure(case_name: str, dtype: str, names: list[str], args: argparse.Namespa
     times = race.run(plan)
     for name, distance in race.disagreement().items():
         if not distance <= AGREEMENT[dtype]:
-            notes.append(f"{case_name}, {dtype}: weights of {name} are {distance:.1e} away from {next(iter(competitors))}'s")
+            notes.append(
+                f"{case_name}, {dtype}: weights of {name} are {distance:.1e} away from {next(iter(competitors))}'s"
+            )
     if probe is not None:
         notes += [f"{case_name}, {dtype}: probe {mix}: {words}" for mix, words in probe.describe().items()]
     found = [r for ours in ("ours", "ours-master") if ours in times for r in ratios(times, case, dtype, ours)]

@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--count", nargs="+", type=int, default=list(HOST_COUNTS), help="numbers of tensors")
     parser.add_argument("--peer", nargs="+", default=["foreach", "ours"], metavar="PEER")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--calls", type=int, default=100, help="calls per round, of which the median counts")
+    parser.add_argument("--calls", type=int, default=None, help="calls per round, of which the median counts")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -39,7 +39,12 @@ def run(args: argparse.Namespace) -> int:
                 except Unavailable as error:
                     data["notes"].append(f"{name} was left out: {error}")
             grads = [case.tensors(torch.float32, seed=1 + i, scale=1e-3) for i in range(sets)]
-            plan = Plan(rounds=args.rounds, calls=args.calls, warmup=20, reduce=statistics.median)
+            plan = Plan(
+                rounds=args.rounds,
+                calls=args.calls or (100 if count < 500 else 20),
+                warmup=20,
+                reduce=statistics.median,
+            )
             times = Race(competitors, grads).run(plan)
             data["results"] += records(times, case, label)
             if "ours" in times:

@@ -107,7 +107,11 @@ def measure(name: str, dtype: str, tensors: int = TENSORS, size: int = SIZE) -> 
     """The same in a child process; None where the mode cannot run here."""
     command = [sys.executable, "-m", "benchmarks.memory", name, dtype, str(tensors), str(size)]
     done = subprocess.run(
-        command, cwd=Path(__file__).parent.parent, env={**os.environ, **ALLOCATOR}, capture_output=True, text=True
+        command,
+        cwd=Path(__file__).parent.parent,
+        env={**os.environ, **ALLOCATOR},
+        capture_output=True,
+        text=True,
     )
     if done.returncode != 0:
         raise RuntimeError(f"measuring {name} in {dtype} failed:\n{done.stderr}")
@@ -135,7 +139,9 @@ def run(args: argparse.Namespace) -> int:
             data["memory"].append(
                 {"mode": mode.title, "dtype": dtype, "measured": measured, "predicted": predicted}
             )
-    data["notes"].append(f"{TENSORS} tensors of {SIZE:,} elements; {STEPS} steps; weights and gradients not counted")
+    data["notes"].append(
+        f"{TENSORS} tensors of {SIZE:,} elements; {STEPS} steps; weights and gradients not counted"
+    )
     record.write(out, data, args.force)
     print(record.markdown(data))
     print(f"written to {out}")

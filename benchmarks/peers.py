@@ -31,7 +31,9 @@ def attach(params: Iterable[torch.Tensor], grads: Iterable[torch.Tensor]) -> Non
 def torch_sgd(params: Sequence[torch.Tensor], hyper: Hyper) -> torch.optim.SGD:
     """The fastest SGD of torch that is right for the dtype: fused, or foreach where fused does nothing."""
     fused = params[0].dtype in FUSED_DTYPES
-    return torch.optim.SGD(params, **hyper.sgd, fused=True if fused else None, foreach=None if fused else True)
+    return torch.optim.SGD(
+        params, **hyper.sgd, fused=True if fused else None, foreach=None if fused else True
+    )
 
 
 class Competitor(ABC):
@@ -43,6 +45,9 @@ class Competitor(ABC):
     def __init__(self, params: list[torch.nn.Parameter], hyper: Hyper) -> None:
         self.params = params
         self.hyper = hyper
+
+    def grads(self) -> list[torch.Tensor]:
+        return [p.grad for p in self.params if p.grad is not None]
 
     @abstractmethod
     def perturb(self) -> None: ...
@@ -66,8 +71,7 @@ class Usual(Competitor):
 
     @torch.no_grad()
     def perturb(self) -> None:
-        grads = [p.grad for p in self.params if p.grad is not None]
-        norm = torch.norm(torch.stack([g.norm(p=2) for g in grads]), p=2)
+        norm = torch.norm(torch.stack([g.norm(p=2) for g in self.grads()]), p=2)
         scale = self.hyper.rho / (norm + EPS)
         for p in self.params:
             if p.grad is None:
@@ -94,19 +98,20 @@ class Foreach(Competitor):
     def __init__(self, params: list[torch.nn.Parameter], hyper: Hyper) -> None:
         super().__init__(params, hyper)
         self.optimizer = torch_sgd(params, hyper)
+        self.weights: list[torch.Tensor] = list(params)
         self.backup = [torch.empty_like(p, requires_grad=False) for p in params]
 
     @torch.no_grad()
     def perturb(self) -> None:
-        grads = [p.grad for p in self.params]
+        grads = self.grads()
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
         scale = self.hyper.rho / (norm + EPS)
-        torch._foreach_copy_(self.backup, self.params)
-        torch._foreach_add_(self.params, torch._foreach_mul(grads, scale))
+        torch._foreach_copy_(self.backup, self.weights)
+        torch._foreach_add_(self.weights, list(torch._foreach_mul(grads, scale)))
 
     @torch.no_grad()
     def update(self) -> None:
-        torch._foreach_copy_(self.params, self.backup)
+        torch._foreach_copy_(self.weights, self.backup)
         self.optimizer.step()
 
     def base(self) -> None:
@@ -119,7 +124,7 @@ def compiled_perturb(
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
     scale = rho / (norm + EPS)
     torch._foreach_copy_(backup, params)
-    torch._foreach_add_(params, torch._foreach_mul(grads, scale))
+    torch._foreach_add_(params, list(torch._foreach_mul(grads, scale)))
 
 
 def compiled_update(
@@ -151,17 +156,16 @@ class Compiled(Competitor):
         self._perturb = torch.compile(compiled_perturb, fullgraph=True, dynamic=False)
         self._update = torch.compile(compiled_update, fullgraph=True, dynamic=False)
 
-    def _grads(self) -> list[torch.Tensor]:
-        return [p.grad for p in self.params]  # type: ignore[misc]
-
     @torch.no_grad()
     def perturb(self) -> None:
-        self._perturb(self.plain, self._grads(), self.backup, self.hyper.rho)
+        self._perturb(self.plain, self.grads(), self.backup, self.hyper.rho)
 
     @torch.no_grad()
     def _sgd(self, source: list[torch.Tensor]) -> None:
         hyper = self.hyper
-        self._update(self.plain, source, self._grads(), self.buffers, self.lr, hyper.momentum, hyper.weight_decay)
+        self._update(
+            self.plain, source, self.grads(), self.buffers, self.lr, hyper.momentum, hyper.weight_decay
+        )
 
     def update(self) -> None:
         self._sgd(self.backup)

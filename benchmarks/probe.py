@@ -36,14 +36,18 @@ def _library() -> ctypes.CDLL:
     library = Path(folder, "probe.so")
     flags = ["-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-pthread"]
     try:
-        subprocess.run([compiler, *flags, str(SOURCE), "-o", str(library)], check=True, capture_output=True, text=True)
+        subprocess.run(
+            [compiler, *flags, str(SOURCE), "-o", str(library)], check=True, capture_output=True, text=True
+        )
         loaded = ctypes.CDLL(str(library))
     except subprocess.CalledProcessError as error:
         raise RuntimeError(f"the bandwidth probe did not compile:\n{error.stderr}") from error
     finally:
         shutil.rmtree(folder)  # a loaded library stays mapped without its file
     loaded.probe_run.restype = ctypes.c_uint64
-    loaded.probe_run.argtypes = [ctypes.c_int] * 2 + [ctypes.c_void_p] * 4 + [ctypes.c_size_t] * 2 + [ctypes.c_int]
+    loaded.probe_run.argtypes = (
+        [ctypes.c_int] * 2 + [ctypes.c_void_p] * 4 + [ctypes.c_size_t] * 2 + [ctypes.c_int]
+    )
     return loaded
 
 
@@ -63,9 +67,7 @@ class Probe:
 
     def run(self, mix: str, variant: int, block: int) -> None:
         """One pass of ``mix`` over all arrays."""
-        self._library.probe_run(
-            MIXES.index(mix), variant, *self._addresses, self.bytes, block, self.threads
-        )
+        self._library.probe_run(MIXES.index(mix), variant, *self._addresses, self.bytes, block, self.threads)
 
     def call(self, mix: str) -> None:
         """One pass of ``mix`` in the variant that :meth:`calibrate` found fastest."""

@@ -45,7 +45,9 @@ def _cpu_model() -> str:
 
 def _cache_bytes() -> int | None:
     """Bytes of the last-level cache of the first core, or None where the system does not say."""
-    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    sizes = [
+        path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    ]
     return max((int(size.rstrip("K")) * 1024 for size in sizes), default=None)
 
 
@@ -96,7 +98,9 @@ def path_for(env: dict[str, Any], command: str) -> Path:
 def refuse_overwrite(path: Path, force: bool) -> None:
     """Results are append-only: raises FileExistsError when ``path`` is there, unless forced."""
     if path.exists() and not force:
-        raise FileExistsError(f"{path} exists and results are append-only; pass --out elsewhere, or --force to replace")
+        raise FileExistsError(
+            f"{path} exists and results are append-only; pass --out elsewhere, or --force to replace"
+        )
 
 
 def write(path: Path, data: dict[str, Any], force: bool = False) -> Path:
@@ -122,7 +126,11 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
     rule = [":" + "-" * (w - 1) if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
     lines = [
-        "| " + " | ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))) + " |"
+        "| "
+        + " | ".join(
+            c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        )
+        + " |"
         for row in (head, rule, *rows)
     ]
     return "\n".join(lines) + "\n"
@@ -148,7 +156,9 @@ def _order(values: Sequence[Any]) -> list[Any]:
 def _times(results: list[dict[str, Any]]) -> str:
     whats = _order([r["what"] for r in results])
     cell = {(r["who"], r["what"]): f"{seconds(r['median_s'])} ({seconds(r['best_s'])})" for r in results}
-    rows = [[who, *(cell.get((who, what), "") for what in whats)] for who in _order([r["who"] for r in results])]
+    rows = [
+        [who, *(cell.get((who, what), "") for what in whats)] for who in _order([r["who"] for r in results])
+    ]
     return table(["median (best)", *whats], rows)
 
 
@@ -168,14 +178,21 @@ def markdown(data: dict[str, Any]) -> str:
     for key in _order([(r["case"], r["dtype"]) for r in data.get("results", [])]):
         chosen = [r for r in data["results"] if (r["case"], r["dtype"]) == key]
         first = chosen[0]
-        parts.append(f"\n## {key[0]}, {key[1]}: {first['tensors']} tensors, {first['elements']:,} elements\n\n")
+        parts.append(
+            f"\n## {key[0]}, {key[1]}: {first['tensors']} tensors, {first['elements']:,} elements\n\n"
+        )
         parts.append(_times(chosen))
         for ours in _order([r["ours"] for r in data["ratios"] if (r["case"], r["dtype"]) == key]):
             compared = [r for r in data["ratios"] if (r["case"], r["dtype"], r["ours"]) == (*key, ours)]
             parts.append("\n" + _ratios(compared))
     if "memory" in data:
         rows = [
-            [m["mode"], m["dtype"], f"{m['measured']:.2f}", "" if m["predicted"] is None else f"{m['predicted']:g}"]
+            [
+                m["mode"],
+                m["dtype"],
+                f"{m['measured']:.2f}",
+                "" if m["predicted"] is None else f"{m['predicted']:g}",
+            ]
             for m in data["memory"]
         ]
         parts.append("\n" + table(["peak extra bytes per parameter", "dtype", "measured", "predicted"], rows))

@@ -36,7 +36,9 @@ class Plan:
     rounds: int
     calls: int
     warmup: int = 2
-    settle: float = 0.005  # seconds of rest before a competitor, in which the previous one's threads stop spinning
+    settle: float = (
+        0.005  # seconds of rest before a competitor, in which the previous one's threads stop spinning
+    )
     reduce: Callable[[Sequence[float]], float] = min
 
 
@@ -114,7 +116,7 @@ class Race:
         largest = max((float(p.detach().abs().max()) for p in first if p.numel()), default=1.0)
         return {
             name: max(
-                (float((p.detach() - q.detach()).abs().max()) for p, q in zip(self.competitors[name].params, first)
+                (float((p.detach() - q.detach()).abs().max()) for p, q in zip(self.competitors[name].params, first, strict=True)
                  if p.numel()), default=0.0) / largest
             for name in names
         }  # fmt: skip
@@ -147,7 +149,9 @@ def ratios(
     ``torch base`` stands torch's own base step without SAM, compared with our restore + base step.
     """
     mine = times[ours]
-    pairs = [(who, what, parts[what], mine[what]) for who, parts in times.items() if who != ours for what in WHATS]
+    pairs = [
+        (who, what, parts[what], mine[what]) for who, parts in times.items() if who != ours for what in WHATS
+    ]
     if "foreach" in times:
         pairs.append(("torch base", "update", times["foreach"]["base"], mine["update"]))
     found = []

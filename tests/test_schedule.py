@@ -23,7 +23,7 @@ def exact(x: float) -> Fraction:
     return Fraction(x).limit_denominator(10**6)
 
 
-# DESIGN's table once more, in exact fractions: p(t) of t, T, p, b, and the closed form of the mean.
+# The table of schedules in exact fractions: p(t) of t, T, p, b, and the closed form of the mean.
 TABLE = {
     "late": (lambda t, T, p, b: Fraction(0 if t <= b * T else 1), lambda p, b: 1 - b),
     "early": (lambda t, T, p, b: Fraction(1 if t <= b * T else 0), lambda p, b: b),
@@ -263,7 +263,7 @@ def test_for_cost_exact_families(cost, steps) -> None:
 @settings(deadline=None)
 @given(costs, lengths)
 def test_for_cost_finds_the_closest_border(cost, steps) -> None:
-    """A first phase of n = 1 .. T steps is all that b in [0, 1] gives: no n may be closer than the one found."""
+    """A first phase of n = 1 .. T steps is all that b in [0, 1] gives: no n may be closer than that found."""
     for family, ones in (("early", lambda n: n), ("late", lambda n: steps - n)):
         schedule = S.for_cost(family, cost, steps)
         best = min(abs(ones(n) / steps - (cost - 1)) for n in range(1, steps + 1))

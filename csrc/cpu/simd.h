@@ -10,6 +10,12 @@
 #if RST_SIMD_LEVEL > 0
 #include <immintrin.h>
 #endif
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wpsabi"  // vectors are passed only between functions that are always inlined
+#if RST_SIMD_LEVEL == 2
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // gcc 12's own _mm512_sqrt_ps
+#endif
+#endif
 
 #include "cpu/dtypes.h"
 

@@ -48,6 +48,35 @@ bool is_dense(int ndim, const int64_t* sizes, const int64_t* strides) {
   return true;
 }
 
+void place(Tensor& tensor, const View (&views)[kStreams]) {
+  // A tensor without elements may have a null address; then there is nothing to visit either.
+  int lead = kParam;
+  while (lead < kStreams - 1 && views[lead].data == nullptr) ++lead;
+  const View& first = views[lead];
+  const int64_t scalars = tensor.complex ? 2 : 1;
+  tensor.numel = first.data == nullptr ? 0 : scalars;
+  for (int d = 0; d < first.ndim; ++d) tensor.numel *= first.sizes[d];
+  tensor.sizes.clear();
+  tensor.strides.clear();
+
+  std::vector<int> order = by_stride(first.ndim, first.sizes, first.strides);
+  bool alike = is_dense(first.ndim, first.sizes, first.strides);
+  for (int s = 0; s < kStreams; ++s) {
+    tensor.data[s] = views[s].data;
+    if (views[s].data == nullptr) continue;
+    for (int d : order) alike = alike && views[s].strides[d] == first.strides[d];
+  }
+  if (alike || tensor.numel <= scalars) return;
+  tensor.strides.assign(static_cast<size_t>(kStreams) * order.size(), 0);
+  for (size_t i = 0; i < order.size(); ++i) {
+    const int d = order[order.size() - 1 - i];
+    tensor.sizes.push_back(first.sizes[d]);
+    for (int s = 0; s < kStreams; ++s) {
+      if (views[s].data != nullptr) tensor.strides[s * order.size() + i] = views[s].strides[d];
+    }
+  }
+}
+
 int64_t first_chunk(const Table& table, int k, int n) {
   int64_t wanted = static_cast<int64_t>(static_cast<double>(table.bytes.back()) * k / n);
   if (k >= n) return static_cast<int64_t>(table.chunks.size());

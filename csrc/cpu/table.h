@@ -50,6 +50,18 @@ struct Table {
   void cut();  // fills chunks and bytes from tensors
 };
 
+// One tensor as a face of the package hands it over.
+struct View {
+  void* data = nullptr;
+  int ndim = 0;
+  const int64_t* sizes = nullptr;
+  const int64_t* strides = nullptr;
+};
+
+// Sets data, numel, sizes and strides of `tensor` from one view per stream (data null: absent; all of one shape).
+// Elements are visited in the order of the parameter's strides, largest first, whatever those of its companions are.
+void place(Tensor& tensor, const View (&views)[kStreams]);
+
 // True if two or more indices may reach the same address.
 bool may_overlap(int ndim, const int64_t* sizes, const int64_t* strides);
 // True if the elements fill a block of memory without gaps, in whatever order of dimensions.

@@ -1,0 +1,55 @@
+// Argument checks of the torch face. They guard memory: a call that would read or write out of bounds raises.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <vector>
+
+#include "cpu/table.h"
+
+namespace rst {
+
+using StableTensor = torch::stable::Tensor;
+using TensorList = std::vector<StableTensor>;
+using torch::headeronly::ScalarType;
+
+inline void check_length(const char* op, const char* name, size_t given, size_t expected) {
+  STD_TORCH_CHECK(given == expected, "rst_fused::", op, ": ", name, " has ", given, " entries, expected ", expected,
+                  ", one per parameter");
+}
+
+inline void check_like(const char* op, const char* name, size_t i, const StableTensor& t, const StableTensor& like,
+                       ScalarType dtype) {
+  STD_TORCH_CHECK(t.is_cpu(), "rst_fused::", op, ": ", name, "[", i, "] is not on the CPU, where this kernel runs");
+  STD_TORCH_CHECK(t.scalar_type() == dtype, "rst_fused::", op, ": ", name, "[", i, "] has dtype ", t.scalar_type(),
+                  ", expected ", dtype);
+  bool same = t.dim() == like.dim();
+  for (int64_t d = 0; same && d < t.dim(); ++d) same = t.size(d) == like.size(d);
+  STD_TORCH_CHECK(same, "rst_fused::", op, ": ", name, "[", i, "] does not have the shape of the parameter");
+}
+
+inline void check_writable(const char* op, const char* name, size_t i, const View& view) {
+  STD_TORCH_CHECK(!may_overlap(view.ndim, view.sizes, view.strides), "rst_fused::", op, ": ", name, "[", i,
+                  "] is written, but several of its elements share memory (an expanded tensor?); clone it first");
+}
+
+// `given` must be a contiguous CPU tensor of `dtype` with at least `least` elements.
+inline void check_numbers(const char* op, const char* name, const StableTensor& given, ScalarType dtype, int64_t least) {
+  STD_TORCH_CHECK(given.is_cpu() && given.is_contiguous() && given.scalar_type() == dtype, "rst_fused::", op, ": ", name,
+                  " must be a contiguous CPU tensor of dtype ", dtype, ", got ", given.scalar_type());
+  STD_TORCH_CHECK(given.numel() >= least, "rst_fused::", op, ": ", name, " has ", given.numel(),
+                  " elements, expected at least ", least);
+}
+
+inline void check_rows(const char* op, const std::vector<int64_t>& group_sizes, size_t parameters) {
+  int64_t total = 0;
+  for (int64_t size : group_sizes) {
+    STD_TORCH_CHECK(size >= 0, "rst_fused::", op, ": group_sizes holds ", size, ", expected counts >= 0");
+    total += size;
+  }
+  STD_TORCH_CHECK(total == static_cast<int64_t>(parameters), "rst_fused::", op, ": group_sizes sum to ", total,
+                  ", expected the number of parameters, ", parameters);
+}
+
+}  // namespace rst

@@ -1,0 +1,48 @@
+// The extension module rst_fused._host: what needs Python but no torch. Launch plans, build facts, SIMD levels.
+#include <map>
+#include <string>
+
+#include "host_plan.h"
+
+namespace rst {
+
+static std::vector<std::string> simd_levels() {
+  std::vector<std::string> names;
+  for (const KernelTable* table : core().runnable_kernels()) names.push_back(table->name);
+  return names;
+}
+
+static std::map<std::string, std::string> build_info() {
+  return {{"compiler", __VERSION__},
+          {"C++ standard", std::to_string(__cplusplus)},
+#if defined(__x86_64__)
+          {"SIMD levels compiled", "plain, avx2, avx512"},
+#else
+          {"SIMD levels compiled", "plain"},
+#endif
+          {"CUDA", "not built"}};
+}
+
+}  // namespace rst
+
+PYBIND11_MODULE(_host, m) {
+  using namespace rst;
+  m.doc() = "Launch plans of the eager CPU path, and facts about the build.";
+  m.def("connect", &connect, py::arg("core"), py::arg("exchange"), py::arg("tensor_type"));
+  m.def("can_plan", &can_plan);
+  m.def("build_info", &build_info);
+  m.def("simd_levels", &simd_levels);
+  m.def("simd_level", [] { return std::string(core().kernels().name); });
+  m.def("select_simd", [](const std::string& name) { return core().select_kernels(name.c_str()); }, py::arg("name"));
+  py::class_<Plan>(m, "Plan")
+      .def(py::init<py::list, py::list, std::vector<int64_t>, py::list, py::list, py::list, py::list, int64_t>(),
+           py::arg("active"), py::arg("idle"), py::arg("sizes"), py::arg("backups"), py::arg("buffers"),
+           py::arg("buffers2"), py::arg("masters"), py::arg("handle"))
+      .def("collect", &Plan::collect)
+      .def("perturb", &Plan::perturb)
+      .def("sgd_step", &Plan::sgd_step)
+      .def("adam_step", &Plan::adam_step)
+      .def("restore", &Plan::restore)
+      .def("hand_over", &Plan::hand_over)
+      .def_property_readonly("perturbed", &Plan::perturbed);
+}

@@ -1,0 +1,268 @@
+#include "host_plan.h"
+
+namespace rst {
+
+namespace {
+
+const CoreApi* core_api = nullptr;
+const dlpack::ExchangeApi* exchange_api = nullptr;
+PyTypeObject* tensor_class = nullptr;
+PyObject* grad_name = nullptr;
+PyGetSetDef* grad_property = nullptr;  // the getter and setter behind torch.Tensor.grad, found once
+
+PyObject* get_grad(PyObject* param) { return grad_property->get(param, grad_property->closure); }
+
+void clear_grad(PyObject* param) {
+  if (grad_property->set(param, Py_None, grad_property->closure) != 0) throw py::error_already_set();
+}
+
+}  // namespace
+
+void connect(py::object core, py::object exchange, py::object tensor_type) {
+  core_api = static_cast<const CoreApi*>(PyCapsule_GetPointer(core.ptr(), kCoreCapsule));
+  if (core_api == nullptr) throw py::error_already_set();
+  tensor_class = reinterpret_cast<PyTypeObject*>(tensor_type.ptr());
+  grad_name = PyUnicode_InternFromString("grad");
+  PyObject* found = _PyType_Lookup(tensor_class, grad_name);
+  if (found == nullptr || Py_TYPE(found) != &PyGetSetDescr_Type || exchange.is_none()) return;
+  grad_property = reinterpret_cast<PyGetSetDescrObject*>(found)->d_getset;
+  auto* api = static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(exchange.ptr(), dlpack::kCapsule));
+  if (api == nullptr) throw py::error_already_set();
+  if (api->major == dlpack::kMajor && api->tensor_from_py_object != nullptr) exchange_api = api;
+}
+
+const CoreApi& core() { return *core_api; }
+bool can_plan() { return exchange_api != nullptr && grad_property != nullptr; }
+
+bool Plan::read(PyObject* tensor, dlpack::Tensor& out) const {
+  if (exchange_api->tensor_from_py_object(tensor, &out) == 0) {
+    out.data = static_cast<char*>(out.data) + out.byte_offset;
+    return true;
+  }
+  PyErr_Clear();  // a tensor that DLPack cannot describe: the plan does not fit, and the caller says why
+  return false;
+}
+
+Plan::Plan(py::list active, py::list idle, std::vector<int64_t> sizes, py::list backups, py::list buffers,
+           py::list buffers2, py::list masters, int64_t handle)
+    : active_(active), idle_(idle), handle_(handle) {
+  const size_t n = active.size();
+  entries_.resize(n);
+  views_.resize(n);
+  table_.tensors.resize(n);
+  size_t row = 0;
+  int64_t left = 0;
+  for (size_t i = 0; i < n; ++i) {
+    for (; left == 0; ++row) left = sizes.at(row);
+    --left;
+    Entry& entry = entries_[i];
+    entry.param = PyList_GET_ITEM(active.ptr(), i);
+    dlpack::Tensor p;
+    if (!read(entry.param, p)) throw py::value_error("a parameter cannot be described by DLPack");
+    entry.dtype = p.dtype;
+    entry.sizes.assign(p.sizes, p.sizes + p.ndim);
+    entry.strides.assign(p.strides, p.strides + p.ndim);
+    Tensor& t = table_.tensors[i];
+    t.complex = p.dtype.code == 5;
+    const int bits = t.complex ? p.dtype.bits / 2 : p.dtype.bits;
+    t.dtype = bits == 64 ? DType::Double : bits == 32 ? DType::Float : p.dtype.code == 4 ? DType::BFloat16 : DType::Half;
+    t.state_dtype = PyList_GET_ITEM(masters.ptr(), i) == Py_None ? t.dtype : DType::Float;
+    t.row = static_cast<int>(row) - 1;
+    t.index = static_cast<int64_t>(i);
+    views_[i][kParam] = {p.data, p.ndim, entry.sizes.data(), entry.strides.data()};
+  }
+  add(backups, kBackup);
+  add(buffers, kBuffer);
+  add(buffers2, kBuffer2);
+  add(masters, kMaster);
+  const int64_t held = core().held_count(handle);
+  for (int64_t i = 0; i < held; ++i) addresses_.push_back(core().held_address(handle, i));
+}
+
+Plan::~Plan() {
+  drop(grads_);
+  drop(first_grads_);
+  core().release(handle_);
+}
+
+void Plan::add(const py::list& tensors, Stream stream) {
+  kept_.append(tensors);
+  for (size_t i = 0; i < entries_.size(); ++i) {
+    PyObject* item = PyList_GET_ITEM(tensors.ptr(), i);
+    if (item == Py_None) continue;
+    dlpack::Tensor t;
+    if (!read(item, t)) throw py::value_error("a state tensor cannot be described by DLPack");
+    // DLPack's arrays live in the tensor, which kept_ keeps alive.
+    views_[i][stream] = {t.data, t.ndim, t.sizes, t.strides};
+  }
+}
+
+void Plan::drop(std::vector<PyObject*>& references) {
+  for (PyObject* object : references) Py_DECREF(object);
+  references.clear();
+}
+
+bool Plan::fits(Entry& entry, const dlpack::Tensor& grad, size_t index) {
+  const int ndim = static_cast<int>(entry.sizes.size());
+  if (grad.device.type != 1 || grad.ndim != ndim || grad.dtype.code != entry.dtype.code ||
+      grad.dtype.bits != entry.dtype.bits || std::memcmp(grad.sizes, entry.sizes.data(), ndim * sizeof(int64_t)) != 0) {
+    return false;
+  }
+  const bool known = entry.grad_strides.size() == static_cast<size_t>(ndim) &&
+                     std::memcmp(grad.strides, entry.grad_strides.data(), ndim * sizeof(int64_t)) == 0;
+  if (known && !table_.chunks.empty()) {
+    table_.tensors[index].data[kGrad] = grad.data;
+  } else {
+    entry.grad_strides.assign(grad.strides, grad.strides + ndim);
+    table_.chunks.clear();  // place this tensor anew
+  }
+  entry.grad = grad.data;
+  return true;
+}
+
+void Plan::place_all() {
+  for (size_t i = 0; i < entries_.size(); ++i) {
+    View views[kStreams];
+    for (int s = 0; s < kStreams; ++s) views[s] = views_[i][s];
+    const Entry& entry = entries_[i];
+    views[kGrad] = {entry.grad, static_cast<int>(entry.sizes.size()), entry.sizes.data(), entry.grad_strides.data()};
+    if (!first_grads_.empty()) {
+      dlpack::Tensor first;
+      if (!read(first_grads_[i], first)) throw py::value_error("a gradient cannot be described by DLPack");
+      views[kFirstGrad] = {first.data, first.ndim, first.sizes, first.strides};
+    }
+    place(table_.tensors[i], views);
+  }
+  table_.cut();
+}
+
+bool Plan::in_place() const {
+  for (size_t i = 0; i < addresses_.size(); ++i) {
+    if (core().held_address(handle_, static_cast<int64_t>(i)) != addresses_[i]) return false;
+  }
+  return true;
+}
+
+bool Plan::collect() {
+  drop(grads_);
+  if (!in_place()) return false;
+  for (const py::handle& param : idle_) {
+    PyObject* grad = get_grad(param.ptr());
+    if (grad == nullptr) throw py::error_already_set();
+    Py_DECREF(grad);
+    if (grad != Py_None) return false;
+  }
+  grads_.reserve(entries_.size());
+  for (size_t i = 0; i < entries_.size(); ++i) {
+    PyObject* grad = get_grad(entries_[i].param);
+    if (grad == nullptr) throw py::error_already_set();
+    grads_.push_back(grad);
+    dlpack::Tensor seen;
+    if (Py_TYPE(grad) != tensor_class || !read(grad, seen) || !fits(entries_[i], seen, i)) {
+      drop(grads_);
+      return false;
+    }
+  }
+  if (table_.chunks.empty()) place_all();
+  return true;
+}
+
+void Plan::perturb(uintptr_t stats, std::vector<double> rho, bool adaptive, double eta, bool stochastic, uint64_t seed,
+                   uint64_t step, bool keep) {
+  Call call;
+  call.adaptive = adaptive;
+  call.eta = eta;
+  call.stochastic = stochastic;
+  call.seed = seed;
+  call.step = step;
+  double* numbers = reinterpret_cast<double*>(stats);
+  {
+    py::gil_scoped_release unlocked;
+    core().grad_norm(table_, call, numbers);
+    core().perturb(table_, call, numbers, rho.data(), static_cast<int>(rho.size()));
+    perturbed_ = true;
+  }
+  if (keep) {
+    drop(first_grads_);
+    first_grads_.swap(grads_);
+    table_.chunks.clear();
+  }
+  for (const Entry& entry : entries_) clear_grad(entry.param);
+  drop(grads_);
+}
+
+void Plan::begin_update(Call& call, bool maximize, bool mixing) {
+  call.direction = maximize ? -1 : 1;
+  if (!mixing && !first_grads_.empty()) {
+    drop(first_grads_);
+    place_all();
+  }
+  for (size_t i = 0; i < entries_.size(); ++i) {  // a base step reads w itself
+    table_.tensors[i].data[kBackup] = perturbed_ ? views_[i][kBackup].data : nullptr;
+  }
+}
+
+void Plan::end_update() {
+  for (size_t i = 0; i < entries_.size(); ++i) table_.tensors[i].data[kBackup] = views_[i][kBackup].data;
+  if (!first_grads_.empty()) {
+    drop(first_grads_);
+    table_.chunks.clear();
+  }
+  drop(grads_);
+}
+
+void Plan::sgd_step(const std::vector<std::array<double, 5>>& rows, bool nesterov, bool maximize, bool mixing) {
+  std::vector<SgdRow> numbers;
+  for (const auto& r : rows) numbers.push_back({r[0], r[1], r[2], r[3], r[4]});
+  Call call;
+  call.sgd = numbers.data();
+  call.nesterov = nesterov;
+  begin_update(call, maximize, mixing);
+  {
+    py::gil_scoped_release unlocked;
+    core().sgd_step(table_, call);
+    perturbed_ = false;
+  }
+  end_update();
+}
+
+void Plan::adam_step(const std::vector<std::array<double, 7>>& rows, bool decoupled, bool maximize, bool mixing) {
+  std::vector<AdamRow> numbers;
+  for (const auto& r : rows) numbers.push_back({r[0], r[1], r[2], r[3], r[4], r[5], r[6]});
+  Call call;
+  call.adam = numbers.data();
+  call.decoupled = decoupled;
+  begin_update(call, maximize, mixing);
+  {
+    py::gil_scoped_release unlocked;
+    core().adam_step(table_, call);
+    perturbed_ = false;
+  }
+  end_update();
+}
+
+bool Plan::restore() {
+  if (!perturbed_) return true;
+  if (!in_place()) return false;
+  for (size_t i = 0; i < entries_.size(); ++i) {  // without gradients, which may be gone
+    View views[kStreams];
+    for (Stream s : {kParam, kBackup, kMaster}) views[s] = views_[i][s];
+    place(table_.tensors[i], views);
+  }
+  table_.cut();
+  core().restore(table_, Call{});
+  hand_over();
+  return true;
+}
+
+py::list Plan::hand_over() {
+  py::list kept;
+  for (PyObject* grad : first_grads_) kept.append(py::handle(grad));
+  perturbed_ = false;
+  drop(grads_);
+  drop(first_grads_);
+  table_.chunks.clear();
+  return kept;
+}
+
+}  // namespace rst

@@ -1,0 +1,75 @@
+// A launch plan: the chunk table of one optimizer, kept between steps. A call reads p.grad of every parameter, checks
+// that all addresses, shapes and dtypes are those of the table, and runs the core: no lists are boxed.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+
+#include "core_api.h"
+#include "dlpack_abi.h"
+
+namespace rst {
+
+namespace py = pybind11;
+
+class Plan {
+ public:
+  // active: parameters with a gradient, in order; idle: those without, which must stay so. sizes: how many active ones
+  // share each row of numbers. The other lists go with `active`: tensors, or None where a parameter has none.
+  // `handle` holds the tensors of active, backups, buffers, buffers2, masters in that order, without the Nones.
+  Plan(py::list active, py::list idle, std::vector<int64_t> sizes, py::list backups, py::list buffers,
+       py::list buffers2, py::list masters, int64_t handle);
+  ~Plan();
+  Plan(const Plan&) = delete;
+  Plan& operator=(const Plan&) = delete;
+
+  // Reads the gradients. False if anything is not as it was when the plan was made: then make another one.
+  bool collect();
+  // Norm and perturbation. Gradients are consumed (p.grad = None), and kept inside if `keep`.
+  void perturb(uintptr_t stats, std::vector<double> rho, bool adaptive, double eta, bool stochastic, uint64_t seed,
+               uint64_t step, bool keep);
+  // One update of all parameters, restored first if perturbed. `mixing` uses the gradients that perturb kept.
+  void sgd_step(const std::vector<std::array<double, 5>>& rows, bool nesterov, bool maximize, bool mixing);
+  void adam_step(const std::vector<std::array<double, 7>>& rows, bool decoupled, bool maximize, bool mixing);
+  bool perturbed() const { return perturbed_; }
+  // Undoes a perturbation. False, with nothing done, if a parameter no longer lies where it was.
+  bool restore();
+  // Leaves the rest of a step under way to the caller: the plan is as before perturb, though the weights are not.
+  // Returns the gradients that perturb kept, or an empty list.
+  py::list hand_over();
+
+ private:
+  struct Entry {
+    PyObject* param;
+    dlpack::DataType dtype;
+    std::vector<int64_t> sizes, strides, grad_strides;
+    void* grad = nullptr;
+  };
+  void add(const py::list& streams, Stream stream);
+  bool in_place() const;
+  bool read(PyObject* tensor, dlpack::Tensor& out) const;
+  bool fits(Entry& entry, const dlpack::Tensor& grad, size_t index);
+  void place_all();
+  void drop(std::vector<PyObject*>& references);
+  void begin_update(Call& call, bool maximize, bool mixing);
+  void end_update();
+
+  py::list active_, idle_;
+  py::list kept_;  // the lists of companions: references that keep them alive
+  int64_t handle_;
+  std::vector<Entry> entries_;
+  std::vector<void*> addresses_;         // of everything the handle holds
+  std::vector<PyObject*> grads_;         // references, from collect until they are used
+  std::vector<PyObject*> first_grads_;   // references, from a perturb that keeps them until the update
+  std::vector<std::array<View, kStreams>> views_;
+  Table table_;
+  bool perturbed_ = false;
+};
+
+void connect(py::object core, py::object exchange, py::object tensor_type);
+const CoreApi& core();
+bool can_plan();
+
+}  // namespace rst

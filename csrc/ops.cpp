@@ -1,0 +1,268 @@
+// The torch face of the CPU kernels: registered ops (schemas in rst_fused/_schemas.py) that turn lists of tensors into a
+// chunk table and call the core.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <optional>
+
+#include "checks.h"
+#include "cpu/ops.h"
+#include "torch_threads.h"
+
+namespace rst {
+
+namespace {
+
+using OptionalTensor = std::optional<StableTensor>;
+using Sizes = std::vector<int64_t>;
+
+struct Companion {
+  Stream stream;
+  const char* name;
+  const TensorList& list;
+  bool written;
+};
+
+bool describe(ScalarType type, Tensor& tensor) {
+  tensor.complex = type == ScalarType::ComplexFloat || type == ScalarType::ComplexDouble;
+  switch (type) {
+    case ScalarType::Float:
+    case ScalarType::ComplexFloat:
+      tensor.dtype = DType::Float;
+      return true;
+    case ScalarType::Double:
+    case ScalarType::ComplexDouble:
+      tensor.dtype = DType::Double;
+      return true;
+    case ScalarType::BFloat16:
+      tensor.dtype = DType::BFloat16;
+      return true;
+    case ScalarType::Half:
+      tensor.dtype = DType::Half;
+      return true;
+    default:
+      return false;
+  }
+}
+
+View view_of(const StableTensor& t) {
+  return {t.data_ptr(), static_cast<int>(t.dim()), t.sizes().data(), t.strides().data()};
+}
+
+// Lists that are absent are empty; `lead` is the list every other one must match.
+Table make_table(const char* op, const TensorList& lead, const std::vector<Companion>& companions,
+                 const Sizes& group_sizes) {
+  check_rows(op, group_sizes, lead.size());
+  bool masters = false;
+  for (const Companion& c : companions) {
+    if (!c.list.empty()) check_length(op, c.name, c.list.size(), lead.size());
+    masters = masters || (c.stream == kMaster && !c.list.empty());
+  }
+  Table table;
+  table.tensors.resize(lead.size());
+  size_t row = 0;
+  int64_t left = group_sizes.empty() ? 0 : group_sizes[0];
+  for (size_t i = 0; i < lead.size(); ++i) {
+    while (left == 0) left = group_sizes[++row];
+    --left;
+    Tensor& tensor = table.tensors[i];
+    const ScalarType dtype = lead[i].scalar_type();
+    STD_TORCH_CHECK(describe(dtype, tensor), "rst_fused::", op, ": parameter ", i, " has dtype ", dtype,
+                    ", expected float32, float64, bfloat16, float16, complex64 or complex128");
+    const bool sixteen_bit = tensor.dtype == DType::BFloat16 || tensor.dtype == DType::Half;
+    STD_TORCH_CHECK(!masters || sixteen_bit, "rst_fused::", op, ": masters go with bfloat16 and float16 parameters, but "
+                    "parameter ", i, " has dtype ", dtype);
+    tensor.state_dtype = masters ? DType::Float : tensor.dtype;
+    tensor.row = static_cast<int>(row);
+    View views[kStreams];
+    for (const Companion& c : companions) {
+      if (c.list.empty()) continue;
+      const bool state = c.stream == kMaster || c.stream == kBuffer || c.stream == kBuffer2;
+      check_like(op, c.name, i, c.list[i], lead[i], masters && state ? ScalarType::Float : dtype);
+      views[c.stream] = view_of(c.list[i]);
+      if (c.written) check_writable(op, c.name, i, views[c.stream]);
+    }
+    place(tensor, views);
+    tensor.index = static_cast<int64_t>(i);
+  }
+  table.cut();
+  return table;
+}
+
+// True where AMP found an overflow: the step is not taken, but the weights come back.
+bool overflowed(const OptionalTensor& found_inf) {
+  if (!found_inf.has_value()) return false;
+  check_numbers("step", "found_inf", *found_inf, ScalarType::Float, 1);
+  return *static_cast<const float*>(found_inf->data_ptr()) != 0;
+}
+
+double direction(bool maximize, const OptionalTensor& grad_scale) {
+  double scale = maximize ? -1 : 1;
+  if (grad_scale.has_value()) {
+    check_numbers("step", "grad_scale", *grad_scale, ScalarType::Float, 1);
+    scale /= *static_cast<const float*>(grad_scale->data_ptr());
+  }
+  return scale;
+}
+
+const double* numbers(const char* op, const char* name, const StableTensor& given, size_t least) {
+  check_numbers(op, name, given, ScalarType::Double, static_cast<int64_t>(least));
+  return static_cast<const double*>(given.data_ptr());
+}
+
+void grad_norm(StableTensor stats, TensorList grads, TensorList params, bool adaptive, double eta) {
+  Call call;
+  call.adaptive = adaptive;
+  call.eta = eta;
+  check_numbers("grad_norm", "stats", stats, ScalarType::Double, kStats);
+  if (adaptive) check_length("grad_norm", "params", params.size(), grads.size());
+  const Table table = make_table("grad_norm", grads, {{kGrad, "grads", grads, false}, {kParam, "params", params, false}},
+                                 {static_cast<int64_t>(grads.size())});
+  grad_norm(table, call, torch_threads(), static_cast<double*>(stats.data_ptr()));
+}
+
+void perturb_(TensorList params, TensorList grads, TensorList backups, TensorList masters, StableTensor stats,
+              StableTensor rho, Sizes group_sizes, bool adaptive, double eta, bool stochastic, StableTensor rng,
+              int64_t first_index) {
+  const char* op = "perturb_";
+  check_numbers(op, "stats", stats, ScalarType::Double, kStats);
+  check_numbers(op, "rng", rng, ScalarType::Long, 2);
+  const double* rhos = numbers(op, "rho", rho, group_sizes.size());
+  check_length(op, "grads", grads.size(), params.size());
+  if (masters.empty()) check_length(op, "backups", backups.size(), params.size());
+  const TensorList none;
+  Table table = make_table(op, params,
+                           {{kParam, "params", params, true},
+                            {kGrad, "grads", grads, false},
+                            {kBackup, "backups", masters.empty() ? backups : none, true},
+                            {kMaster, "masters", masters, false}},
+                           group_sizes);
+  Call call;
+  call.adaptive = adaptive;
+  call.eta = eta;
+  call.stochastic = stochastic;
+  call.seed = static_cast<uint64_t>(static_cast<const int64_t*>(rng.data_ptr())[0]);
+  call.step = static_cast<uint64_t>(static_cast<const int64_t*>(rng.data_ptr())[1]);
+  for (Tensor& tensor : table.tensors) tensor.index += first_index;
+  perturb(table, call, torch_threads(), static_cast<const double*>(stats.data_ptr()), rhos,
+          static_cast<int>(group_sizes.size()));
+}
+
+void restore_(TensorList params, TensorList backups, TensorList masters, TensorList grads, TensorList first_grads,
+              StableTensor gamma, Sizes group_sizes) {
+  const char* op = "restore_";
+  if (masters.empty()) check_length(op, "backups", backups.size(), params.size());
+  if (!first_grads.empty()) check_length(op, "grads", grads.size(), params.size());
+  const TensorList none;
+  const Table table = make_table(op, params,
+                                 {{kParam, "params", params, true},
+                                  {kGrad, "grads", first_grads.empty() ? none : grads, true},
+                                  {kBackup, "backups", masters.empty() ? backups : none, false},
+                                  {kFirstGrad, "first_grads", first_grads, false},
+                                  {kMaster, "masters", masters, false}},
+                                 group_sizes);
+  Call call;
+  if (!first_grads.empty()) call.gammas = numbers(op, "gamma", gamma, group_sizes.size());
+  restore(table, call, torch_threads());
+}
+
+void undo_only(const char* op, const TensorList& params, const TensorList& backups, const TensorList& masters) {
+  if (backups.empty() && masters.empty()) return;
+  const TensorList none;
+  const Table table = make_table(op, params,
+                                 {{kParam, "params", params, true},
+                                  {kBackup, "backups", masters.empty() ? backups : none, false},
+                                  {kMaster, "masters", masters, false}},
+                                 {static_cast<int64_t>(params.size())});
+  restore(table, Call{}, torch_threads());
+}
+
+void restore_sgd_step_(TensorList params, TensorList grads, TensorList backups, TensorList first_grads,
+                       TensorList momentum_buffers, TensorList masters, StableTensor hyper, Sizes group_sizes,
+                       bool nesterov, bool maximize, OptionalTensor grad_scale, OptionalTensor found_inf) {
+  const char* op = "restore_sgd_step_";
+  check_length(op, "grads", grads.size(), params.size());
+  const TensorList none;
+  const Table table = make_table(op, params,
+                                 {{kParam, "params", params, true},
+                                  {kGrad, "grads", grads, false},
+                                  {kBackup, "backups", masters.empty() ? backups : none, false},
+                                  {kFirstGrad, "first_grads", first_grads, false},
+                                  {kBuffer, "momentum_buffers", momentum_buffers, true},
+                                  {kMaster, "masters", masters, true}},
+                                 group_sizes);
+  Call call;
+  const double* row = numbers(op, "hyper", hyper, 5 * group_sizes.size());
+  std::vector<SgdRow> rows;
+  for (size_t r = 0; r < group_sizes.size(); ++r, row += 5) rows.push_back({row[0], row[1], row[2], row[3], row[4]});
+  call.sgd = rows.data();
+  call.nesterov = nesterov;
+  call.direction = direction(maximize, grad_scale);
+  if (overflowed(found_inf)) {
+    undo_only(op, params, backups, masters);
+    return;
+  }
+  sgd_step(table, call, torch_threads());
+}
+
+void sgd_step_(TensorList params, TensorList grads, TensorList momentum_buffers, TensorList masters, StableTensor hyper,
+               Sizes group_sizes, bool nesterov, bool maximize, OptionalTensor grad_scale, OptionalTensor found_inf) {
+  restore_sgd_step_(params, grads, {}, {}, momentum_buffers, masters, hyper, group_sizes, nesterov, maximize, grad_scale,
+                    found_inf);
+}
+
+void restore_adam_step_(TensorList params, TensorList grads, TensorList backups, TensorList first_grads,
+                        TensorList exp_avgs, TensorList exp_avg_sqs, TensorList masters, StableTensor hyper,
+                        StableTensor steps, Sizes group_sizes, bool decoupled, bool maximize, OptionalTensor grad_scale,
+                        OptionalTensor found_inf) {
+  const char* op = "restore_adam_step_";
+  check_length(op, "grads", grads.size(), params.size());
+  check_length(op, "exp_avgs", exp_avgs.size(), params.size());
+  check_length(op, "exp_avg_sqs", exp_avg_sqs.size(), params.size());
+  const TensorList none;
+  const Table table = make_table(op, params,
+                                 {{kParam, "params", params, true},
+                                  {kGrad, "grads", grads, false},
+                                  {kBackup, "backups", masters.empty() ? backups : none, false},
+                                  {kFirstGrad, "first_grads", first_grads, false},
+                                  {kBuffer, "exp_avgs", exp_avgs, true},
+                                  {kBuffer2, "exp_avg_sqs", exp_avg_sqs, true},
+                                  {kMaster, "masters", masters, true}},
+                                 group_sizes);
+  Call call;
+  const double* row = numbers(op, "hyper", hyper, 6 * group_sizes.size());
+  const double* step = numbers(op, "steps", steps, group_sizes.size());
+  std::vector<AdamRow> rows;
+  for (size_t r = 0; r < group_sizes.size(); ++r, row += 6) {
+    rows.push_back({row[0], row[1], row[2], row[3], row[4], row[5], step[r]});
+  }
+  call.adam = rows.data();
+  call.decoupled = decoupled;
+  call.direction = direction(maximize, grad_scale);
+  if (overflowed(found_inf)) {
+    undo_only(op, params, backups, masters);
+    return;
+  }
+  adam_step(table, call, torch_threads());
+}
+
+void adam_step_(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_sqs, TensorList masters,
+                StableTensor hyper, StableTensor steps, Sizes group_sizes, bool decoupled, bool maximize,
+                OptionalTensor grad_scale, OptionalTensor found_inf) {
+  restore_adam_step_(params, grads, {}, {}, exp_avgs, exp_avg_sqs, masters, hyper, steps, group_sizes, decoupled,
+                     maximize, grad_scale, found_inf);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(rst_fused, CPU, m) {
+  m.impl("grad_norm", TORCH_BOX(static_cast<void (*)(StableTensor, TensorList, TensorList, bool, double)>(&grad_norm)));
+  m.impl("perturb_", TORCH_BOX(&perturb_));
+  m.impl("restore_", TORCH_BOX(&restore_));
+  m.impl("sgd_step_", TORCH_BOX(&sgd_step_));
+  m.impl("restore_sgd_step_", TORCH_BOX(&restore_sgd_step_));
+  m.impl("adam_step_", TORCH_BOX(&adam_step_));
+  m.impl("restore_adam_step_", TORCH_BOX(&restore_adam_step_));
+}
+
+}  // namespace rst

@@ -1,0 +1,27 @@
+// The core on torch's own threads: as many as torch.set_num_threads allows.
+#pragma once
+
+#include <torch/csrc/stable/c/shim.h>
+#include <torch/headeronly/util/shim_utils.h>
+
+#include "cpu/table.h"
+
+namespace rst {
+
+inline Threads torch_threads() {
+  uint32_t count = 1;
+  TORCH_ERROR_CODE_CHECK(torch_get_num_threads(&count));
+  struct Work {
+    void (*fn)(int, void*);
+    void* context;
+  };
+  return {static_cast<int>(count), [](int n, void (*fn)(int, void*), void* context) {
+            Work work{fn, context};
+            auto range = [](int64_t begin, int64_t end, void* w) {
+              for (int64_t k = begin; k < end; ++k) static_cast<Work*>(w)->fn(static_cast<int>(k), static_cast<Work*>(w)->context);
+            };
+            TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, n, 1, range, &work));
+          }};
+}
+
+}  // namespace rst

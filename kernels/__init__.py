@@ -1,0 +1,1 @@
+"""Triton kernels, installed as rst_fused.kernels. This version has none: the CPU kernels are in csrc/cpu."""
