@@ -1,4 +1,4 @@
-"""The command line: each subcommand is a module with ``add_arguments(parser)`` and ``run(args) -> exit status``."""
+"""The command line. Subcommands are modules with ``add_arguments(parser)`` and ``run(args) -> status``."""
 
 from __future__ import annotations
 

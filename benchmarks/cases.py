@@ -1,4 +1,4 @@
-"""What is measured: parameter lists (shapes only; the values are random) and the hyperparameters of every step."""
+"""What is measured: parameter lists (shapes only, random values) and the hyperparameters of a step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``python -m benchmarks cpu``: time of a SAM step and its parts against the competitors and the memory ceiling."""
+"""``python -m benchmarks cpu``: time of a SAM step and its parts, competitors and the memory ceiling."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ AGREEMENT = {"fp32": 1e-3, "bf16": 0.1}  # largest distance between two competit
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--case", nargs="+", choices=list(CASES), default=list(CASES), metavar="CASE")
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES), metavar="DTYPE")
-    parser.add_argument("--peer", nargs="+", choices=list(PEERS), default=None, metavar="PEER",
-                        help=f"which competitors, of {', '.join(PEERS)}; default: all that suit the dtype")  # fmt: skip
+    peers = f"which competitors, of {', '.join(PEERS)}; default: all that suit the dtype"
+    parser.add_argument("--peer", nargs="+", choices=list(PEERS), default=None, metavar="PEER", help=peers)
     parser.add_argument("--rounds", type=int, default=None, help="default: 7, or 21 for a small case")
     parser.add_argument(
         "--calls", type=int, default=None, help="calls per round; default: 2, or 10 for a small case"
@@ -47,10 +47,11 @@ def measure(case_name: str, dtype: str, names: list[str], args: argparse.Namespa
     small = case_name not in LARGE
     plan = Plan(rounds=args.rounds or (21 if small else 7), calls=args.calls or (10 if small else 2))
     times = race.run(plan)
+    first = next(iter(competitors))
     for name, distance in race.disagreement().items():
         if not distance <= AGREEMENT[dtype]:
             notes.append(
-                f"{case_name}, {dtype}: weights of {name} are {distance:.1e} away from {next(iter(competitors))}'s"
+                f"{case_name}, {dtype}: weights of {name} are {distance:.1e} away from those of {first}"
             )
     if probe is not None:
         notes += [f"{case_name}, {dtype}: probe {mix}: {words}" for mix, words in probe.describe().items()]

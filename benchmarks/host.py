@@ -1,4 +1,4 @@
-"""``python -m benchmarks host``: microseconds of host time per call, at tensors too small to cost anything else."""
+"""``python -m benchmarks host``: host time per call, with tensors too small to cost anything else."""
 
 from __future__ import annotations
 

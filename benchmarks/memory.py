@@ -1,8 +1,8 @@
 """``python -m benchmarks memory``: peak extra memory of a training step, in bytes per parameter.
 
-Each mode runs in a child process. Weights and one set of gradients are the baseline; the peak of the resident set over
-three whole steps (gradients, perturbation, new gradients, update) is measured against it, so what counts is everything
-an optimizer adds: its state, backups, gradients that it keeps, and temporaries. Linux only (/proc/self/clear_refs).
+Each mode runs in a child process. Weights and one set of gradients are the baseline; the peak of the resident
+set over three whole steps (gradients, perturbation, new gradients, update) is measured against it, so all that
+an optimizer adds counts: state, backups, gradients that it keeps, and temporaries. Linux only (/proc/self).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
 
 @dataclass(frozen=True)
 class Mode:
-    """A way to train; ``predicted`` bytes per parameter for an element of the given size, None for the peers."""
+    """A way to train. ``predicted``: element size -> bytes per parameter; None for the peers."""
 
     title: str
     options: dict[str, Any]
@@ -78,7 +78,8 @@ def _steps(mode: Mode, params: list[torch.nn.Parameter], steps: int) -> None:
     """Whole training steps without a model: gradients appear where a backward pass would make them."""
     if mode.peer is not None:
         peer = PEERS[mode.peer](params, Hyper())
-        perturb, update = peer.perturb, peer.update
+        perturb: Callable[[], object] = peer.perturb
+        update: Callable[[], object] = peer.update
     else:
         from rst_fused import RST
 

@@ -1,6 +1,6 @@
-"""The competitors. Each owns its parameters and does optimizer work only; gradients are attached from outside.
+"""The competitors. Each owns its parameters and does optimizer work; gradients are attached from outside.
 
-Every competitor has three calls: ``perturb`` (norm, backup, w + e), ``update`` (restore, then SGD with momentum) and
+Each has three calls: ``perturb`` (norm, backup, w + e), ``update`` (restore, then SGD with momentum) and
 ``base`` (SGD with momentum alone, no perturbation before it).
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 
@@ -23,7 +24,7 @@ class Unavailable(Exception):
 
 
 def attach(params: Iterable[torch.Tensor], grads: Iterable[torch.Tensor]) -> None:
-    """Sets every ``p.grad``: a perturbation may consume the gradients, so all competitors get them back alike."""
+    """Sets every ``p.grad``. A perturbation may consume gradients, so all competitors get them back alike."""
     for p, g in zip(params, grads, strict=True):
         p.grad = g
 
@@ -138,7 +139,7 @@ def compiled_update(
 
 
 class Compiled(Competitor):
-    """torch.compile of the lean SAM; the restore is folded into a functional SGD, which one kernel per tensor reads.
+    """torch.compile of the lean SAM, with the restore folded into a functional SGD.
 
     The learning rate is a tensor, so that a schedule would not recompile; shapes are static.
     """
@@ -201,7 +202,7 @@ class Ours(Competitor):
     """rst_fused's optimizer through its public two-phase form, with a perturbation at every step."""
 
     name, title = "ours", "rst_fused"
-    options: dict[str, object] = {}
+    options: dict[str, Any] = {}
 
     def __init__(self, params: list[torch.nn.Parameter], hyper: Hyper, backend: str = "cpu") -> None:
         super().__init__(params, hyper)

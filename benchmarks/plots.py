@@ -32,7 +32,7 @@ def _bars(axis: Any, data: dict[str, Any], case: str, dtype: str) -> None:
 
 
 def plot(data: dict[str, Any], path: Path) -> Path:
-    """Writes a PNG: for ``cpu`` and ``host`` results a stacked bar per competitor, for ``memory`` a bar per mode."""
+    """Writes a PNG: a stacked bar per competitor (``cpu``, ``host``) or a bar per mode (``memory``)."""
     import matplotlib
 
     matplotlib.use("Agg")

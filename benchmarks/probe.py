@@ -14,7 +14,7 @@ import torch
 
 SOURCE = Path(__file__).with_name("probe.cpp")
 MIXES = ("norm", "perturb", "update", "base")
-# What an op must move is the sum of these mixes: a perturbation needs the norm of all gradients before it can start.
+# What an op must move, as a sum of mixes: a perturbation needs the norm of all gradients before it can start.
 CEILING = {
     "perturb": ("norm", "perturb"),
     "update": ("update",),
@@ -54,7 +54,7 @@ def _library() -> ctypes.CDLL:
 class Probe:
     """One array per stream, each ``elements * element_size`` bytes, swept by ``threads`` threads.
 
-    The arrays come from torch's allocator, so that the probe meets the same pages as the tensors it is compared with.
+    The arrays come from torch's allocator, so that the probe meets the same kind of pages as the ops.
     """
 
     def __init__(self, elements: int, element_size: int, threads: int) -> None:

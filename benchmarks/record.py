@@ -30,7 +30,7 @@ def _git(*arguments: str) -> str | None:
 
 
 def commit() -> str:
-    """The short commit, with ``-dirty`` when tracked files differ from it; ``unknown`` outside a repository."""
+    """The short commit, with ``-dirty`` when tracked files differ; ``unknown`` without a repository."""
     head = _git("rev-parse", "--short=12", "HEAD")
     if head is None:
         return "unknown"
@@ -77,7 +77,8 @@ def environment(device: str) -> dict[str, Any]:
         "machine": {
             "cpu": _cpu_model(), "cores": os.cpu_count(), "last_level_cache_bytes": _cache_bytes(),
             "threads": torch.get_num_threads(), "load_average": list(os.getloadavg()),
-            "system": f"{platform.system()} {platform.release()}", "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            "system": f"{platform.system()} {platform.release()}",
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         },
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in names}},
         "build": _build(),
@@ -122,7 +123,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table whose columns also line up in a terminal: the first to the left, the others to the right."""
+    """A Markdown table that also lines up in a terminal: first column to the left, others to the right."""
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
     rule = [":" + "-" * (w - 1) if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
     lines = [

@@ -1,4 +1,4 @@
-"""Interleaved timing: every round times every competitor once, so that a noisy spell of the machine hits them all."""
+"""Interleaved timing: each round times every competitor, so that noise of the machine hits them all."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def wall_clock(call: Callable[[], object]) -> float:
 
 @dataclass(frozen=True)
 class Plan:
-    """How long to measure: ``rounds`` rounds, in each of which a competitor's time is the best of ``calls`` calls."""
+    """How long to measure: ``rounds`` rounds, where a competitor's time is ``reduce`` of ``calls`` calls."""
 
     rounds: int
     calls: int
@@ -59,8 +59,8 @@ def quiet() -> Iterator[None]:
 class Race:
     """The competitors over one case, and the gradients that all of them share.
 
-    ``grads`` holds one or more sets of gradients. The sets take turns from call to call: with two, every call meets
-    other addresses than the same call before it.
+    ``grads`` holds one or more sets of gradients, which take turns: with two, every call meets other
+    addresses than the same call before it.
     """
 
     competitors: Mapping[str, Competitor]
@@ -112,14 +112,14 @@ class Race:
         All competitors took the same steps from the same weights, so this shows that they do the same work.
         """
         names = list(self.competitors)
-        first = self.competitors[names[0]].params
-        largest = max((float(p.detach().abs().max()) for p in first if p.numel()), default=1.0)
-        return {
-            name: max(
-                (float((p.detach() - q.detach()).abs().max()) for p, q in zip(self.competitors[name].params, first, strict=True)
-                 if p.numel()), default=0.0) / largest
-            for name in names
-        }  # fmt: skip
+        first = [p.detach() for p in self.competitors[names[0]].params]
+        largest = max((float(p.abs().max()) for p in first if p.numel()), default=1.0)
+        distances = {}
+        for name in names:
+            pairs = zip(self.competitors[name].params, first, strict=True)
+            worst = max((float((p.detach() - q).abs().max()) for p, q in pairs if q.numel()), default=0.0)
+            distances[name] = worst / largest
+        return distances
 
 
 def records(times: Mapping[str, Times], case: Case, dtype: str) -> list[dict[str, Any]]:
@@ -127,7 +127,8 @@ def records(times: Mapping[str, Times], case: Case, dtype: str) -> list[dict[str
     return [
         {
             "case": case.name, "dtype": dtype, "elements": case.elements, "tensors": len(case.shapes),
-            "who": who, "what": what, "median_s": statistics.median(rounds), "best_s": min(rounds), "rounds_s": rounds,
+            "who": who, "what": what, "median_s": statistics.median(rounds), "best_s": min(rounds),
+            "rounds_s": rounds,
         }
         for who, parts in times.items() for what, rounds in parts.items()
     ]  # fmt: skip
@@ -143,7 +144,7 @@ def _goal(case: str, what: str, against: str, goals: Sequence[Goal]) -> float | 
 def ratios(
     times: Mapping[str, Times], case: Case, dtype: str, ours: str = "ours", goals: Sequence[Goal] = GOALS
 ) -> list[dict[str, Any]]:
-    """How many times longer each competitor takes than ``ours``; for the probe, the fraction of the ceiling reached.
+    """How many times longer than ``ours`` each competitor takes; for the probe, the fraction of the ceiling.
 
     ``median`` is over the ratios of single rounds, ``best`` is the ratio of the two best times. Against
     ``torch base`` stands torch's own base step without SAM, compared with our restore + base step.

@@ -75,6 +75,13 @@ Plan::Plan(py::list active, py::list idle, std::vector<int64_t> sizes, py::list 
   add(buffers, kBuffer);
   add(buffers2, kBuffer2);
   add(masters, kMaster);
+  for (const auto& views : views_) {
+    for (Stream s : {kParam, kBuffer, kBuffer2, kMaster}) {
+      if (may_overlap(views[s].ndim, views[s].sizes, views[s].strides)) {
+        throw py::value_error("a parameter or its state is written, but several of its elements share memory");
+      }
+    }
+  }
   const int64_t held = core().held_count(handle);
   for (int64_t i = 0; i < held; ++i) addresses_.push_back(core().held_address(handle, i));
 }

@@ -40,20 +40,19 @@ def has_master(opt: RST, p: Tensor) -> bool:
     return opt.master_weights and p.dtype in SIXTEEN_BIT
 
 
-def init_state(opt: RST, group: Group, p: Tensor) -> None:
-    """Creates what the base optimizer keeps for p. Buffers start at zero; masters are fp32 beside 16-bit p."""
-    rule = opt.rule
-    if rule is None:
+def init_state(opt: RST, group: Group, p: Tensor, updating: bool) -> None:
+    """Creates what p lacks: its fp32 master and, when ``updating``, what the base optimizer keeps. Buffers are zero."""
+    rule, state = opt.rule, opt.state[p]
+    if has_master(opt, p) and "master" not in state:
+        state["master"] = p.detach().to(torch.float32, memory_format=torch.preserve_format, copy=True)
+    if rule is None or not updating:
         return
-    state = opt.state[p]
     dtype = torch.float32 if has_master(opt, p) else p.dtype
     for name in rule.buffer_names(rule.flags(group)):
         if name not in state:
             state[name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
     if rule.name != "sgd" and "step" not in state:
         state["step"] = torch.zeros((), dtype=torch.float32)
-    if has_master(opt, p) and "master" not in state:
-        state["master"] = p.detach().to(torch.float32, memory_format=torch.preserve_format, copy=True)
 
 
 def share_steps(opt: RST, group: Group) -> None:
@@ -93,16 +92,16 @@ def init_group(
     names = rule.buffer_names(rule.flags(group)) if rule is not None else ()
     active = [p for p in group["params"] if p.grad is not None and has_master(opt, p) == masters_only]
     rows: dict[Any, list[Tensor]] = {}
-    is_fresh = {}
+    is_fresh: dict[Tensor, bool] = {}
     for p in active:
-        state = opt.state[p] if rule is not None else {}
-        is_fresh[p] = rule is not None and rule.splits_fresh(group) and names[0] not in state
-        init_state(opt, group, p)
+        if rule is not None:
+            is_fresh[p] = rule.splits_fresh(group) and names[0] not in opt.state[p]
+            init_state(opt, group, p, updating)
     if updating and rule is not None and rule.name != "sgd":
         share_steps(opt, group)
     for p in active:
         step = opt.state[p].get("step") if rule is not None else None
-        rows.setdefault((id(step), is_fresh[p]), []).append(p)
+        rows.setdefault((id(step), is_fresh.get(p, False)), []).append(p)
     for (_, new), members in rows.items():
         sizes.append(len(members))
         fresh.append(new)
@@ -110,7 +109,7 @@ def init_group(
             state = opt.state[p] if rule is not None else {}
             params.append(p)
             assert p.grad is not None
-            grads.append(p.grad)
+            grads.append(p.grad.resolve_conj().resolve_neg() if p.is_complex() else p.grad)
             if masters_only:
                 masters.append(state["master"])
             elif not updating or p in opt._perturbed:
@@ -118,9 +117,10 @@ def init_group(
             else:
                 backups.append(p)
             first_grads.append(state.get("first_grad", p.grad))
-            for out, name in zip((buffers, buffers2), names, strict=False):
-                out.append(state[name])
-        if "step" in state:
+            if updating:
+                for out, name in zip((buffers, buffers2), names, strict=False):
+                    out.append(state[name])
+        if updating and "step" in state:
             steps.append(state["step"])
 
 
@@ -140,34 +140,33 @@ class Lists:
         self.rows: list[tuple[Group, bool]] = []
 
 
+    def extend(self, other: Lists) -> None:
+        self.params += other.params
+        self.grads += other.grads
+        self.backups += other.backups
+        self.first_grads += other.first_grads
+        self.buffers += other.buffers
+        self.buffers2 += other.buffers2
+        self.masters += other.masters
+        self.steps += other.steps
+        self.sizes += other.sizes
+        self.rows += other.rows
+
+
 def gather(opt: RST, indices: list[int], updating: bool, masters_only: bool) -> Lists:
+    """The lists of the given groups: parameters with a master copy, or those without."""
     out = Lists()
     for i in indices:
-        params: list[Tensor] = []
-        grads: list[Tensor] = []
-        backups: list[Tensor] = []
-        first_grads: list[Tensor] = []
-        buffers: list[Tensor] = []
-        buffers2: list[Tensor] = []
-        masters: list[Tensor] = []
-        steps: list[Tensor] = []
-        sizes: list[int] = []
-        fresh: list[bool] = []
         group = opt.param_groups[i]
+        c = Lists()
+        fresh: list[bool] = []
+        # Dynamo fills the lists of a call to _init_group only if they are empty, so each group has its own.
         opt._init_group(
-            group, updating, masters_only, params, grads, backups, first_grads, buffers, buffers2, masters, steps,
-            sizes, fresh,
+            group, updating, masters_only, c.params, c.grads, c.backups, c.first_grads, c.buffers, c.buffers2, c.masters,
+            c.steps, c.sizes, fresh,
         )  # fmt: skip
-        out.params += params
-        out.grads += grads
-        out.backups += backups
-        out.first_grads += first_grads
-        out.buffers += buffers
-        out.buffers2 += buffers2
-        out.masters += masters
-        out.steps += steps
-        out.sizes += sizes
-        out.rows += [(group, new) for new in fresh]
+        c.rows = [(group, new) for new in fresh]
+        out.extend(c)
     return out
 
 
@@ -190,7 +189,7 @@ def signed_rho(group: Group) -> Any:
     return -group["rho"] if group.get("maximize") else group["rho"]
 
 
-def perturb(opt: RST, keep_first: bool) -> None:
+def perturb(opt: RST) -> None:
     """grad_norm and perturb_ over all groups."""
     ops = opt.backend.ops
     everything = list(range(len(opt.param_groups)))
@@ -215,15 +214,16 @@ def perturb(opt: RST, keep_first: bool) -> None:
         first_index += len(c.params)
         for p, g in zip(c.params, c.grads, strict=True):
             opt._perturbed[p] = True
-            if keep_first:
+            if opt._run.mixing:
                 opt.state[p]["first_grad"] = g
             p.grad = None
         touched(c.params)
 
 
-def update(opt: RST, perturbed: bool, mixing: bool) -> None:
+def update(opt: RST) -> None:
     """Restore, mix and base step, in one op per set of groups that agree in all flags."""
     rule, ops = opt.rule, opt.backend.ops
+    perturbed, mixing = opt._run.perturbed, opt._run.mixing
     assert rule is not None
     amp = (getattr(opt, "grad_scale", None), getattr(opt, "found_inf", None))
     for indices in partition(opt):
@@ -232,7 +232,7 @@ def update(opt: RST, perturbed: bool, mixing: bool) -> None:
             if not c.params:
                 continue
             flags = rule.flags(opt.param_groups[indices[0]])
-            gamma = opt._gamma_now if mixing else 1.0
+            gamma = opt._run.gamma if mixing else 1.0
             steps = advanced(c.steps, amp[1])
             lists: list[Any] = [c.params, c.grads]
             if perturbed:
@@ -277,7 +277,7 @@ def restore(opt: RST, mixing: bool = False) -> None:
             backups = [] if kind else [backup_of(opt, p) for p in params]
             grads = [p.grad for p in params] if mixed else []
             firsts = [opt.state[p]["first_grad"] for p in params] if mixed else []
-            gamma = as_rows([[opt._gamma_now]]).flatten()
+            gamma = as_rows([[opt._run.gamma]]).flatten()
             opt.backend.ops.restore_(params, backups, masters, grads, firsts, gamma, [len(params)])
             forget(opt, params)
             touched(params)

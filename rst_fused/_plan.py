@@ -1,16 +1,145 @@
-"""Launch plans of the eager CPU path."""
+"""The eager CPU path: one launch plan per optimizer, made once and checked at every step.
+
+A plan (csrc/host_plan.h) holds the chunk table of all parameters. At each call it reads p.grad of every parameter and
+compares addresses, shapes and dtypes with the table. Whatever does not fit (other gradients than last time, storage
+that moved) makes a new plan; whatever a plan cannot express goes through rst_fused._engine.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from rst_fused import _engine
+from rst_fused._backends import host
+from rst_fused._schemas import NAMESPACE
+
+if TYPE_CHECKING:
+    from rst_fused.optimizer import RST
+
+_PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
 
 
 class Plans:
-    def perturb(self, opt: Any) -> bool:
-        return False
+    """The plan of one optimizer, or none yet."""
 
-    def update(self, opt: Any, perturbed: bool, mixing: bool) -> bool:
-        return False
+    def __init__(self) -> None:
+        self._plan: Any = None
+        self._key: Any = None
+        self._lists = _engine.Lists()
 
-    def restore(self, opt: Any) -> None:
-        return None
+    def perturb(self, opt: RST) -> bool:
+        """Norm and perturbation; False if the plan path does not serve this case, with nothing done."""
+        if not self._ready(opt, with_backups=True):
+            return False
+        rho = [float(_engine.signed_rho(group)) for group, _ in self._lists.rows]
+        self._plan.perturb(
+            opt._stats.data_ptr(), rho, opt.adaptive, opt.eta, opt.stochastic_rounding, opt.seed, opt.steps, opt._run.mixing
+        )
+        _engine.touched(self._lists.params)
+        return True
+
+    def update(self, opt: RST) -> bool:
+        """Restore, mixing and base step; False if the plan path does not serve this case."""
+        rule, mixing = opt.rule, opt._run.mixing
+        assert rule is not None
+        held = self._plan is not None and self._plan.perturbed
+        if opt._run.perturbed and not held:
+            return False
+        if held and not (self._unchanged(opt, True) and self._plan.collect()):
+            self.hand_over(opt)
+            return False
+        if not held and not self._ready(opt, with_backups=False):
+            return False
+        gamma = opt._run.gamma if mixing else 1.0
+        rows = [[float(x) for x in rule.row(group, new, gamma)] for group, new in self._lists.rows]
+        flags = rule.flags(opt.param_groups[0])
+        if rule.name == "sgd":
+            self._plan.sgd_step(rows, flags[1], flags[2], mixing)
+        else:
+            torch._foreach_add_(self._lists.steps, 1)
+            for row, step in zip(rows, self._lists.steps, strict=True):
+                row.append(float(step))
+            self._plan.adam_step(rows, flags[1], flags[2], mixing)
+        _engine.touched(self._lists.params)
+        return True
+
+    def restore(self, opt: RST) -> None:
+        """Undoes a perturbation of the plan, if there is one."""
+        if self._plan is None or not self._plan.perturbed:
+            return
+        if self._plan.restore():
+            _engine.touched(self._lists.params)
+        else:
+            self.hand_over(opt)
+
+    def hand_over(self, opt: RST) -> None:
+        """Passes a step under way to _engine: which weights are perturbed, and the first gradients."""
+        if self._plan is None or not self._plan.perturbed:
+            return
+        first_grads = self._plan.hand_over()
+        for i, p in enumerate(self._lists.params):
+            opt._perturbed[p] = True
+            if first_grads:
+                opt.state[p]["first_grad"] = first_grads[i]
+
+    def _ready(self, opt: RST, with_backups: bool) -> bool:
+        """Whether there is a plan that fits the gradients of now; makes one if need be."""
+        if not self._serves(opt):
+            return False
+        if self._unchanged(opt, with_backups) and self._plan.collect():
+            return True
+        self._plan = None
+        opt._check_grads()
+        self._build(opt, with_backups or bool(opt._backups))
+        return self._plan is not None and bool(self._plan.collect())
+
+    @staticmethod
+    def _serves(opt: RST) -> bool:
+        helper = host()
+        return (
+            helper is not None
+            and opt.backend.name == "cpu"
+            and helper.can_plan()
+            and torch._C._len_torch_dispatch_stack() == 0
+            and getattr(opt, "grad_scale", None) is None
+            and getattr(opt, "found_inf", None) is None
+        )
+
+    @staticmethod
+    def _structure(opt: RST, with_backups: bool) -> Any:
+        flags = () if opt.rule is None else tuple(opt.rule.flags(group) for group in opt.param_groups)
+        groups = tuple((id(group["params"]), len(group["params"])) for group in opt.param_groups)
+        return groups, flags, id(opt.state), len(opt.state), with_backups
+
+    def _unchanged(self, opt: RST, with_backups: bool) -> bool:
+        if self._plan is None:
+            return False
+        return bool(self._structure(opt, with_backups or self._key[-1]) == self._key)
+
+    def _build(self, opt: RST, with_backups: bool) -> None:
+        everything = list(range(len(opt.param_groups)))
+        params = [p for group in opt.param_groups for p in group["params"]]
+        if len(_engine.partition(opt)) != 1 or any(type(p) not in _PLAIN_TENSORS for p in params):
+            return
+        if opt.rule is not None and any(opt.rule.splits_fresh(group) for group in opt.param_groups):
+            return
+        lists = _engine.Lists()
+        for kind in _engine.master_kinds(opt):
+            lists.extend(_engine.gather(opt, everything, True, kind))
+        if not lists.params:
+            return
+        masters: list[Tensor | None] = [opt.state[p].get("master") if p in opt.state else None for p in lists.params]
+        backups: list[Tensor | None] = [
+            _engine.backup_of(opt, p) if with_backups and not _engine.has_master(opt, p) else None for p in lists.params
+        ]
+        nothing: list[Tensor | None] = [None] * len(lists.params)
+        columns = (backups, lists.buffers or nothing, lists.buffers2 or nothing, masters)
+        held = [t for column in (lists.params, *columns) for t in column if t is not None]
+        handle = getattr(torch.ops, NAMESPACE)._hold(held)
+        idle = [p for p in params if p.grad is None]
+        self._plan = host().Plan(lists.params, idle, lists.sizes, *columns, handle)
+        self._lists = lists
+        self._key = self._structure(opt, with_backups)

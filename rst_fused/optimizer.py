@@ -16,11 +16,12 @@ from rst_fused._backends import Backend, backend_for
 from rst_fused._checks import as_integer
 from rst_fused._plan import Plans
 from rst_fused._rules import Group, check_number, rule_for
+from rst_fused._run import Run
 from rst_fused.batch_norm import freeze_batch_norm
 from rst_fused.schedule import as_schedule, draw, match
 
 _COUNTERS = ("rst_steps", "rst_sam_steps", "rst_seed")
-_TRANSIENT = ("_backups", "_perturbed", "_plans", "_now")
+_TRANSIENT = ("_backups", "_perturbed", "_plans")
 
 
 class RST(Optimizer):
@@ -88,7 +89,7 @@ class RST(Optimizer):
         self.master_weights, self.stochastic_rounding = bool(master_weights), bool(stochastic_rounding)
         self.requested_backend = backend
         self._model = model
-        self.steps = self.sam_steps = 0
+        self._run = Run()
         self._reset()
         if self.rule is not None:
             super().__init__(self._given(params), {**self._hyper(hyper), "rho": rho})
@@ -144,10 +145,7 @@ class RST(Optimizer):
         self._backups: dict[Tensor, Tensor] = {}
         self._perturbed: dict[Tensor, bool] = {}
         self._plans = Plans()
-        self._now: tuple[int, bool] | None = None  # step, draw
-        self._gamma_now = 1.0
-        self._phase = ""  # "perturbed" between perturb and step
-        self._mixing = False
+        self._run = Run(self._run.steps, self._run.sam_steps)
 
     def add_param_group(self, param_group: Group) -> None:
         """Adds a group as torch.optim does; checks its hyperparameters, dtypes and layouts first."""
@@ -175,13 +173,15 @@ class RST(Optimizer):
     # --- the step ---------------------------------------------------------------------------------------------------
     def draw(self) -> bool:
         """Whether the step under way is a SAM step: X_t ~ Bernoulli(p(t)). Asking again gives the same answer."""
-        if self._now is None or self._now[0] != self.steps:
-            self._now = (self.steps, draw(self.seed, self.steps, self.schedule(self.steps)))
-            gamma = self.gamma(self.steps) if callable(self.gamma) else self.gamma
-            check_number(f"gamma({self.steps})", gamma, 0)
-            self._gamma_now = float(gamma)
-            self._rng[1] = self.steps
-        return self._now[1]
+        run, t = self._run, self._run.steps
+        if run.drawn_at != t:
+            run.drawn = draw(self.seed, t, self.schedule(t))
+            gamma = self.gamma(t) if callable(self.gamma) else self.gamma
+            check_number(f"gamma({t})", gamma, 0)
+            run.gamma = float(gamma)
+            self._rng[1] = t
+            run.drawn_at = t
+        return run.drawn
 
     @torch.no_grad()
     def perturb(self, fire: bool | None = None) -> bool:
@@ -200,16 +200,15 @@ class RST(Optimizer):
             fire = drawn if fire is None else bool(fire)
         if not fire:
             return False
-        self._mixing = self._gamma_now != 1.0
+        self._run.perturbed = True
+        self._run.mixing = self._run.gamma != 1.0
         if torch.compiler.is_compiling():
-            _engine.perturb(self, self._mixing)
-            self._phase = "perturbed"
+            _engine.perturb(self)
             return True
-        self._phase = "perturbed"
         try:
             if not self._plans.perturb(self):
                 self._check_grads()
-                _engine.perturb(self, self._mixing)
+                _engine.perturb(self)
         except BaseException:
             self.restore()
             raise
@@ -231,25 +230,24 @@ class RST(Optimizer):
             if self.perturb():
                 with torch.enable_grad(), self.second_pass(self._model):
                     closure()
-        perturbed = self._phase == "perturbed"
+        run = self._run
         try:
             if torch.compiler.is_compiling():
-                _engine.update(self, perturbed, self._mixing)
-            elif self.rule is None:
-                _engine.restore(self, self._mixing)
-                assert self.base is not None
+                _engine.update(self)
+            elif self.base is not None:
+                self._plans.hand_over(self)
+                _engine.restore(self, run.mixing)
                 self.base.step()
-            elif not self._plans.update(self, perturbed, self._mixing):
+            elif not self._plans.update(self):
                 self._check_grads()
-                _engine.update(self, perturbed, self._mixing)
+                _engine.update(self)
         except BaseException:
             if not torch.compiler.is_compiling():
                 self.restore()
             raise
-        self.steps += 1
-        self.sam_steps += perturbed
-        self._phase = ""
-        self._mixing = False
+        run.sam_steps = run.sam_steps + (1 if run.perturbed else 0)
+        run.steps = run.steps + 1
+        run.perturbed = run.mixing = False
         return loss
 
     @contextmanager
@@ -267,8 +265,7 @@ class RST(Optimizer):
         """Abandons a perturbation: the weights are bit for bit those before perturb(). No update, no step counted."""
         self._plans.restore(self)
         _engine.restore(self)
-        self._phase = ""
-        self._mixing = False
+        self._run.perturbed = self._run.mixing = False
 
     def _init_group(self, group: Group, *args: Any) -> None:
         _engine.init_group(self, group, *args)
@@ -279,12 +276,22 @@ class RST(Optimizer):
                 _engine.check_grad(p, f"parameter {j} of group {i}")
 
     def _refuse_while_perturbed(self, what: str) -> None:
-        if self._phase:
+        if self._run.perturbed:
             raise RuntimeError(
                 f"{what} while the weights are perturbed: call step() after the second backward, or restore() to abandon it"
             )
 
     # --- what it cost -----------------------------------------------------------------------------------------------
+    @property
+    def steps(self) -> int:
+        """Steps taken so far."""
+        return self._run.steps
+
+    @property
+    def sam_steps(self) -> int:
+        """Those of them that were SAM steps."""
+        return self._run.sam_steps
+
     @property
     def cost(self) -> float:
         """Mean forward-backward pairs per step so far: 1 + sam_steps / steps."""
@@ -293,7 +300,7 @@ class RST(Optimizer):
     @property
     def last_grad_norm(self) -> float:
         """||g1|| (ASAM: ||T g1||) of the last SAM step, NaN before the first. Waits for the device."""
-        return float(self._stats[0]) if self.sam_steps or self._phase else math.nan
+        return float(self._stats[0]) if self.sam_steps or self._run.perturbed else math.nan
 
     @property
     def non_finite_norms(self) -> int:
@@ -323,8 +330,7 @@ class RST(Optimizer):
         for group, rho in zip(self.param_groups, rhos, strict=True):
             group.setdefault("rho", rho)
             counters = {name: group.pop(name) for name in _COUNTERS if name in group}
-        self.steps = counters.get("rst_steps", 0)
-        self.sam_steps = counters.get("rst_sam_steps", 0)
+        self._run = Run(counters.get("rst_steps", 0), counters.get("rst_sam_steps", 0))
         self.seed = counters.get("rst_seed", self.seed)
         self._reset()
         self._rng = torch.tensor([self.seed, self.steps], dtype=torch.int64)
@@ -384,7 +390,7 @@ class SAM(RST):
 
     def second_step(self, zero_grad: bool = False) -> None:
         """Restores the weights and applies the base optimizer with the gradients of the second pass."""
-        if not self._phase:
+        if not self._run.perturbed:
             raise RuntimeError("second_step before first_step: call first_step after the first backward")
         self.step()
         if zero_grad:

@@ -1,0 +1,160 @@
+"""The options of the training command with their defaults, as one immutable value."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from rst_fused import schedule_cli
+from rst_fused.schedule import Schedule
+
+METHODS = ("base", "sam", "rst", "g-rst")
+BASES = ("sgd", "adamw")
+SCHEDULE_OPTIONS = ("p", "b", "every", "offset", "cost", "warmup")
+
+# Found on the data itself. Digits: with 30% wrong labels, this much weight decay keeps the weights small enough for
+# rho = 0.1 to matter. CIFAR-10: the usual settings of ResNet-18 and SAM.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "digits": {
+        "model": "cnn", "epochs": 60, "batch_size": 100, "seeds": 3, "rho": 0.1, "label_noise": (0.0, 0.3),
+        "sgd": {"lr": 0.02, "weight_decay": 5e-3}, "adamw": {"lr": 1e-3, "weight_decay": 0.01},
+    },
+    "cifar10": {
+        "model": "resnet18", "epochs": 30, "batch_size": 128, "seeds": 1, "rho": 0.05, "label_noise": (0.0,),
+        "sgd": {"lr": 0.1, "weight_decay": 5e-4}, "adamw": {"lr": 1e-3, "weight_decay": 0.01},
+    },
+}  # fmt: skip
+
+
+def positive_int(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected an integer >= 1")
+    return value
+
+
+def non_negative(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: expected a finite number >= 0")
+    return value
+
+
+def fraction(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected a number from 0 to 1")
+    return value
+
+
+def gamma_value(text: str) -> float | str:
+    return text if text == "match" else non_negative(text)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every option, resolved. ``schedule`` holds the family and the options of ``rst-fused schedule``."""
+
+    data: str | None
+    model: str
+    subset: int | None
+    label_noise: tuple[float, ...]
+    epochs: int
+    seeds: int
+    methods: tuple[str, ...]
+    base: str
+    lr: float
+    momentum: float | None
+    weight_decay: float
+    batch_size: int
+    rho: float
+    gamma: float | str
+    schedule: dict[str, Any]
+    device: str
+    amp: bool
+    threads: int | None
+    output: str
+
+    @classmethod
+    def from_arguments(cls, args: argparse.Namespace) -> Config:
+        """Fills in the defaults. Raises ValueError where options contradict each other."""
+        defaults = _DEFAULTS["digits" if args.data is None else "cifar10"]
+
+        def given(name: str, default: Any) -> Any:
+            value = getattr(args, name)
+            return default if value is None else value
+
+        if args.base != "sgd" and args.momentum is not None:
+            raise ValueError(f"--momentum {args.momentum} with --base {args.base}: only sgd has a momentum")
+        options = {name: getattr(args, name) for name in SCHEDULE_OPTIONS}
+        if args.schedule == "constant" and args.p is None and args.cost is None:
+            options["p"] = 0.5
+        values: dict[str, Any] = {
+            "data": None if args.data is None else str(args.data),
+            "subset": args.subset,
+            "label_noise": tuple(dict.fromkeys(given("label_noise", defaults["label_noise"]))),
+            "methods": tuple(name for name in METHODS if name in args.methods),
+            "base": args.base,
+            "momentum": given("momentum", 0.9) if args.base == "sgd" else None,
+            "gamma": args.gamma,
+            "schedule": {"family": args.schedule, **options},
+            "device": _checked_device(args.device),
+            "amp": args.amp,
+            "threads": args.threads,
+            **{name: given(name, defaults[name]) for name in ("model", "epochs", "batch_size", "seeds", "rho")},
+            **{name: given(name, default) for name, default in defaults[args.base].items()},
+        }
+        values["output"] = str(args.output or _output_name(values))
+        return cls(**values)
+
+    @property
+    def hyper(self) -> dict[str, float]:
+        """Keyword arguments of the base optimizer."""
+        momentum = {} if self.momentum is None else {"momentum": self.momentum}
+        return {"lr": self.lr, "weight_decay": self.weight_decay, **momentum}
+
+    def build_schedule(self, steps: int) -> Schedule:
+        """The schedule of RST and G-RST for a run of ``steps`` steps; ValueError where the options do not fit."""
+        return schedule_cli.build(argparse.Namespace(steps=steps, **self.schedule))
+
+    def label(self, method: str) -> str:
+        """The method's name in tables and pictures, such as ``G-RST(0.5, match)``."""
+        if method in ("base", "sam"):
+            return "SAM" if method == "sam" else {"sgd": "SGD", "adamw": "AdamW"}[self.base]
+        options = {name: value for name, value in self.schedule.items() if name != "family" and value not in (None, 0)}
+        family = self.schedule["family"]
+        if family == "constant":
+            text = ", ".join(str(v) if k == "p" else f"{k}={v}" for k, v in options.items()) or "0"
+        else:
+            text = " ".join([family, *(f"{k}={v}" for k, v in options.items())])
+        return f"RST({text})" if method == "rst" else f"G-RST({text}, {self.gamma})"
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def _checked_device(name: str) -> str:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {name}: torch sees no CUDA device; use --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices, counted from 0")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {name}: expected cpu or cuda")
+    return name
+
+
+def _output_name(values: dict[str, Any]) -> str:
+    """runs/DATA-MODEL-BASE-HASH: equal options give the same folder, others another."""
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+    data = "digits" if values["data"] is None else "cifar10"
+    return f"runs/{data}-{values['model']}-{values['base']}-{digest}"
