@@ -12,7 +12,7 @@ from . import record
 from .cases import CASES, DTYPES, LARGE, Hyper
 from .peers import PEERS, Unavailable, make
 from .probe import Probe
-from .runner import Plan, Race, ratios, records
+from .runner import OURS, Plan, Race, entry
 
 AGREEMENT = {"fp32": 1e-3, "bf16": 0.1}  # largest distance between two competitors' weights, relative
 
@@ -22,7 +22,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES), metavar="DTYPE")
     peers = f"which competitors, of {', '.join(PEERS)}; default: all that suit the dtype"
     parser.add_argument("--peer", nargs="+", choices=list(PEERS), default=None, metavar="PEER", help=peers)
-    parser.add_argument("--rounds", type=int, default=None, help="default: 7, or 21 for a small case")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=None,
+        help="default: 7, or 15 for a small case; times 5 beside the probe",
+    )
     parser.add_argument(
         "--calls", type=int, default=None, help="calls per round; default: 2, or 10 for a small case"
     )
@@ -30,46 +35,49 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(case_name: str, dtype: str, names: list[str], args: argparse.Namespace) -> dict[str, Any]:
-    """Times one case in one dtype; returns its records, ratios and notes."""
-    case, hyper, notes = CASES[case_name](), Hyper(), []
+    """Times one case in one dtype: all competitors, then ours beside the bandwidth probe. Races and notes."""
+    case, hyper, notes, races = CASES[case_name](), Hyper(), [], []
     competitors = {}
     for name in names:
         try:
             competitors[name] = make(name, case, DTYPES[dtype], hyper)
         except Unavailable as error:
             notes.append(f"{case_name}, {dtype}: {name} was left out: {error}")
-    if not competitors:
-        raise SystemExit("no competitor can run:\n" + "\n".join(notes))
-    probe = None
-    if not args.no_probe:
-        probe = Probe(case.elements, DTYPES[dtype].itemsize, torch.get_num_threads())
-    race = Race(competitors, [case.tensors(DTYPES[dtype], seed=1, scale=1e-3)], probe)
+    grads = [case.tensors(DTYPES[dtype], seed=1, scale=1e-3)]
     small = case_name not in LARGE
-    plan = Plan(rounds=args.rounds or (21 if small else 7), calls=args.calls or (10 if small else 2))
-    times = race.run(plan)
+    rounds, calls = args.rounds or (15 if small else 7), args.calls or (10 if small else 2)
+    race = Race(competitors, grads)
+    race.run(Plan(rounds, calls))
+    races.append(entry(race, case, dtype))
     first = next(iter(competitors))
     for name, distance in race.disagreement().items():
         if not distance <= AGREEMENT[dtype]:
             notes.append(
                 f"{case_name}, {dtype}: weights of {name} are {distance:.1e} away from those of {first}"
             )
-    if probe is not None:
+    ours = {name: c for name, c in competitors.items() if name in OURS}
+    if ours and not args.no_probe:
+        del competitors, race  # the memory of the others
+        # Many short rounds: the fraction of a ceiling needs more precision than a ratio of 2 or 10.
+        probe = Probe(case.elements, DTYPES[dtype].itemsize, torch.get_num_threads())
+        race = Race(ours, grads, probe)
+        race.run(Plan(5 * rounds, calls))
+        races.append(entry(race, case, f"{dtype}, beside the bandwidth probe"))
         notes += [f"{case_name}, {dtype}: probe {mix}: {words}" for mix, words in probe.describe().items()]
-    found = [r for ours in ("ours", "ours-master") if ours in times for r in ratios(times, case, dtype, ours)]
-    return {"results": records(times, case, dtype), "ratios": found, "notes": notes}
+    return {"races": races, "notes": notes}
 
 
 def run(args: argparse.Namespace) -> int:
     env = record.environment(record.cpu_device())
     out = Path(args.out) if args.out else record.path_for(env, "cpu")
     record.refuse_overwrite(out, args.force)
-    data: dict[str, Any] = {**env, "command": "cpu", "results": [], "ratios": [], "notes": []}
+    data: dict[str, Any] = {**env, "command": "cpu", "races": [], "notes": []}
     for case_name in args.case:
         for dtype in args.dtype:
             names = args.peer or [name for name in PEERS if name != "ours-master" or dtype != "fp32"]
             part = measure(case_name, dtype, names, args)
-            for key, values in part.items():
-                data[key] += values
+            data["races"] += part["races"]
+            data["notes"] += part["notes"]
             record.write(out, data, force=True)  # as it goes: a later case that fails loses nothing
             print(f"{case_name}, {dtype}: done", flush=True)
     print(record.markdown(data))

@@ -12,7 +12,7 @@ import torch
 from . import record
 from .cases import HOST_COUNTS, HOST_GOAL, HOST_SIZE, Hyper, many
 from .peers import Unavailable, make
-from .runner import Plan, Race, ratios, records
+from .runner import Plan, Race, entry
 
 SETS = {"same gradients": 1, "new gradient addresses": 2}
 
@@ -24,11 +24,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--calls", type=int, default=None, help="calls per round, of which the median counts")
 
 
+def _goal_notes(races: list[dict[str, Any]]) -> list[str]:
+    tensors, goal = HOST_GOAL
+    return [
+        f"goal: perturb + step at {tensors} tensors within {goal * 1e6:.0f} us; with {race['label']}: "
+        f"{r['median_s'] * 1e6:.1f} us, {'met' if r['median_s'] <= goal else 'MISSED'}"
+        for race in races
+        for r in race["results"]
+        if (race["tensors"], r["who"], r["what"]) == (tensors, "ours", "step")
+    ]
+
+
 def run(args: argparse.Namespace) -> int:
     env = record.environment(record.cpu_device())
     out = Path(args.out) if args.out else record.path_for(env, "host")
     record.refuse_overwrite(out, args.force)
-    data: dict[str, Any] = {**env, "command": "host", "results": [], "ratios": [], "notes": []}
+    data: dict[str, Any] = {**env, "command": "host", "races": [], "notes": []}
     for count in args.count:
         case = many(count, HOST_SIZE)
         for label, sets in SETS.items():
@@ -45,18 +56,10 @@ def run(args: argparse.Namespace) -> int:
                 warmup=20,
                 reduce=statistics.median,
             )
-            times = Race(competitors, grads).run(plan)
-            data["results"] += records(times, case, label)
-            if "ours" in times:
-                data["ratios"] += ratios(times, case, label)
-    tensors, goal = HOST_GOAL
-    for r in data["results"]:
-        if (r["tensors"], r["who"], r["what"]) == (tensors, "ours", "step"):
-            met = "met" if r["median_s"] <= goal else "MISSED"
-            data["notes"].append(
-                f"goal: perturb + step at {tensors} tensors within {goal * 1e6:.0f} us; "
-                f"with {r['dtype']}: {r['median_s'] * 1e6:.1f} us, {met}"
-            )
+            race = Race(competitors, grads)
+            race.run(plan)
+            data["races"].append(entry(race, case, label))
+    data["notes"] += _goal_notes(data["races"])
     record.write(out, data, args.force)
     print(record.markdown(data))
     print(f"written to {out}")

@@ -1,8 +1,8 @@
 """``python -m benchmarks memory``: peak extra memory of a training step, in bytes per parameter.
 
 Each mode runs in a child process. Weights and one set of gradients are the baseline; the peak of the resident
-set over three whole steps (gradients, perturbation, new gradients, update) is measured against it, so all that
-an optimizer adds counts: state, backups, gradients that it keeps, and temporaries. Linux only (/proc/self).
+set over three whole steps (gradients, perturbation, new gradients, update) is measured against it: state,
+backups, gradients that are kept, and temporaries count. Linux only (/proc/self).
 """
 
 from __future__ import annotations

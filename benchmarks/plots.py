@@ -9,12 +9,8 @@ STEP_PARTS = ("perturb", "update")
 COLOURS = {"perturb": "#4878a8", "update": "#e08a3c"}
 
 
-def _keys(data: dict[str, Any]) -> list[tuple[str, str]]:
-    return list(dict.fromkeys((r["case"], r["dtype"]) for r in data["results"]))
-
-
-def _bars(axis: Any, data: dict[str, Any], case: str, dtype: str) -> None:
-    chosen = [r for r in data["results"] if (r["case"], r["dtype"]) == (case, dtype)]
+def _bars(axis: Any, race: dict[str, Any]) -> None:
+    chosen = race["results"]
     names = list(dict.fromkeys(r["who"] for r in chosen))
     unit, word = (1e3, "ms") if max(r["median_s"] for r in chosen) > 2e-3 else (1e6, "us")
     left = [0.0] * len(names)
@@ -27,7 +23,7 @@ def _bars(axis: Any, data: dict[str, Any], case: str, dtype: str) -> None:
         axis.text(total, name, f" {total:.3g}", va="center", fontsize=8)
     axis.invert_yaxis()
     axis.margins(x=0.12)
-    axis.set_title(f"{case}, {dtype}", fontsize=10)
+    axis.set_title(f"{race['case']}, {race['label']}", fontsize=10)
     axis.set_xlabel(word)
 
 
@@ -45,13 +41,13 @@ def plot(data: dict[str, Any], path: Path) -> Path:
         axis.invert_yaxis()
         axis.set_xlabel("peak extra bytes per parameter")
     else:
-        keys = _keys(data)
-        columns = min(2, len(keys))
-        rows = -(-len(keys) // columns)
+        races = data["races"]
+        columns = min(2, len(races))
+        rows = -(-len(races) // columns)
         figure, axes = plt.subplots(rows, columns, figsize=(5.5 * columns, 2.4 * rows), squeeze=False)
-        for axis, key in zip(axes.flat, keys, strict=False):
-            _bars(axis, data, *key)
-        for axis in axes.flat[len(keys) :]:
+        for axis, race in zip(axes.flat, races, strict=False):
+            _bars(axis, race)
+        for axis in axes.flat[len(races) :]:
             axis.set_visible(False)
         axes[0][0].legend(fontsize=8)
     figure.suptitle(f"{data['device']}, commit {data['commit']}", fontsize=10)

@@ -164,28 +164,27 @@ def _times(results: list[dict[str, Any]]) -> str:
 
 
 def _ratios(ratios: list[dict[str, Any]]) -> str:
-    ours = ratios[0]["ours"]
     rows = []
     for r in ratios:
         goal = "" if r["goal"] is None else f"{r['goal']:g}"
         met = "" if r["met"] is None else ("yes" if r["met"] else "NO")
         rows.append([f"{r['against']}: {r['what']}", f"{r['median']:.2f}", f"{r['best']:.2f}", goal, met])
-    return table([f"time / time of {ours}", "median", "best", "goal", "met"], rows)
+    return table([f"time / time of {ratios[0]['ours']}", "median", "best", "goal", "met"], rows)
+
+
+def _race(race: dict[str, Any]) -> str:
+    size = f"{race['tensors']} tensors, {race['elements']:,} elements"
+    parts = [f"\n## {race['case']}, {race['label']}\n\n{size}; other processes kept "]
+    parts.append(f"{race['other_processes_cores']:.1f} cores busy meanwhile.\n\n")
+    parts.append(_times(race["results"]))
+    for ours in _order([r["ours"] for r in race["ratios"]]):
+        parts.append("\n" + _ratios([r for r in race["ratios"] if r["ours"] == ours]))
+    return "".join(parts)
 
 
 def markdown(data: dict[str, Any]) -> str:
     """The summary of a result file."""
-    parts = [_heading(data)]
-    for key in _order([(r["case"], r["dtype"]) for r in data.get("results", [])]):
-        chosen = [r for r in data["results"] if (r["case"], r["dtype"]) == key]
-        first = chosen[0]
-        parts.append(
-            f"\n## {key[0]}, {key[1]}: {first['tensors']} tensors, {first['elements']:,} elements\n\n"
-        )
-        parts.append(_times(chosen))
-        for ours in _order([r["ours"] for r in data["ratios"] if (r["case"], r["dtype"]) == key]):
-            compared = [r for r in data["ratios"] if (r["case"], r["dtype"], r["ours"]) == (*key, ours)]
-            parts.append("\n" + _ratios(compared))
+    parts = [_heading(data), *(_race(race) for race in data.get("races", []))]
     if "memory" in data:
         rows = [
             [

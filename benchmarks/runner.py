@@ -5,21 +5,33 @@ from __future__ import annotations
 import contextlib
 import gc
 import itertools
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from .cases import GOALS, Case, Goal
+from .cases import GOALS, Case
 from .peers import Competitor, attach
 from .probe import CEILING, MIXES, Probe
 
+OURS = ("ours", "ours-master")
 WHATS = ("perturb", "update", "step", "base")  # step = perturb + update, of the same call
 Clock = Callable[[Callable[[], object]], float]
 Times = dict[str, list[float]]  # what -> one number of seconds per round
+
+
+def _busy_seconds() -> float:
+    """CPU seconds for which the machine was busy or held up by its host; 0 without /proc/stat."""
+    stat = Path("/proc/stat")
+    if not stat.exists():
+        return 0.0
+    user, nice, system, _idle, _wait, irq, soft, steal = map(int, stat.read_text().split()[1:9])
+    return (user + nice + system + irq + soft + steal) / os.sysconf("SC_CLK_TCK")
 
 
 def wall_clock(call: Callable[[], object]) -> float:
@@ -68,6 +80,7 @@ class Race:
     probe: Probe | None = None
     clock: Clock = wall_clock
     times: dict[str, Times] = field(default_factory=dict)
+    others: float = 0.0  # how many cores other processes kept busy during the rounds, on average
 
     def one_step(self, competitor: Competitor, sets: Iterator[Sequence[torch.Tensor]]) -> dict[str, float]:
         seconds = {}
@@ -98,12 +111,15 @@ class Race:
                 self.probe.calibrate()
                 entries["probe"] = self.probe_round
             self.times = {name: {what: [] for what in WHATS} for name in entries}
+            begun, busy, own = time.perf_counter(), _busy_seconds(), time.process_time()
             for _ in range(plan.rounds):
                 for name, entry in entries.items():
                     time.sleep(plan.settle)
                     calls = [entry() for _ in range(plan.calls)]
                     for what in WHATS:
                         self.times[name][what].append(plan.reduce([call[what] for call in calls]))
+            own, busy = time.process_time() - own, _busy_seconds() - busy
+            self.others = max(0.0, (busy - own) / (time.perf_counter() - begun))
         return self.times
 
     def disagreement(self) -> dict[str, float]:
@@ -122,11 +138,10 @@ class Race:
         return distances
 
 
-def records(times: Mapping[str, Times], case: Case, dtype: str) -> list[dict[str, Any]]:
+def records(times: Mapping[str, Times]) -> list[dict[str, Any]]:
     """One record per competitor and part, with every round's seconds."""
     return [
         {
-            "case": case.name, "dtype": dtype, "elements": case.elements, "tensors": len(case.shapes),
             "who": who, "what": what, "median_s": statistics.median(rounds), "best_s": min(rounds),
             "rounds_s": rounds,
         }
@@ -134,33 +149,41 @@ def records(times: Mapping[str, Times], case: Case, dtype: str) -> list[dict[str
     ]  # fmt: skip
 
 
-def _goal(case: str, what: str, against: str, goals: Sequence[Goal]) -> float | None:
-    for goal in goals:
+def _goal(case: str, what: str, against: str) -> float | None:
+    for goal in GOALS:
         if case in goal.cases and (goal.what, goal.against) == (what, against):
             return goal.value
     return None
 
 
-def ratios(
-    times: Mapping[str, Times], case: Case, dtype: str, ours: str = "ours", goals: Sequence[Goal] = GOALS
-) -> list[dict[str, Any]]:
+def ratios(times: Mapping[str, Times], case: str, ours: str = "ours") -> list[dict[str, Any]]:
     """How many times longer than ``ours`` each competitor takes; for the probe, the fraction of the ceiling.
 
     ``median`` is over the ratios of single rounds, ``best`` is the ratio of the two best times. Against
     ``torch base`` stands torch's own base step without SAM, compared with our restore + base step.
     """
     mine = times[ours]
-    pairs = [
-        (who, what, parts[what], mine[what]) for who, parts in times.items() if who != ours for what in WHATS
-    ]
+    others = {who: parts for who, parts in times.items() if who != ours}
+    pairs = [(who, what, parts[what], mine[what]) for who, parts in others.items() for what in WHATS]
     if "foreach" in times:
         pairs.append(("torch base", "update", times["foreach"]["base"], mine["update"]))
     found = []
     for who, what, theirs, own in pairs:
         median = statistics.median(t / o for t, o in zip(theirs, own, strict=True))
-        goal = _goal(case.name, what, who, goals)
+        goal = _goal(case, what, who)
         found.append({
-            "case": case.name, "dtype": dtype, "ours": ours, "what": what, "against": who, "median": median,
-            "best": min(theirs) / min(own), "goal": goal, "met": None if goal is None else median >= goal,
+            "ours": ours, "what": what, "against": who, "median": median, "best": min(theirs) / min(own),
+            "goal": goal, "met": None if goal is None else median >= goal,
         })  # fmt: skip
     return found
+
+
+def entry(race: Race, case: Case, label: str) -> dict[str, Any]:
+    """What a result file keeps of a race that was run."""
+    return {
+        "case": case.name, "label": label, "elements": case.elements, "tensors": len(case.shapes),
+        "other_processes_cores": round(race.others, 2), "results": records(race.times),
+        "ratios": [
+            r for ours in OURS if ours in race.times for r in ratios(race.times, case.name, ours)
+        ],
+    }  # fmt: skip

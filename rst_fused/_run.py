@@ -11,10 +11,25 @@ from dataclasses import dataclass
 
 @dataclass
 class Run:
-    steps: int = 0
+    steps: int = 0  # those counted; one more is finished while `finished` is set
     sam_steps: int = 0
+    finished: bool = False
+    was_sam: bool = False
     perturbed: bool = False  # between perturb and step
     mixing: bool = False  # and gamma != 1, so the first gradients are kept
     drawn_at: int = -1  # the step for which drawn and gamma hold
     drawn: bool = False
     gamma: float = 1.0
+
+    def count(self) -> None:
+        """Adds the finished step to the counters. A compiled step only sets flags: a count would be one graph more."""
+        if self.finished:
+            self.steps += 1
+            self.sam_steps += self.was_sam
+            self.finished = False
+
+    def finish(self) -> None:
+        """Notes that the step under way is done."""
+        self.finished = True
+        self.was_sam = self.perturbed
+        self.perturbed = self.mixing = False

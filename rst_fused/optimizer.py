@@ -145,7 +145,7 @@ class RST(Optimizer):
         self._backups: dict[Tensor, Tensor] = {}
         self._perturbed: dict[Tensor, bool] = {}
         self._plans = Plans()
-        self._run = Run(self._run.steps, self._run.sam_steps)
+        self._run = Run(self.steps, self.sam_steps)
 
     def add_param_group(self, param_group: Group) -> None:
         """Adds a group as torch.optim does; checks its hyperparameters, dtypes and layouts first."""
@@ -173,7 +173,9 @@ class RST(Optimizer):
     # --- the step ---------------------------------------------------------------------------------------------------
     def draw(self) -> bool:
         """Whether the step under way is a SAM step: X_t ~ Bernoulli(p(t)). Asking again gives the same answer."""
-        run, t = self._run, self._run.steps
+        run = self._run
+        run.count()
+        t = run.steps
         if run.drawn_at != t:
             run.drawn = draw(self.seed, t, self.schedule(t))
             gamma = self.gamma(t) if callable(self.gamma) else self.gamma
@@ -231,6 +233,10 @@ class RST(Optimizer):
                 with torch.enable_grad(), self.second_pass(self._model):
                     closure()
         run = self._run
+        if not torch.compiler.is_compiling():
+            run.count()
+        elif run.finished:
+            raise RuntimeError("step() under torch.compile: call opt.draw() outside the graph once per step")
         try:
             if torch.compiler.is_compiling():
                 _engine.update(self)
@@ -245,9 +251,7 @@ class RST(Optimizer):
             if not torch.compiler.is_compiling():
                 self.restore()
             raise
-        run.sam_steps = run.sam_steps + (1 if run.perturbed else 0)
-        run.steps = run.steps + 1
-        run.perturbed = run.mixing = False
+        run.finish()
         return loss
 
     @contextmanager
@@ -285,12 +289,12 @@ class RST(Optimizer):
     @property
     def steps(self) -> int:
         """Steps taken so far."""
-        return self._run.steps
+        return self._run.steps + self._run.finished
 
     @property
     def sam_steps(self) -> int:
         """Those of them that were SAM steps."""
-        return self._run.sam_steps
+        return self._run.sam_steps + (self._run.finished and self._run.was_sam)
 
     @property
     def cost(self) -> float:

@@ -18,43 +18,43 @@ from rst_fused.train.models import MODELS
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``rst-fused train``. Those left out take the defaults that suit the data."""
-    what = parser.add_argument_group("what to train")
-    what.add_argument("--data", type=Path, metavar="DIR", help="CIFAR-10: cifar-10-batches-py or the folder that "
-                      "holds it (default: the UCI digits of scikit-learn)")  # fmt: skip
-    what.add_argument("--model", choices=sorted(MODELS), help="default: cnn for digits, resnet18 for CIFAR-10")
-    what.add_argument("--subset", type=positive_int, metavar="N", help="only the first N training images")
-    what.add_argument("--label-noise", type=fraction, nargs="+", metavar="F", help="shares of the training labels "
-                      "drawn at random, each a series of its own (default: 0 0.3 for digits, 0 for CIFAR-10)")  # fmt: skip
-    what.add_argument("--epochs", type=positive_int, help="default: 60 for digits, 30 for CIFAR-10")
-    what.add_argument("--seeds", type=positive_int, metavar="N", help="seeds 0 .. N-1 (default: 3 for digits, else 1)")
-    what.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: all of them")
+    add = parser.add_argument_group("what to train").add_argument
+    add("--data", type=Path, metavar="DIR",
+        help="CIFAR-10: cifar-10-batches-py or what holds it (default: the UCI digits of scikit-learn)")
+    add("--model", choices=sorted(MODELS), help="default: cnn for digits, resnet18 for CIFAR-10")
+    add("--subset", type=positive_int, metavar="N", help="only the first N training images")
+    add("--label-noise", type=fraction, nargs="+", metavar="F",
+        help="shares of labels drawn at random, each a series (default: 0 0.3 for digits, 0 for CIFAR-10)")
+    add("--epochs", type=positive_int, metavar="N", help="default: 60 for digits, 30 for CIFAR-10")
+    add("--seeds", type=positive_int, metavar="N", help="seeds 0 .. N-1 (default: 3 for digits, else 1)")
+    add("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: all of them")
 
-    how = parser.add_argument_group("optimizer (the learning rate falls to 0 along a cosine)")
-    how.add_argument("--base", choices=BASES, default="sgd", help="base optimizer (sgd)")
-    how.add_argument("--lr", type=non_negative, help="default: 0.02 for digits, 0.1 for CIFAR-10; AdamW 0.001")
-    how.add_argument("--momentum", type=non_negative, help="of SGD (0.9)")
-    how.add_argument("--weight-decay", type=non_negative, help="default: 0.005 for digits, else 0.0005; AdamW 0.01")
-    how.add_argument("--batch-size", type=positive_int, help="default: 100 for digits, 128 for CIFAR-10")
-    how.add_argument("--rho", type=non_negative, help="radius of the perturbation (default: 0.1 for digits, else 0.05)")
-    how.add_argument("--gamma", type=gamma_value, default="match", help="of G-RST: a number or match, 1/p(t) (match)")
-    how.add_argument("--schedule", choices=FAMILIES, metavar="FAMILY", default="constant",
-                     help=f"of RST and G-RST: {', '.join(FAMILIES)} (constant)")  # fmt: skip
-    how.add_argument("--p", type=fraction, help="parameter of the schedule (0.5 where it is constant)")
-    how.add_argument("--b", type=fraction, help="late, early, piecewise: the switch, as a share of the run")
-    how.add_argument("--every", type=positive_int, metavar="K", help="interval: a SAM step every K steps")
-    how.add_argument("--offset", type=int, metavar="N", help="interval: the first SAM step")
-    how.add_argument("--cost", type=float, metavar="C", help="solve the schedule for C pairs per step instead")
-    how.add_argument("--warmup", type=int, default=0, metavar="N", help="base steps at the start (0)")
+    add = parser.add_argument_group("optimizer (the learning rate falls to 0 along a cosine)").add_argument
+    add("--base", choices=BASES, default="sgd", help="base optimizer (sgd)")
+    add("--lr", type=non_negative, help="default: 0.02 for digits, 0.1 for CIFAR-10; AdamW 0.001")
+    add("--momentum", type=non_negative, help="of SGD (0.9)")
+    add("--weight-decay", type=non_negative, help="default: 0.005 for digits, else 0.0005; AdamW 0.01")
+    add("--batch-size", type=positive_int, metavar="N", help="default: 100 for digits, else 128")
+    add("--rho", type=non_negative, help="radius of the perturbation (default: 0.1 for digits, else 0.05)")
+    add("--gamma", type=gamma_value, default="match", help="of G-RST: a number or match, 1/p(t) (match)")
+    add("--schedule", choices=FAMILIES, metavar="FAMILY", default="constant",
+        help=f"of RST and G-RST: {', '.join(FAMILIES)} (constant)")
+    add("--p", type=fraction, help="parameter of the schedule (0.5 where it is constant)")
+    add("--b", type=fraction, help="late, early, piecewise: the switch, as a share of the run")
+    add("--every", type=positive_int, metavar="K", help="interval: a SAM step every K steps")
+    add("--offset", type=int, metavar="N", help="interval: the first SAM step")
+    add("--cost", type=float, metavar="C", help="solve the schedule for C pairs per step instead")
+    add("--warmup", type=int, default=0, metavar="N", help="base steps at the start (0)")
 
-    where = parser.add_argument_group("machine and output")
-    where.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (cpu)")
-    where.add_argument("--amp", action="store_true", help="bfloat16 autocast in the forward passes")
-    where.add_argument("--threads", type=positive_int, metavar="N", help="CPU threads (default: torch's choice)")
-    where.add_argument("--output", type=Path, metavar="DIR", help="default: runs/ and a name made of the options")
+    add = parser.add_argument_group("machine and output").add_argument
+    add("--device", default="cpu", help="cpu, cuda, cuda:1, ... (cpu)")
+    add("--amp", action="store_true", help="bfloat16 autocast in the forward passes")
+    add("--threads", type=positive_int, metavar="N", help="CPU threads (default: torch's choice)")
+    add("--output", type=Path, metavar="DIR", help="default: runs/ and a name made of the options")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Trains, prints the table, writes results.json and accuracy.png. Returns 0, or 2 after a message: wrong input.
+    """Trains, prints the table, writes results.json and accuracy.png. Returns 0, or 2 for wrong input.
 
     Raises ModuleNotFoundError, before any training, where a package of the extra ``train`` is missing.
     """
@@ -64,9 +64,10 @@ def run(args: argparse.Namespace) -> int:
 
     try:
         config = Config.from_arguments(args)
-        loaded = data.load_digits(config.subset) if config.data is None else data.load_cifar10(
-            Path(config.data), config.subset
-        )  # fmt: skip
+        if config.data is None:
+            loaded = data.load_digits(config.subset)
+        else:
+            loaded = data.load_cifar10(Path(config.data), config.subset)
         plan = runner.plan(config, loaded)
         output = Path(config.output)
         output.mkdir(parents=True, exist_ok=True)

@@ -18,8 +18,8 @@ METHODS = ("base", "sam", "rst", "g-rst")
 BASES = ("sgd", "adamw")
 SCHEDULE_OPTIONS = ("p", "b", "every", "offset", "cost", "warmup")
 
-# Found on the data itself. Digits: with 30% wrong labels, this much weight decay keeps the weights small enough for
-# rho = 0.1 to matter. CIFAR-10: the usual settings of ResNet-18 and SAM.
+# Found on the data itself. Digits: this much weight decay keeps the weights small enough for rho = 0.1 to
+# matter. CIFAR-10: the usual settings of ResNet-18 and SAM.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "digits": {
         "model": "cnn", "epochs": 60, "batch_size": 100, "seeds": 3, "rho": 0.1, "label_noise": (0.0, 0.3),
@@ -107,32 +107,33 @@ class Config:
             "device": _checked_device(args.device),
             "amp": args.amp,
             "threads": args.threads,
-            **{name: given(name, defaults[name]) for name in ("model", "epochs", "batch_size", "seeds", "rho")},
+            **{k: given(k, defaults[k]) for k in ("model", "epochs", "batch_size", "seeds", "rho")},
             **{name: given(name, default) for name, default in defaults[args.base].items()},
         }
         values["output"] = str(args.output or _output_name(values))
         return cls(**values)
 
     @property
-    def hyper(self) -> dict[str, float]:
+    def hyper(self) -> dict[str, Any]:
         """Keyword arguments of the base optimizer."""
         momentum = {} if self.momentum is None else {"momentum": self.momentum}
         return {"lr": self.lr, "weight_decay": self.weight_decay, **momentum}
 
     def build_schedule(self, steps: int) -> Schedule:
-        """The schedule of RST and G-RST for a run of ``steps`` steps; ValueError where the options do not fit."""
+        """The schedule of RST and G-RST for a run of ``steps`` steps. ValueError where options do not fit."""
         return schedule_cli.build(argparse.Namespace(steps=steps, **self.schedule))
 
     def label(self, method: str) -> str:
         """The method's name in tables and pictures, such as ``G-RST(0.5, match)``."""
         if method in ("base", "sam"):
             return "SAM" if method == "sam" else {"sgd": "SGD", "adamw": "AdamW"}[self.base]
-        options = {name: value for name, value in self.schedule.items() if name != "family" and value not in (None, 0)}
-        family = self.schedule["family"]
-        if family == "constant":
-            text = ", ".join(str(v) if k == "p" else f"{k}={v}" for k, v in options.items()) or "0"
+        given = {k: self.schedule[k] for k in SCHEDULE_OPTIONS if self.schedule[k] is not None}
+        if not given["warmup"]:
+            del given["warmup"]
+        if self.schedule["family"] == "constant" and list(given) == ["p"]:
+            text = f"{given['p']:g}"
         else:
-            text = " ".join([family, *(f"{k}={v}" for k, v in options.items())])
+            text = " ".join([self.schedule["family"], *(f"{k}={v:g}" for k, v in given.items())])
         return f"RST({text})" if method == "rst" else f"G-RST({text}, {self.gamma})"
 
     def as_dict(self) -> dict[str, Any]:
@@ -147,7 +148,7 @@ def _checked_device(name: str) -> str:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {name}: torch sees no CUDA device; use --device cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices, counted from 0")
+        raise ValueError(f"--device {name}: the last of torch's devices is {torch.cuda.device_count() - 1}")
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"--device {name}: expected cpu or cuda")
     return name

@@ -43,7 +43,7 @@ class Dataset:
         return (images.float() - self.mean.view(-1, 1, 1)) / self.std.view(-1, 1, 1)
 
     def to(self, device: torch.device) -> Dataset:
-        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, **moved)
 
 
@@ -151,8 +151,8 @@ def load_cifar10(folder: Path, subset: int | None = None) -> Dataset:
     missing = [name for name in (*CIFAR_TRAIN_FILES, CIFAR_TEST_FILE) if not (root / name).is_file()]
     if missing:
         raise ValueError(
-            f"--data {folder}: no {', '.join(missing)} in {root}; give the folder that cifar-10-python.tar.gz "
-            f"unpacks to ({CIFAR_FOLDER}) or the one that holds it"
+            f"--data {folder}: no {', '.join(missing)} in {root}; give the folder that "
+            f"cifar-10-python.tar.gz unpacks to ({CIFAR_FOLDER}) or the one that holds it"
         )
     parts = [read_cifar_batch(root / name) for name in CIFAR_TRAIN_FILES]
     train = torch.cat([images for images, _ in parts]), torch.cat([labels for _, labels in parts])
@@ -160,7 +160,7 @@ def load_cifar10(folder: Path, subset: int | None = None) -> Dataset:
 
 
 def randomise_labels(labels: Tensor, fraction: float, classes: int, seed: int) -> Tensor:
-    """A copy of ``labels`` in which ``round(fraction * N)`` of them are drawn anew, uniformly over all classes.
+    """A copy of ``labels`` in which ``round(fraction * N)`` are drawn anew, uniformly over all classes.
 
     A new label may equal the old one, so about ``fraction * (1 - 1 / classes)`` of them end up wrong.
     The same arguments always give the same labels.

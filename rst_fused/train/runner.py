@@ -1,0 +1,230 @@
+"""Trains every method on the same data: equal initial weights, label noise and batches for equal seeds."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from rst_fused import RST, SAM
+from rst_fused.schedule import Schedule, constant
+from rst_fused.train.config import Config
+from rst_fused.train.data import Dataset, batches, randomise_labels
+from rst_fused.train.models import build_model
+from rst_fused.train.sharpness import loss_rise, mean_loss, top_eigenvalue
+
+# Enough images for a stable estimate, few enough at a time for the second derivatives of ResNet-18 to fit.
+SHARPNESS_IMAGES, SHARPNESS_BATCH = 500, 100
+TEST_BATCH = 500
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be run: options, data on its device, steps per run, and the schedule of RST and G-RST."""
+
+    config: Config
+    data: Dataset
+    steps: int
+    schedule: Schedule
+
+    def schedule_of(self, method: str) -> Schedule:
+        return {"base": constant(0.0), "sam": constant(1.0)}.get(method, self.schedule)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run. Quantities that a diverged run does not have are None.
+
+    test_accuracy in percent after the last epoch; cost in forward-backward pairs per step; train_losses: mean
+    loss of the steps of each epoch.
+    """
+
+    label_noise: float
+    method: str
+    seed: int
+    diverged: bool
+    cost: float
+    seconds_per_step: float
+    train_losses: list[float | None]
+    test_accuracy: float | None
+    loss_rise: float | None
+    top_eigenvalue: float | None
+
+
+def plan(config: Config, data: Dataset) -> Plan:
+    """Checks the options against the data. ValueError for a batch size or a schedule that does not fit."""
+    images = len(data.train_labels)
+    if config.batch_size > images:
+        raise ValueError(f"--batch-size {config.batch_size} is more than the {images} training images")
+    steps = config.epochs * (images // config.batch_size)
+    return Plan(config, data.to(torch.device(config.device)), steps, config.build_schedule(steps))
+
+
+def run_all(plan: Plan) -> list[Run]:
+    """All runs, in order of label noise, seed, method.
+
+    Progress goes to stderr: a bar where that is a terminal, and a line for every finished run.
+    """
+    config = plan.config
+    jobs = [(n, s, m) for n in config.label_noise for s in range(config.seeds) for m in config.methods]
+    runs: list[Run] = []
+    quiet = not sys.stderr.isatty()
+    with _threads(config.threads), tqdm(total=len(jobs) * config.epochs, unit="epoch", disable=quiet) as bar:
+        for noise, seed, method in jobs:
+            name = f"label noise {noise:g}, seed {seed}, {config.label(method)}"
+            bar.set_description(name)
+            runs.append(run_one(plan, noise, seed, method, bar.update))
+            accuracy = runs[-1].test_accuracy
+            outcome = "diverged" if accuracy is None else f"{accuracy:.2f}%"
+            bar.write(f"[{len(runs)}/{len(jobs)}] {name}: {outcome}", file=sys.stderr)
+    return runs
+
+
+def run_one(plan: Plan, noise: float, seed: int, method: str, progress: Callable[[int], object]) -> Run:
+    """One run; a diverged one ends early. ``progress`` is called with numbers that add up to the epochs."""
+    config, data = plan.config, plan.data
+    labels = randomise_labels(data.train_labels, noise, data.classes, seed)
+    channels, size = data.train_images.shape[1:3]
+    model = build_model(config.model, channels, data.classes, size, seed).to(config.device)
+    optimizer = _optimizer(plan, method, model, seed)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.epochs)
+    generator = torch.Generator().manual_seed(seed)
+    # The first pass through a shape pays for caches that every later run finds filled.
+    _warm_up(model, data, config)
+
+    clock = _Clock(torch.device(config.device))
+    losses: list[float | None] = []
+    for epoch in range(1, config.epochs + 1):
+        total = torch.zeros((), dtype=torch.float64, device=config.device)
+        count = 0
+        for images, targets in batches(data, labels, config.batch_size, generator):
+            with clock:
+                loss = optimizer.step(_closure(optimizer, model, images, targets, config))
+            total += loss
+            count += 1
+        decay.step()
+        mean = float(total) / count
+        losses.append(mean if math.isfinite(mean) else None)
+        if losses[-1] is None:
+            progress(config.epochs - epoch + 1)
+            break
+        progress(1)
+
+    probe = [
+        (data.normalise(data.train_images[part]), labels[part])
+        for part in torch.arange(min(SHARPNESS_IMAGES, len(labels))).split(SHARPNESS_BATCH)
+    ]
+    diverged = losses[-1] is None or not math.isfinite(mean_loss(model, probe))
+    return Run(
+        label_noise=noise,
+        method=method,
+        seed=seed,
+        diverged=diverged,
+        cost=optimizer.cost if isinstance(optimizer, RST) else 1.0,
+        seconds_per_step=clock.seconds / clock.laps,
+        train_losses=losses,
+        test_accuracy=None if diverged else accuracy(model, data),
+        loss_rise=None if diverged else _finite(loss_rise(model, probe, config.rho)),
+        top_eigenvalue=None if diverged else _finite(top_eigenvalue(model, probe)),
+    )
+
+
+def accuracy(model: nn.Module, data: Dataset) -> float:
+    """Percent of the test images that the model, in eval mode, puts into their class."""
+    model.eval()
+    right = 0
+    with torch.no_grad():
+        for images, labels in zip(
+            data.test_images.split(TEST_BATCH), data.test_labels.split(TEST_BATCH), strict=True
+        ):
+            right += int((model(data.normalise(images)).argmax(1) == labels).sum())
+    model.train()
+    return 100.0 * right / len(data.test_labels)
+
+
+def _optimizer(plan: Plan, method: str, model: nn.Module, seed: int) -> torch.optim.Optimizer:
+    config = plan.config
+    if method == "base":
+        # The baseline is torch's own optimizer, not RST with p = 0.
+        baseline = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[config.base]
+        return baseline(model.parameters(), **config.hyper)
+    if method == "sam":
+        return SAM(model.parameters(), config.base, rho=config.rho, seed=seed, model=model, **config.hyper)
+    return RST(
+        model.parameters(),
+        config.base,
+        rho=config.rho,
+        schedule=plan.schedule,
+        gamma=config.gamma if method == "g-rst" else 1.0,
+        seed=seed,
+        model=model,
+        **config.hyper,
+    )
+
+
+def _closure(
+    optimizer: torch.optim.Optimizer, model: nn.Module, images: Tensor, labels: Tensor, config: Config
+) -> Callable[[], Any]:
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=config.amp):
+            loss = F.cross_entropy(model(images), labels)
+        loss.backward()
+        return loss.detach()
+
+    return closure
+
+
+def _warm_up(model: nn.Module, data: Dataset, config: Config) -> None:
+    """One forward and backward pass that leaves no trace: eval mode keeps the BatchNorm statistics."""
+    model.eval()
+    images = data.normalise(data.train_images[: config.batch_size])
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=config.amp):
+        loss = F.cross_entropy(model(images), data.train_labels[: config.batch_size])
+    loss.backward()
+    model.zero_grad()
+    model.train()
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+class _Clock:
+    """Adds up the time spent inside ``with clock:``, waiting for a GPU at both ends."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds = 0.0
+        self.laps = 0
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def __enter__(self) -> None:
+        self._start = self._now()
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds += self._now() - self._start
+        self.laps += 1
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
