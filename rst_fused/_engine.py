@@ -80,7 +80,7 @@ def backup_of(opt: RST, p: Tensor) -> Tensor:
 
 def init_group(
     opt: RST, group: Group, updating: bool, masters_only: bool,
-    params: list[Tensor], grads: list[Tensor], backups: list[Tensor], first_grads: list[Tensor],
+    params: list[Tensor], grads: list[Tensor], backups: list[Tensor],
     buffers: list[Tensor], buffers2: list[Tensor], masters: list[Tensor],
     steps: list[Tensor], sizes: list[int], fresh: list[bool],
 ) -> None:  # fmt: skip
@@ -116,7 +116,6 @@ def init_group(
                 backups.append(backup_of(opt, p))
             else:
                 backups.append(p)
-            first_grads.append(state.get("first_grad", p.grad))
             if updating:
                 for out, name in zip((buffers, buffers2), names, strict=False):
                     out.append(state[name])
@@ -131,7 +130,6 @@ class Lists:
         self.params: list[Tensor] = []
         self.grads: list[Tensor] = []
         self.backups: list[Tensor] = []
-        self.first_grads: list[Tensor] = []
         self.buffers: list[Tensor] = []
         self.buffers2: list[Tensor] = []
         self.masters: list[Tensor] = []
@@ -144,7 +142,6 @@ class Lists:
         self.params += other.params
         self.grads += other.grads
         self.backups += other.backups
-        self.first_grads += other.first_grads
         self.buffers += other.buffers
         self.buffers2 += other.buffers2
         self.masters += other.masters
@@ -162,8 +159,8 @@ def gather(opt: RST, indices: list[int], updating: bool, masters_only: bool) -> 
         fresh: list[bool] = []
         # Dynamo fills the lists of a call to _init_group only if they are empty, so each group has its own.
         opt._init_group(
-            group, updating, masters_only, c.params, c.grads, c.backups, c.first_grads, c.buffers, c.buffers2, c.masters,
-            c.steps, c.sizes, fresh,
+            group, updating, masters_only, c.params, c.grads, c.backups, c.buffers, c.buffers2, c.masters, c.steps,
+            c.sizes, fresh,
         )  # fmt: skip
         c.rows = [(group, new) for new in fresh]
         out.extend(c)
@@ -215,7 +212,7 @@ def perturb(opt: RST) -> None:
         for p, g in zip(c.params, c.grads, strict=True):
             opt._perturbed[p] = True
             if opt._run.mixing:
-                opt.state[p]["first_grad"] = g
+                opt._run.first_grads[p] = g
             p.grad = None
         touched(c.params)
 
@@ -236,7 +233,9 @@ def update(opt: RST) -> None:
             steps = advanced(c.steps, amp[1])
             lists: list[Any] = [c.params, c.grads]
             if perturbed:
-                lists += [[] if c.masters else c.backups, c.first_grads if mixing else []]
+                firsts = opt._run.first_grads
+                mixed = [firsts.get(p, g) for p, g in zip(c.params, c.grads, strict=True)] if mixing else []
+                lists += [[] if c.masters else c.backups, mixed]
             buffers = [b for b in (c.buffers, c.buffers2) if b]
             hyper = as_rows([rule.row(group, new, gamma) for group, new in c.rows])
             rule.apply(ops, perturbed, lists, buffers, c.masters, hyper, steps, c.sizes, flags, amp)
@@ -269,14 +268,14 @@ def restore(opt: RST, mixing: bool = False) -> None:
                 p
                 for p in opt._perturbed
                 if has_master(opt, p) == kind
-                and (not mixing or mixed == (p.grad is not None and "first_grad" in opt.state[p]))
+                and (not mixing or mixed == (p.grad is not None and p in opt._run.first_grads))
             ]
             if not params:
                 continue
             masters = [opt.state[p]["master"] for p in params] if kind else []
             backups = [] if kind else [backup_of(opt, p) for p in params]
             grads = [p.grad for p in params] if mixed else []
-            firsts = [opt.state[p]["first_grad"] for p in params] if mixed else []
+            firsts = [opt._run.first_grads[p] for p in params] if mixed else []
             gamma = as_rows([[opt._run.gamma]]).flatten()
             opt.backend.ops.restore_(params, backups, masters, grads, firsts, gamma, [len(params)])
             forget(opt, params)
@@ -287,8 +286,7 @@ def forget(opt: RST, params: list[Tensor]) -> None:
     """These parameters are back at their weights."""
     for p in params:
         opt._perturbed.pop(p, None)
-        if p in opt.state:
-            opt.state[p].pop("first_grad", None)
+        opt._run.first_grads.pop(p, None)
 
 
 def touched(params: list[Tensor]) -> None:

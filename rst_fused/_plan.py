@@ -83,7 +83,7 @@ class Plans:
         for i, p in enumerate(self._lists.params):
             opt._perturbed[p] = True
             if first_grads:
-                opt.state[p]["first_grad"] = first_grads[i]
+                opt._run.first_grads[p] = first_grads[i]
 
     def _ready(self, opt: RST, with_backups: bool) -> bool:
         """Whether there is a plan that fits the gradients of now; makes one if need be."""

@@ -6,7 +6,9 @@ of an optimizer.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from torch import Tensor
 
 
 @dataclass
@@ -17,6 +19,7 @@ class Run:
     was_sam: bool = False
     perturbed: bool = False  # between perturb and step
     mixing: bool = False  # and gamma != 1, so the first gradients are kept
+    first_grads: dict[Tensor, Tensor] = field(default_factory=dict)
     drawn_at: int = -1  # the step for which drawn and gamma hold
     drawn: bool = False
     gamma: float = 1.0

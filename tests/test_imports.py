@@ -22,12 +22,14 @@ LAYERS = (
     ("_C", "_host", "kernels", "reference", "_draws"),
     ("_backends",),
     ("ops", "schedule"),
-    ("_rules", "batch_norm"),
-    ("_engine", "_plan"),
+    ("_rules", "_run", "batch_norm"),
+    ("_engine",),
+    ("_plan",),
     ("optimizer",),
     ("__init__",),  # the package's face: what `from rst_fused import RST` reads
     ("integrations",),
-    ("train", "info_cli", "schedule_cli"),
+    ("info_cli", "schedule_cli"),
+    ("train",),
     ("cli",),
     ("__main__",),
 )
