@@ -2,7 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from rst_fused import schedule
+from rst_fused import ops, schedule
 from rst_fused.batch_norm import freeze_batch_norm
 from rst_fused.optimizer import RST, SAM
 
@@ -11,4 +11,4 @@ try:
 except PackageNotFoundError:  # run from a source tree that was never installed
     __version__ = "unknown"
 
-__all__ = ["RST", "SAM", "freeze_batch_norm", "schedule"]
+__all__ = ["RST", "SAM", "freeze_batch_norm", "ops", "schedule"]

@@ -205,8 +205,8 @@ def perturb(opt: RST) -> None:
                 torch._foreach_copy_(c.backups, c.params)
             opt._perturbed.update(dict.fromkeys(c.params, True))
         ops.perturb_(
-            c.params, c.grads, [] if c.masters else c.backups, c.masters, opt._stats, rho, c.sizes, opt.adaptive, opt.eta,
-            opt.stochastic_rounding, opt._rng, first_index,
+            c.params, c.grads, [] if c.masters else c.backups, c.masters, opt._stats, rho, c.sizes, opt.adaptive,
+            opt.eta, opt.stochastic_rounding, opt._rng, first_index,
         )  # fmt: skip
         first_index += len(c.params)
         for p, g in zip(c.params, c.grads, strict=True):

@@ -36,8 +36,9 @@ class Plans:
             return False
         rho = [float(_engine.signed_rho(group)) for group, _ in self._lists.rows]
         self._plan.perturb(
-            opt._stats.data_ptr(), rho, opt.adaptive, opt.eta, opt.stochastic_rounding, opt.seed, opt.steps, opt._run.mixing
-        )
+            opt._stats.data_ptr(), rho, opt.adaptive, opt.eta, opt.stochastic_rounding, opt.seed, opt.steps,
+            opt._run.mixing,
+        )  # fmt: skip
         _engine.touched(self._lists.params)
         return True
 

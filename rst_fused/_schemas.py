@@ -6,8 +6,8 @@ Conventions shared by all ops
                 stands for both.
     rows        hyperparameters are float64 tensors with one row per group of consecutive parameters; ``group_sizes``
                 says how many parameters each row covers.
-    stats       float64 ``[norm, inverse, non_finite, non_finite_count]``: the gradient norm, ``1 / (norm + 1e-12)`` or 0
-                where there is no direction, whether the norm was not finite, and how often that happened so far.
+    stats       float64 ``[norm, inverse, non_finite, non_finite_count]``: the gradient norm, ``1 / (norm + 1e-12)`` or
+                0 where there is no direction, whether the norm was not finite, and how often that happened so far.
     masters     fp32 copies of bfloat16/float16 parameters; where given, they take the place of backups.
     rng         int64 ``[seed, step]``: stochastic rounding is a pure function of both and of the element's position.
     first_grads the gradients of the first pass, for G-RST; empty for RST, which uses the second pass alone.

@@ -111,7 +111,8 @@ class RST(Optimizer):
         assert self.rule is not None
         unknown = sorted(set(hyper) - set(self.rule.defaults))
         if unknown:
-            raise TypeError(f"base={self.rule.name!r} takes no {unknown}: expected some of {sorted(self.rule.defaults)}")
+            known = sorted(self.rule.defaults)
+            raise TypeError(f"base={self.rule.name!r} takes no {unknown}: expected some of {known}")
         return {**self.rule.defaults, **hyper}
 
     def _share(self, params: Iterable[Any] | None, hyper: Group, rho: float) -> None:
@@ -120,7 +121,7 @@ class RST(Optimizer):
         if hyper:
             raise TypeError(f"{sorted(hyper)} given beside an optimizer instance as base: set them there")
         if self.master_weights:
-            raise ValueError("master_weights=True with an optimizer instance as base: only 'sgd', 'adam', 'adamw' keep them")
+            raise ValueError("master_weights=True with an optimizer as base: only 'sgd', 'adam' and 'adamw' keep them")
         if params is not None:
             given = [p for item in params for p in (item["params"] if isinstance(item, dict) else [item])]
             held = [p for group in self.base.param_groups for p in group["params"]]
@@ -217,7 +218,7 @@ class RST(Optimizer):
         return True
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Restores the weights if they are perturbed, and applies the base optimizer to them, in one pass.
 
         closure: zeroes gradients, runs forward and backward and returns the loss; called once, or twice when the draw
@@ -282,7 +283,7 @@ class RST(Optimizer):
     def _refuse_while_perturbed(self, what: str) -> None:
         if self._run.perturbed:
             raise RuntimeError(
-                f"{what} while the weights are perturbed: call step() after the second backward, or restore() to abandon it"
+                f"{what} while the weights are perturbed: call step() after the second backward, or restore() to undo"
             )
 
     # --- what it cost -----------------------------------------------------------------------------------------------

@@ -129,7 +129,8 @@ def _magnitude(w: Tensor) -> Tensor:
 
 def element_positions(p: Tensor) -> Tensor:
     """int64, shaped as p: the position of each element in the order of p's strides, largest first."""
-    order = sorted(range(p.dim()), key=lambda d: -p.stride(d) if p.size(d) > 1 else 0)
+    strides = p.stride()
+    order = sorted(range(p.dim()), key=lambda d: -strides[d] if p.shape[d] > 1 else 0)
     sizes = [p.size(d) for d in order]
     inverse = [order.index(d) for d in range(p.dim())]
     return torch.arange(p.numel(), device=p.device).view(sizes).permute(inverse)

@@ -1,0 +1,261 @@
+"""The fused ops as functions of lists of tensors, for those who write their own training step.
+
+Common to all: every list has one tensor per parameter; dtypes float32, float64, bfloat16, float16, complex64 and
+complex128 may be mixed in one call; tensors may be non-contiguous (not expanded, where written); all companions of a
+parameter share its shape, dtype and device, but for state beside a master copy, which is float32. Numbers may be one
+for all parameters or a sequence with one per group of consecutive parameters, whose lengths ``group_sizes`` gives.
+Results are in place. ``backend`` is "auto", "cpu" or "reference".
+
+Errors: ValueError names the argument that does not fit, before anything is changed; RuntimeError for a backend that is
+missing. The traffic given with each op is in bytes per fp32 parameter, the least that can be moved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rst_fused._backends import backend_for
+from rst_fused._checks import as_integer
+from rst_fused._schemas import STATS
+
+Number = float | Tensor | Sequence[float | Tensor]
+Tensors = Sequence[Tensor]
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64, torch.complex128)
+
+
+def grad_norm(
+    grads: Tensors, params: Tensors | None = None, *, adaptive: bool = False, eta: float = 0.0,
+    stats: Tensor | None = None, backend: str = "auto",
+) -> Tensor:  # fmt: skip
+    """The norm over all gradients: ||g|| (SAM, Foret et al. 2021, eq. 2), or ||T g|| with T = |w| + eta when adaptive
+    (ASAM, Kwon et al. 2021).
+
+    Returns ``stats``, float64 of shape (4,): the norm, 1 / (norm + 1e-12) or 0 where the norm is zero or not finite,
+    whether it was not finite (0 or 1), and the count of such calls on this tensor. Sums in fp64 in a fixed order: two
+    runs are bit-identical for any number of threads. ``params`` is needed only when adaptive. Traffic: 4 (8).
+    """
+    if adaptive and params is None:
+        raise ValueError("params=None with adaptive=True: ASAM scales gradients by |w|, pass the parameters")
+    sources = list(params or []) if adaptive else []
+    _check("grads", grads, {"params": sources}, needed=["params"] if adaptive else [])
+    device = grads[0].device if grads else torch.device("cpu")
+    if stats is None:
+        stats = torch.zeros(len(STATS), dtype=torch.float64, device=device)
+    backend_for(backend, device).ops.grad_norm(stats, list(grads), sources, adaptive, eta)
+    return stats
+
+
+def perturb_(
+    params: Tensors, grads: Tensors, backups: Tensors | None, stats: Tensor, *, rho: Number,
+    masters: Tensors | None = None, group_sizes: Sequence[int] | None = None, adaptive: bool = False, eta: float = 0.0,
+    stochastic_rounding: bool = True, seed: int = 0, step: int = 0, first_index: int = 0, backend: str = "auto",
+) -> None:  # fmt: skip
+    """backup <- w; w <- w + e, e = rho g / ||g|| (SAM), or rho T^2 g / ||T g|| when adaptive (ASAM).
+
+    ``stats`` is what grad_norm returned, with the same ``adaptive`` and ``eta``. A zero or non-finite norm gives e = 0.
+    With ``masters`` (float32, beside bfloat16/float16 parameters) w is read there and no backup is written; ``backups``
+    is then None. bfloat16 and float16 results are rounded stochastically, by bits that are a pure function of (seed,
+    step, first_index + position in the list, position of the element). rho may be negative: against the gradient.
+    Traffic: 16; bfloat16 with masters 8.
+    """
+    masters = list(masters or [])
+    backups = [] if masters else _needed("backups", backups)
+    needed = ["grads", "masters" if masters else "backups"]
+    _check("params", params, {"grads": grads, "backups": backups}, {"masters": masters}, needed=needed)
+    sizes = _sizes(params, group_sizes)
+    rng = torch.tensor(
+        [as_integer("seed", seed, 0, 2**63 - 1), as_integer("step", step, 0, 2**63 - 1)], dtype=torch.int64
+    )
+    _ops(backend, params).perturb_(
+        list(params), list(grads), backups, masters, stats, _rows(sizes, rho=rho).flatten(), sizes, adaptive, eta,
+        stochastic_rounding, rng, first_index,
+    )  # fmt: skip
+    _touch(params, backups)
+
+
+def restore_(
+    params: Tensors, backups: Tensors | None = None, *, masters: Tensors | None = None, grads: Tensors | None = None,
+    first_grads: Tensors | None = None, gamma: Number = 1.0, group_sizes: Sequence[int] | None = None,
+    backend: str = "auto",
+) -> None:  # fmt: skip
+    """w <- backup, bit for bit (or the rounded master). For an update that is not fused.
+
+    With ``first_grads`` also g <- (1 - gamma) g1 + gamma g (G-RST, Zhao et al. 2022). Pass ``grads`` whenever this is
+    traced by torch.compile: the data dependence keeps the restore behind the second pass. Traffic: 8 (20 with mixing).
+    """
+    masters = list(masters or [])
+    backups = [] if masters else _needed("backups", backups)
+    firsts = list(first_grads or [])
+    if firsts and grads is None:
+        raise ValueError("grads=None with first_grads: mixing needs the gradients of the second pass")
+    like = {"backups": backups, "grads": list(grads or []), "first_grads": firsts}
+    _check("params", params, like, {"masters": masters}, needed=["masters" if masters else "backups"])
+    sizes = _sizes(params, group_sizes)
+    _ops(backend, params).restore_(
+        list(params), backups, masters, list(grads or []), firsts, _rows(sizes, gamma=gamma).flatten(), sizes
+    )
+    _touch(params, grads if firsts and grads else [])
+
+
+def sgd_step_(
+    params: Tensors, grads: Tensors, momentum_buffers: Tensors | None = None, *, lr: Number, momentum: Number = 0.0,
+    dampening: Number = 0.0, weight_decay: Number = 0.0, nesterov: bool = False, maximize: bool = False,
+    masters: Tensors | None = None, group_sizes: Sequence[int] | None = None, grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None, backend: str = "auto",
+) -> None:  # fmt: skip
+    """One step of SGD, as torch.optim.SGD: g += weight_decay w; m = momentum m + (1 - dampening) g; w -= lr m.
+
+    ``momentum_buffers`` start at zero (torch.optim starts them from the gradient: pass dampening=0 in the first step)
+    and are needed unless momentum is 0. With AMP, gradients are divided by ``grad_scale`` and nothing changes where
+    ``found_inf`` is not 0 (both float32, one element). Traffic: 20.
+    """
+    restore_sgd_step_(
+        params, grads, None, momentum_buffers, lr=lr, momentum=momentum, dampening=dampening,
+        weight_decay=weight_decay, nesterov=nesterov, maximize=maximize, masters=masters, group_sizes=group_sizes, grad_scale=grad_scale,
+        found_inf=found_inf, backend=backend,
+    )  # fmt: skip
+
+
+def restore_sgd_step_(
+    params: Tensors, grads: Tensors, backups: Tensors | None, momentum_buffers: Tensors | None = None, *, lr: Number,
+    first_grads: Tensors | None = None, gamma: Number = 1.0, momentum: Number = 0.0, dampening: Number = 0.0,
+    weight_decay: Number = 0.0, nesterov: bool = False, maximize: bool = False, masters: Tensors | None = None,
+    group_sizes: Sequence[int] | None = None, grad_scale: Tensor | None = None, found_inf: Tensor | None = None,
+    backend: str = "auto",
+) -> None:  # fmt: skip
+    """Restore, mixing and SGD in one pass: w is read from ``backups`` (or ``masters``), never from the perturbed
+    parameter; g = (1 - gamma) g1 + gamma g2 when ``first_grads`` holds g1; then as sgd_step_.
+
+    Where ``found_inf`` is not 0 only the weights are restored. Traffic: 20, no more than the step without SAM
+    (24 with ``first_grads``).
+    """
+    buffers = list(momentum_buffers or [])
+    if not buffers and any(float(x) != 0 for x in _each(momentum)):
+        raise ValueError(f"momentum_buffers=None with momentum={momentum!r}: pass zeros_like buffers, or momentum=0")
+    masters, backups, firsts = list(masters or []), list(backups or []), list(first_grads or [])
+    _check(
+        "params", params, {"grads": grads, "backups": backups, "first_grads": firsts},
+        {"masters": masters}, {"momentum_buffers": buffers}, ["grads"],
+    )  # fmt: skip
+    sizes = _sizes(params, group_sizes)
+    hyper = _rows(
+        sizes, lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, gamma=gamma
+    )  # in the order of SGD_HYPER
+    _ops(backend, params).restore_sgd_step_(
+        list(params), list(grads), [] if masters else backups, firsts, buffers, masters, hyper, sizes, nesterov,
+        maximize, grad_scale, found_inf,
+    )  # fmt: skip
+    _touch(params, buffers, masters)
+
+
+def adam_step_(
+    params: Tensors, grads: Tensors, exp_avgs: Tensors, exp_avg_sqs: Tensors, *, step: Number, lr: Number = 1e-3,
+    beta1: Number = 0.9, beta2: Number = 0.999, eps: Number = 1e-8, weight_decay: Number = 0.0, decoupled: bool = False,
+    maximize: bool = False, masters: Tensors | None = None, group_sizes: Sequence[int] | None = None,
+    grad_scale: Tensor | None = None, found_inf: Tensor | None = None, backend: str = "auto",
+) -> None:  # fmt: skip
+    """One step of Adam (Kingma & Ba 2015) or, when ``decoupled``, AdamW (Loshchilov & Hutter 2019), as torch.optim.
+
+    ``step`` counts from 1 and includes this step. AMP as in sgd_step_. Traffic: 28.
+    """
+    restore_adam_step_(
+        params, grads, None, exp_avgs, exp_avg_sqs, step=step, lr=lr, beta1=beta1, beta2=beta2, eps=eps,
+        weight_decay=weight_decay, decoupled=decoupled, maximize=maximize, masters=masters, group_sizes=group_sizes,
+        grad_scale=grad_scale, found_inf=found_inf, backend=backend,
+    )  # fmt: skip
+
+
+def restore_adam_step_(
+    params: Tensors, grads: Tensors, backups: Tensors | None, exp_avgs: Tensors, exp_avg_sqs: Tensors, *, step: Number,
+    first_grads: Tensors | None = None, gamma: Number = 1.0, lr: Number = 1e-3, beta1: Number = 0.9,
+    beta2: Number = 0.999, eps: Number = 1e-8, weight_decay: Number = 0.0, decoupled: bool = False,
+    maximize: bool = False, masters: Tensors | None = None, group_sizes: Sequence[int] | None = None,
+    grad_scale: Tensor | None = None, found_inf: Tensor | None = None, backend: str = "auto",
+) -> None:  # fmt: skip
+    """Restore, mixing and Adam(W) in one pass, as restore_sgd_step_. Traffic: 28 (32 with ``first_grads``)."""
+    masters, backups, firsts = list(masters or []), list(backups or []), list(first_grads or [])
+    state = {"exp_avgs": _needed("exp_avgs", exp_avgs), "exp_avg_sqs": _needed("exp_avg_sqs", exp_avg_sqs)}
+    like = {"grads": grads, "backups": backups, "first_grads": firsts}
+    _check("params", params, like, {"masters": masters}, state, ["grads", *state])
+    sizes = _sizes(params, group_sizes)
+    hyper = _rows(
+        sizes, lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay, gamma=gamma
+    )  # in the order of ADAM_HYPER
+    _ops(backend, params).restore_adam_step_(
+        list(params), list(grads), [] if masters else backups, firsts, *state.values(), masters, hyper,
+        _rows(sizes, step=step).flatten(), sizes, decoupled, maximize, grad_scale, found_inf,
+    )  # fmt: skip
+    _touch(params, *state.values(), masters)
+
+
+# --- arguments ------------------------------------------------------------------------------------------------------
+def _ops(backend: str, params: Tensors) -> Any:
+    return backend_for(backend, params[0].device if params else torch.device("cpu")).ops
+
+
+def _needed(name: str, tensors: Tensors | None) -> list[Tensor]:
+    if tensors is None:
+        raise ValueError(f"{name}=None: expected one tensor per parameter")
+    return list(tensors)
+
+
+def _check(
+    lead_name: str, lead: Tensors, like: Mapping[str, Tensors], masters: Mapping[str, Tensors] | None = None,
+    state: Mapping[str, Tensors] | None = None, needed: Sequence[str] = (),
+) -> None:  # fmt: skip
+    """``like``: as the parameter; ``masters``: float32; ``state``: float32 beside masters, else as the parameter.
+
+    A list may be empty unless it is in ``needed``.
+    """
+    has_masters = any((masters or {}).values())
+    for i, p in enumerate(lead):
+        if p.layout != torch.strided or p.dtype not in _DTYPES:
+            raise ValueError(f"{lead_name}[{i}] is {p.layout} of {p.dtype}: expected a dense tensor of one of {_DTYPES}")
+        if has_masters and p.dtype not in (torch.bfloat16, torch.float16):
+            raise ValueError(f"masters given, but {lead_name}[{i}] is {p.dtype}: masters go with bfloat16 and float16")
+    wide = [(name, tensors, has_masters) for name, tensors in (state or {}).items()]
+    wide += [(name, tensors, True) for name, tensors in (masters or {}).items()]
+    for name, tensors, fp32 in [*((n, t, False) for n, t in like.items()), *wide]:
+        if len(tensors) != len(lead) and (tensors or name in needed):
+            raise ValueError(f"{name} has {len(tensors)} tensors, expected {len(lead)}, one for each of {lead_name}")
+        for i, (t, p) in enumerate(zip(tensors, lead, strict=False)):
+            dtype = torch.float32 if fp32 else p.dtype
+            if t.layout != torch.strided or t.shape != p.shape or t.dtype != dtype or t.device != p.device:
+                raise ValueError(
+                    f"{name}[{i}] is {tuple(t.shape)} {t.dtype} {t.layout} on {t.device}, expected "
+                    f"{tuple(p.shape)} {dtype} {torch.strided} on {p.device} as {lead_name}[{i}]"
+                )
+
+
+def _sizes(params: Tensors, group_sizes: Sequence[int] | None) -> list[int]:
+    sizes = [len(params)] if group_sizes is None else list(group_sizes)
+    if any(size < 0 for size in sizes) or sum(sizes) != len(params):
+        raise ValueError(f"group_sizes={sizes}: expected counts >= 0 with the sum {len(params)}, one per parameter")
+    return sizes
+
+
+def _each(value: Number) -> list[float | Tensor]:
+    return list(value) if isinstance(value, Sequence) else [value]
+
+
+def _rows(sizes: list[int], **columns: Number) -> Tensor:
+    """float64 of shape (groups, columns)."""
+    rows: list[Tensor] = []
+    for name, value in columns.items():
+        given = _each(value)
+        if len(given) not in (1, len(sizes)):
+            raise ValueError(f"{name}={value!r} has {len(given)} values, expected 1 or {len(sizes)}, one per group")
+        numbers = [torch.as_tensor(x, dtype=torch.float64).reshape(()) for x in given]
+        rows.append(torch.stack(numbers).expand(len(sizes)))
+    return torch.stack(rows, dim=1).contiguous()
+
+
+def _touch(*lists: Tensors) -> None:
+    """Tells autograd that these tensors changed: the compiled ops cannot."""
+    if not torch.compiler.is_compiling():
+        for tensors in lists:
+            torch.autograd.graph.increment_version(tensors)
