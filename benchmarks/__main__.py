@@ -23,9 +23,7 @@ def parser() -> argparse.ArgumentParser:
         module.add_arguments(sub)
         if name in MEASURING:
             sub.add_argument("--threads", type=int, default=2, help="default: 2")
-            sub.add_argument(
-                "--out", metavar="FILE", help="JSON file; its summary is written beside it as .md"
-            )
+            sub.add_argument("--out", metavar="FILE", help="JSON file; its summary is written beside it as .md")
             sub.add_argument("--force", action="store_true", help="replace an existing result file")
     return top
 

@@ -20,7 +20,7 @@ AGREEMENT = {"fp32": 1e-3, "bf16": 0.1}  # largest distance between two competit
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--case", nargs="+", choices=list(CASES), default=list(CASES), metavar="CASE")
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES), metavar="DTYPE")
-    peers = f"which competitors, of {', '.join(PEERS)}; default: all that suit the dtype"
+    peers = f"which competitors, of {', '.join(PEERS)}; default: all that suit dtype and case"
     parser.add_argument("--peer", nargs="+", choices=list(PEERS), default=None, metavar="PEER", help=peers)
     parser.add_argument(
         "--rounds",
@@ -28,10 +28,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="default: 7, or 15 for a small case; times 5 beside the probe",
     )
-    parser.add_argument(
-        "--calls", type=int, default=None, help="calls per round; default: 2, or 10 for a small case"
-    )
+    parser.add_argument("--calls", type=int, default=None, help="calls per round; default: 2, or 10 for a small case")
     parser.add_argument("--no-probe", action="store_true", help="leave out the bandwidth ceiling")
+
+
+def default_peers(case_name: str, dtype: str) -> list[str]:
+    """Every competitor, except masters beside fp32, and torch.compile where compiling takes many minutes."""
+    left_out = {"ours-master" if dtype == "fp32" else "", "" if case_name in LARGE else "compile"}
+    return [name for name in PEERS if name not in left_out]
 
 
 def measure(case_name: str, dtype: str, names: list[str], args: argparse.Namespace) -> dict[str, Any]:
@@ -52,9 +56,7 @@ def measure(case_name: str, dtype: str, names: list[str], args: argparse.Namespa
     first = next(iter(competitors))
     for name, distance in race.disagreement().items():
         if not distance <= AGREEMENT[dtype]:
-            notes.append(
-                f"{case_name}, {dtype}: weights of {name} are {distance:.1e} away from those of {first}"
-            )
+            notes.append(f"{case_name}, {dtype}: weights of {name} are {distance:.1e} away from those of {first}")
     ours = {name: c for name, c in competitors.items() if name in OURS}
     if ours and not args.no_probe:
         del competitors, race  # the memory of the others
@@ -64,6 +66,9 @@ def measure(case_name: str, dtype: str, names: list[str], args: argparse.Namespa
         race.run(Plan(5 * rounds, calls))
         races.append(entry(race, case, f"{dtype}, beside the bandwidth probe"))
         notes += [f"{case_name}, {dtype}: probe {mix}: {words}" for mix, words in probe.describe().items()]
+        speeds = {what: probe.bandwidth(what, min(seconds)) / 1e9 for what, seconds in race.times["probe"].items()}
+        words = ", ".join(f"{what} {speed:.1f} GB/s" for what, speed in speeds.items())
+        notes.append(f"{case_name}, {dtype}: probe at its best: {words}")
     return {"races": races, "notes": notes}
 
 
@@ -74,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     data: dict[str, Any] = {**env, "command": "cpu", "races": [], "notes": []}
     for case_name in args.case:
         for dtype in args.dtype:
-            names = args.peer or [name for name in PEERS if name != "ours-master" or dtype != "fp32"]
+            names = args.peer or default_peers(case_name, dtype)
             part = measure(case_name, dtype, names, args)
             data["races"] += part["races"]
             data["notes"] += part["notes"]

@@ -137,12 +137,8 @@ def run(args: argparse.Namespace) -> int:
                 data["notes"].append(f"{name}, {dtype}: not available here")
                 continue
             predicted = None if mode.predicted is None else mode.predicted(DTYPES[dtype].itemsize)
-            data["memory"].append(
-                {"mode": mode.title, "dtype": dtype, "measured": measured, "predicted": predicted}
-            )
-    data["notes"].append(
-        f"{TENSORS} tensors of {SIZE:,} elements; {STEPS} steps; weights and gradients not counted"
-    )
+            data["memory"].append({"mode": mode.title, "dtype": dtype, "measured": measured, "predicted": predicted})
+    data["notes"].append(f"{TENSORS} tensors of {SIZE:,} elements; {STEPS} steps; weights and gradients not counted")
     record.write(out, data, args.force)
     print(record.markdown(data))
     print(f"written to {out}")

@@ -32,9 +32,7 @@ def attach(params: Iterable[torch.Tensor], grads: Iterable[torch.Tensor]) -> Non
 def torch_sgd(params: Sequence[torch.Tensor], hyper: Hyper) -> torch.optim.SGD:
     """The fastest SGD of torch that is right for the dtype: fused, or foreach where fused does nothing."""
     fused = params[0].dtype in FUSED_DTYPES
-    return torch.optim.SGD(
-        params, **hyper.sgd, fused=True if fused else None, foreach=None if fused else True
-    )
+    return torch.optim.SGD(params, **hyper.sgd, fused=True if fused else None, foreach=None if fused else True)
 
 
 class Competitor(ABC):
@@ -164,9 +162,7 @@ class Compiled(Competitor):
     @torch.no_grad()
     def _sgd(self, source: list[torch.Tensor]) -> None:
         hyper = self.hyper
-        self._update(
-            self.plain, source, self.grads(), self.buffers, self.lr, hyper.momentum, hyper.weight_decay
-        )
+        self._update(self.plain, source, self.grads(), self.buffers, self.lr, hyper.momentum, hyper.weight_decay)
 
     def update(self) -> None:
         self._sgd(self.backup)
@@ -210,9 +206,12 @@ class Ours(Competitor):
             from rst_fused import RST
         except ImportError as error:
             raise Unavailable(f"rst_fused does not import ({error})") from error
-        self.optimizer = RST(
-            params, base="sgd", rho=hyper.rho, schedule=1.0, backend=backend, **hyper.sgd, **self.options
-        )
+        try:
+            self.optimizer = RST(
+                params, base="sgd", rho=hyper.rho, schedule=1.0, backend=backend, **hyper.sgd, **self.options
+            )
+        except RuntimeError as error:  # the backend was not built
+            raise Unavailable(str(error)) from error
 
     def perturb(self) -> None:
         self.optimizer.perturb()

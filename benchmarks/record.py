@@ -45,9 +45,7 @@ def _cpu_model() -> str:
 
 def _cache_bytes() -> int | None:
     """Bytes of the last-level cache of the first core, or None where the system does not say."""
-    sizes = [
-        path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
-    ]
+    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
     return max((int(size.rstrip("K")) * 1024 for size in sizes), default=None)
 
 
@@ -99,9 +97,7 @@ def path_for(env: dict[str, Any], command: str) -> Path:
 def refuse_overwrite(path: Path, force: bool) -> None:
     """Results are append-only: raises FileExistsError when ``path`` is there, unless forced."""
     if path.exists() and not force:
-        raise FileExistsError(
-            f"{path} exists and results are append-only; pass --out elsewhere, or --force to replace"
-        )
+        raise FileExistsError(f"{path} exists and results are append-only; pass --out elsewhere, or --force to replace")
 
 
 def write(path: Path, data: dict[str, Any], force: bool = False) -> Path:
@@ -128,9 +124,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     rule = [":" + "-" * (w - 1) if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
     lines = [
         "| "
-        + " | ".join(
-            c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
-        )
+        + " | ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
         + " |"
         for row in (head, rule, *rows)
     ]
@@ -157,9 +151,7 @@ def _order(values: Sequence[Any]) -> list[Any]:
 def _times(results: list[dict[str, Any]]) -> str:
     whats = _order([r["what"] for r in results])
     cell = {(r["who"], r["what"]): f"{seconds(r['median_s'])} ({seconds(r['best_s'])})" for r in results}
-    rows = [
-        [who, *(cell.get((who, what), "") for what in whats)] for who in _order([r["who"] for r in results])
-    ]
+    rows = [[who, *(cell.get((who, what), "") for what in whats)] for who in _order([r["who"] for r in results])]
     return table(["median (best)", *whats], rows)
 
 

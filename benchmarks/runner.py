@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import itertools
 import os
@@ -17,7 +18,7 @@ import torch
 
 from .cases import GOALS, Case
 from .peers import Competitor, attach
-from .probe import CEILING, MIXES, Probe
+from .probe import Probe
 
 OURS = ("ours", "ours-master")
 WHATS = ("perturb", "update", "step", "base")  # step = perturb + update, of the same call
@@ -48,9 +49,7 @@ class Plan:
     rounds: int
     calls: int
     warmup: int = 2
-    settle: float = (
-        0.005  # seconds of rest before a competitor, in which the previous one's threads stop spinning
-    )
+    settle: float = 0.005  # seconds of rest before a competitor, in which the previous one's threads stop spinning
     reduce: Callable[[Sequence[float]], float] = min
 
 
@@ -90,18 +89,11 @@ class Race:
         seconds["step"] = seconds["perturb"] + seconds["update"]
         return seconds
 
-    def probe_round(self) -> dict[str, float]:
-        assert self.probe is not None
-        probe = self.probe
-        mixes = {mix: wall_clock(lambda mix=mix: probe.call(mix)) for mix in MIXES}  # type: ignore[misc]
-        return {what: sum(mixes[mix] for mix in parts) for what, parts in CEILING.items()}
-
     def run(self, plan: Plan) -> dict[str, Times]:
         """Warms up, measures, and returns seconds per round for each competitor and the probe."""
-        sets = {name: itertools.cycle(self.grads) for name in self.competitors}
         entries: dict[str, Callable[[], dict[str, float]]] = {
-            name: (lambda c=c, name=name: self.one_step(c, sets[name]))  # type: ignore[misc]
-            for name, c in self.competitors.items()
+            name: functools.partial(self.one_step, competitor, itertools.cycle(self.grads))
+            for name, competitor in self.competitors.items()
         }
         with quiet():
             for entry in entries.values():
@@ -109,7 +101,7 @@ class Race:
                     entry()
             if self.probe is not None:
                 self.probe.calibrate()
-                entries["probe"] = self.probe_round
+                entries["probe"] = self.probe.seconds
             self.times = {name: {what: [] for what in WHATS} for name in entries}
             begun, busy, own = time.perf_counter(), _busy_seconds(), time.process_time()
             for _ in range(plan.rounds):
@@ -163,7 +155,9 @@ def ratios(times: Mapping[str, Times], case: str, ours: str = "ours") -> list[di
     ``torch base`` stands torch's own base step without SAM, compared with our restore + base step.
     """
     mine = times[ours]
-    others = {who: parts for who, parts in times.items() if who != ours}
+    others = {who: parts for who, parts in times.items() if who not in OURS}
+    if ours != "ours":
+        others.pop("probe", None)  # fp32 masters move other bytes than the probe does
     pairs = [(who, what, parts[what], mine[what]) for who, parts in others.items() for what in WHATS]
     if "foreach" in times:
         pairs.append(("torch base", "update", times["foreach"]["base"], mine["update"]))

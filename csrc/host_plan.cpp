@@ -143,16 +143,17 @@ void Plan::place_all() {
   table_.cut();
 }
 
-bool Plan::in_place() const {
-  for (size_t i = 0; i < addresses_.size(); ++i) {
+bool Plan::in_place(bool updating) const {
+  const size_t checked = updating ? addresses_.size() : entries_.size();
+  for (size_t i = 0; i < checked; ++i) {
     if (core().held_address(handle_, static_cast<int64_t>(i)) != addresses_[i]) return false;
   }
   return true;
 }
 
-bool Plan::collect() {
+bool Plan::collect(bool updating) {
   drop(grads_);
-  if (!in_place()) return false;
+  if (!in_place(updating)) return false;
   for (const py::handle& param : idle_) {
     PyObject* grad = get_grad(param.ptr());
     if (grad == nullptr) throw py::error_already_set();
@@ -250,7 +251,7 @@ void Plan::adam_step(const std::vector<std::array<double, 7>>& rows, bool decoup
 
 bool Plan::restore() {
   if (!perturbed_) return true;
-  if (!in_place()) return false;
+  if (!in_place(true)) return false;
   for (size_t i = 0; i < entries_.size(); ++i) {  // without gradients, which may be gone
     View views[kStreams];
     for (Stream s : {kParam, kBackup, kMaster}) views[s] = views_[i][s];

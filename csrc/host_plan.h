@@ -18,15 +18,15 @@ class Plan {
  public:
   // active: parameters with a gradient, in order; idle: those without, which must stay so. sizes: how many active ones
   // share each row of numbers. The other lists go with `active`: tensors, or None where a parameter has none.
-  // `handle` holds the tensors of active, backups, buffers, buffers2, masters in that order, without the Nones.
+  // `handle` holds the tensors of active, buffers, buffers2, masters in that order, without the Nones.
   Plan(py::list active, py::list idle, std::vector<int64_t> sizes, py::list backups, py::list buffers,
        py::list buffers2, py::list masters, int64_t handle);
   ~Plan();
   Plan(const Plan&) = delete;
   Plan& operator=(const Plan&) = delete;
 
-  // Reads the gradients. False if anything is not as it was when the plan was made: then make another one.
-  bool collect();
+  // Reads the gradients; `updating`: for a step, so that state must be in place too. False if anything is not as it was when the plan was made: then make another one.
+  bool collect(bool updating);
   // Norm and perturbation. Gradients are consumed (p.grad = None), and kept inside if `keep`.
   void perturb(uintptr_t stats, std::vector<double> rho, bool adaptive, double eta, bool stochastic, uint64_t seed,
                uint64_t step, bool keep);
@@ -48,7 +48,8 @@ class Plan {
     void* grad = nullptr;
   };
   void add(const py::list& streams, Stream stream);
-  bool in_place() const;
+  // Whether the parameters, and for an update their state, are where they were.
+  bool in_place(bool updating) const;
   bool read(PyObject* tensor, dlpack::Tensor& out) const;
   bool fits(Entry& entry, const dlpack::Tensor& grad, size_t index);
   void place_all();

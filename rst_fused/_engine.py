@@ -97,7 +97,7 @@ def init_group(
         if rule is not None:
             is_fresh[p] = rule.splits_fresh(group) and names[0] not in opt.state[p]
             init_state(opt, group, p, updating)
-    if updating and rule is not None and rule.name != "sgd":
+    if rule is not None and rule.name != "sgd":  # in both phases: it decides the order of the parameters
         share_steps(opt, group)
     for p in active:
         step = opt.state[p].get("step") if rule is not None else None

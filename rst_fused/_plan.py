@@ -32,7 +32,7 @@ class Plans:
 
     def perturb(self, opt: RST) -> bool:
         """Norm and perturbation; False if the plan path does not serve this case, with nothing done."""
-        if not self._ready(opt, with_backups=True):
+        if not self._ready(opt, with_backups=True, updating=False):
             return False
         rho = [float(_engine.signed_rho(group)) for group, _ in self._lists.rows]
         self._plan.perturb(
@@ -49,10 +49,10 @@ class Plans:
         held = self._plan is not None and self._plan.perturbed
         if opt._run.perturbed and not held:
             return False
-        if held and not (self._unchanged(opt, True) and self._plan.collect()):
+        if held and not (self._unchanged(opt, True) and self._plan.collect(True)):
             self.hand_over(opt)
             return False
-        if not held and not self._ready(opt, with_backups=False):
+        if not held and not self._ready(opt, with_backups=False, updating=True):
             return False
         gamma = opt._run.gamma if mixing else 1.0
         rows = [[float(x) for x in rule.row(group, new, gamma)] for group, new in self._lists.rows]
@@ -86,16 +86,16 @@ class Plans:
             if first_grads:
                 opt._run.first_grads[p] = first_grads[i]
 
-    def _ready(self, opt: RST, with_backups: bool) -> bool:
+    def _ready(self, opt: RST, with_backups: bool, updating: bool) -> bool:
         """Whether there is a plan that fits the gradients of now; makes one if need be."""
         if not self._serves(opt):
             return False
-        if self._unchanged(opt, with_backups) and self._plan.collect():
+        if self._unchanged(opt, with_backups) and self._plan.collect(updating):
             return True
         self._plan = None
         opt._check_grads()
         self._build(opt, with_backups or bool(opt._backups))
-        return self._plan is not None and bool(self._plan.collect())
+        return self._plan is not None and bool(self._plan.collect(updating))
 
     @staticmethod
     def _serves(opt: RST) -> bool:
@@ -138,9 +138,11 @@ class Plans:
         ]
         nothing: list[Tensor | None] = [None] * len(lists.params)
         columns = (backups, lists.buffers or nothing, lists.buffers2 or nothing, masters)
-        held = [t for column in (lists.params, *columns) for t in column if t is not None]
+        # Backups are this optimizer's alone: nobody else can move them.
+        held = [t for column in (lists.params, *columns[1:]) for t in column if t is not None]
         handle = getattr(torch.ops, NAMESPACE)._hold(held)
         idle = [p for p in params if p.grad is None]
         self._plan = host().Plan(lists.params, idle, lists.sizes, *columns, handle)
+        lists.grads, lists.backups = [], []  # a kept gradient would be memory that zero_grad cannot free
         self._lists = lists
         self._key = self._structure(opt, with_backups)

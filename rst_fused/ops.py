@@ -134,7 +134,7 @@ def restore_sgd_step_(
     (24 with ``first_grads``).
     """
     buffers = list(momentum_buffers or [])
-    if not buffers and any(float(x) != 0 for x in _each(momentum)):
+    if params and not buffers and any(float(x) != 0 for x in _each(momentum)):
         raise ValueError(f"momentum_buffers=None with momentum={momentum!r}: pass zeros_like buffers, or momentum=0")
     masters, backups, firsts = list(masters or []), list(backups or []), list(first_grads or [])
     _check(

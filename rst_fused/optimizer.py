@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from rst_fused import _engine
 from rst_fused._backends import Backend, backend_for
@@ -22,6 +24,25 @@ from rst_fused.schedule import as_schedule, draw, match
 
 _COUNTERS = ("rst_steps", "rst_sam_steps", "rst_seed")
 _TRANSIENT = ("_backups", "_perturbed", "_plans")
+
+
+def _with_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
+    """torch's wrapper of step (hooks, profiler range), entered only when somebody listens: it costs 10 us a call."""
+    hooked = Optimizer.profile_hook_step(step)
+
+    @functools.wraps(step)
+    def lean(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
+        listeners = (
+            self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or _global_optimizer_pre_hooks
+            or _global_optimizer_post_hooks
+            or torch.autograd._profiler_enabled()
+        )
+        return (hooked if listeners else step)(self, *args, **kwargs)
+
+    lean.hooked = True  # type: ignore[attr-defined]  # torch wraps every step that does not say so
+    return lean
 
 
 class RST(Optimizer):
@@ -89,6 +110,7 @@ class RST(Optimizer):
         self.master_weights, self.stochastic_rounding = bool(master_weights), bool(stochastic_rounding)
         self.requested_backend = backend
         self._model = model
+        self._rounds = False  # whether any parameter is bfloat16 or float16, so that stochastic rounding needs _rng
         self._run = Run()
         self._reset()
         if self.rule is not None:
@@ -165,6 +187,7 @@ class RST(Optimizer):
                 raise ValueError(f"params[{i}] has layout {p.layout}: expected a dense tensor")
             if p.dtype not in _engine.SUPPORTED:
                 raise ValueError(f"params[{i}] is {p.dtype}: expected one of {[str(d) for d in _engine.SUPPORTED]}")
+            self._rounds = self._rounds or p.dtype in _engine.SIXTEEN_BIT
             device = self.param_groups[0]["params"][0].device if self.param_groups else params[0].device
             if p.device != device:
                 raise ValueError(f"params[{i}] is on {p.device}, the first parameter on {device}: expected one device")
@@ -182,7 +205,8 @@ class RST(Optimizer):
             gamma = self.gamma(t) if callable(self.gamma) else self.gamma
             check_number(f"gamma({t})", gamma, 0)
             run.gamma = float(gamma)
-            self._rng[1] = t
+            if self._rounds:
+                self._rng[1] = t
             run.drawn_at = t
         return run.drawn
 
@@ -217,6 +241,7 @@ class RST(Optimizer):
             raise
         return True
 
+    @_with_hooks
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Restores the weights if they are perturbed, and applies the base optimizer to them, in one pass.

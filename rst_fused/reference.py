@@ -114,12 +114,17 @@ def _wide(x: Tensor) -> Tensor:
     """The tensor in the dtype it is computed in; complex tensors as pairs of reals."""
     x = x.detach()
     if x.is_complex():
-        return torch.view_as_real(x)
+        return torch.view_as_real(x.resolve_conj())
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-def _write(to: Tensor, value: Tensor) -> None:
-    (torch.view_as_real(to) if to.is_complex() else to).copy_(value)
+def _write(to: Tensor, value: Tensor, kept: Tensor | None = None, keep: Tensor | None = None) -> None:
+    """to <- value; where ``keep`` holds, the bits of ``kept`` instead (a NaN's payload does not survive float32)."""
+    if to.is_complex():
+        to, kept = torch.view_as_real(to), None if kept is None else torch.view_as_real(kept)
+    if kept is not None and keep is not None:
+        value = torch.where(keep, kept.to(to.dtype), value.to(to.dtype))
+    to.copy_(value)
 
 
 def _magnitude(w: Tensor) -> Tensor:
@@ -181,10 +186,9 @@ def perturb_(
             moved = asam_perturb(w, g, asam_scale(_magnitude(source), eta), scale)
         else:
             moved = perturb(w, g, scale)
-        moved = torch.where(scale != 0, moved, w)  # 0 * inf would be NaN
         if stochastic and p.dtype in (torch.bfloat16, torch.float16):
             moved = stochastic_round(moved.float(), random_bits(rng, first_index + i, element_positions(p)), p.dtype)
-        _write(p, moved)
+        _write(p, moved, p, scale == 0)  # 0 * inf would be NaN
 
 
 @torch.no_grad()
@@ -230,22 +234,20 @@ def _prepared(
 def _finish(
     i: int,
     params: Sequence[Tensor],
+    backups: Sequence[Tensor],
     masters: Sequence[Tensor],
-    w: Tensor,
     updated: Tensor,
     state: Sequence[tuple[Tensor, Tensor]],
     found_inf: Tensor | None,
 ) -> None:
     """Writes the update; where ``found_inf`` is not 0, only what restores the weights."""
-    if found_inf is not None:
-        skip = (found_inf != 0).to(w.device)
-        updated = torch.where(skip, w, updated)
-        state = [(old, torch.where(skip, _wide(old), new)) for old, new in state]
+    kept = masters[i] if masters else backups[i] if backups else params[i]
+    skip = None if found_inf is None else (found_inf != 0).to(kept.device)
     for old, new in state:
-        _write(old, new)
+        _write(old, new, old, skip)
     if masters:
-        _write(masters[i], updated)
-    _write(params[i], updated)
+        _write(masters[i], updated, kept, skip)
+    _write(params[i], updated, kept, skip)
 
 
 @torch.no_grad()
@@ -270,7 +272,7 @@ def restore_sgd_step_(
         buf = _wide(momentum_buffers[i]) if momentum_buffers else None
         updated, new_buf = sgd(w, g, buf, numbers, nesterov)
         state = [] if new_buf is None else [(momentum_buffers[i], new_buf)]
-        _finish(i, params, masters, w, updated, state, found_inf)
+        _finish(i, params, backups, masters, updated, state, found_inf)
 
 
 @torch.no_grad()
@@ -296,7 +298,7 @@ def restore_adam_step_(
         )
         m, v = _wide(exp_avgs[i]), _wide(exp_avg_sqs[i])
         updated, m, v = adam(w, g, m, v, numbers, steps[row], decoupled)
-        _finish(i, params, masters, w, updated, [(exp_avgs[i], m), (exp_avg_sqs[i], v)], found_inf)
+        _finish(i, params, backups, masters, updated, [(exp_avgs[i], m), (exp_avg_sqs[i], v)], found_inf)
 
 
 def sgd_step_(params: Sequence[Tensor], grads: Sequence[Tensor], *args: object) -> None:

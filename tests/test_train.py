@@ -306,13 +306,13 @@ def test_loss_rise_is_the_loss_at_the_perturbed_weights():
     loss = loss_at(model, batches, flat)
     (gradient,) = torch.autograd.grad(loss, flat)
     moved = loss_at(model, batches, flat + 0.3 * gradient / gradient.norm())
-    assert found == pytest.approx(float(moved - loss), rel=1e-9)
+    assert found == pytest.approx((moved - loss).item(), rel=1e-9)
     assert sharpness.loss_rise(model, batches, rho=0.0) == pytest.approx(0.0, abs=1e-12)
 
 
 # --- the command -----------------------------------------------------------------------------------------
 
-QUICK = ["--subset", "100", "--batch-size", "50", "--epochs", "2", "--threads", "1"]
+QUICK = ["--subset", "60", "--batch-size", "30", "--epochs", "2", "--threads", "1"]
 
 
 def train(*options):
@@ -370,21 +370,20 @@ def test_repeating_a_run_repeats_every_number(tmp_path):
 
 def test_p_0_is_the_base_and_p_1_is_sam(tmp_path):
     options = [*QUICK, "--seeds", 1, "--label-noise", 0]
-
-    def losses(p):
+    seen: dict[int, dict[str, list[float]]] = {}
+    for p in (0, 1):
         assert train(*options, "--p", p, "--output", tmp_path / str(p)) == 0
-        return {run["method"]: run["train_losses"] for run in results(tmp_path / str(p))["runs"]}
+        seen[p] = {run["method"]: run["train_losses"] for run in results(tmp_path / str(p))["runs"]}
+    assert seen[0]["rst"] == pytest.approx(seen[0]["base"], rel=1e-5)
+    assert seen[1]["rst"] == seen[1]["sam"] == seen[1]["g-rst"]
+    assert seen[1]["sam"] != seen[1]["base"]
 
-    assert losses(0)["rst"] == pytest.approx(losses(0)["base"], rel=1e-5)
-    assert losses(1)["rst"] == losses(1)["sam"] == losses(1)["g-rst"]
-    assert losses(1)["sam"] != losses(1)["base"]
 
-
-def test_cifar_with_augmentation_amp_adamw_and_a_schedule(cifar, tmp_path, capsys):
+def test_cifar_with_augmentation_adamw_and_a_schedule(cifar, tmp_path, capsys):
     assert train(
-        "--data", cifar.parent, "--model", "resnet8", "--batch-size", 25, "--epochs", 2, "--subset", 75,
-        "--amp", "--base", "adamw", "--schedule", "linear", "--p", 0.3, "--warmup", 1, "--gamma", 1.5,
-        "--label-noise", 0.2, "--output", tmp_path,
+        "--data", cifar.parent, "--model", "cnn", "--batch-size", 10, "--epochs", 2, "--subset", 30,
+        "--base", "adamw", "--schedule", "linear", "--p", 0.3, "--warmup", 1, "--gamma", 1.5,
+        "--label-noise", 0.2, "--methods", "base", "rst", "g-rst", "--output", tmp_path,
     ) == 0  # fmt: skip
     out = capsys.readouterr().out
     assert "AdamW" in out and "  RST(linear p=0.3 warmup=1)" in out
@@ -392,7 +391,16 @@ def test_cifar_with_augmentation_amp_adamw_and_a_schedule(cifar, tmp_path, capsy
     found = results(tmp_path)
     assert found["config"]["momentum"] is None and found["config"]["data"] == str(cifar.parent)
     assert found["schedule"]["steps"] == 6
-    assert all(run["test_accuracy"] is not None for run in found["runs"])
+    assert len(found["runs"]) == 3 and all(run["test_accuracy"] is not None for run in found["runs"])
+
+
+def test_amp_runs_the_forward_passes_in_bfloat16(tmp_path):
+    options = [*QUICK, "--seeds", 1, "--label-noise", 0, "--methods", "g-rst"]
+    losses = []
+    for name, extra in (("plain", []), ("amp", ["--amp"])):
+        assert train(*options, *extra, "--output", tmp_path / name) == 0
+        losses.append(results(tmp_path / name)["runs"][0]["train_losses"])
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.1)
 
 
 def test_a_diverged_run_is_a_line_of_the_table(tmp_path, capsys):

@@ -23,21 +23,29 @@ void adam_step_chunk(const ChunkCall& c) {
                      broadcast<V>(decoupled ? 1 - row.lr * row.weight_decay : 1),
                      broadcast<V>(c.call->direction)};
   const Mix<V> mix{broadcast<V>(row.gamma), broadcast<V>(1 - row.gamma)};
-  const bool write_only = Master || c.source != c.data[kParam];
+  // Local copies: the compiler need not fear that a store changes them.
+  void* const param = c.data[kParam];
+  void* const buffer = c.data[kBuffer];
+  void* const buffer2 = c.data[kBuffer2];
+  void* const master = c.data[kMaster];
+  const void* const source = c.source;
+  const void* const grad = c.data[kGrad];
+  const void* const first_grad = c.data[kFirstGrad];
+  const bool write_only = Master || source != param;
 
-  each<T, V>(c, write_only ? c.data[kParam] : nullptr, RST_BODY(at) {
-    V w = at.template load<S>(c.source);
-    V g = at.template load<T>(c.data[kGrad]);
-    if constexpr (Mixing) g = mix(at.template load<T>(c.data[kFirstGrad]), g);
+  each<T, V>(c, write_only ? param : nullptr, RST_BODY(at) {
+    V w = at.template load<S>(source);
+    V g = at.template load<T>(grad);
+    if constexpr (Mixing) g = mix(at.template load<T>(first_grad), g);
     g = adam.decayed(w, g);
     w = adam.shrunk(w);
-    const V m = adam.exp_avg(at.template load<S>(c.data[kBuffer]), g);
-    const V v = adam.exp_avg_sq(at.template load<S>(c.data[kBuffer2]), g);
-    at.template store<S>(c.data[kBuffer], m);
-    at.template store<S>(c.data[kBuffer2], v);
+    const V m = adam.exp_avg(at.template load<S>(buffer), g);
+    const V v = adam.exp_avg_sq(at.template load<S>(buffer2), g);
+    at.template store<S>(buffer, m);
+    at.template store<S>(buffer2, v);
     const V updated = adam.update(w, m, v);
-    if constexpr (Master) at.template store<float>(c.data[kMaster], updated);
-    at.template store_only<T>(c.data[kParam], updated);
+    if constexpr (Master) at.template store<float>(master, updated);
+    at.template store_only<T>(param, updated);
   });
 }
 

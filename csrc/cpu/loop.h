@@ -38,47 +38,51 @@ struct At {
   RST_INLINE V load(const void* base) const {
     typename Convert<V, T>::Raw raw{};
     const T* p = static_cast<const T*>(base) + i;
-    if constexpr (part == Part::Some) {
-      std::memcpy(&raw, p, lanes * sizeof(T));
-    } else {
-      std::memcpy(&raw, p, sizeof(raw));
-    }
+    std::memcpy(&raw, p, bytes<T>());
     return Convert<V, T>::widen(raw);
   }
   template <class T>
   RST_INLINE void store(void* base, V v) const {
-    auto raw = Convert<V, T>::narrow(v);
-    T* p = static_cast<T*>(base) + i;
-    if constexpr (part == Part::Some) {
-      std::memcpy(p, &raw, lanes * sizeof(T));
-    } else {
-      std::memcpy(p, &raw, sizeof(raw));
-    }
+    put<T>(base, Convert<V, T>::narrow(v));
+  }
+  // For a v that T can hold exactly.
+  template <class T>
+  RST_INLINE void store_exact(void* base, V v) const {
+    put<T>(base, Convert<V, T>::truncate(v));
+  }
+  template <class T>
+  RST_INLINE void store_only_exact(void* base, V v) const {
+    write_only<T>(base, Convert<V, T>::truncate(v));
   }
   // The bits as they are: not even the payload of a NaN changes.
   template <class T>
   RST_INLINE void copy(void* to, const void* from) const {
     typename Convert<V, T>::Raw raw{};
-    constexpr size_t whole = sizeof(raw);
-    const size_t bytes = part == Part::Some ? lanes * sizeof(T) : whole;
-    std::memcpy(&raw, static_cast<const T*>(from) + i, bytes);
-    write_only<T>(to, raw, bytes);
+    std::memcpy(&raw, static_cast<const T*>(from) + i, bytes<T>());
+    write_only<T>(to, raw);
   }
   // For outputs that the kernel does not read: no line is fetched to be overwritten.
   template <class T>
   RST_INLINE void store_only(void* base, V v) const {
-    write_only<T>(base, Convert<V, T>::narrow(v), part == Part::Some ? lanes * sizeof(T) : kLanes<V> * sizeof(T));
+    write_only<T>(base, Convert<V, T>::narrow(v));
   }
 
  private:
+  template <class T>
+  RST_INLINE size_t bytes() const {
+    return part == Part::Some ? lanes * sizeof(T) : kLanes<V> * sizeof(T);
+  }
   template <class T, class Raw>
-  RST_INLINE void write_only(void* base, Raw raw, size_t bytes) const {
-    T* p = static_cast<T*>(base) + i;
+  RST_INLINE void put(void* base, Raw raw) const {
+    std::memcpy(static_cast<T*>(base) + i, &raw, bytes<T>());
+  }
+  template <class T, class Raw>
+  RST_INLINE void write_only(void* base, Raw raw) const {
     if constexpr (part == Part::WholeStreaming) {
       using Scalar = typename std::decay<decltype(raw[0])>::type;
-      stream(reinterpret_cast<Scalar*>(p), raw);
+      stream(reinterpret_cast<Scalar*>(static_cast<T*>(base) + i), raw);
     } else {
-      std::memcpy(p, &raw, bytes);
+      put<T>(base, raw);
     }
   }
 };
@@ -94,7 +98,13 @@ RST_INLINE void each(const ChunkCall& c, const void* streamed, Body body) {
     const int64_t head = past == 0 ? 0 : (bytes - past) / static_cast<int64_t>(sizeof(T));
     if (past % static_cast<int64_t>(sizeof(T)) == 0 && head <= n) {
       if (head > 0) body(At<V, Part::Some>{0, static_cast<int>(head)});
-      for (i = head; i + kLanes<V> <= n; i += kLanes<V>) body(At<V, Part::WholeStreaming>{i, kLanes<V>});
+      i = head;
+      // Two vectors a turn: 16-bit elements then fill half a cache line, which streaming stores want whole.
+      for (; i + 2 * kLanes<V> <= n; i += 2 * kLanes<V>) {
+        body(At<V, Part::WholeStreaming>{i, kLanes<V>});
+        body(At<V, Part::WholeStreaming>{i + kLanes<V>, kLanes<V>});
+      }
+      for (; i + kLanes<V> <= n; i += kLanes<V>) body(At<V, Part::WholeStreaming>{i, kLanes<V>});
       finish_streaming();
     }
   }

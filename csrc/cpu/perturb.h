@@ -6,57 +6,68 @@
 
 namespace rst::RST_LEVEL {
 
-// Stores v rounded to T: to nearest, or stochastically for the 16-bit dtypes.
 template <class T>
-struct Rounding {
-  template <class At, class V>
-  static RST_INLINE V apply(const At&, V v, const ChunkCall&, RandomBits, UintV) {
-    return v;
+RST_INLINE FloatV stochastic_round(FloatV v, UintV random) {
+  using Round = StochasticRound<FloatV, UintV>;
+  if constexpr (std::is_same<T, BFloat16>::value) {
+    return Round::to_bfloat16(v, random);
+  } else {
+    return Round::to_float16(v, random);
   }
-};
-template <class T, FloatV (*Round)(FloatV, UintV)>
-struct StochasticRounding {
-  template <class At>
-  static RST_INLINE FloatV apply(const At& at, FloatV v, const ChunkCall& c, RandomBits random, UintV lane) {
-    if (!c.call->stochastic) return v;
-    const uint32_t first = static_cast<uint32_t>(c.begin + at.i);
-    return Round(v, random(lane + first));
+}
+
+template <class T, bool Adaptive, bool Master, bool Stochastic>
+RST_INLINE void perturb_each(const ChunkCall& c) {
+  using V = Arithmetic<T>;
+  using W = typename std::conditional<Master, float, T>::type;  // where w is read
+  const Perturb<V> sam{broadcast<V>(c.call->scales[c.tensor->row])};
+  const AsamPerturb<V> asam{sam.scale};
+  const AsamScale<V> asam_scale{broadcast<V>(c.call->eta)};
+  const bool complex = c.tensor->complex;
+  // Local copies: the compiler need not fear that a store changes them.
+  void* const param = c.data[kParam];
+  void* const backup = c.data[kBackup];
+  const void* const source = c.data[Master ? kMaster : kParam];
+  const void* const grad = c.data[kGrad];
+  RandomBits random{0};
+  UintV first{};
+  if constexpr (Stochastic) {
+    // A chunk never straddles a multiple of 2^32 elements: both are powers of two.
+    random = RandomBits::of(c.call->seed, c.call->step, static_cast<uint64_t>(c.tensor->index),
+                            static_cast<uint64_t>(c.begin) >> 32);
+    for (int k = 0; k < kFloatLanes; ++k) first[k] = static_cast<uint32_t>(c.begin) + static_cast<uint32_t>(k);
   }
-};
-template <>
-struct Rounding<BFloat16> : StochasticRounding<BFloat16, StochasticRound<FloatV, UintV>::to_bfloat16> {};
-template <>
-struct Rounding<Half> : StochasticRounding<Half, StochasticRound<FloatV, UintV>::to_float16> {};
+
+  each<T, V>(c, Master ? param : backup, RST_BODY(at) {
+    const V w = at.template load<W>(source), g = at.template load<T>(grad);
+    V moved;
+    if constexpr (Adaptive) {
+      moved = asam(w, g, asam_scale(magnitude(w, complex)));
+    } else {
+      moved = sam(w, g);
+    }
+    if constexpr (!Master) at.template copy<T>(backup, param);
+    if constexpr (Stochastic) {
+      moved = stochastic_round<T>(moved, random(first + static_cast<uint32_t>(at.i)));
+      if constexpr (Master) {
+        at.template store_only_exact<T>(param, moved);
+      } else {
+        at.template store_exact<T>(param, moved);
+      }
+    } else if constexpr (Master) {
+      at.template store_only<T>(param, moved);
+    } else {
+      at.template store<T>(param, moved);
+    }
+  });
+}
 
 template <class T, bool Adaptive, bool Master>
 void perturb_chunk(const ChunkCall& c) {
-  using V = Arithmetic<T>;
-  using W = typename std::conditional<Master, float, T>::type;  // where w is read
-  const V scale = broadcast<V>(c.call->scales[c.tensor->row]);
-  const AsamScale<V> asam_scale{broadcast<V>(c.call->eta)};
-  const bool complex = c.tensor->complex;
-  // A chunk never straddles a multiple of 2^32 elements: both are powers of two.
-  const RandomBits random = RandomBits::of(c.call->seed, c.call->step, static_cast<uint64_t>(c.tensor->index),
-                                           static_cast<uint64_t>(c.begin) >> 32);
-  UintV lane;
-  for (int k = 0; k < kFloatLanes; ++k) lane[k] = static_cast<uint32_t>(k);
-
-  each<T, V>(c, Master ? c.data[kParam] : c.data[kBackup], RST_BODY(at) {
-    const V w = at.template load<W>(c.data[Master ? kMaster : kParam]), g = at.template load<T>(c.data[kGrad]);
-    V moved;
-    if constexpr (Adaptive) {
-      moved = AsamPerturb<V>{scale}(w, g, asam_scale(magnitude(w, complex)));
-    } else {
-      moved = Perturb<V>{scale}(w, g);
-    }
-    moved = Rounding<T>::apply(at, moved, c, random, lane);
-    if constexpr (Master) {
-      at.template store_only<T>(c.data[kParam], moved);
-    } else {
-      at.template copy<T>(c.data[kBackup], c.data[kParam]);
-      at.template store<T>(c.data[kParam], moved);
-    }
-  });
+  if constexpr (sizeof(T) == 2) {
+    if (c.call->stochastic) return perturb_each<T, Adaptive, Master, true>(c);
+  }
+  perturb_each<T, Adaptive, Master, false>(c);
 }
 
 // For a zero or non-finite norm: e = 0 whatever g is, so there is only the backup to write.

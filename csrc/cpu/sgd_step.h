@@ -15,21 +15,28 @@ void sgd_step_chunk(const ChunkCall& c) {
                    broadcast<V>(row.weight_decay), broadcast<V>(c.call->direction)};
   const Mix<V> mix{broadcast<V>(row.gamma), broadcast<V>(1 - row.gamma)};
   const bool nesterov = c.call->nesterov;
-  const bool write_only = Master || c.source != c.data[kParam];
+  // Local copies: the compiler need not fear that a store changes them.
+  void* const param = c.data[kParam];
+  void* const buffer = c.data[kBuffer];
+  void* const master = c.data[kMaster];
+  const void* const source = c.source;
+  const void* const grad = c.data[kGrad];
+  const void* const first_grad = c.data[kFirstGrad];
+  const bool write_only = Master || source != param;
 
-  each<T, V>(c, write_only ? c.data[kParam] : nullptr, RST_BODY(at) {
-    const V w = at.template load<S>(c.source);
-    V g = at.template load<T>(c.data[kGrad]);
-    if constexpr (Mixing) g = mix(at.template load<T>(c.data[kFirstGrad]), g);
+  each<T, V>(c, write_only ? param : nullptr, RST_BODY(at) {
+    const V w = at.template load<S>(source);
+    V g = at.template load<T>(grad);
+    if constexpr (Mixing) g = mix(at.template load<T>(first_grad), g);
     V d = sgd.decayed(w, g);
     if constexpr (Momentum) {
-      const V buf = sgd.buffer(at.template load<S>(c.data[kBuffer]), d);
-      at.template store<S>(c.data[kBuffer], buf);
+      const V buf = sgd.buffer(at.template load<S>(buffer), d);
+      at.template store<S>(buffer, buf);
       d = nesterov ? sgd.nesterov(buf, d) : buf;
     }
     const V updated = sgd.update(w, d);
-    if constexpr (Master) at.template store<float>(c.data[kMaster], updated);
-    at.template store_only<T>(c.data[kParam], updated);
+    if constexpr (Master) at.template store<float>(master, updated);
+    at.template store_only<T>(param, updated);
   });
 }
 

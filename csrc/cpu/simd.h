@@ -57,6 +57,13 @@ RST_INLINE void stream(float* p, FloatV v) { _mm512_stream_ps(p, v); }
 RST_INLINE void stream(double* p, DoubleV v) { _mm512_stream_pd(p, v); }
 RST_INLINE FloatV half_to_float(Vector<uint16_t, 16> h) { return _mm512_cvtph_ps(reinterpret<__m256i>(h)); }
 RST_INLINE Vector<float, 8> half_to_float(Vector<uint16_t, 8> h) { return _mm256_cvtph_ps(reinterpret<__m128i>(h)); }
+RST_INLINE UintV zero_extend(Vector<uint16_t, 16> h) { return reinterpret<UintV>(_mm512_cvtepu16_epi32(reinterpret<__m256i>(h))); }
+RST_INLINE Vector<uint32_t, 8> zero_extend(Vector<uint16_t, 8> h) {
+  return reinterpret<Vector<uint32_t, 8>>(_mm256_cvtepu16_epi32(reinterpret<__m128i>(h)));
+}
+RST_INLINE Vector<uint16_t, 16> low_halves(UintV x) {
+  return reinterpret<Vector<uint16_t, 16>>(_mm512_cvtepi32_epi16(reinterpret<__m512i>(x)));
+}
 RST_INLINE Vector<uint16_t, 16> float_to_half(FloatV x) {
   return reinterpret<Vector<uint16_t, 16>>(_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
@@ -73,6 +80,16 @@ RST_INLINE void stream(double* p, DoubleV v) { _mm256_stream_pd(p, v); }
 RST_INLINE FloatV half_to_float(Vector<uint16_t, 8> h) { return _mm256_cvtph_ps(reinterpret<__m128i>(h)); }
 RST_INLINE Vector<float, 4> half_to_float(Vector<uint16_t, 4> h) {
   return _mm_cvtph_ps(_mm_cvtsi64_si128(reinterpret<int64_t>(h)));
+}
+RST_INLINE UintV zero_extend(Vector<uint16_t, 8> h) {
+  return reinterpret<UintV>(_mm256_cvtepu16_epi32(reinterpret<__m128i>(h)));
+}
+RST_INLINE Vector<uint32_t, 4> zero_extend(Vector<uint16_t, 4> h) {
+  return reinterpret<Vector<uint32_t, 4>>(_mm_cvtepu16_epi32(_mm_cvtsi64_si128(reinterpret<int64_t>(h))));
+}
+RST_INLINE Vector<uint16_t, 8> low_halves(UintV x) {  // each at most 0xffff, or packus would saturate
+  const __m256i v = reinterpret<__m256i>(x);
+  return reinterpret<Vector<uint16_t, 8>>(_mm_packus_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1)));
 }
 RST_INLINE Vector<uint16_t, 8> float_to_half(FloatV x) {
   return reinterpret<Vector<uint16_t, 8>>(_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
@@ -108,6 +125,11 @@ RST_INLINE Vector<uint16_t, 4> float_to_half(FloatV x) {
   for (int i = 0; i < 4; ++i) r[i] = float_to_half_bits(x[i]);
   return r;
 }
+template <class H>
+RST_INLINE auto zero_extend(H h) {
+  return __builtin_convertvector(h, Vector<uint32_t, sizeof(H) / 2>);
+}
+RST_INLINE Vector<uint16_t, 4> low_halves(UintV x) { return __builtin_convertvector(x, Vector<uint16_t, 4>); }
 template <class Scalar, class V>
 RST_INLINE void stream(Scalar* p, V v) { std::memcpy(p, &v, sizeof(v)); }
 #endif
@@ -123,8 +145,7 @@ RST_INLINE void finish_streaming() {
 RST_INLINE Vector<uint16_t, kFloatLanes> float_to_bfloat16(FloatV x) {
   UintV bits = to_bits(x);
   UintV rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  UintV result = x == x ? rounded : UintV{} + 0x7fc0u;
-  return __builtin_convertvector(result, Vector<uint16_t, kFloatLanes>);
+  return low_halves(x == x ? rounded : UintV{} + 0x7fc0u);
 }
 
 // Storage format of T in vectors of Lanes elements: T's raw bits, and the conversion to and from arithmetic.
@@ -149,10 +170,12 @@ struct Convert<V, BFloat16> {
   static constexpr int kLanes = sizeof(V) / sizeof(V{}[0]);
   using Raw = Vector<uint16_t, kLanes>;
   static RST_INLINE V widen(Raw raw) {
-    auto bits = __builtin_convertvector(raw, Vector<uint32_t, kLanes>) << 16;
+    auto bits = zero_extend(raw) << 16;
     return __builtin_convertvector(reinterpret<Vector<float, kLanes>>(bits), V);
   }
   static RST_INLINE Raw narrow(FloatV v) { return float_to_bfloat16(v); }
+  // For a v that is a bfloat16 already.
+  static RST_INLINE Raw truncate(FloatV v) { return low_halves(to_bits(v) >> 16); }
 };
 template <class V>
 struct Convert<V, Half> {
@@ -160,6 +183,7 @@ struct Convert<V, Half> {
   using Raw = Vector<uint16_t, kLanes>;
   static RST_INLINE V widen(Raw raw) { return __builtin_convertvector(half_to_float(raw), V); }
   static RST_INLINE Raw narrow(FloatV v) { return float_to_half(v); }
+  static RST_INLINE Raw truncate(FloatV v) { return float_to_half(v); }
 };
 
 // Exchanges the two halves of every (real, imaginary) pair.

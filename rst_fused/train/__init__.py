@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--base", choices=BASES, default="sgd", help="base optimizer (sgd)")
     add("--lr", type=non_negative, help="default: 0.02 for digits, 0.1 for CIFAR-10; AdamW 0.001")
     add("--momentum", type=non_negative, help="of SGD (0.9)")
-    add("--weight-decay", type=non_negative, help="default: 0.005 for digits, else 0.0005; AdamW 0.01")
+    add("--weight-decay", type=non_negative, help="default: 0.01 for digits and AdamW, else 0.0005")
     add("--batch-size", type=positive_int, metavar="N", help="default: 100 for digits, else 128")
     add("--rho", type=non_negative, help="radius of the perturbation (default: 0.1 for digits, else 0.05)")
     add("--gamma", type=gamma_value, default="match", help="of G-RST: a number or match, 1/p(t) (match)")
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("machine and output").add_argument
     add("--device", default="cpu", help="cpu, cuda, cuda:1, ... (cpu)")
     add("--amp", action="store_true", help="bfloat16 autocast in the forward passes")
-    add("--threads", type=positive_int, metavar="N", help="CPU threads (default: torch's choice)")
+    add("--threads", type=positive_int, metavar="N", help="CPU threads (default: 1 for digits, else torch's choice)")
     add("--output", type=Path, metavar="DIR", help="default: runs/ and a name made of the options")
 
 

@@ -150,6 +150,8 @@ def draw(plan: Plan, rows: Sequence[Row], path: Path) -> None:
     for axes, noise in zip(panels, noises, strict=False):
         _draw_accuracy(axes, [row for row in rows if row.label_noise == noise], noise)
     _draw_schedule(panels[-1], plan)
+    # One legend below all panels: inside them it would cover points.
+    figure.legend(*panels[-1].get_legend_handles_labels(), loc="outside lower center", ncols=len(MARKERS))
     figure.savefig(path, dpi=120)
 
 
@@ -158,26 +160,24 @@ def _draw_accuracy(axes: Axes, rows: Sequence[Row], noise: float) -> None:
         if row.accuracy is not None:
             axes.errorbar(
                 row.cost, row.accuracy, yerr=row.accuracy_std, fmt=MARKERS[row.method],
-                color=COLOURS[row.method], capsize=3, label=row.label,
+                color=COLOURS[row.method], capsize=3,
             )  # fmt: skip
     axes.set(
         title=f"{noise:.0%} of the labels random" if noise else "clean labels",
         xlabel="forward-backward pairs per step", ylabel="test accuracy, %", xlim=(0.9, 2.1),
     )  # fmt: skip
     axes.grid(alpha=0.3)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize="small")
 
 
 def _draw_schedule(axes: Axes, plan: Plan) -> None:
     points = sorted({round(i * (plan.steps - 1) / (SCHEDULE_POINTS - 1)) for i in range(SCHEDULE_POINTS)})
-    shown: dict[str, str] = {}
-    for method in plan.config.methods:  # RST and G-RST share a curve
-        name = "rst" if method == "g-rst" else method
-        shown[name] = "RST, G-RST" if name == "rst" else plan.config.label(name)
-    for name, label in shown.items():
-        curve = plan.schedule_of(name)
-        axes.step(points, [curve(t) for t in points], where="post", color=COLOURS[name], label=label)
+    for method in plan.config.methods:
+        curve = plan.schedule_of(method)
+        axes.plot(
+            points, [curve(t) for t in points], drawstyle="steps-post", color=COLOURS[method],
+            # RST and G-RST share a curve: dashes let both be seen.
+            linestyle="--" if method == "g-rst" else "-", marker=MARKERS[method], markevery=[0, len(points) - 1],
+            label=plan.config.label(method),
+        )  # fmt: skip
     axes.set(title="schedule", xlabel="step t", ylabel="probability of a SAM step, p(t)", ylim=(-0.05, 1.05))
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")

@@ -23,7 +23,7 @@ from rst_fused.train.models import build_model
 from rst_fused.train.sharpness import loss_rise, mean_loss, top_eigenvalue
 
 # Enough images for a stable estimate, few enough at a time for the second derivatives of ResNet-18 to fit.
-SHARPNESS_IMAGES, SHARPNESS_BATCH = 500, 100
+SHARPNESS_IMAGES, SHARPNESS_BATCH = 200, 100
 TEST_BATCH = 500
 
 

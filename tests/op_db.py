@@ -1,0 +1,369 @@
+"""The table of ops: samples, wrong samples, dtypes and tolerances. Tests cross it with every available backend.
+
+A sample is described before it is built (``Spec``: how its tensors lie in memory, which lists it has, which numbers), so
+that a test has a readable name and no tensor exists before it runs. Add a row to OPS for a new op, a Spec for a new case.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import oracle
+import torch
+from torch import Tensor
+
+from rst_fused import ops
+from rst_fused._backends import backends
+
+# --- backends -------------------------------------------------------------------------------------------------------
+# (name, device) of all that can run here; the reference runs on every device there is.
+_DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+BACKENDS = [(b.name, d) for b in backends() if b.available for d in _DEVICES if b.supports(torch.device(d))]
+BACKEND_IDS = [name if device == "cpu" else f"{name}-{device}" for name, device in BACKENDS]
+
+# --- dtypes and tolerances ------------------------------------------------------------------------------------------
+HALVES = (torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.float64, *HALVES, torch.complex64, torch.complex128)
+# The dtypes of one call, one after another through its lists.
+KINDS: dict[str, tuple[torch.dtype, ...]] = {str(d).removeprefix("torch."): (d,) for d in DTYPES} | {"mixed": DTYPES}
+
+
+class Tolerance(NamedTuple):
+    """|result - exact| <= arithmetic * (sum of the magnitudes of the terms) + store * |exact| + least."""
+
+    arithmetic: float  # of the dtype that is computed in
+    store: float  # of rounding the result to the dtype that is stored
+    least: float  # half the distance between subnormal numbers, where the relative bounds end
+
+
+# No formula has more than 12 roundings one after another (Adam with mixing, decay and a gradient scale: the numbers, too,
+# are rounded), each of at most one unit roundoff u of what is computed in: u = 2^-24 in float32, 2^-53 in float64, where
+# the oracle itself rounds as often again. Storing costs half a spacing: 2^-8 in bfloat16, 2^-11 in float16.
+_SINGLE, _DOUBLE = 12 * 2.0**-24, 24 * 2.0**-53
+TOLERANCES = {
+    torch.float32: Tolerance(_SINGLE, 0.0, 1e-37),
+    torch.complex64: Tolerance(_SINGLE, 0.0, 1e-37),
+    torch.float64: Tolerance(_DOUBLE, 0.0, 1e-300),
+    torch.complex128: Tolerance(_DOUBLE, 0.0, 1e-300),
+    torch.bfloat16: Tolerance(_SINGLE, 2.0**-8, 1e-37),
+    torch.float16: Tolerance(_SINGLE, 2.0**-11, 2.0**-25),
+}
+
+
+def bits(t: Tensor) -> Tensor:
+    """The bit patterns, as integers on the CPU."""
+    t = torch.view_as_real(t.detach()) if t.is_complex() else t.detach()
+    return t.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()]).cpu()
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(bits(a), bits(b))
+
+
+def assert_close(name: str, actual: Tensor, expected: oracle.Bounded, stochastic: bool = False) -> None:
+    """Within the dtype's tolerance; stochastic rounding may go to either neighbour, so twice as far."""
+    arithmetic, store, least = TOLERANCES[actual.dtype]
+    value = oracle.numbers(actual)
+    rounding = (store * abs(expected.value) + least) * (2 if stochastic else 1)
+    excess = abs(value - expected.value) - (arithmetic * expected.scale + rounding)
+    # "not <= 0" and not "> 0": NaN must fail too.
+    wrong = (~(excess <= 0)).reshape(-1).nonzero()[0]
+    if wrong.size:
+        i, flat = wrong[0], (value.reshape(-1), expected.value.reshape(-1))
+        raise AssertionError(
+            f"{name}, {actual.dtype} {tuple(actual.shape)} strides {actual.stride()}: {wrong.size} of {value.size} are off; "
+            f"number {i} is {flat[0][i]!r}, expected {flat[1][i]!r}"
+        )
+
+
+# --- where tensors lie in memory ------------------------------------------------------------------------------------
+class Place(NamedTuple):
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int = 0
+
+
+def dense(size: Sequence[int], order: Sequence[int] | None = None, offset: int = 0) -> Place:
+    """Without gaps, the dimensions from the outermost inwards in ``order``."""
+    stride, step = [1] * len(size), 1
+    for d in reversed(order if order is not None else range(len(size))):
+        stride[d], step = step, step * max(size[d], 1)
+    return Place(tuple(size), tuple(stride), offset)
+
+
+# Around the widths of vectors, of gathered pieces (1024) and of chunks (16384).
+SIZES = (0, 1, 3, 15, 16, 17, 1023, 1024, 1025, 16383, 16384, 16385, 40000)
+LISTS = (
+    "params", "grads", "backups", "first_grads", "masters", "momentum_buffers", "exp_avgs", "exp_avg_sqs",
+)  # fmt: skip
+
+
+def _apart(name: str) -> list[Place]:
+    """Every list dense in another order of dimensions than the others, at another offset."""
+    k = LISTS.index(name)
+    turned = [(k + d) % 3 for d in range(3)]
+    return [
+        dense((37, 29), (0, 1) if k % 2 else (1, 0)),
+        dense((9, 20, 110), turned, offset=k % 3),
+        dense((4, 1, 6), turned),
+        Place((50, 30), (30 + k, 1), k),
+    ]
+
+
+LAYOUTS: dict[str, Callable[[str], list[Place]]] = {
+    "empty": lambda name: [],
+    "scalars": lambda name: [dense(size) for size in ((), (1,), (1, 1, 1), (0,), (0, 3), (2, 0))],
+    "sizes": lambda name: [dense((n,)) for n in SIZES],
+    "small": lambda name: [dense((40,)), dense((7, 5)), dense((5, 7), (1, 0)), Place((30,), (2,), 1), dense((1100,))],
+    "transposed": lambda name: [
+        dense((37, 29), (1, 0)), dense((2, 3, 4, 5), (0, 2, 3, 1)), dense((5, 6, 7), (2, 0, 1)), dense((150, 120), (1, 0)),
+    ],  # the second is channels_last
+    "gaps": lambda name: [
+        Place((500,), (2,), 1), Place((33, 17), (40, 2), 3), Place((130, 140), (150, 1), 5), Place((3, 1, 7), (7, 999, 1)),
+    ],
+    "misaligned": lambda name: [dense((n,), offset=1 + LISTS.index(name) % 3) for n in (5, 1000, 20000)],
+    "apart": _apart,
+    "expanded": lambda name: [
+        Place((40, 30), (0, 1) if name in ("grads", "first_grads") else (30, 1)),
+        Place((3000,), (0,) if name in ("grads", "first_grads") else (1,)),
+    ],  # gradients are only read, so all rows of one may be one row: what loss.sum().backward() gives
+}  # fmt: skip
+
+
+# --- samples --------------------------------------------------------------------------------------------------------
+@dataclass
+class Sample:
+    lists: dict[str, list[Tensor]]
+    options: dict[str, Any]
+
+    def run(self, op: str, backend: str = "auto") -> Any:
+        return getattr(ops, op)(**self.lists, **self.options, backend=backend)
+
+    def copied(self) -> Sample:
+        """With its own storages, laid out alike; tensors that were one stay one."""
+        seen: dict[int, Tensor] = {}
+
+        def copy(t: Tensor) -> Tensor:
+            if id(t) not in seen:
+                storage = t.untyped_storage().clone()
+                empty = torch.empty(0, dtype=t.dtype, device=t.device)
+                seen[id(t)] = empty.set_(storage, t.storage_offset(), t.shape, t.stride())
+            return seen[id(t)]
+
+        lists = {name: [copy(t) for t in tensors] for name, tensors in self.lists.items()}
+        return Sample(lists, {k: copy(v) if isinstance(v, Tensor) else v for k, v in self.options.items()})
+
+
+def whole(t: Tensor) -> Tensor:
+    """All of the tensor's storage, the gaps between its elements included."""
+    flat = torch.empty(0, dtype=t.dtype, device=t.device)
+    return flat.set_(t.untyped_storage(), 0, (t.untyped_storage().nbytes() // t.element_size(),), (1,))
+
+
+@functools.cache
+def _normal(name: str, i: int, length: int, pairs: bool) -> Tensor:
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{name} {i}".encode()))
+    flat = torch.randn((length, 2) if pairs else (length,), dtype=torch.float64, generator=generator)
+    flat = flat.abs() if name == "exp_avg_sqs" else flat
+    flat = flat * {"grads": 0.1, "first_grads": 0.1, "exp_avgs": 0.1, "exp_avg_sqs": 0.01}.get(name, 1.0)
+    return torch.view_as_complex(flat) if pairs else flat
+
+
+def make(name: str, i: int, place: Place, dtype: torch.dtype, device: str) -> Tensor:
+    """Normal numbers that depend on (name, i) alone; second moments are positive."""
+    last = place.offset + sum((n - 1) * s for n, s in zip(place.size, place.stride, strict=True))
+    length = 4 + place.offset + max(last, 0)
+    flat = _normal(name, i, length, dtype.is_complex).to(dtype, copy=True).to(device)
+    return flat.as_strided(place.size, place.stride, place.offset)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One sample, still without tensors. ``lists`` come with the op's own; options that are lists go by group."""
+
+    name: str
+    layout: str = "small"
+    lists: tuple[str, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def kinds(self) -> list[str]:
+        """Masters go with 16-bit dtypes alone."""
+        return [k for k in KINDS if k in ("bfloat16", "float16", "mixed") or "masters" not in self.lists]
+
+
+def build(op: OpInfo, spec: Spec, kind: str, device: str = "cpu") -> Sample:
+    masters = "masters" in spec.lists
+    dtypes = HALVES if masters and kind == "mixed" else KINDS[kind]
+    names = [n for n in (*op.lists, *spec.lists) if not (masters and n == "backups")]
+    lists = {}
+    for name in names:
+        wide = masters and name in ("masters", "momentum_buffers", "exp_avgs", "exp_avg_sqs")
+        lists[name] = [
+            make(name, i, place, torch.float32 if wide else dtypes[i % len(dtypes)], device)
+            for i, place in enumerate(LAYOUTS[spec.layout](name))
+        ]
+    options = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in {**op.options, **spec.options}.items()}
+    lead = next(iter(lists.values()))
+    if any(isinstance(value, list) for value in options.values()):
+        options["group_sizes"] = [len(lead) // 3, 0, len(lead) - len(lead) // 3]
+    if op.name == "perturb_":
+        scaled = {k: options[k] for k in ("adaptive", "eta") if k in options}
+        norm = oracle.grad_norm(lists["grads"], lists["params"], **scaled)
+        options["stats"] = torch.tensor(oracle.stats_of(norm), dtype=torch.float64, device=device)
+    if masters and "backups" in op.lists:
+        options["backups"] = None
+    if op.restores:
+        for p in lists["params"]:  # the perturbed weights must not matter
+            p.fill_(math.nan)
+    return Sample(lists, options)
+
+
+# --- rows -----------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class OpInfo:
+    name: str
+    lists: tuple[str, ...]  # those every sample has
+    written: tuple[str, ...]
+    specs: tuple[Spec, ...]
+    options: dict[str, Any] = field(default_factory=dict)
+    oracle: Callable[..., oracle.Results] | None = None  # None: the result is not in the lists
+    restores: bool = False  # reads backups or masters and never the parameters
+
+
+def _everywhere(lists: tuple[str, ...] = (), **options: Any) -> tuple[Spec, ...]:
+    return tuple(Spec(layout, layout, lists, options) for layout in LAYOUTS)
+
+
+def _float32(x: float) -> Tensor:
+    return torch.tensor(x, dtype=torch.float32)
+
+
+_MASTERS = ("masters",)
+_FIRST = ("first_grads",)
+_AMP = {"grad_scale": _float32(1024.0), "found_inf": _float32(0.0)}
+_GAMMAS = (0.0, 0.5, 1.0, 2.0)
+
+_SGD_BUFFER = ("momentum_buffers",)
+_SGD_RICH = {"momentum": 0.9, "dampening": 0.3, "weight_decay": 0.05}
+_SGD_BY_GROUP = {
+    "lr": [0.1, 0.2, 0.3], "momentum": [0.9, 0.5, 0.0], "dampening": [0.0, 0.2, 0.4], "weight_decay": [0.01, 0.0, 0.1],
+}  # fmt: skip
+_SGD = (
+    Spec("plain"),
+    Spec("weight_decay", options={"weight_decay": 0.1}),
+    Spec("momentum", lists=_SGD_BUFFER, options={"momentum": 0.9}),
+    Spec("buffer_unused", lists=_SGD_BUFFER),
+    Spec("nesterov", lists=_SGD_BUFFER, options={"momentum": 0.9, "weight_decay": 0.05, "nesterov": True}),
+    Spec("maximize", lists=_SGD_BUFFER, options={**_SGD_RICH, "maximize": True}),
+    Spec("groups", lists=_SGD_BUFFER, options=_SGD_BY_GROUP),
+    Spec("tensor_lr", lists=_SGD_BUFFER, options={**_SGD_RICH, "lr": _float32(0.25)}),
+    Spec("amp", lists=_SGD_BUFFER, options={**_SGD_RICH, **_AMP}),
+    Spec("amp_maximize", lists=_SGD_BUFFER, options={**_SGD_RICH, **_AMP, "maximize": True}),
+    Spec("overflow", lists=_SGD_BUFFER, options={**_SGD_RICH, "found_inf": _float32(2.0)}),
+    Spec("masters", lists=(*_SGD_BUFFER, *_MASTERS), options={**_SGD_RICH, "nesterov": True}),
+    Spec("masters_plain", "apart", _MASTERS),
+    Spec("masters_overflow", lists=(*_SGD_BUFFER, *_MASTERS), options={**_SGD_RICH, "found_inf": _float32(1.0)}),
+    *_everywhere(_SGD_BUFFER, **_SGD_RICH),
+)
+_ADAM_BY_GROUP = {
+    "step": [1, 7, 1000], "lr": [0.1, 0.01, 0.02], "beta1": [0.0, 0.9, 0.3], "beta2": [0.9, 0.999, 0.99],
+    "eps": [1e-8, 1e-3, 0.1], "weight_decay": [0.01, 0.0, 0.1],
+}  # fmt: skip
+_ADAM = (
+    Spec("first_step", options={"step": 1}),
+    Spec("late_step", options={"step": 10**6}),
+    Spec("l2", options={"weight_decay": 0.1}),
+    Spec("adamw", options={"weight_decay": 0.1, "decoupled": True}),
+    Spec("maximize", options={"weight_decay": 0.1, "maximize": True}),
+    Spec("groups", options=_ADAM_BY_GROUP),
+    Spec("groups_adamw", options={**_ADAM_BY_GROUP, "decoupled": True}),
+    Spec("tensors", options={"lr": _float32(0.25), "step": _float32(3.0)}),
+    Spec("amp", options={**_AMP, "weight_decay": 0.1}),
+    Spec("overflow", options={"weight_decay": 0.1, "found_inf": _float32(2.0)}),
+    Spec("masters", lists=_MASTERS, options={"weight_decay": 0.1}),
+    Spec("masters_adamw", "apart", _MASTERS, {"weight_decay": 0.1, "decoupled": True}),
+    Spec("masters_overflow", lists=_MASTERS, options={"found_inf": _float32(1.0)}),
+    *_everywhere(weight_decay=0.1),
+)
+
+
+def _with_restore(specs: tuple[Spec, ...], buffer: tuple[str, ...] = (), **options: Any) -> tuple[Spec, ...]:
+    """The cases of a base step again, and those of mixing."""
+    return (
+        *specs,
+        *(Spec(f"gamma_{g:g}", lists=(*buffer, *_FIRST), options={**options, "gamma": g}) for g in _GAMMAS),
+        Spec("gamma_groups", lists=(*buffer, *_FIRST), options={**options, "gamma": [0.5, 1.0, 1.5]}),
+        Spec("gamma_amp", lists=(*buffer, *_FIRST), options={**options, **_AMP, "gamma": 2.0, "maximize": True}),
+        Spec("gamma_masters", lists=(*buffer, *_FIRST, *_MASTERS), options={**options, "gamma": 2.0}),
+        Spec("gamma_overflow", lists=(*buffer, *_FIRST), options={**options, "found_inf": _float32(1.0), "gamma": 0.5}),
+        Spec("gamma_sizes", "sizes", (*buffer, *_FIRST), {**options, "gamma": 0.5}),
+        Spec("gamma_apart", "apart", (*buffer, *_FIRST), {**options, "gamma": 2.0}),
+        Spec("gamma_expanded", "expanded", (*buffer, *_FIRST), {**options, "gamma": 2.0}),
+    )
+
+
+_ASAM = {"adaptive": True, "eta": 0.01}
+_NEAREST = {"stochastic_rounding": False}
+_PERTURB = (
+    *_everywhere(**_NEAREST),
+    Spec("stochastic", "sizes", options={"seed": 7, "step": 3, "first_index": 5}),
+    Spec("stochastic_apart", "apart", options={"seed": 7, "step": 3}),
+    Spec("negative_rho", options={**_NEAREST, "rho": -0.1}),
+    Spec("groups", options={**_NEAREST, "rho": [0.05, 0.1, 0.0]}),
+    Spec("tensor_rho", options={**_NEAREST, "rho": _float32(0.5)}),
+    Spec("asam", options={**_NEAREST, "adaptive": True}),
+    Spec("asam_eta", options={**_NEAREST, **_ASAM}),
+    Spec("asam_sizes", "sizes", options={**_NEAREST, **_ASAM}),
+    Spec("asam_apart", "apart", options={**_NEAREST, **_ASAM}),
+    Spec("asam_gaps", "gaps", options={**_NEAREST, **_ASAM}),
+    Spec("asam_stochastic", options=_ASAM),
+    Spec("masters", lists=_MASTERS, options=_NEAREST),
+    Spec("masters_stochastic", "sizes", _MASTERS),
+    Spec("masters_asam", "apart", _MASTERS, {**_NEAREST, **_ASAM}),
+)
+_GRAD_NORM = (
+    *_everywhere(),
+    *(Spec(f"asam_{layout}", layout, ("params",), {"adaptive": True, "eta": 0.01}) for layout in LAYOUTS),
+    Spec("asam", lists=("params",), options={"adaptive": True}),
+    Spec("params_unused", lists=("params",)),
+)
+_RESTORE = (
+    *_everywhere(),
+    Spec("masters", "sizes", _MASTERS),
+    Spec("masters_apart", "apart", _MASTERS),
+    Spec("grads_unused", lists=("grads",)),
+    *(Spec(f"gamma_{g:g}", lists=("grads", *_FIRST), options={"gamma": g}) for g in _GAMMAS),
+    Spec("gamma_groups", "sizes", ("grads", *_FIRST), {"gamma": [0.5, 1.0, 1.5]}),
+    Spec("gamma_apart", "apart", ("grads", *_FIRST), {"gamma": 0.5}),
+    Spec("gamma_masters", "gaps", ("grads", *_FIRST, *_MASTERS), {"gamma": 2.0}),
+)
+_SGD_LISTS, _ADAM_LISTS = ("params", "grads"), ("params", "grads", "exp_avgs", "exp_avg_sqs")
+_SGD_WRITTEN, _ADAM_WRITTEN = ("params", "momentum_buffers", "masters"), ("params", "exp_avgs", "exp_avg_sqs", "masters")
+_LR, _STEP = {"lr": 0.1}, {"lr": 0.01, "step": 5}
+OPS = {
+    op.name: op
+    for op in (
+        OpInfo("grad_norm", ("grads",), (), _GRAD_NORM),
+        OpInfo("perturb_", ("params", "grads", "backups"), ("params", "backups"), _PERTURB, {"rho": 0.1}, oracle.perturb_),
+        OpInfo("restore_", ("params", "backups"), ("params", "grads"), _RESTORE, {}, oracle.restore_, True),
+        OpInfo("sgd_step_", _SGD_LISTS, _SGD_WRITTEN, _SGD, _LR, oracle.sgd_step_),
+        OpInfo("adam_step_", _ADAM_LISTS, _ADAM_WRITTEN, _ADAM, _STEP, oracle.adam_step_),
+        OpInfo(
+            "restore_sgd_step_", (*_SGD_LISTS, "backups"), _SGD_WRITTEN,
+            _with_restore(_SGD, _SGD_BUFFER, **_SGD_RICH), _LR, oracle.restore_sgd_step_, True,
+        ),
+        OpInfo(
+            "restore_adam_step_", (*_ADAM_LISTS, "backups"), _ADAM_WRITTEN,
+            _with_restore(_ADAM, weight_decay=0.1), _STEP, oracle.restore_adam_step_, True,
+        ),
+    )
+}  # fmt: skip
+
+
+def spec_of(op: str, name: str) -> Spec:
+    return next(s for s in OPS[op].specs if s.name == name)

@@ -1,0 +1,260 @@
+"""The benchmarks measure what they say: same work for every competitor, right bytes in the probe, ratios, files."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import memory, record
+from benchmarks.__main__ import main
+from benchmarks.cases import CASES, Hyper, many
+from benchmarks.peers import Competitor, Unavailable, attach, make
+from benchmarks.probe import ARRAYS, BLOCKS, DISTINCT, Probe
+from benchmarks.runner import Plan, Race, entry, ratios
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="the bandwidth probe needs g++")
+needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
+
+
+@pytest.fixture(autouse=True)
+def same_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensors", "elements"),
+    [("resnet18", 62, 11_173_962), ("gpt2", 148, 124_439_808), ("1000x1000", 1000, 1_000_000)],
+)
+def test_cases_have_the_sizes_of_their_models(name: str, tensors: int, elements: int) -> None:
+    case = CASES[name]()
+    assert (len(case.shapes), case.elements) == (tensors, elements)
+
+
+def _expected(hyper: Hyper, steps: int) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
+    """Weights in float64 after perturb + update, then base, ``steps`` times; and w + e of the first perturbation."""
+    case = many(4, 33)
+    weights = [w.double() for w in case.tensors(torch.float32, seed=0, scale=0.02)]
+    grads = [g.double() for g in case.tensors(torch.float32, seed=1)]
+    norm = torch.cat(grads).norm()
+    perturbed = [w + hyper.rho * g / norm for w, g in zip(weights, grads, strict=True)]
+    buffers = [torch.zeros_like(w) for w in weights]
+    for _ in range(2 * steps):  # the gradients stay, so a SAM step and a base step do the same
+        for w, g, m in zip(weights, grads, buffers, strict=True):
+            m.mul_(hyper.momentum).add_(g + hyper.weight_decay * w)
+            w.sub_(hyper.lr * m)
+    return perturbed, weights, grads
+
+
+@pytest.mark.parametrize(
+    "name", ["usual", "foreach", pytest.param("compile", marks=pytest.mark.slow), "pytorch_optimizer", "ours"]
+)
+def test_every_competitor_takes_the_same_step(name: str) -> None:
+    hyper, case = Hyper(lr=0.1, weight_decay=0.1), many(4, 33)
+    perturbed, weights, _ = _expected(hyper, steps=3)
+    grads = case.tensors(torch.float32, seed=1)
+    try:
+        competitor = make(name, case, torch.float32, hyper)
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+    for step in range(3):
+        attach(competitor.params, grads)
+        competitor.perturb()
+        if step == 0:
+            for p, expected in zip(competitor.params, perturbed, strict=True):
+                torch.testing.assert_close(p.detach().double(), expected, rtol=1e-5, atol=1e-7)
+        attach(competitor.params, grads)
+        competitor.update()
+        attach(competitor.params, grads)
+        competitor.base()
+    for p, expected in zip(competitor.params, weights, strict=True):
+        torch.testing.assert_close(p.detach().double(), expected, rtol=1e-5, atol=1e-6)
+
+
+class Recorded(Competitor):
+    """Notes its calls and multiplies its weights, so that a lost or doubled call shows."""
+
+    def __init__(self, name: str, calls: list[tuple[str, str]], factor: float = 1.0) -> None:
+        super().__init__([torch.nn.Parameter(torch.ones(3))], Hyper())
+        self.name, self.calls, self.factor = name, calls, factor
+        self.addresses: list[int] = []
+
+    def _note(self, what: str) -> None:
+        self.calls.append((self.name, what))
+        self.addresses.append(self.grads()[0].data_ptr())
+        self.params[0].data.mul_(self.factor)
+        self.params[0].grad = None  # as a perturbation that consumes the gradients does
+
+    def perturb(self) -> None:
+        self._note("perturb")
+
+    def update(self) -> None:
+        self._note("update")
+
+    def base(self) -> None:
+        self._note("base")
+
+
+def test_a_race_interleaves_its_competitors_and_gives_gradients_back() -> None:
+    calls: list[tuple[str, str]] = []
+    racers = {name: Recorded(name, calls) for name in ("a", "b")}
+    race = Race(racers, [[torch.zeros(3)], [torch.zeros(3)]])
+    times = race.run(Plan(rounds=2, calls=2, warmup=1, settle=0))
+    one = ["perturb", "update", "base"]
+    expected = [("a", w) for w in one] + [("b", w) for w in one]  # warm-up
+    expected += ([("a", w) for w in one * 2] + [("b", w) for w in one * 2]) * 2
+    assert calls == expected
+    assert {len(rounds) for parts in times.values() for rounds in parts.values()} == {2}
+    addresses = racers["a"].addresses
+    assert len(set(addresses)) == 2
+    assert all(x != y for x, y in itertools.pairwise(addresses)), "the sets of gradients take turns"
+
+
+def test_a_round_is_the_reduced_time_of_its_calls() -> None:
+    seconds = iter([9.0] * 3 + [1.0, 10.0, 4.0, 3.0, 5.0, 2.0])
+
+    def clock(call: Callable[[], object]) -> float:
+        call()
+        return next(seconds)
+
+    race = Race({"ours": Recorded("ours", [])}, [[torch.zeros(3)]], clock=clock)
+    times = race.run(Plan(rounds=1, calls=2, warmup=1, settle=0))
+    assert times == {"ours": {"perturb": [1.0], "update": [5.0], "base": [2.0], "step": [8.0]}}
+
+
+def test_ratios_are_of_single_rounds() -> None:
+    def parts(*rounds: float) -> dict[str, list[float]]:
+        return {what: list(rounds) for what in ("perturb", "update", "step", "base")}
+
+    found = ratios({"ours": parts(1, 2, 4), "usual": parts(3, 4, 16), "foreach": parts(2, 2, 2)}, "gpt2")
+    step = {r["against"]: r for r in found if r["what"] == "step"}
+    assert (step["usual"]["median"], step["usual"]["best"]) == (3, 3)  # of 3, 2, 4; 3 over 1
+    assert (step["usual"]["goal"], step["usual"]["met"]) == (2.8, True)
+    assert (step["foreach"]["median"], step["foreach"]["best"], step["foreach"]["met"]) == (1, 2, False)
+    base = next(r for r in found if r["against"] == "torch base")
+    assert (base["what"], base["median"], base["met"]) == ("update", 1, True)
+
+
+def test_a_competitor_that_does_other_work_is_noticed() -> None:
+    racers = {"a": Recorded("a", []), "b": Recorded("b", [], factor=1.5)}
+    race = Race(racers, [[torch.zeros(3)]])
+    race.run(Plan(rounds=1, calls=1, warmup=0, settle=0))
+    distances = race.disagreement()
+    assert distances["a"] == 0
+    assert distances["b"] == pytest.approx(1.5**3 - 1)
+
+
+@needs_compiler
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_the_probe_touches_every_byte_once(threads: int) -> None:
+    size = 3 * (1 << 20) // 8 + 77
+    probe = Probe(size, 4, threads)
+    assert size * 4 <= probe.bytes < size * 4 + 128
+    for mix, variants in DISTINCT.items():
+        for variant, block in itertools.product(variants, BLOCKS):
+            before = {}
+            for i, name in enumerate(ARRAYS):
+                generator = torch.Generator().manual_seed(i)
+                values = torch.randint(0, 256, (probe.bytes,), generator=generator, dtype=torch.uint8)
+                before[name] = values
+                probe.arrays[name].copy_(values)
+            expected = dict(before)
+            if mix == "perturb":
+                expected["backup"], expected["w"] = before["w"], before["w"] ^ before["g"]
+            if mix in ("update", "base"):
+                expected["m"] = before["m"] ^ before["g"]
+                source = before["backup"] if mix == "update" else before["w"]
+                expected["w"] = source ^ expected["m"]
+            probe.run(mix, variant, block)
+            for name in ARRAYS:
+                assert torch.equal(probe.arrays[name], expected[name]), (mix, variant, block, name)
+
+
+@needs_compiler
+def test_the_norm_probe_reads_all_of_its_array() -> None:
+    probe = Probe(100_000, 4, 2)
+    g = probe.arrays["g"]
+    for block in BLOCKS:
+        g.zero_()
+        assert probe.run("norm", 0, block) == 0
+        for i in (0, 12_345, probe.bytes - 1):
+            g.zero_()
+            g[i] = 1
+            assert probe.run("norm", 0, block) == 1 << 8 * (i % 8)
+
+
+@needs_linux
+@pytest.mark.parametrize("name", ["foreach", "sam", "grst"])
+def test_peak_memory_is_the_predicted(name: str) -> None:
+    measured = memory.measure(name, "fp32", tensors=16)
+    if measured is None:
+        pytest.skip(f"{name} is not available here")
+    predicted = memory.MODES[name].predicted
+    # foreach SAM: momentum, backup, and e = scale * g for all parameters at once
+    assert measured == pytest.approx(12 if predicted is None else predicted(4), abs=0.4)
+
+
+def test_results_are_append_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "a" / "host.json"
+    arguments = ["host", "--count", "3", "--rounds", "2", "--calls", "2", "--peer", "foreach"]
+    arguments += ["--threads", "1", "--out", str(out)]
+    assert main(arguments) == 0
+    data = record.read(out)
+    assert [race["label"] for race in data["races"]] == ["same gradients", "new gradient addresses"]
+    assert all(len(r["rounds_s"]) == 2 for race in data["races"] for r in race["results"])
+    assert out.with_suffix(".md").read_text() == record.markdown(data)
+    kept = out.read_text()
+    assert main(arguments) == 2
+    assert "append-only" in capsys.readouterr().err
+    assert out.read_text() == kept
+    assert main([*arguments, "--force"]) == 0
+    assert out.read_text() != kept
+
+
+def test_cpu_writes_a_summary_that_report_prints_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "cpu.json"
+    case = ["--case", "1000x1000", "--dtype", "fp32", "--peer", "usual", "foreach", "--no-probe", "--threads", "1"]
+    assert main(["cpu", *case, "--rounds", "1", "--calls", "1", "--out", str(out)]) == 0
+    assert "away from" not in capsys.readouterr().out, "the competitors disagree"
+    assert main(["report", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("# cpu: ")
+    assert "1000 tensors, 1,000,000 elements" in printed
+    pytest.importorskip("matplotlib")
+    assert main(["report", str(out), "--plot", str(tmp_path)]) == 0
+    assert (tmp_path / "cpu.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_missed_goal_is_visible() -> None:
+    race = Race({}, [], times={n: {w: [s] for w in ("perturb", "update", "step", "base")}
+                               for n, s in (("ours", 1.0), ("probe", 0.9))})  # fmt: skip
+    text = record.markdown(
+        {**record.environment("x"), "command": "cpu", "races": [entry(race, CASES["gpt2"](), "fp32")]}
+    )
+    row = {
+        line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:6]]
+        for line in text.splitlines()
+        if "probe: " in line
+    }
+    assert row["probe: perturb"] == ["0.90", "0.90", "0.95", "NO"]
+    assert row["probe: step"] == ["0.90", "0.90", "", ""]
+
+
+def test_a_file_of_another_format_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "other.json"
+    path.write_text(json.dumps({"format": 99}))
+    assert main(["report", str(path)]) == 2
+    assert "other.json" in capsys.readouterr().err
+
+
+def test_file_names_tell_device_torch_and_commit() -> None:
+    env = {"device": "AMD EPYC (x)  x2", "versions": {"torch": "2.13.0+cpu"}, "commit": "abc123"}
+    assert record.path_for(env, "cpu").name == "amd-epyc-x-x2-torch2.13.0-abc123-cpu.json"
