@@ -7,6 +7,7 @@ that moved) makes a new plan; whatever a plan cannot express goes through rst_fu
 
 from __future__ import annotations
 
+from operator import is_
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +29,7 @@ class Plans:
     def __init__(self) -> None:
         self._plan: Any = None
         self._key: Any = None
+        self._groups: list[list[Tensor]] = []  # the parameters of each group, as they were when the plan was made
         self._lists = _engine.Lists()
 
     def perturb(self, opt: RST) -> bool:
@@ -112,13 +114,15 @@ class Plans:
     @staticmethod
     def _structure(opt: RST, with_backups: bool) -> Any:
         flags = () if opt.rule is None else tuple(opt.rule.flags(group) for group in opt.param_groups)
-        groups = tuple((id(group["params"]), len(group["params"])) for group in opt.param_groups)
+        groups = tuple(len(group["params"]) for group in opt.param_groups)
         return groups, flags, id(opt.state), len(opt.state), with_backups
 
     def _unchanged(self, opt: RST, with_backups: bool) -> bool:
         if self._plan is None:
             return False
-        return bool(self._structure(opt, with_backups or self._key[-1]) == self._key)
+        if self._structure(opt, with_backups or self._key[-1]) != self._key:
+            return False
+        return all(all(map(is_, g["params"], old)) for g, old in zip(opt.param_groups, self._groups, strict=True))
 
     def _build(self, opt: RST, with_backups: bool) -> None:
         everything = list(range(len(opt.param_groups)))
@@ -146,3 +150,4 @@ class Plans:
         lists.grads, lists.backups = [], []  # a kept gradient would be memory that zero_grad cannot free
         self._lists = lists
         self._key = self._structure(opt, with_backups)
+        self._groups = [list(group["params"]) for group in opt.param_groups]

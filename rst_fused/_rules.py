@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -15,10 +17,10 @@ def check_number(name: str, value: Any, low: float, high: float | None = None) -
     """Raises unless ``value`` (a number or one-element tensor) lies in [low, high)."""
     if isinstance(value, Tensor) and value.numel() != 1:
         raise ValueError(f"{name} is a tensor of shape {tuple(value.shape)}: expected a number or a one-element tensor")
-    if isinstance(value, bool) or not isinstance(value, (int, float, Tensor)):
+    if isinstance(value, bool) or not isinstance(value, (Real, Tensor)):
         raise TypeError(f"{name}={value!r}: expected a number, got {type(value).__name__}")
     number = float(value)
-    if not low <= number or (high is not None and not number < high) or number in (float("inf"),):
+    if not low <= number or (high is not None and not number < high) or not math.isfinite(number):
         limits = f"a finite number >= {low}" if high is None else f"a number in [{low}, {high})"
         raise ValueError(f"{name}={value!r}: expected {limits}")
 

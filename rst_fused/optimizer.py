@@ -117,9 +117,8 @@ class RST(Optimizer):
             super().__init__(self._given(params), {**self._hyper(hyper), "rho": rho})
         else:
             self._share(params, hyper, rho)
-        first = self.param_groups[0]["params"][0]
-        self.backend: Backend = backend_for(backend, first.device)
-        self._stats = torch.zeros(4, dtype=torch.float64, device=first.device)
+        self.backend: Backend = backend_for(backend, self._device())
+        self._stats = torch.zeros(4, dtype=torch.float64, device=self._device())
         self._rng = torch.tensor([self.seed, 0], dtype=torch.int64)
 
     # --- construction -----------------------------------------------------------------------------------------------
@@ -151,8 +150,19 @@ class RST(Optimizer):
                 raise ValueError(
                     f"params ({len(given)} tensors) are not those of the base optimizer ({len(held)}): pass params=None"
                 )
-        super().__init__(self.base.param_groups, {"rho": rho})
+        super().__init__(self.base.param_groups, {**self.base.defaults, "rho": rho})
+        self._adopt()
+
+    def _adopt(self) -> None:
+        """Follows the base optimizer, whose groups and state are replaced when it loads a state_dict."""
+        if self.base is None:
+            return
         self.param_groups, self.state = self.base.param_groups, self.base.state
+        for group in self.param_groups:
+            group.setdefault("rho", self.defaults["rho"])
+
+    def _device(self) -> torch.device:
+        return next((p.device for group in self.param_groups for p in group["params"]), torch.device("cpu"))
 
     def _checked_gamma(self, gamma: float | Callable[[int], float] | str) -> float | Callable[[int], float]:
         if isinstance(gamma, str):
@@ -178,9 +188,13 @@ class RST(Optimizer):
         if self.rule is not None:
             self.rule.check(group)
         params = param_group["params"]
+        if isinstance(params, set):
+            raise TypeError("params is a set: expected ordered collections, since state is saved by position")
         params = [params] if isinstance(params, Tensor) else list(params)
-        for i, item in enumerate(params):
-            p = item[1] if isinstance(item, tuple) else item
+        tensors = [item[1] if isinstance(item, tuple) else item for item in params]
+        if len({id(p) for p in tensors}) < len(tensors):
+            raise ValueError("params holds a parameter twice: it would be perturbed twice and its weights lost")
+        for i, p in enumerate(tensors):
             if not isinstance(p, Tensor):
                 continue  # torch.optim names what is wrong
             if p.layout != torch.strided:
@@ -188,11 +202,15 @@ class RST(Optimizer):
             if p.dtype not in _engine.SUPPORTED:
                 raise ValueError(f"params[{i}] is {p.dtype}: expected one of {[str(d) for d in _engine.SUPPORTED]}")
             self._rounds = self._rounds or p.dtype in _engine.SIXTEEN_BIT
-            device = self.param_groups[0]["params"][0].device if self.param_groups else params[0].device
+            device = self._device() if any(group["params"] for group in self.param_groups) else tensors[0].device
             if p.device != device:
                 raise ValueError(f"params[{i}] is on {p.device}, the first parameter on {device}: expected one device")
         param_group["params"] = params
-        super().add_param_group(param_group)
+        if self.base is not None and self.param_groups is self.base.param_groups:
+            self.base.add_param_group(param_group)
+            self._adopt()
+        else:
+            super().add_param_group(param_group)
 
     # --- the step ---------------------------------------------------------------------------------------------------
     def draw(self) -> bool:
@@ -219,6 +237,7 @@ class RST(Optimizer):
         Raises RuntimeError if already perturbed, or for gradients that are sparse or of another dtype.
         """
         self._refuse_while_perturbed("perturb")
+        self._adopt()
         if torch.compiler.is_compiling():
             if fire is None:
                 raise RuntimeError("perturb() under torch.compile: pass fire=opt.draw(), evaluated outside the graph")
@@ -267,6 +286,7 @@ class RST(Optimizer):
             if torch.compiler.is_compiling():
                 _engine.update(self)
             elif self.base is not None:
+                self._adopt()
                 self._plans.hand_over(self)
                 _engine.restore(self, run.mixing)
                 self.base.step()
@@ -341,6 +361,7 @@ class RST(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim; the counters travel in the param_groups. Raises RuntimeError while perturbed."""
         self._refuse_while_perturbed("state_dict")
+        self._adopt()
         saved = super().state_dict()
         for group in saved["param_groups"]:
             group.update(zip(_COUNTERS, (self.steps, self.sam_steps, self.seed), strict=True))
@@ -349,13 +370,19 @@ class RST(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resumes bit-exactly. Also takes the state of the torch.optim optimizer that the base is named after."""
         self._refuse_while_perturbed("load_state_dict")
+        self._adopt()
         rhos = [group["rho"] for group in self.param_groups]
+        given: list[dict[str, Any]] = []  # what the pre-hooks make of state_dict
+        handle = self.register_load_state_dict_pre_hook(lambda _, state: given.append(state))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
         if self.base is not None:
-            self.base.load_state_dict(state_dict)
+            self.base.load_state_dict(given[0])
             self.param_groups, self.state = self.base.param_groups, self.base.state
         else:
-            super().load_state_dict(state_dict)
-            self._keep_dtypes(state_dict)
+            self._keep_dtypes(given[0])
         counters = {}
         for group, rho in zip(self.param_groups, rhos, strict=True):
             group.setdefault("rho", rho)
@@ -384,9 +411,8 @@ class RST(Optimizer):
         super().__setstate__(state)
         if "requested_backend" in state:  # unpickled or copied, rather than loading a state_dict
             self._reset()
-            self.backend = backend_for(self.requested_backend, self.param_groups[0]["params"][0].device)
-            if self.base is not None:
-                self.param_groups, self.state = self.base.param_groups, self.base.state
+            self.backend = backend_for(self.requested_backend, self._device())
+            self._adopt()
 
     def __repr__(self) -> str:
         base = self.rule.name if self.rule is not None else repr(self.base)

@@ -1,7 +1,7 @@
 """The table of ops: samples, wrong samples, dtypes and tolerances. Tests cross it with every available backend.
 
-A sample is described before it is built (``Spec``: how its tensors lie in memory, which lists it has, which numbers), so
-that a test has a readable name and no tensor exists before it runs. Add a row to OPS for a new op, a Spec for a new case.
+A sample is described before it is built (``Spec``: how its tensors lie in memory, its lists, its numbers), so that a
+test has a readable name and no tensor exists before it runs. Add a row to OPS for a new op, a Spec for a new case.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ class Tolerance(NamedTuple):
     least: float  # half the distance between subnormal numbers, where the relative bounds end
 
 
-# No formula has more than 12 roundings one after another (Adam with mixing, decay and a gradient scale: the numbers, too,
-# are rounded), each of at most one unit roundoff u of what is computed in: u = 2^-24 in float32, 2^-53 in float64, where
-# the oracle itself rounds as often again. Storing costs half a spacing: 2^-8 in bfloat16, 2^-11 in float16.
+# No formula has more than 12 roundings one after another (Adam with mixing, decay and a gradient scale; the numbers
+# are rounded, too), each of at most one unit roundoff u of what is computed in: u = 2^-24 in float32, 2^-53 in float64,
+# where the oracle itself rounds as often again. Storing costs half a spacing: 2^-8 in bfloat16, 2^-11 in float16.
 _SINGLE, _DOUBLE = 12 * 2.0**-24, 24 * 2.0**-53
 TOLERANCES = {
     torch.float32: Tolerance(_SINGLE, 0.0, 1e-37),
@@ -76,8 +76,8 @@ def assert_close(name: str, actual: Tensor, expected: oracle.Bounded, stochastic
     if wrong.size:
         i, flat = wrong[0], (value.reshape(-1), expected.value.reshape(-1))
         raise AssertionError(
-            f"{name}, {actual.dtype} {tuple(actual.shape)} strides {actual.stride()}: {wrong.size} of {value.size} are off; "
-            f"number {i} is {flat[0][i]!r}, expected {flat[1][i]!r}"
+            f"{name}, {actual.dtype} {tuple(actual.shape)} strides {actual.stride()}: {wrong.size} of {value.size} are "
+            f"off; number {i} is {flat[0][i]!r}, expected {flat[1][i]!r}"
         )
 
 
@@ -121,10 +121,12 @@ LAYOUTS: dict[str, Callable[[str], list[Place]]] = {
     "sizes": lambda name: [dense((n,)) for n in SIZES],
     "small": lambda name: [dense((40,)), dense((7, 5)), dense((5, 7), (1, 0)), Place((30,), (2,), 1), dense((1100,))],
     "transposed": lambda name: [
-        dense((37, 29), (1, 0)), dense((2, 3, 4, 5), (0, 2, 3, 1)), dense((5, 6, 7), (2, 0, 1)), dense((150, 120), (1, 0)),
-    ],  # the second is channels_last
+        dense((37, 29), (1, 0)), dense((2, 3, 4, 5), (0, 2, 3, 1)),  # the second is channels_last
+        dense((5, 6, 7), (2, 0, 1)), dense((150, 120), (1, 0)),
+    ],
     "gaps": lambda name: [
-        Place((500,), (2,), 1), Place((33, 17), (40, 2), 3), Place((130, 140), (150, 1), 5), Place((3, 1, 7), (7, 999, 1)),
+        Place((500,), (2,), 1), Place((33, 17), (40, 2), 3),
+        Place((130, 140), (150, 1), 5), Place((3, 1, 7), (7, 999, 1)),
     ],
     "misaligned": lambda name: [dense((n,), offset=1 + LISTS.index(name) % 3) for n in (5, 1000, 20000)],
     "apart": _apart,
@@ -343,13 +345,15 @@ _RESTORE = (
     Spec("gamma_masters", "gaps", ("grads", *_FIRST, *_MASTERS), {"gamma": 2.0}),
 )
 _SGD_LISTS, _ADAM_LISTS = ("params", "grads"), ("params", "grads", "exp_avgs", "exp_avg_sqs")
-_SGD_WRITTEN, _ADAM_WRITTEN = ("params", "momentum_buffers", "masters"), ("params", "exp_avgs", "exp_avg_sqs", "masters")
+_SGD_WRITTEN = ("params", "momentum_buffers", "masters")
+_ADAM_WRITTEN = ("params", "exp_avgs", "exp_avg_sqs", "masters")
+_MOVED = ("params", "backups")
 _LR, _STEP = {"lr": 0.1}, {"lr": 0.01, "step": 5}
 OPS = {
     op.name: op
     for op in (
         OpInfo("grad_norm", ("grads",), (), _GRAD_NORM),
-        OpInfo("perturb_", ("params", "grads", "backups"), ("params", "backups"), _PERTURB, {"rho": 0.1}, oracle.perturb_),
+        OpInfo("perturb_", ("params", "grads", "backups"), _MOVED, _PERTURB, {"rho": 0.1}, oracle.perturb_),
         OpInfo("restore_", ("params", "backups"), ("params", "grads"), _RESTORE, {}, oracle.restore_, True),
         OpInfo("sgd_step_", _SGD_LISTS, _SGD_WRITTEN, _SGD, _LR, oracle.sgd_step_),
         OpInfo("adam_step_", _ADAM_LISTS, _ADAM_WRITTEN, _ADAM, _STEP, oracle.adam_step_),

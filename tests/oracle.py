@@ -4,8 +4,8 @@ Foret et al. 2021 (SAM, arXiv 2010.01412), Kwon et al. 2021 (ASAM, arXiv 2102.11
 arXiv 2203.09962), Kingma & Ba 2015 (Adam), Loshchilov & Hutter 2019 (AdamW), Sutskever et al. 2013 (Nesterov), with the
 conventions of torch.optim (dampening; decay added to the gradient; eps outside the root).
 
-Each result is a ``Bounded``: its value and the sum of the magnitudes of the terms it was made of. Rounding errors of any
-order of evaluation are a small multiple of the unit roundoff times that sum, so a test needs no tolerance found by trial.
+Each result is a ``Bounded``: its value and the sum of the magnitudes of the terms it was made of. Rounding errors, in
+any order of evaluation, are a small multiple of the unit roundoff times that sum: no tolerance is found by trial.
 """
 
 from __future__ import annotations

@@ -119,7 +119,8 @@ def test_stats_count_bad_norms(backend: str, device: str) -> None:
 
 # --- numbers at the edges -------------------------------------------------------------------------------------------
 EXTREMES = [
-    (torch.float32, 1e30), (torch.float32, 1e36), (torch.float32, 1e-30), (torch.float64, 1e150), (torch.float64, 1e-100),
+    (torch.float32, 1e30), (torch.float32, 1e36), (torch.float32, 1e-30),
+    (torch.float64, 1e150), (torch.float64, 1e-100),
     (torch.bfloat16, 1e30), (torch.bfloat16, 1e-30), (torch.float16, 6e4), (torch.float16, 1e-7),
     (torch.complex64, 1e30), (torch.complex128, 1e-100),
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""perturb_, then restore_ or the restore inside an update: every bit comes back, over more than 10^5 tensors of bit noise."""
+"""perturb_, then restore_ or the restore inside an update: every bit comes back, over 10^5 tensors of random bits."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ def noise(flat: Tensor, seed: int) -> Tensor:
     integers = real.view(INTEGERS[real.element_size()])
     limits = torch.iinfo(integers.dtype)
     integers.random_(limits.min, limits.max, generator=generator)
-    special = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0, torch.finfo(real.dtype).tiny / 4], dtype=real.dtype)
+    subnormal = torch.finfo(real.dtype).tiny / 4
+    special = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0, subnormal], dtype=real.dtype)
     chosen = torch.randint(0, 40, real.shape, generator=generator)
     for i, value in enumerate(special):
         real[chosen == i] = value
@@ -81,7 +82,7 @@ def test_every_bit_comes_back(restore: Callable[..., None], dtype: torch.dtype, 
 @of_dtypes
 @pytest.mark.parametrize("adam", [False, True], ids=["sgd", "adam"])
 def test_a_learning_rate_of_zero_restores(adam: bool, dtype: torch.dtype, backend: str, device: str) -> None:
-    """All finite weights come back through the arithmetic of the update; -0.0 may come back as 0.0, for -0.0 + 0.0 is 0."""
+    """Finite weights come back through the arithmetic of the update; -0.0 may become 0.0, for -0.0 + 0.0 is 0.0."""
     flat = noise(torch.empty(50_000, dtype=dtype), 5)
     flat = torch.where(flat.isfinite(), flat, torch.ones_like(flat)).to(device)
     original, kept = flat.clone(), torch.zeros_like(flat)
@@ -134,7 +135,7 @@ def test_masters_round_to_nearest(step: str, dtype: torch.dtype, backend: str, d
 @on_backends
 @of_dtypes
 def test_gamma_one_is_the_second_gradient(dtype: torch.dtype, backend: str, device: str) -> None:
-    """RST is G-RST with gamma = 1: not one bit of a finite gradient changes; with gamma = 0 it is the first gradient."""
+    """RST is G-RST with gamma = 1: no finite gradient changes at all; with gamma = 0 it is the first gradient."""
     generator = torch.Generator().manual_seed(0)
     first, second = (torch.randn(3000, generator=generator).to(device).to(dtype) for _ in range(2))
     for gamma, wanted in ((1.0, second), (0.0, first)):

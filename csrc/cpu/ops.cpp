@@ -110,9 +110,11 @@ void grad_norm(const Table& table, const Call& call, const Threads& threads, dou
   run({&table, &call, pick, bit(kGrad) | (call.adaptive ? bit(kParam) : 0), 0, lanes.data(), false, 1}, threads);
   double total = 0;
   for (size_t chunk = 0; chunk < table.chunks.size(); ++chunk) {
-    double sum = 0;
-    for (int lane = 0; lane < kNormLanes; ++lane) sum += lanes[chunk * kNormLanes + lane];
-    total += sum;
+    double* sums = lanes.data() + chunk * kNormLanes;
+    for (int half = kNormLanes / 2; half > 0; half /= 2) {
+      for (int lane = 0; lane < half; ++lane) sums[lane] += sums[lane + half];
+    }
+    total += sums[0];
   }
   const double norm = std::sqrt(total);
   const bool finite = std::isfinite(norm);

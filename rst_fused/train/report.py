@@ -27,8 +27,8 @@ SCHEDULE_POINTS = 500
 class Row:
     """One method at one label noise: means over the seeds that did not diverge, None where all of them did.
 
-    accuracy and its sample standard deviation in percent (None for a single run); relative_time: seconds per
-    step over those of the base optimizer, None where that was not run.
+    accuracy and its sample standard deviation in percent (None for a single run); seconds_per_step: median of
+    the runs; relative_time: that over the base optimizer's, None where it was not run.
     """
 
     label_noise: float
@@ -58,7 +58,7 @@ def summarise(plan: Plan, runs: Sequence[Run]) -> list[Row]:
             method: [run for run in runs if run.label_noise == noise and run.method == method]
             for method in plan.config.methods
         }
-        times = {m: statistics.fmean(run.seconds_per_step for run in group) for m, group in groups.items()}
+        times = {m: statistics.median(run.seconds_per_step for run in group) for m, group in groups.items()}
         for method, group in groups.items():
             accuracies = [run.test_accuracy for run in group if run.test_accuracy is not None]
             rows.append(

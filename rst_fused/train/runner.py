@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -44,8 +45,8 @@ class Plan:
 class Run:
     """One training run. Quantities that a diverged run does not have are None.
 
-    test_accuracy in percent after the last epoch; cost in forward-backward pairs per step; train_losses: mean
-    loss of the steps of each epoch.
+    test_accuracy in percent after the last epoch; cost in forward-backward pairs per step; seconds_per_step:
+    see _Clock; train_losses: mean loss of the steps of each epoch.
     """
 
     label_noise: float
@@ -98,8 +99,6 @@ def run_one(plan: Plan, noise: float, seed: int, method: str, progress: Callable
     optimizer = _optimizer(plan, method, model, seed)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.epochs)
     generator = torch.Generator().manual_seed(seed)
-    # The first pass through a shape pays for caches that every later run finds filled.
-    _warm_up(model, data, config)
 
     clock = _Clock(torch.device(config.device))
     losses: list[float | None] = []
@@ -107,9 +106,9 @@ def run_one(plan: Plan, noise: float, seed: int, method: str, progress: Callable
         total = torch.zeros((), dtype=torch.float64, device=config.device)
         count = 0
         for images, targets in batches(data, labels, config.batch_size, generator):
-            with clock:
-                loss = optimizer.step(_closure(optimizer, model, images, targets, config))
-            total += loss
+            before, start = _sam_steps(optimizer), clock.now()
+            total += optimizer.step(_closure(optimizer, model, images, targets, config))
+            clock.laps[_sam_steps(optimizer) > before].append(clock.now() - start)
             count += 1
         decay.step()
         mean = float(total) / count
@@ -130,7 +129,7 @@ def run_one(plan: Plan, noise: float, seed: int, method: str, progress: Callable
         seed=seed,
         diverged=diverged,
         cost=optimizer.cost if isinstance(optimizer, RST) else 1.0,
-        seconds_per_step=clock.seconds / clock.laps,
+        seconds_per_step=clock.seconds_per_step(),
         train_losses=losses,
         test_accuracy=None if diverged else accuracy(model, data),
         loss_rise=None if diverged else _finite(loss_rise(model, probe, config.rho)),
@@ -184,15 +183,8 @@ def _closure(
     return closure
 
 
-def _warm_up(model: nn.Module, data: Dataset, config: Config) -> None:
-    """One forward and backward pass that leaves no trace: eval mode keeps the BatchNorm statistics."""
-    model.eval()
-    images = data.normalise(data.train_images[: config.batch_size])
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=config.amp):
-        loss = F.cross_entropy(model(images), data.train_labels[: config.batch_size])
-    loss.backward()
-    model.zero_grad()
-    model.train()
+def _sam_steps(optimizer: torch.optim.Optimizer) -> int:
+    return optimizer.sam_steps if isinstance(optimizer, RST) else 0
 
 
 def _finite(value: float) -> float | None:
@@ -200,24 +192,21 @@ def _finite(value: float) -> float | None:
 
 
 class _Clock:
-    """Adds up the time spent inside ``with clock:``, waiting for a GPU at both ends."""
+    """Times steps, waiting for a GPU at both ends, and keeps SAM steps apart from base steps."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.seconds = 0.0
-        self.laps = 0
+        self.laps: dict[bool, list[float]] = {False: [], True: []}
 
-    def _now(self) -> float:
+    def now(self) -> float:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
-    def __enter__(self) -> None:
-        self._start = self._now()
-
-    def __exit__(self, *_: object) -> None:
-        self.seconds += self._now() - self._start
-        self.laps += 1
+    def seconds_per_step(self) -> float:
+        """Mean over all steps of the median of the step's kind: first calls and a busy machine hardly show."""
+        kinds = [laps for laps in self.laps.values() if laps]
+        return sum(statistics.median(laps) * len(laps) for laps in kinds) / sum(map(len, kinds))
 
 
 @contextmanager

@@ -1,0 +1,262 @@
+// Tests of the torch-free core, meant to run under AddressSanitizer and UndefinedBehaviorSanitizer: every kernel at
+// every SIMD level over buffers of exactly the right size, so that one element too many is an error.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <thread>
+
+#include "cpu/ops.h"
+
+namespace {
+
+int failures = 0;
+#define EXPECT(condition)                                                     \
+  do {                                                                        \
+    if (!(condition)) {                                                       \
+      std::printf("%s:%d: failed: %s\n", __FILE__, __LINE__, #condition);     \
+      ++failures;                                                             \
+    }                                                                         \
+  } while (0)
+
+using namespace rst;
+
+void run_threads(int n, void (*fn)(int, void*), void* context) {
+  std::vector<std::thread> pool;
+  for (int k = 0; k < n; ++k) pool.emplace_back(fn, k, context);
+  for (std::thread& thread : pool) thread.join();
+}
+
+// The tensors of one parameter, each in its own allocation of exactly its size, off alignment by `shift` scalars.
+struct Parameter {
+  std::vector<std::vector<char>> memory;
+  Tensor tensor;
+
+  Parameter(DType dtype, int64_t numel, unsigned streams, bool master, int shift, std::mt19937& random, bool complex = false) {
+    memory.resize(kStreams);
+    tensor.dtype = dtype;
+    tensor.state_dtype = master ? DType::Float : dtype;
+    tensor.numel = numel;
+    tensor.complex = complex;
+    for (int s = 0; s < kStreams; ++s) {
+      if (!(streams >> s & 1)) continue;
+      const int64_t size = size_of(tensor.dtype_of(s));
+      memory[s].resize((numel + shift) * size);
+      tensor.data[s] = memory[s].data() + shift * size;
+      for (int64_t i = 0; i < numel; ++i) put(s, i, std::normal_distribution<double>()(random));
+      if (s == kBuffer2) {
+        for (int64_t i = 0; i < numel; ++i) put(s, i, 0);
+      }
+    }
+  }
+  void put(int s, int64_t i, double value) {
+    char* at = static_cast<char*>(tensor.data[s]) + i * size_of(tensor.dtype_of(s));
+    const float single = static_cast<float>(value);
+    uint32_t bits;
+    std::memcpy(&bits, &single, 4);
+    const uint16_t top = static_cast<uint16_t>(bits >> 16), half = float_to_half_bits(single);
+    switch (tensor.dtype_of(s)) {
+      case DType::Double: std::memcpy(at, &value, 8); break;
+      case DType::Float: std::memcpy(at, &single, 4); break;
+      case DType::BFloat16: std::memcpy(at, &top, 2); break;
+      case DType::Half: std::memcpy(at, &half, 2); break;
+    }
+  }
+};
+
+struct Model {
+  std::vector<Parameter> parameters;
+  Table table;
+
+  Model(unsigned streams, bool masters, unsigned seed) {
+    std::mt19937 random(seed);
+    int64_t index = 0;
+    for (DType dtype : {DType::Float, DType::Double, DType::BFloat16, DType::Half}) {
+      const bool master = masters && size_of(dtype) == 2;
+      const unsigned own = master ? (streams | 1u << kMaster) & ~(1u << kBackup) : streams;
+      for (int64_t numel : {0, 1, 7, 16, 33, 1000, 16384, 16385, 40001}) {
+        parameters.emplace_back(dtype, numel, own, master, static_cast<int>(index % 3), random,
+                                numel % 2 == 0 && size_of(dtype) > 2);
+        parameters.back().tensor.index = index++;
+      }
+    }
+    for (Parameter& p : parameters) table.tensors.push_back(p.tensor);
+    table.cut();
+  }
+  std::vector<std::vector<char>> bytes(int stream) const {
+    std::vector<std::vector<char>> all;
+    for (const Parameter& p : parameters) all.push_back(p.memory[stream]);
+    return all;
+  }
+};
+
+constexpr unsigned kAll = 1u << kParam | 1u << kGrad | 1u << kBackup | 1u << kFirstGrad | 1u << kBuffer | 1u << kBuffer2;
+
+std::vector<std::vector<std::vector<char>>> run_everything(bool masters, const Threads& threads) {
+  Model model(kAll, masters, 5);
+  const auto before = model.bytes(kParam);
+  double stats[kStats] = {};
+  const double rho[] = {0.5};
+  const SgdRow sgd[] = {{0.1, 0.9, 0, 0.01, 2.0}};
+  const AdamRow adam[] = {{0.01, 0.9, 0.999, 1e-8, 0.01, 2.0, 1}};
+  const double gammas[] = {2.0};
+  std::vector<std::vector<std::vector<char>>> seen;
+  if (masters) restore(model.table, Call{}, threads);  // parameters start as their rounded masters
+  const auto start = model.bytes(kParam);
+  for (bool adaptive : {false, true}) {
+    Call call;
+    call.adaptive = adaptive;
+    call.eta = 0.01;
+    call.stochastic = true;
+    grad_norm(model.table, call, threads, stats);
+    EXPECT(std::isfinite(stats[kNorm]) && stats[kNorm] > 0);
+    perturb(model.table, call, threads, stats, rho, 1);
+    seen.push_back(model.bytes(kParam));
+    EXPECT(seen.back() != start);
+    restore(model.table, call, threads);
+    EXPECT(model.bytes(kParam) == start);
+  }
+  if (!masters) EXPECT(start == before);
+  Call call;
+  call.sgd = sgd;
+  call.adam = adam;
+  call.nesterov = true;
+  sgd_step(model.table, call, threads);
+  seen.push_back(model.bytes(kParam));
+  seen.push_back(model.bytes(kBuffer));
+  adam_step(model.table, call, threads);
+  seen.push_back(model.bytes(kParam));
+  call.gammas = gammas;
+  restore(model.table, call, threads);
+  seen.push_back(model.bytes(kGrad));
+  return seen;
+}
+
+void test_kernels() {
+  for (bool masters : {false, true}) {
+    std::vector<std::vector<std::vector<char>>> expected;
+    for (const KernelTable* level : runnable_kernels()) {
+      EXPECT(select_kernels(level->name));
+      const auto one = run_everything(masters, Threads{});
+      const auto three = run_everything(masters, Threads{3, run_threads});
+      EXPECT(one == three);
+      if (!expected.empty()) EXPECT(one == expected);
+      expected = one;
+      std::printf("level %s, masters %d\n", level->name, masters);
+    }
+  }
+}
+
+void test_sgd_value() {
+  std::mt19937 random(1);
+  Parameter p(DType::Double, 37, kAll, false, 0, random);
+  std::vector<double> w(37), g(37), b(37), m(37), g1(37);
+  std::memcpy(w.data(), p.tensor.data[kBackup], 37 * 8);
+  std::memcpy(g.data(), p.tensor.data[kGrad], 37 * 8);
+  std::memcpy(m.data(), p.tensor.data[kBuffer], 37 * 8);
+  std::memcpy(g1.data(), p.tensor.data[kFirstGrad], 37 * 8);
+  Table table;
+  table.tensors = {p.tensor};
+  table.cut();
+  const SgdRow row[] = {{0.1, 0.9, 0.2, 0.01, 2.0}};
+  Call call;
+  call.sgd = row;
+  sgd_step(table, call, Threads{});
+  for (int i = 0; i < 37; ++i) {
+    const double d = 2.0 * g[i] - g1[i] + 0.01 * w[i], buf = 0.9 * m[i] + 0.8 * d;
+    EXPECT(std::fabs(static_cast<double*>(p.tensor.data[kParam])[i] - (w[i] - 0.1 * buf)) < 1e-14);
+  }
+}
+
+void test_non_finite() {
+  std::mt19937 random(2);
+  for (double bad : {0.0, static_cast<double>(NAN), static_cast<double>(INFINITY)}) {
+    Parameter p(DType::Float, 100, kAll, false, 0, random);
+    for (int i = 0; i < 100; ++i) p.put(kGrad, i, bad);
+    const auto before = p.memory[kParam];
+    Table table;
+    table.tensors = {p.tensor};
+    table.cut();
+    double stats[kStats] = {};
+    const double rho[] = {0.5};
+    grad_norm(table, Call{}, Threads{}, stats);
+    EXPECT(stats[kNonFinite] == (bad == 0 ? 0 : 1) && stats[kInverse] == 0);
+    perturb(table, Call{}, Threads{}, stats, rho, 1);
+    EXPECT(p.memory[kParam] == before && p.memory[kBackup] == before);
+  }
+}
+
+void test_table() {
+  Table table;
+  for (int64_t numel : {int64_t{0}, int64_t{5}, kChunk, kChunk + 1, int64_t{1000000000}}) {
+    Tensor t;
+    t.numel = numel;
+    table.tensors.push_back(t);
+  }
+  table.cut();
+  int64_t scalars = 0;
+  for (const Chunk& chunk : table.chunks) scalars += chunk.count;
+  EXPECT(scalars == 1000000000 + 2 * kChunk + 6);
+  for (int n : {1, 2, 3, 7, 64}) {
+    EXPECT(first_chunk(table, 0, n) == 0);
+    EXPECT(first_chunk(table, n, n) == static_cast<int64_t>(table.chunks.size()));
+    for (int k = 0; k < n; ++k) EXPECT(first_chunk(table, k, n) <= first_chunk(table, k + 1, n));
+  }
+  Table empty;
+  empty.cut();
+  EXPECT(first_chunk(empty, 0, 2) == 0 && first_chunk(empty, 2, 2) == 0 && useful_threads(empty, 4, 8) == 1);
+
+  const int64_t sizes[] = {2, 3, 4}, dense[] = {12, 4, 1}, last[] = {1, 8, 2}, gaps[] = {24, 8, 2}, expanded[] = {0, 4, 1};
+  EXPECT(is_dense(3, sizes, dense) && is_dense(3, sizes, last) && !is_dense(3, sizes, gaps) && !is_dense(3, sizes, expanded));
+  EXPECT(!may_overlap(3, sizes, dense) && !may_overlap(3, sizes, gaps) && may_overlap(3, sizes, expanded));
+}
+
+void test_strided() {
+  // A 40 x 50 parameter with gaps, whose gradient is transposed: elements must meet by index, not by address.
+  std::vector<float> w(40 * 100), g(50 * 40), backup(40 * 50);
+  for (size_t i = 0; i < w.size(); ++i) w[i] = static_cast<float>(i);
+  for (size_t i = 0; i < g.size(); ++i) g[i] = static_cast<float>(i % 7) - 3;
+  const std::vector<float> before = w;
+  const int64_t sizes[] = {40, 50}, ws[] = {100, 2}, gs[] = {1, 40}, bs[] = {50, 1};
+  View views[kStreams];
+  views[kParam] = {w.data(), 2, sizes, ws};
+  views[kGrad] = {g.data(), 2, sizes, gs};
+  views[kBackup] = {backup.data(), 2, sizes, bs};
+  Tensor tensor;
+  place(tensor, views);
+  EXPECT(tensor.strided() && tensor.numel == 2000);
+  Table table;
+  table.tensors = {tensor};
+  table.cut();
+  const double stats[kStats] = {1, 1, 0, 0}, rho[] = {0.5};
+  perturb(table, Call{}, Threads{}, stats, rho, 1);
+  for (int i = 0; i < 40; ++i) {
+    for (int j = 0; j < 50; ++j) {
+      EXPECT(w[i * 100 + j * 2] == before[i * 100 + j * 2] + 0.5f * g[j * 40 + i]);
+      EXPECT(w[i * 100 + j * 2 + 1] == before[i * 100 + j * 2 + 1]);
+    }
+  }
+  restore(table, Call{}, Threads{});
+  EXPECT(w == before);
+}
+
+void test_half() {
+  for (uint32_t h = 0; h < 65536; ++h) {
+    const float value = half_bits_to_float(static_cast<uint16_t>(h));
+    const uint16_t back = float_to_half_bits(value);
+    EXPECT(back == h || (std::isnan(value) && (back & 0x7c00) == 0x7c00 && (back & 0x3ff) != 0));
+  }
+}
+
+}  // namespace
+
+int main() {
+  test_table();
+  test_half();
+  test_strided();
+  test_sgd_value();
+  test_non_finite();
+  test_kernels();
+  std::printf(failures == 0 ? "all passed\n" : "%d failures\n", failures);
+  return failures == 0 ? 0 : 1;
+}

@@ -1,0 +1,258 @@
+"""Wrong arguments: an exception that names the argument, before anything is changed.
+
+A row of ERRORS: what is wrong, the ops it concerns, the change that makes a right sample wrong, and the message.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import op_db
+import pytest
+import torch
+from op_db import BACKEND_IDS, BACKENDS, OPS, Sample
+from torch import Tensor
+
+from rst_fused import _backends, ops
+from rst_fused._schemas import SCHEMAS
+
+on_backends = pytest.mark.parametrize(("backend", "device"), BACKENDS, ids=BACKEND_IDS)
+ALL = tuple(OPS)
+STEPS = ("sgd_step_", "restore_sgd_step_", "adam_step_", "restore_adam_step_")
+SGD, ADAM = STEPS[:2], STEPS[2:]
+RESTORING = ("restore_", "restore_sgd_step_", "restore_adam_step_")
+WITH_PARAMS = tuple(op for op in OPS if op != "grad_norm")
+WITH_GRADS = tuple(op for op in OPS if op != "restore_")
+
+Change = Callable[[Sample], Any]
+
+
+class Wrong(NamedTuple):
+    name: str
+    ops: tuple[str, ...]
+    change: Change
+    match: str
+    error: type[Exception] = ValueError
+    lists: tuple[str, ...] = ()  # besides those the op has
+    dtype: str = "float32"
+
+
+def replace(name: str, new: Callable[[Tensor], Tensor], i: int = 1) -> Change:
+    """Another tensor in place of the list's number ``i``."""
+
+    def change(sample: Sample) -> None:
+        sample.lists[name][i] = new(sample.lists[name][i])
+
+    return change
+
+
+def shorten(name: str) -> Change:
+    return lambda sample: sample.lists[name].pop()
+
+
+def remove(name: str) -> Change:
+    """None instead of the list."""
+
+    def change(sample: Sample) -> None:
+        del sample.lists[name]
+        sample.options[name] = None
+
+    return change
+
+
+def option(**options: Any) -> Change:
+    return lambda sample: sample.options.update(options)
+
+
+def turned(t: Tensor) -> Tensor:
+    return torch.zeros(t.shape[::-1], dtype=t.dtype, device=t.device)
+
+
+def sparse(t: Tensor) -> Tensor:
+    return t.to_sparse()
+
+
+def elsewhere(t: Tensor) -> Tensor:
+    return t.to("meta")
+
+
+def narrower(t: Tensor) -> Tensor:
+    return t.to(torch.float16 if t.dtype == torch.float32 else torch.float32)
+
+
+def _companion(name: str, of: tuple[str, ...], dtype: str = "float32") -> list[Wrong]:
+    """All that can be wrong with a list of tensors."""
+    with_it = (name,) if name in ("first_grads", "momentum_buffers", "masters") else ()
+    with_it += ("grads",) if name == "first_grads" and of == ("restore_",) else ()
+    rows = {
+        "short": (shorten(name), f"{name} has 1 tensors, expected 2"),
+        "shape": (replace(name, turned), rf"{name}\[1\] is \(7, 5\).*expected.*\(5, 7\).*\[1\]"),
+        "dtype": (replace(name, narrower), rf"{name}\[1\] is .*float.*expected.*float"),
+        "device": (replace(name, elsewhere), rf"{name}\[1\] is .* on meta, expected"),
+        "sparse": (replace(name, sparse), rf"{name}\[1\] is .*sparse.*expected.*strided"),
+    }
+    return [Wrong(f"{name}_{what}", of, *row, lists=with_it, dtype=dtype) for what, row in rows.items()]
+
+
+ERRORS = [
+    *_companion("grads", ("perturb_", *STEPS)),
+    *_companion("backups", ("perturb_", *RESTORING)),
+    *_companion("first_grads", ("restore_sgd_step_", "restore_adam_step_")),
+    *_companion("first_grads", ("restore_",)),
+    *_companion("momentum_buffers", SGD),
+    *_companion("exp_avgs", ADAM),
+    *_companion("exp_avg_sqs", ADAM),
+    *_companion("masters", ("perturb_", "restore_", *STEPS), "bfloat16"),
+    Wrong("integers", WITH_GRADS, replace("grads", lambda t: t.long()), r"\[1\] is .*int64"),
+    Wrong("integer_params", WITH_PARAMS, replace("params", lambda t: t.long()), r"params\[1\] is torch.int64"),
+    Wrong("sparse_params", WITH_PARAMS, replace("params", sparse), r"params\[1\] is .*sparse"),
+    Wrong("sparse_grads", ("grad_norm",), replace("grads", sparse), r"grads\[1\] is .*sparse"),
+    Wrong("masters_beside_float32", ("perturb_", "restore_", *STEPS), option(), "masters go with bfloat16 and float16",
+          lists=("masters",)),
+    Wrong("no_backups", ("perturb_", "restore_"), remove("backups"), "backups=None"),
+    Wrong("no_buffers", SGD, option(momentum=0.9), "momentum_buffers=None with momentum=0.9"),
+    Wrong("no_buffers_by_group", SGD, option(momentum=[0.0, 0.9], group_sizes=[1, 1]), "momentum_buffers=None"),
+    Wrong("no_exp_avgs", ADAM, remove("exp_avgs"), "exp_avgs=None"),
+    Wrong("no_exp_avg_sqs", ADAM, remove("exp_avg_sqs"), "exp_avg_sqs=None"),
+    Wrong("adaptive_without_params", ("grad_norm",), option(adaptive=True), "params=None with adaptive=True"),
+    Wrong("mixing_without_grads", ("restore_",), remove("grads"), "grads=None with first_grads",
+          lists=("grads", "first_grads")),
+    Wrong("groups_too_few", WITH_PARAMS, option(group_sizes=[1]), r"group_sizes=\[1\].*number of parameters, 2"),
+    Wrong("groups_negative", WITH_PARAMS, option(group_sizes=[3, -1]), r"group_sizes=\[3, -1\]: expected counts >= 0"),
+    *(
+        Wrong(f"{name}_by_group", of, option(**{name: [0.1, 0.1, 0.1], "group_sizes": [1, 1]}), f"{name}=.* has 3 values")
+        for name, of in (
+            ("rho", ("perturb_",)), ("gamma", RESTORING), ("lr", STEPS), ("weight_decay", STEPS), ("dampening", SGD),
+            ("beta1", ADAM), ("beta2", ADAM), ("eps", ADAM), ("step", ADAM),
+        )
+    ),
+    *(
+        Wrong(f"{name}_{value}", ("perturb_",), option(**{name: value}), f"{name}={value}: expected an integer")
+        for name in ("seed", "step") for value in (-1, 2**63, 0.5, True)
+    ),
+    Wrong("backend", ALL, option(), r"backend='gpu': expected 'auto' or one of \['cpu', 'reference'"),
+    Wrong("stats_short", ("grad_norm", "perturb_"), option(stats=torch.zeros(3, dtype=torch.float64)), "stats",
+          RuntimeError),
+    Wrong("stats_float32", ("grad_norm", "perturb_"), option(stats=torch.zeros(4)), "stats", RuntimeError),
+    Wrong("found_inf_integer", STEPS, option(found_inf=torch.zeros(1, dtype=torch.int64)), "found_inf", RuntimeError),
+    Wrong("grad_scale_float64", STEPS, option(grad_scale=torch.ones(1, dtype=torch.float64)), "grad_scale", RuntimeError),
+]  # fmt: skip
+# Numbers that live in tensors are checked where memory is at stake: by the compiled kernels.
+COMPILED_ONLY = ("stats_short", "stats_float32", "found_inf_integer", "grad_scale_float64")
+CASES = [pytest.param(op, wrong, id=f"{op}-{wrong.name}") for wrong in ERRORS for op in wrong.ops]
+
+
+def right_sample(op: str, lists: tuple[str, ...] = (), dtype: str = "float32", device: str = "cpu") -> Sample:
+    sample = op_db.build(OPS[op], op_db.Spec("right", "small", lists), dtype, device)
+    for tensors in sample.lists.values():
+        del tensors[2:], tensors[0]
+        tensors.insert(0, torch.ones(3, dtype=tensors[0].dtype, device=device))
+    return sample
+
+
+@on_backends
+@pytest.mark.parametrize(("op", "wrong"), CASES)
+def test_wrong_argument(op: str, wrong: Wrong, backend: str, device: str) -> None:
+    if wrong.name in COMPILED_ONLY and backend == "reference":
+        pytest.skip("the reference reads numbers as torch does, of any dtype")
+    sample = right_sample(op, wrong.lists, wrong.dtype, device)
+    wrong.change(sample)
+    tensors = [t for ts in sample.lists.values() for t in ts if t.layout == torch.strided and t.device.type != "meta"]
+    before = [t.clone() for t in tensors]
+    with pytest.raises(wrong.error, match=wrong.match):
+        sample.run(op, "gpu" if wrong.name == "backend" else backend)
+    assert all(torch.equal(t.nan_to_num(), old.nan_to_num()) for t, old in zip(tensors, before, strict=True))
+
+
+@on_backends
+@pytest.mark.parametrize(
+    ("op", "name"), [(op, name) for op in WITH_PARAMS for name in OPS[op].written if name in ("params", *OPS[op].lists)]
+)
+def test_right_sample_and_expanded_outputs(op: str, name: str, backend: str, device: str) -> None:
+    """The samples that the rows above spoil are right; and what is written must not overlap itself."""
+    if op == "restore_" and name == "grads":
+        pytest.skip("written only when mixing")
+    right_sample(op, device=device).run(op, backend)
+    sample = right_sample(op, device=device)
+    replace(name, lambda t: t[:1].expand(t.shape))(sample)
+    before = sample.copied()
+    with pytest.raises(RuntimeError, match="overlap|more than one element|share memory"):
+        sample.run(op, backend)
+    if backend != "reference":
+        for kept, tensors in before.lists.items():
+            assert all(op_db.same_bits(t, old) for t, old in zip(sample.lists[kept], tensors, strict=True))
+
+
+def test_unavailable_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked for by name, a missing backend is an error that says how to get it; "auto" falls back and says so once."""
+    missing = _backends.Backend("cpu", False, "the C++ extension is not built: pip install ...", ("cpu",), None)
+    monkeypatch.setattr(_backends, "_CPU", missing)
+    monkeypatch.setattr(_backends, "_BY_SPEED", (missing, _backends._REFERENCE))
+    monkeypatch.setattr(_backends, "_said", False)
+    with pytest.raises(RuntimeError, match="backend='cpu' was asked for but the C.. extension is not built: pip install"):
+        ops.grad_norm([torch.ones(2)], backend="cpu")
+    with pytest.warns(RuntimeWarning, match="reference backend") as caught:
+        assert ops.grad_norm([torch.ones(4)])[0] == 2
+        assert ops.grad_norm([torch.ones(9)])[0] == 3
+    assert len(caught) == 1
+
+
+@pytest.mark.skipif("cpu" not in BACKEND_IDS, reason="the extension is not built")
+def test_cpu_backend_refuses_other_devices() -> None:
+    with pytest.raises(ValueError, match="backend='cpu' runs on .*meta"):
+        ops.grad_norm([torch.ones(2, device="meta")], backend="cpu")
+
+
+# --- the registered ops themselves ----------------------------------------------------------------------------------
+W, H, B = (lambda: [torch.ones(3), torch.ones(2)]), torch.bfloat16, (lambda: [torch.ones(3), torch.ones(3)])
+D5, D6, D1, STATS = (torch.zeros(n, dtype=torch.float64) for n in (5, 6, 1, 4))
+RNG = torch.zeros(2, dtype=torch.int64)
+AMP: tuple[Any, ...] = (None, None)
+RAW: list[tuple[str, tuple[Any, ...], str]] = [
+    ("grad_norm", (STATS[:3], W(), [], False, 0.0), "stats has 3 elements"),
+    ("grad_norm", (STATS.float(), W(), [], False, 0.0), "stats must be a contiguous CPU tensor of dtype"),
+    ("grad_norm", (torch.zeros(8, dtype=torch.float64)[::2], W(), [], False, 0.0), "stats must be a contiguous"),
+    ("grad_norm", (STATS, W(), [], True, 0.0), "params has 0 entries, expected 2"),
+    ("grad_norm", (STATS, W(), B(), True, 0.0), r"params\[1\] does not have the shape"),
+    ("grad_norm", (STATS, [torch.ones(3, dtype=torch.int32)], [], False, 0.0), "has dtype"),
+    ("perturb_", (W(), W()[:1], W(), [], STATS, D1, [2], False, 0.0, True, RNG, 0), "grads has 1 entries, expected 2"),
+    ("perturb_", (W(), W(), [], [], STATS, D1, [2], False, 0.0, True, RNG, 0), "backups has 0 entries"),
+    ("perturb_", (W(), B(), W(), [], STATS, D1, [2], False, 0.0, True, RNG, 0), r"grads\[1\] does not have the shape"),
+    ("perturb_", (W(), W(), W(), [], STATS, D1, [1, 1], False, 0.0, True, RNG, 0), "rho has 1 elements, expected at least 2"),
+    ("perturb_", (W(), W(), W(), [], STATS, D1, [3], False, 0.0, True, RNG, 0), "group_sizes sum to 3"),
+    ("perturb_", (W(), W(), W(), [], STATS, D1, [3, -1], False, 0.0, True, RNG, 0), "group_sizes holds -1"),
+    ("perturb_", (W(), W(), W(), [], STATS, D1, [2], False, 0.0, True, RNG[:1], 0), "rng has 1 elements"),
+    ("perturb_", (W(), W(), [], W(), STATS, D1, [2], False, 0.0, True, RNG, 0), "masters go with bfloat16 and float16"),
+    ("restore_", (W(), W()[:1], [], [], [], D1, [2]), "backups has 1 entries"),
+    ("restore_", (W(), B(), [], [], [], D1, [2]), r"backups\[1\] does not have the shape"),
+    ("restore_", (W(), W(), [], [], W(), D1, [2]), "grads has 0 entries"),
+    ("restore_", (W(), W(), [], W(), W(), D1[:0], [2]), "gamma has 0 elements"),
+    ("restore_", (W(), [t.double() for t in W()], [], [], [], D1, [2]), r"backups\[0\] has dtype"),
+    ("restore_sgd_step_", (W(), W(), B(), [], [], [], D5, [2], False, False, *AMP), r"backups\[1\] does not have"),
+    ("restore_sgd_step_", (W(), W(), [], B(), [], [], D5, [2], False, False, *AMP), r"first_grads\[1\] does not have"),
+    ("restore_sgd_step_", (W(), W(), [], [], B(), [], D5, [2], False, False, *AMP), r"momentum_buffers\[1\] does not"),
+    ("restore_sgd_step_", (W(), W(), [], [], [], [], D5[:4], [2], False, False, *AMP), "hyper has 4 elements"),
+    ("restore_sgd_step_", (W(), W(), [], [], [], [], D5, [2], False, False, D1, None), "grad_scale must be"),
+    ("restore_sgd_step_", (W(), W(), [], [], [], [], D5, [2], False, False, None, D1), "found_inf must be"),
+    ("sgd_step_", (W(), W(), [], [], D5.float(), [2], False, False, *AMP), "hyper must be"),
+    ("restore_adam_step_", (W(), W(), [], [], [], W(), [], D6, D1, [2], False, False, *AMP), "exp_avgs has 0 entries"),
+    ("restore_adam_step_", (W(), W(), [], [], W(), B(), [], D6, D1, [2], False, False, *AMP), r"exp_avg_sqs\[1\] does"),
+    ("adam_step_", (W(), W(), W(), W(), [], D6, D1[:0], [2], False, False, *AMP), "steps has 0 elements"),
+    ("adam_step_", (W(), W(), W(), W(), [], D5, D1, [2], False, False, *AMP), "hyper has 5 elements, expected at least 6"),
+]
+
+
+@pytest.mark.skipif("cpu" not in BACKEND_IDS, reason="no compiled kernels that could run out of bounds")
+@pytest.mark.parametrize(("op", "args", "match"), RAW, ids=[f"{op}-{match[:24]}" for op, _, match in RAW])
+def test_registered_ops_guard_memory(op: str, args: tuple[Any, ...], match: str) -> None:
+    """torch.ops.rst_fused is open to anyone: whatever would be read or written out of bounds raises."""
+    lists = [t for a in args if isinstance(a, list) for t in a if isinstance(t, Tensor)]
+    before = [t.clone() for t in lists]
+    with pytest.raises(RuntimeError, match=f"rst_fused::(step|{op}|restore_{op}): .*{match}"):
+        getattr(torch.ops.rst_fused, op)(*args)
+    assert all(torch.equal(t, old) for t, old in zip(lists, before, strict=True))
+
+
+def test_raw_calls_cover_every_op() -> None:
+    assert {op for op, _, _ in RAW} == set(SCHEMAS)
