@@ -43,9 +43,9 @@ bool Plan::read(PyObject* tensor, dlpack::Tensor& out) const {
   return false;
 }
 
-Plan::Plan(py::list active, py::list idle, std::vector<int64_t> sizes, py::list backups, py::list buffers,
+Plan::Plan(py::list everything, py::list active, py::list idle, std::vector<int64_t> sizes, py::list backups, py::list buffers,
            py::list buffers2, py::list masters, int64_t handle)
-    : active_(active), idle_(idle), handle_(handle) {
+    : everything_(everything), active_(active), idle_(idle), handle_(handle) {
   const size_t n = active.size();
   entries_.resize(n);
   views_.resize(n);
@@ -141,6 +141,19 @@ void Plan::place_all() {
     place(table_.tensors[i], views);
   }
   table_.cut();
+}
+
+bool Plan::same_parameters(const py::list& groups) const {
+  size_t next = 0;
+  for (const py::handle& group : groups) {
+    if (!PyList_Check(group.ptr())) return false;
+    const size_t size = static_cast<size_t>(PyList_GET_SIZE(group.ptr()));
+    if (next + size > everything_.size()) return false;
+    for (size_t i = 0; i < size; ++i, ++next) {
+      if (PyList_GET_ITEM(group.ptr(), i) != PyList_GET_ITEM(everything_.ptr(), next)) return false;
+    }
+  }
+  return next == everything_.size();
 }
 
 bool Plan::in_place(bool updating) const {

@@ -16,15 +16,18 @@ namespace py = pybind11;
 
 class Plan {
  public:
-  // active: parameters with a gradient, in order; idle: those without, which must stay so. sizes: how many active ones
+  // everything: all parameters in the order of their groups. active: those with a gradient, in the order of the ops;
+  // idle: those without, which must stay so. sizes: how many active ones
   // share each row of numbers. The other lists go with `active`: tensors, or None where a parameter has none.
   // `handle` holds the tensors of active, buffers, buffers2, masters in that order, without the Nones.
-  Plan(py::list active, py::list idle, std::vector<int64_t> sizes, py::list backups, py::list buffers,
+  Plan(py::list everything, py::list active, py::list idle, std::vector<int64_t> sizes, py::list backups, py::list buffers,
        py::list buffers2, py::list masters, int64_t handle);
   ~Plan();
   Plan(const Plan&) = delete;
   Plan& operator=(const Plan&) = delete;
 
+  // Whether these lists, one after another, still hold the parameters of the plan.
+  bool same_parameters(const py::list& groups) const;
   // Reads the gradients; `updating`: for a step, so that state must be in place too. False if anything is not as it was when the plan was made: then make another one.
   bool collect(bool updating);
   // Norm and perturbation. Gradients are consumed (p.grad = None), and kept inside if `keep`.
@@ -57,7 +60,7 @@ class Plan {
   void begin_update(Call& call, bool maximize, bool mixing);
   void end_update();
 
-  py::list active_, idle_;
+  py::list everything_, active_, idle_;
   py::list kept_;  // the lists of companions: references that keep them alive
   int64_t handle_;
   std::vector<Entry> entries_;

@@ -186,6 +186,7 @@ def signed_rho(group: Group) -> Any:
     return -group["rho"] if group.get("maximize") else group["rho"]
 
 
+@torch.no_grad()
 def perturb(opt: RST) -> None:
     """grad_norm and perturb_ over all groups."""
     ops = opt.backend.ops
@@ -217,6 +218,7 @@ def perturb(opt: RST) -> None:
         touched(c.params)
 
 
+@torch.no_grad()
 def update(opt: RST) -> None:
     """Restore, mix and base step, in one op per set of groups that agree in all flags."""
     rule, ops = opt.rule, opt.backend.ops
@@ -257,6 +259,7 @@ def advanced(steps: list[Tensor], found_inf: Tensor | None) -> Tensor | None:
     return counted
 
 
+@torch.no_grad()
 def restore(opt: RST, mixing: bool = False) -> None:
     """Every parameter that is still perturbed goes back to its weights.
 

@@ -7,7 +7,6 @@ that moved) makes a new plan; whatever a plan cannot express goes through rst_fu
 
 from __future__ import annotations
 
-from operator import is_
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -122,7 +121,7 @@ class Plans:
             return False
         if self._structure(opt, with_backups or self._key[-1]) != self._key:
             return False
-        return all(all(map(is_, g["params"], old)) for g, old in zip(opt.param_groups, self._groups, strict=True))
+        return bool(self._plan.same_parameters([group["params"] for group in opt.param_groups]))
 
     def _build(self, opt: RST, with_backups: bool) -> None:
         everything = list(range(len(opt.param_groups)))
@@ -146,8 +145,7 @@ class Plans:
         held = [t for column in (lists.params, *columns[1:]) for t in column if t is not None]
         handle = getattr(torch.ops, NAMESPACE)._hold(held)
         idle = [p for p in params if p.grad is None]
-        self._plan = host().Plan(lists.params, idle, lists.sizes, *columns, handle)
+        self._plan = host().Plan(params, lists.params, idle, lists.sizes, *columns, handle)
         lists.grads, lists.backups = [], []  # a kept gradient would be memory that zero_grad cannot free
         self._lists = lists
         self._key = self._structure(opt, with_backups)
-        self._groups = [list(group["params"]) for group in opt.param_groups]

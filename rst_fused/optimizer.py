@@ -228,7 +228,6 @@ class RST(Optimizer):
             run.drawn_at = t
         return run.drawn
 
-    @torch.no_grad()
     def perturb(self, fire: bool | None = None) -> bool:
         """After the first backward: draws, and if it fires moves the weights to w + e and returns True.
 
@@ -261,7 +260,6 @@ class RST(Optimizer):
         return True
 
     @_with_hooks
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Restores the weights if they are perturbed, and applies the base optimizer to them, in one pass.
 
@@ -310,7 +308,6 @@ class RST(Optimizer):
             self.restore()
             raise
 
-    @torch.no_grad()
     def restore(self) -> None:
         """Abandons a perturbation: the weights are bit for bit those before perturb(). No update, no step counted."""
         self._plans.restore(self)

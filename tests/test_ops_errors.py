@@ -87,7 +87,7 @@ def _companion(name: str, of: tuple[str, ...], dtype: str = "float32") -> list[W
     with_it += ("grads",) if name == "first_grads" and of == ("restore_",) else ()
     rows = {
         "short": (shorten(name), f"{name} has 1 tensors, expected 2"),
-        "shape": (replace(name, turned), rf"{name}\[1\] is \(7, 5\).*expected.*\(5, 7\).*\[1\]"),
+        "shape": (replace(name, turned), rf"{name}\[1\] is \(5, 7\).*expected.*\(7, 5\).*\[1\]"),
         "dtype": (replace(name, narrower), rf"{name}\[1\] is .*float.*expected.*float"),
         "device": (replace(name, elsewhere), rf"{name}\[1\] is .* on meta, expected"),
         "sparse": (replace(name, sparse), rf"{name}\[1\] is .*sparse.*expected.*strided"),
@@ -105,7 +105,7 @@ ERRORS = [
     *_companion("exp_avg_sqs", ADAM),
     *_companion("masters", ("perturb_", "restore_", *STEPS), "bfloat16"),
     Wrong("integers", WITH_GRADS, replace("grads", lambda t: t.long()), r"\[1\] is .*int64"),
-    Wrong("integer_params", WITH_PARAMS, replace("params", lambda t: t.long()), r"params\[1\] is torch.int64"),
+    Wrong("integer_params", WITH_PARAMS, replace("params", lambda t: t.long()), r"params\[1\] is .*torch.int64"),
     Wrong("sparse_params", WITH_PARAMS, replace("params", sparse), r"params\[1\] is .*sparse"),
     Wrong("sparse_grads", ("grad_norm",), replace("grads", sparse), r"grads\[1\] is .*sparse"),
     Wrong("masters_beside_float32", ("perturb_", "restore_", *STEPS), option(), "masters go with bfloat16 and float16",
@@ -118,10 +118,10 @@ ERRORS = [
     Wrong("adaptive_without_params", ("grad_norm",), option(adaptive=True), "params=None with adaptive=True"),
     Wrong("mixing_without_grads", ("restore_",), remove("grads"), "grads=None with first_grads",
           lists=("grads", "first_grads")),
-    Wrong("groups_too_few", WITH_PARAMS, option(group_sizes=[1]), r"group_sizes=\[1\].*number of parameters, 2"),
+    Wrong("groups_too_few", WITH_PARAMS, option(group_sizes=[1]), r"group_sizes=\[1\].* 2, one per parameter"),
     Wrong("groups_negative", WITH_PARAMS, option(group_sizes=[3, -1]), r"group_sizes=\[3, -1\]: expected counts >= 0"),
     *(
-        Wrong(f"{name}_by_group", of, option(**{name: [0.1, 0.1, 0.1], "group_sizes": [1, 1]}), f"{name}=.* has 3 values")
+        Wrong(f"{name}_by_group", of, option(**{name: [0.1] * 3, "group_sizes": [1, 1]}), f"{name}=.* has 3 values")
         for name, of in (
             ("rho", ("perturb_",)), ("gamma", RESTORING), ("lr", STEPS), ("weight_decay", STEPS), ("dampening", SGD),
             ("beta1", ADAM), ("beta2", ADAM), ("eps", ADAM), ("step", ADAM),
@@ -136,7 +136,7 @@ ERRORS = [
           RuntimeError),
     Wrong("stats_float32", ("grad_norm", "perturb_"), option(stats=torch.zeros(4)), "stats", RuntimeError),
     Wrong("found_inf_integer", STEPS, option(found_inf=torch.zeros(1, dtype=torch.int64)), "found_inf", RuntimeError),
-    Wrong("grad_scale_float64", STEPS, option(grad_scale=torch.ones(1, dtype=torch.float64)), "grad_scale", RuntimeError),
+    Wrong("grad_scale_float64", STEPS, option(grad_scale=torch.ones(1).double()), "grad_scale", RuntimeError),
 ]  # fmt: skip
 # Numbers that live in tensors are checked where memory is at stake: by the compiled kernels.
 COMPILED_ONLY = ("stats_short", "stats_float32", "found_inf_integer", "grad_scale_float64")
@@ -190,7 +190,7 @@ def test_unavailable_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_backends, "_CPU", missing)
     monkeypatch.setattr(_backends, "_BY_SPEED", (missing, _backends._REFERENCE))
     monkeypatch.setattr(_backends, "_said", False)
-    with pytest.raises(RuntimeError, match="backend='cpu' was asked for but the C.. extension is not built: pip install"):
+    with pytest.raises(RuntimeError, match="backend='cpu' was asked for but the C.. extension is not built: pip"):
         ops.grad_norm([torch.ones(2)], backend="cpu")
     with pytest.warns(RuntimeWarning, match="reference backend") as caught:
         assert ops.grad_norm([torch.ones(4)])[0] == 2
@@ -219,9 +219,9 @@ RAW: list[tuple[str, tuple[Any, ...], str]] = [
     ("perturb_", (W(), W()[:1], W(), [], STATS, D1, [2], False, 0.0, True, RNG, 0), "grads has 1 entries, expected 2"),
     ("perturb_", (W(), W(), [], [], STATS, D1, [2], False, 0.0, True, RNG, 0), "backups has 0 entries"),
     ("perturb_", (W(), B(), W(), [], STATS, D1, [2], False, 0.0, True, RNG, 0), r"grads\[1\] does not have the shape"),
-    ("perturb_", (W(), W(), W(), [], STATS, D1, [1, 1], False, 0.0, True, RNG, 0), "rho has 1 elements, expected at least 2"),
+    ("perturb_", (W(), W(), W(), [], STATS, D1, [1, 1], False, 0.0, True, RNG, 0), "rho has 1 elements, expected at"),
     ("perturb_", (W(), W(), W(), [], STATS, D1, [3], False, 0.0, True, RNG, 0), "group_sizes sum to 3"),
-    ("perturb_", (W(), W(), W(), [], STATS, D1, [3, -1], False, 0.0, True, RNG, 0), "group_sizes holds -1"),
+    ("perturb_", (W(), W(), W(), [], STATS, D5, [3, -1], False, 0.0, True, RNG, 0), "group_sizes holds -1"),
     ("perturb_", (W(), W(), W(), [], STATS, D1, [2], False, 0.0, True, RNG[:1], 0), "rng has 1 elements"),
     ("perturb_", (W(), W(), [], W(), STATS, D1, [2], False, 0.0, True, RNG, 0), "masters go with bfloat16 and float16"),
     ("restore_", (W(), W()[:1], [], [], [], D1, [2]), "backups has 1 entries"),
@@ -239,7 +239,7 @@ RAW: list[tuple[str, tuple[Any, ...], str]] = [
     ("restore_adam_step_", (W(), W(), [], [], [], W(), [], D6, D1, [2], False, False, *AMP), "exp_avgs has 0 entries"),
     ("restore_adam_step_", (W(), W(), [], [], W(), B(), [], D6, D1, [2], False, False, *AMP), r"exp_avg_sqs\[1\] does"),
     ("adam_step_", (W(), W(), W(), W(), [], D6, D1[:0], [2], False, False, *AMP), "steps has 0 elements"),
-    ("adam_step_", (W(), W(), W(), W(), [], D5, D1, [2], False, False, *AMP), "hyper has 5 elements, expected at least 6"),
+    ("adam_step_", (W(), W(), W(), W(), [], D5, D1, [2], False, False, *AMP), "hyper has 5 elements, expected at"),
 ]
 
 

@@ -88,7 +88,11 @@ void run_part(int k, void* context) {
 constexpr unsigned bit(int stream) { return 1u << stream; }
 
 void run(Job job, const Threads& threads) {
-  const int streams = count_bits(job.reads) + count_bits(job.writes);
+  unsigned present = 0;
+  for (int s = 0; s < kStreams && !job.table->tensors.empty(); ++s) {
+    if (job.table->tensors.front().data[s] != nullptr) present |= 1u << s;
+  }
+  const int streams = count_bits(job.reads & present) + count_bits(job.writes & present);
   // Bypassing the cache pays only when the data would not have stayed in it for the next op.
   job.streaming = job.table->bytes.back() * streams > cache_bytes();
   job.parts = threads.parallel == nullptr ? 1 : useful_threads(*job.table, streams, threads.count);

@@ -84,7 +84,7 @@ int64_t first_chunk(const Table& table, int k, int n) {
 }
 
 int useful_threads(const Table& table, int streams, int available) {
-  constexpr int64_t kBytesPerThread = 128 << 10;  // below that, waking a thread costs more than its share saves
+  constexpr int64_t kBytesPerThread = 512 << 10;  // below that, waking a thread costs more than its share saves
   int64_t threads = std::min<int64_t>(table.bytes.back() * streams / kBytesPerThread,
                                       static_cast<int64_t>(table.chunks.size()));
   return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, available)));
