@@ -285,6 +285,8 @@ class RST(Optimizer):
                 _engine.update(self)
             elif self.base is not None:
                 self._adopt()
+                if run.mixing:
+                    self._check_grads()
                 self._plans.hand_over(self)
                 _engine.restore(self, run.mixing)
                 self.base.step()

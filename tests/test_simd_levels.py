@@ -139,44 +139,43 @@ def cache_bytes() -> int:
     return found if found > 0 else 32 << 20
 
 
-STREAMED = [
-    ("perturb_", ("backups",), torch.float32),
-    ("perturb_", ("backups",), torch.bfloat16),
-    ("restore_sgd_step_", ("backups",), torch.float32),
-    ("restore_sgd_step_", ("masters",), torch.bfloat16),
-    ("restore_adam_step_", ("backups", "exp_avgs", "exp_avg_sqs"), torch.float16),
+# Op, lists, dtype, numbers, and the least number of streams that the op moves.
+_BUFFER, _MOMENTS = ("momentum_buffers",), ("exp_avgs", "exp_avg_sqs")
+# Random bits depend on the position within the tensor, so pieces can only be rounded to nearest.
+_DIRECT = {"stats": torch.tensor([1.0, 1.0, 0, 0], dtype=torch.float64), "rho": 10.0, "stochastic_rounding": False}
+_MOMENTUM = {"lr": 0.1, "momentum": 0.9}
+STREAMED: list[tuple[str, tuple[str, ...], torch.dtype, dict[str, Any], int]] = [
+    ("perturb_", ("backups",), torch.float32, _DIRECT, 4),
+    ("perturb_", ("backups",), torch.bfloat16, _DIRECT, 4),
+    ("restore_sgd_step_", ("backups", *_BUFFER), torch.float32, _MOMENTUM, 5),
+    ("restore_sgd_step_", ("masters", *_BUFFER), torch.bfloat16, {**_MOMENTUM, "backups": None}, 5),
+    ("restore_adam_step_", ("backups", *_MOMENTS), torch.float16, {"lr": 0.1, "step": 3}, 7),
 ]
 
 
 @pytest.mark.skipif(cache_bytes() > 600 << 20, reason="this cache holds more than the tests should allocate")
-@pytest.mark.parametrize(("op", "lists", "dtype"), STREAMED)
-def test_large_data_is_computed_as_small_data(op: str, lists: tuple[str, ...], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("op", "lists", "dtype", "options", "streams"), STREAMED)
+def test_large_data_is_computed_as_small_data(
+    op: str, lists: tuple[str, ...], dtype: torch.dtype, options: dict[str, Any], streams: int
+) -> None:
     """Streaming stores change nothing: one large misaligned tensor against its pieces, each far below the cache."""
-    n = cache_bytes() // 4 // dtype.itemsize + 50_000  # each of these ops moves four streams or more
+    n = cache_bytes() // streams // dtype.itemsize + 50_000
     block = torch.randn(1 << 16, generator=torch.Generator().manual_seed(0)) * 0.1
-    options: dict[str, Any] = {"rho": 10.0} if op == "perturb_" else {"lr": 0.1}
-    if "exp_avgs" in lists:
-        options["step"] = 3
-    if op == "perturb_":
-        options["stats"] = torch.tensor([1.0, 1.0, 0.0, 0.0], dtype=torch.float64)
-    # Random bits depend on the position within the tensor, so that pieces can only be rounded to nearest.
-    options |= {"stochastic_rounding": False} if op == "perturb_" else {}
-    if "masters" in lists:
-        options["backups"] = None
-    tensors: dict[str, Tensor] = {}
-    for k, name in enumerate(("params", "grads", *lists)):
-        wide = torch.float32 if name == "masters" else dtype
-        flat = torch.empty(n + 8, dtype=wide)
-        source = block.roll(k).abs() if name == "exp_avg_sqs" else block.roll(k)
-        flat.copy_(source.to(wide).repeat(n // len(source) + 2)[: n + 8])
-        tensors[name] = flat[1 + k % 3 : 1 + k % 3 + n]
+
+    def tensors() -> dict[str, Tensor]:
+        """One element off the alignment that streaming stores need."""
+        made = {}
+        for k, name in enumerate(("params", "grads", *lists)):
+            wide = "masters" in lists and name in ("masters", *_BUFFER)
+            source = (block.roll(k).abs() if name == "exp_avg_sqs" else block.roll(k)).repeat(n // len(block) + 1)[:n]
+            made[name] = torch.empty(n + 1, dtype=torch.float32 if wide else dtype)[1:].copy_(source)
+        return made
+
     for level in (LEVELS[0], LEVELS[-1]):
         host.select_simd(level)
-        whole = {name: op_db.whole(t).clone()[1 : n + 1] if name == "params" else t.clone() for name, t in tensors.items()}
-        parts = {name: t.clone() for name, t in whole.items()}
+        whole, parts = tensors(), tensors()
         Sample({name: [t] for name, t in whole.items()}, options).run(op, "cpu")
         for begin in range(0, n, 1 << 20):
-            piece = {name: [t[begin : begin + (1 << 20)]] for name, t in parts.items()}
-            Sample(piece, options).run(op, "cpu")
+            Sample({name: [t[begin : begin + (1 << 20)]] for name, t in parts.items()}, options).run(op, "cpu")
         for name, t in whole.items():
             assert op_db.same_bits(t, parts[name]), f"{name} at level {level}"

@@ -1,0 +1,165 @@
+"""Wrong arguments: an exception that names the argument, what was given and what to do, before anything is changed."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from oracle_optimizer import BACKENDS, Problem, bits
+from torch import nn
+
+from rst_fused import RST, SAM
+
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
+PROBLEM = Problem([(5,), (3, 4)], 10)
+
+
+def new() -> nn.Parameter:
+    return nn.Parameter(torch.ones(3))
+
+
+# arguments, exception, what the message must say: the name, the value, what was expected
+CONSTRUCTION: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"rho": -0.1}, ValueError, r"rho=-0\.1: expected a finite number >= 0"),
+    ({"rho": math.nan}, ValueError, "rho=nan: expected a finite number >= 0"),
+    ({"rho": math.inf}, ValueError, "rho=inf: expected a finite number >= 0"),
+    ({"rho": "0.1"}, TypeError, "rho='0.1': expected a number, got str"),
+    ({"rho": torch.ones(2)}, ValueError, r"rho is a tensor of shape \(2,\): expected a number"),
+    ({"eta": -1.0}, ValueError, r"eta=-1\.0: expected a finite number >= 0"),
+    ({"schedule": 1.5}, ValueError, r"schedule=1\.5: expected a number in \[0, 1\]"),
+    ({"schedule": -0.5}, ValueError, r"schedule=-0\.5: expected a number in \[0, 1\]"),
+    ({"schedule": "often"}, TypeError, "schedule='often': expected a number"),
+    ({"gamma": -1.0}, ValueError, r"gamma=-1\.0: expected a finite number >= 0"),
+    ({"gamma": math.nan}, ValueError, "gamma=nan"),
+    ({"gamma": "foo"}, ValueError, "gamma='foo': expected a number, a callable step -> gamma, or 'match'"),
+    ({"gamma": None}, TypeError, "gamma=None: expected a number"),
+    ({"seed": -1}, ValueError, "seed=-1: expected an integer from 0"),
+    ({"seed": 2**63}, ValueError, "seed=9223372036854775808: expected an integer from 0"),
+    ({"seed": 0.5}, ValueError, r"seed=0\.5: expected an integer"),
+    ({"backend": "gpu"}, ValueError, "backend='gpu': expected 'auto' or one of"),
+    ({"base": "rmsprop"}, ValueError, "base='rmsprop': expected 'sgd', 'adam', 'adamw' or"),
+    ({"base": torch.optim.SGD}, ValueError, "base=.*SGD.*: expected 'sgd', 'adam', 'adamw' or"),
+    ({"momentun": 0.9}, TypeError, r"base='sgd' takes no \['momentun'\]: expected some of .*'momentum'"),
+    ({"base": "adam", "momentum": 0.9}, TypeError, r"base='adam' takes no \['momentum'\]: expected some of .*'betas'"),
+    ({"base": "adam", "amsgrad": True}, TypeError, r"base='adam' takes no \['amsgrad'\]"),
+    ({"lr": math.nan}, ValueError, "lr=nan: expected a finite number >= 0"),
+    ({"lr": -1e-3}, ValueError, r"lr=-0\.001: expected a finite number >= 0"),
+    ({"lr": torch.tensor(-1.0)}, ValueError, r"lr=tensor\(-1\.\): expected a finite number >= 0"),
+    ({"lr": None}, TypeError, "lr=None: expected a number"),
+    ({"momentum": -0.9}, ValueError, r"momentum=-0\.9: expected a finite number >= 0"),
+    ({"dampening": -math.inf}, ValueError, "dampening=-inf"),
+    ({"weight_decay": -1}, ValueError, "weight_decay=-1: expected a finite number >= 0"),
+    ({"nesterov": True}, ValueError, r"nesterov=True with momentum=0\.0, .*expected momentum > 0 and dampening = 0"),
+    ({"nesterov": True, "momentum": 0.9, "dampening": 0.1}, ValueError, r"nesterov=True.*dampening=0\.1"),
+    ({"base": "adam", "betas": (0.9, 1.0)}, ValueError, r"betas\[1\]=1\.0: expected a number in \[0, 1\)"),
+    ({"base": "adam", "betas": 0.9}, ValueError, r"betas=0\.9: expected a pair"),
+    ({"base": "adamw", "eps": -1e-8}, ValueError, "eps=-1e-08: expected a finite number >= 0"),
+    ({"params": None}, TypeError, "params=None: expected parameters"),
+    ({"params": [torch.ones(2, dtype=torch.int64)]}, ValueError, r"params\[0\] is torch.int64: expected one of"),
+    ({"params": [new(), torch.eye(2).to_sparse()]}, ValueError, r"params\[1\] has layout torch.sparse_coo: expected a dense"),
+    ({"params": [new(), torch.ones(2, device="meta")]}, ValueError, r"params\[1\] is on meta, the first .* on cpu"),
+    ({"params": [new()] * 2}, ValueError, "params holds a parameter twice"),
+    ({"params": [{"params": [new()], "rho": -1}]}, ValueError, "rho=-1: expected a finite number >= 0"),
+    ({"params": [{"params": [new()], "lr": math.nan}]}, ValueError, "lr=nan"),
+]
+
+
+@pytest.mark.parametrize("case", CONSTRUCTION, ids=lambda c: ",".join(f"{k}={v!r}"[:40] for k, v in c[0].items()))
+def test_wrong_arguments_of_the_constructor(case: Any) -> None:
+    arguments, error, message = case
+    with pytest.raises(error, match=f"(?s){message}"):
+        RST(**{"params": [new()], "lr": 0.1, **arguments})
+
+
+INSTANCE: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"lr": 0.1}, TypeError, r"\['lr'\] given beside an optimizer instance as base: set them there"),
+    ({"master_weights": True}, ValueError, "master_weights=True with an optimizer instance as base"),
+    ({"params": [new()]}, ValueError, r"params \(1 tensors\) are not those of the base optimizer \(1\): pass params=None"),
+    ({"params": [{"params": []}]}, ValueError, r"params \(0 tensors\) are not those of the base optimizer"),
+    ({"rho": -1.0}, ValueError, "rho=-1.0"),
+]
+
+
+@pytest.mark.parametrize("case", INSTANCE, ids=lambda c: next(iter(c[0])))
+def test_wrong_arguments_beside_an_optimizer_instance(case: Any) -> None:
+    arguments, error, message = case
+    p = new()
+    inner = torch.optim.SGD([p], lr=0.1)
+    with pytest.raises(error, match=message):
+        RST(**{"base": inner, **arguments})
+    assert "rho" not in inner.param_groups[0]
+
+
+def test_wrong_arguments_of_sam() -> None:
+    with pytest.raises(TypeError, match="schedule"):
+        SAM([new()], schedule=0.5)
+    with pytest.raises(TypeError, match="params=None"):
+        SAM(None, torch.optim.SGD, lr=0.1)
+
+
+@every_backend
+@pytest.mark.parametrize("case", CONSTRUCTION[-7:] + CONSTRUCTION[:1], ids=lambda c: c[2][:30])
+def test_wrong_group_is_not_added(case: Any, backend: str) -> None:
+    arguments, error, message = case
+    groups = arguments.get("params") or [new()]
+    group = groups[0] if isinstance(groups[0], dict) else {"params": groups, **arguments, "params": groups}
+    params = PROBLEM.parameters(torch.float32)
+    opt = RST(params, lr=0.1, backend=backend)
+    before = repr(opt.param_groups)
+    with pytest.raises(error, match=f"(?s){message}"):
+        opt.add_param_group(group)
+    assert repr(opt.param_groups) == before
+
+
+@every_backend
+@pytest.mark.parametrize("what", ["schedule", "gamma"])
+@pytest.mark.parametrize("form", ["closure", "two phases"])
+def test_callable_that_leaves_its_range(what: str, form: str, backend: str) -> None:
+    """p(3) = 1.5, gamma(3) = -1: found at that step, with the weights and the state as they were."""
+    wrong = {"schedule": lambda t: 1.5 if t == 3 else 1.0} if what == "schedule" else {"gamma": lambda t: [2, -1][t == 3]}
+    params = PROBLEM.parameters(torch.float32)
+    opt = RST(params, lr=0.1, momentum=0.9, backend=backend, **wrong)
+    for t in range(3):
+        opt.step(lambda t=t: PROBLEM.backward(params, t))
+    before = bits(params), bits([opt.state[p]["momentum_buffer"] for p in params]), opt.steps
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"p=1\.5 at step 3" if what == "schedule" else r"gamma\(3\)=-1: expected"):
+            if form == "closure":
+                opt.step(lambda: PROBLEM.backward(params, 3))
+            else:
+                PROBLEM.backward(params, 3)
+                opt.perturb()
+        assert (bits(params), bits([opt.state[p]["momentum_buffer"] for p in params]), opt.steps) == before
+
+
+@every_backend
+def test_wrong_state_dicts(backend: str) -> None:
+    """Another number of groups or parameters, another model, options that are not there: nothing is loaded."""
+    params = PROBLEM.parameters(torch.float32)
+    opt = RST(params, base="adamw", lr=0.1, backend=backend)
+    for t in range(3):
+        opt.step(lambda t=t: PROBLEM.backward(params, t))
+    before = bits(params), bits([opt.state[p]["exp_avg"] for p in params]), opt.steps, repr(opt.param_groups)
+
+    def saved(*shapes: tuple[int, ...], **more: Any) -> dict[str, Any]:
+        others = [nn.Parameter(torch.ones(s)) for s in shapes]
+        donor = torch.optim.AdamW(others, lr=0.1, **more)
+        for p in others:
+            p.grad = torch.ones_like(p)
+        donor.step()
+        return donor.state_dict()
+
+    two_groups = saved((5,), (3, 4))
+    two_groups["param_groups"].append({**two_groups["param_groups"][0], "params": []})
+    wrong = [
+        (saved((5,)), "doesn't match the size"),
+        (two_groups, "different number of parameter groups"),
+        (saved((5,), (4, 3)), r"exp_avg.*parameter 1.*\(4, 3\).*\(3, 4\)"),
+        (saved((5,), (3, 4), amsgrad=True), "amsgrad=True"),
+    ]
+    for state, message in wrong:
+        with pytest.raises(ValueError, match=f"(?s){message}"):
+            opt.load_state_dict(state)
+        assert (bits(params), bits([opt.state[p]["exp_avg"] for p in params]), opt.steps, repr(opt.param_groups)) == before
