@@ -12,8 +12,8 @@ PyGetSetDef* grad_property = nullptr;  // the getter and setter behind torch.Ten
 
 PyObject* get_grad(PyObject* param) { return grad_property->get(param, grad_property->closure); }
 
-void clear_grad(PyObject* param) {
-  if (grad_property->set(param, Py_None, grad_property->closure) != 0) throw py::error_already_set();
+void set_grad(PyObject* param, PyObject* grad) {
+  if (grad_property->set(param, grad, grad_property->closure) != 0) throw py::error_already_set();
 }
 
 }  // namespace
@@ -165,6 +165,7 @@ bool Plan::in_place(bool updating) const {
 }
 
 bool Plan::collect(bool updating) {
+  const bool consume = !updating;
   drop(grads_);
   if (!in_place(updating)) return false;
   for (const py::handle& param : idle_) {
@@ -180,9 +181,11 @@ bool Plan::collect(bool updating) {
     grads_.push_back(grad);
     dlpack::Tensor seen;
     if (Py_TYPE(grad) != tensor_class || !read(grad, seen) || !fits(entries_[i], seen, i)) {
+      for (size_t k = 0; consume && k < i; ++k) set_grad(entries_[k].param, grads_[k]);
       drop(grads_);
       return false;
     }
+    if (consume) set_grad(entries_[i].param, Py_None);  // now, while the parameter is in the cache
   }
   if (table_.chunks.empty()) place_all();
   return true;
@@ -208,7 +211,6 @@ void Plan::perturb(uintptr_t stats, std::vector<double> rho, bool adaptive, doub
     first_grads_.swap(grads_);
     table_.chunks.clear();
   }
-  for (const Entry& entry : entries_) clear_grad(entry.param);
   drop(grads_);
 }
 

@@ -28,9 +28,11 @@ class Plan {
 
   // Whether these lists, one after another, still hold the parameters of the plan.
   bool same_parameters(const py::list& groups) const;
-  // Reads the gradients; `updating`: for a step, so that state must be in place too. False if anything is not as it was when the plan was made: then make another one.
+  // Takes the gradients: for a perturbation out of p.grad, which becomes None; for a step (`updating`) it leaves them
+  // there, but the state must be in place too. False, with nothing changed, if anything is not as it was when the plan
+  // was made: then make another one.
   bool collect(bool updating);
-  // Norm and perturbation. Gradients are consumed (p.grad = None), and kept inside if `keep`.
+  // Norm and perturbation with the gradients taken; they are kept inside if `keep`.
   void perturb(uintptr_t stats, std::vector<double> rho, bool adaptive, double eta, bool stochastic, uint64_t seed,
                uint64_t step, bool keep);
   // One update of all parameters, restored first if perturbed. `mixing` uses the gradients that perturb kept.

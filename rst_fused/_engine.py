@@ -71,9 +71,10 @@ def share_steps(opt: RST, group: Group) -> None:
 
 
 def backup_of(opt: RST, p: Tensor) -> Tensor:
-    """The tensor that keeps p's weights while they are perturbed; allocated once."""
+    """The tensor that keeps p's weights while they are perturbed; allocated once (anew if the model was converted)."""
     backup = opt._backups.get(p)
-    if backup is None:
+    stale = backup is not None and p not in opt._perturbed and (backup.dtype != p.dtype or backup.shape != p.shape)
+    if backup is None or stale:
         backup = opt._backups[p] = torch.empty_like(p, requires_grad=False, memory_format=torch.preserve_format)
     return backup
 

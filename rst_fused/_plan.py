@@ -36,11 +36,11 @@ class Plans:
         if not self._ready(opt, with_backups=True, updating=False):
             return False
         rho = [float(_engine.signed_rho(group)) for group, _ in self._lists.rows]
+        _engine.touched(self._lists.params)  # before the kernels, while the parameters are in the cache
         self._plan.perturb(
             opt._stats.data_ptr(), rho, opt.adaptive, opt.eta, opt.stochastic_rounding, opt.seed, opt.steps,
             opt._run.mixing,
         )  # fmt: skip
-        _engine.touched(self._lists.params)
         return True
 
     def update(self, opt: RST) -> bool:
@@ -55,6 +55,7 @@ class Plans:
             return False
         if not held and not self._ready(opt, with_backups=False, updating=True):
             return False
+        _engine.touched(self._lists.params)
         gamma = opt._run.gamma if mixing else 1.0
         rows = [[float(x) for x in rule.row(group, new, gamma)] for group, new in self._lists.rows]
         flags = rule.flags(opt.param_groups[0])
@@ -65,7 +66,6 @@ class Plans:
             for row, step in zip(rows, self._lists.steps, strict=True):
                 row.append(float(step))
             self._plan.adam_step(rows, flags[1], flags[2], mixing)
-        _engine.touched(self._lists.params)
         return True
 
     def restore(self, opt: RST) -> None:
@@ -135,12 +135,16 @@ class Plans:
             lists.extend(_engine.gather(opt, everything, True, kind))
         if not lists.params:
             return
-        masters: list[Tensor | None] = [opt.state[p].get("master") if p in opt.state else None for p in lists.params]
+        masters: list[Tensor | None] = [
+            opt.state[p]["master"] if _engine.has_master(opt, p) else None for p in lists.params
+        ]
         backups: list[Tensor | None] = [
             _engine.backup_of(opt, p) if with_backups and not _engine.has_master(opt, p) else None for p in lists.params
         ]
         nothing: list[Tensor | None] = [None] * len(lists.params)
         columns = (backups, lists.buffers or nothing, lists.buffers2 or nothing, masters)
+        if not all(_fits(p, *companions) for p, *companions in zip(lists.params, *columns, strict=True)):
+            return  # the ops say what is wrong; a plan trusts what it is made of
         # Backups are this optimizer's alone: nobody else can move them.
         held = [t for column in (lists.params, *columns[1:]) for t in column if t is not None]
         handle = getattr(torch.ops, NAMESPACE)._hold(held)
@@ -149,3 +153,15 @@ class Plans:
         lists.grads, lists.backups = [], []  # a kept gradient would be memory that zero_grad cannot free
         self._lists = lists
         self._key = self._structure(opt, with_backups)
+
+
+def _fits(p: Tensor, backup: Tensor | None, *state: Tensor | None) -> bool:
+    """Whether state that may have been loaded or put there by hand is of the parameter's shape, device and dtype.
+
+    ``state``: buffers and, last, the master copy, beside which all state is float32.
+    """
+    wide = p.dtype if state[-1] is None else torch.float32
+    return all(
+        t is None or (t.shape == p.shape and t.device == p.device and t.dtype == dtype and t.layout == torch.strided)
+        for t, dtype in ((backup, p.dtype), *((t, wide) for t in state))
+    )

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from rst_fused import _engine
+from rst_fused import _engine, _saving
 from rst_fused._backends import Backend, backend_for
 from rst_fused._checks import as_integer
 from rst_fused._plan import Plans
@@ -22,7 +22,6 @@ from rst_fused._run import Run
 from rst_fused.batch_norm import freeze_batch_norm
 from rst_fused.schedule import as_schedule, draw, match
 
-_COUNTERS = ("rst_steps", "rst_sam_steps", "rst_seed")
 _TRANSIENT = ("_backups", "_perturbed", "_plans")
 
 
@@ -118,7 +117,7 @@ class RST(Optimizer):
         else:
             self._share(params, hyper, rho)
         self.backend: Backend = backend_for(backend, self._device())
-        self._stats = torch.zeros(4, dtype=torch.float64, device=self._device())
+        self._stats = torch.tensor([math.nan, 0, 0, 0], dtype=torch.float64, device=self._device())
         self._rng = torch.tensor([self.seed, 0], dtype=torch.int64)
 
     # --- construction -----------------------------------------------------------------------------------------------
@@ -349,7 +348,7 @@ class RST(Optimizer):
     @property
     def last_grad_norm(self) -> float:
         """||g1|| (ASAM: ||T g1||) of the last SAM step, NaN before the first. Waits for the device."""
-        return float(self._stats[0]) if self.sam_steps or self._run.perturbed else math.nan
+        return float(self._stats[0])
 
     @property
     def non_finite_norms(self) -> int:
@@ -361,10 +360,7 @@ class RST(Optimizer):
         """As torch.optim; the counters travel in the param_groups. Raises RuntimeError while perturbed."""
         self._refuse_while_perturbed("state_dict")
         self._adopt()
-        saved = super().state_dict()
-        for group in saved["param_groups"]:
-            group.update(zip(_COUNTERS, (self.steps, self.sam_steps, self.seed), strict=True))
-        return saved
+        return _saving.completed(self, super().state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resumes bit-exactly. Also takes the state of the torch.optim optimizer that the base is named after."""
@@ -372,7 +368,12 @@ class RST(Optimizer):
         self._adopt()
         rhos = [group["rho"] for group in self.param_groups]
         given: list[dict[str, Any]] = []  # what the pre-hooks make of state_dict
-        handle = self.register_load_state_dict_pre_hook(lambda _, state: given.append(state))
+
+        def receive(_: Optimizer, state: dict[str, Any]) -> None:
+            _saving.check(self, state)
+            given.append(state)
+
+        handle = self.register_load_state_dict_pre_hook(receive)
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -381,24 +382,11 @@ class RST(Optimizer):
             self.base.load_state_dict(given[0])
             self.param_groups, self.state = self.base.param_groups, self.base.state
         else:
-            self._keep_dtypes(given[0])
-        counters = {}
+            _saving.keep_dtypes(self, given[0])
         for group, rho in zip(self.param_groups, rhos, strict=True):
             group.setdefault("rho", rho)
-            counters = {name: group.pop(name) for name in _COUNTERS if name in group}
-        self._run = Run(counters.get("rst_steps", 0), counters.get("rst_sam_steps", 0))
-        self.seed = counters.get("rst_seed", self.seed)
+        _saving.take_counters(self)
         self._reset()
-        self._rng = torch.tensor([self.seed, self.steps], dtype=torch.int64)
-
-    def _keep_dtypes(self, saved: dict[str, Any]) -> None:
-        """Puts back the state that torch has cast to the dtype of its parameter: fp32 masters and buffers."""
-        params = [p for group in self.param_groups for p in group["params"]]
-        keys = [key for group in saved["param_groups"] for key in group["params"]]
-        for p, key in zip(params, keys, strict=True):
-            for name, value in saved["state"].get(key, {}).items():
-                if isinstance(value, Tensor) and self.state[p][name].dtype != value.dtype:
-                    self.state[p][name] = value.detach().to(p.device, copy=True)
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_while_perturbed("pickling or copying")

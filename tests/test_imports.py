@@ -24,7 +24,7 @@ LAYERS = (
     ("ops", "schedule"),
     ("_rules", "_run", "batch_norm"),
     ("_engine",),
-    ("_plan",),
+    ("_plan", "_saving"),
     ("optimizer",),
     ("__init__",),  # the package's face: what `from rst_fused import RST` reads
     ("integrations",),

@@ -58,7 +58,7 @@ CONSTRUCTION: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"base": "adamw", "eps": -1e-8}, ValueError, "eps=-1e-08: expected a finite number >= 0"),
     ({"params": None}, TypeError, "params=None: expected parameters"),
     ({"params": [torch.ones(2, dtype=torch.int64)]}, ValueError, r"params\[0\] is torch.int64: expected one of"),
-    ({"params": [new(), torch.eye(2).to_sparse()]}, ValueError, r"params\[1\] has layout torch.sparse_coo: expected a dense"),
+    ({"params": [new(), torch.eye(2).to_sparse()]}, ValueError, r"params\[1\] has layout torch.sparse_coo: expected"),
     ({"params": [new(), torch.ones(2, device="meta")]}, ValueError, r"params\[1\] is on meta, the first .* on cpu"),
     ({"params": [new()] * 2}, ValueError, "params holds a parameter twice"),
     ({"params": [{"params": [new()], "rho": -1}]}, ValueError, "rho=-1: expected a finite number >= 0"),
@@ -75,8 +75,8 @@ def test_wrong_arguments_of_the_constructor(case: Any) -> None:
 
 INSTANCE: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"lr": 0.1}, TypeError, r"\['lr'\] given beside an optimizer instance as base: set them there"),
-    ({"master_weights": True}, ValueError, "master_weights=True with an optimizer instance as base"),
-    ({"params": [new()]}, ValueError, r"params \(1 tensors\) are not those of the base optimizer \(1\): pass params=None"),
+    ({"master_weights": True}, ValueError, "master_weights=True with an optimizer"),
+    ({"params": [new()]}, ValueError, r"params \(1 tensors\) are not those of the base .* \(1\): pass params=None"),
     ({"params": [{"params": []}]}, ValueError, r"params \(0 tensors\) are not those of the base optimizer"),
     ({"rho": -1.0}, ValueError, "rho=-1.0"),
 ]
@@ -100,11 +100,11 @@ def test_wrong_arguments_of_sam() -> None:
 
 
 @every_backend
-@pytest.mark.parametrize("case", CONSTRUCTION[-7:] + CONSTRUCTION[:1], ids=lambda c: c[2][:30])
+@pytest.mark.parametrize("case", CONSTRUCTION[-6:] + CONSTRUCTION[:1], ids=lambda c: c[2][:30])
 def test_wrong_group_is_not_added(case: Any, backend: str) -> None:
     arguments, error, message = case
     groups = arguments.get("params") or [new()]
-    group = groups[0] if isinstance(groups[0], dict) else {"params": groups, **arguments, "params": groups}
+    group = groups[0] if isinstance(groups[0], dict) else {**arguments, "params": groups}
     params = PROBLEM.parameters(torch.float32)
     opt = RST(params, lr=0.1, backend=backend)
     before = repr(opt.param_groups)
@@ -118,7 +118,9 @@ def test_wrong_group_is_not_added(case: Any, backend: str) -> None:
 @pytest.mark.parametrize("form", ["closure", "two phases"])
 def test_callable_that_leaves_its_range(what: str, form: str, backend: str) -> None:
     """p(3) = 1.5, gamma(3) = -1: found at that step, with the weights and the state as they were."""
-    wrong = {"schedule": lambda t: 1.5 if t == 3 else 1.0} if what == "schedule" else {"gamma": lambda t: [2, -1][t == 3]}
+    wrong: dict[str, Any] = {"gamma": lambda t: -1 if t == 3 else 2}
+    if what == "schedule":
+        wrong = {"schedule": lambda t: 1.5 if t == 3 else 1.0}
     params = PROBLEM.parameters(torch.float32)
     opt = RST(params, lr=0.1, momentum=0.9, backend=backend, **wrong)
     for t in range(3):
@@ -141,7 +143,11 @@ def test_wrong_state_dicts(backend: str) -> None:
     opt = RST(params, base="adamw", lr=0.1, backend=backend)
     for t in range(3):
         opt.step(lambda t=t: PROBLEM.backward(params, t))
-    before = bits(params), bits([opt.state[p]["exp_avg"] for p in params]), opt.steps, repr(opt.param_groups)
+
+    def everything() -> Any:
+        return bits(params), bits([opt.state[p]["exp_avg"] for p in params]), opt.steps, repr(opt.param_groups)
+
+    before = everything()
 
     def saved(*shapes: tuple[int, ...], **more: Any) -> dict[str, Any]:
         others = [nn.Parameter(torch.ones(s)) for s in shapes]
@@ -162,4 +168,39 @@ def test_wrong_state_dicts(backend: str) -> None:
     for state, message in wrong:
         with pytest.raises(ValueError, match=f"(?s){message}"):
             opt.load_state_dict(state)
-        assert (bits(params), bits([opt.state[p]["exp_avg"] for p in params]), opt.steps, repr(opt.param_groups)) == before
+        assert everything() == before
+
+
+@pytest.mark.parametrize("wrong", ["shape", "dtype"])
+def test_state_of_another_parameter_is_refused_at_the_step(wrong: str) -> None:
+    """Put there by hand, past load_state_dict: an error and not a write beyond the end of a buffer."""
+    params = PROBLEM.parameters(torch.float32)
+    opt = RST(params, lr=0.1, momentum=0.9, backend="cpu" if "cpu" in BACKENDS else "reference")
+    shape, dtype = ((2, 4), torch.float32) if wrong == "shape" else ((3, 4), torch.bfloat16)
+    opt.state[params[1]]["momentum_buffer"] = torch.zeros(shape, dtype=dtype)
+    before = bits(params)
+    PROBLEM.backward(params, 0)
+    with pytest.raises(RuntimeError, match=r"momentum_buffers\[1\]" if opt.backend.name == "cpu" else ""):
+        opt.step()
+    assert bits(params) == before
+
+
+@every_backend
+def test_converted_model(backend: str) -> None:
+    """model.double() between steps: backups and plans follow; state of the old dtype is refused or converted."""
+    for hyper in ({}, {"momentum": 0.9}):
+        params = PROBLEM.parameters(torch.float32)
+        opt = SAM(params, lr=0.1, backend=backend, **hyper)
+        opt.step(lambda params=params: PROBLEM.backward(params, 0))
+        for p in params:
+            p.grad = None
+            p.data = p.data.double()
+        before = bits(params)
+        if hyper and backend == "cpu":
+            with pytest.raises(RuntimeError, match="momentum_buffers.*dtype Float, expected Double"):
+                opt.step(lambda params=params: PROBLEM.backward(params, 1))
+            assert bits(params) == before
+            for p in params:
+                opt.state[p]["momentum_buffer"] = opt.state[p]["momentum_buffer"].double()
+        opt.step(lambda params=params: PROBLEM.backward(params, 1))
+        assert bits(params) != before and all(opt._backups[p].dtype == torch.float64 for p in params)

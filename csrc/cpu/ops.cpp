@@ -21,13 +21,13 @@ int64_t cache_bytes() {
   return bytes;
 }
 
-// `lanes`: room for the running sums of every chunk (grad_norm), or null.
+// `sums`: one per chunk, for grad_norm; else null.
 struct Job {
   const Table* table;
   const Call* call;
   Kernel (*pick)(const Tensor& tensor, const Call& call);
   unsigned reads, writes;  // bit s: stream s is read, written
-  double* lanes;
+  double* sums;
   bool streaming;
   int parts;
 };
@@ -54,6 +54,14 @@ void run_strided(const Job& job, const Tensor& tensor, Kernel kernel, ChunkCall 
   }
 }
 
+// Halves are added to halves: the same order always, and no long chain of dependent additions.
+double sum_of(double (&lanes)[kNormLanes]) {
+  for (int half = kNormLanes / 2; half > 0; half /= 2) {
+    for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+  }
+  return lanes[0];
+}
+
 void run_chunk(const Job& job, int64_t index) {
   const Chunk& chunk = job.table->chunks[index];
   const Tensor& tensor = job.table->tensors[chunk.tensor];
@@ -63,20 +71,23 @@ void run_chunk(const Job& job, int64_t index) {
   c.begin = chunk.begin;
   c.count = chunk.count;
   c.streaming = job.streaming;
-  c.lanes = job.lanes == nullptr ? nullptr : job.lanes + index * kNormLanes;
+  alignas(64) double lanes[kNormLanes];
+  c.lanes = lanes;
+  if (job.sums != nullptr) std::fill(lanes, lanes + kNormLanes, 0.0);
   const int source = tensor.data[kMaster] != nullptr ? kMaster : tensor.data[kBackup] != nullptr ? kBackup : kParam;
   const Kernel kernel = job.pick(tensor, *job.call);
   if (tensor.strided()) {
     c.source = tensor.data[source];
     run_strided(job, tensor, kernel, c);
-    return;
+  } else {
+    for (int s = 0; s < kStreams; ++s) {
+      char* base = static_cast<char*>(tensor.data[s]);
+      c.data[s] = base == nullptr ? nullptr : base + chunk.begin * size_of(tensor.dtype_of(s));
+    }
+    c.source = c.data[source];
+    kernel(c);
   }
-  for (int s = 0; s < kStreams; ++s) {
-    char* base = static_cast<char*>(tensor.data[s]);
-    c.data[s] = base == nullptr ? nullptr : base + chunk.begin * size_of(tensor.dtype_of(s));
-  }
-  c.source = c.data[source];
-  kernel(c);
+  if (job.sums != nullptr) job.sums[index] = sum_of(lanes);
 }
 
 void run_part(int k, void* context) {
@@ -109,17 +120,11 @@ bool has(const Tensor& tensor, int stream) { return tensor.data[stream] != nullp
 }  // namespace
 
 void grad_norm(const Table& table, const Call& call, const Threads& threads, double* stats) {
-  std::vector<double> lanes(table.chunks.size() * kNormLanes, 0.0);
+  std::vector<double> sums(table.chunks.size());
   auto pick = [](const Tensor& t, const Call& c) { return kernels().grad_norm[d(t)][c.adaptive]; };
-  run({&table, &call, pick, bit(kGrad) | (call.adaptive ? bit(kParam) : 0), 0, lanes.data(), false, 1}, threads);
+  run({&table, &call, pick, bit(kGrad) | (call.adaptive ? bit(kParam) : 0), 0, sums.data(), false, 1}, threads);
   double total = 0;
-  for (size_t chunk = 0; chunk < table.chunks.size(); ++chunk) {
-    double* sums = lanes.data() + chunk * kNormLanes;
-    for (int half = kNormLanes / 2; half > 0; half /= 2) {
-      for (int lane = 0; lane < half; ++lane) sums[lane] += sums[lane + half];
-    }
-    total += sums[0];
-  }
+  for (double sum : sums) total += sum;
   const double norm = std::sqrt(total);
   const bool finite = std::isfinite(norm);
   stats[kNorm] = norm;

@@ -1,0 +1,83 @@
+"""What a state_dict holds beyond that of torch.optim, and what torch's way of loading it would lose."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from rst_fused import _engine
+from rst_fused._run import Run
+
+if TYPE_CHECKING:
+    from rst_fused.optimizer import RST
+
+
+def completed(opt: RST, saved: dict[str, Any]) -> dict[str, Any]:
+    """``saved`` with the counters, which travel in the groups as torch casts what lies beside a parameter.
+
+    Step counts that parameters share become one tensor each: an optimizer of torch that loads them counts each one.
+    """
+    for group in saved["param_groups"]:
+        group.update(
+            rst_steps=opt.steps, rst_sam_steps=opt.sam_steps, rst_seed=opt.seed, rst_non_finite_norms=opt.non_finite_norms
+        )
+    if opt.rule is not None:
+        saved["state"] = {
+            key: {**state, "step": state["step"].clone()} if "step" in state else state
+            for key, state in saved["state"].items()
+        }
+    return saved
+
+
+def take_counters(opt: RST) -> None:
+    """Moves the counters that were loaded out of the groups; without any, a run of torch.optim goes on, at step 0."""
+    counters: dict[str, int] = {}
+    for group in opt.param_groups:
+        counters.update({name: group.pop(name) for name in list(group) if name.startswith("rst_")})
+    opt._run = Run(counters.get("rst_steps", 0), counters.get("rst_sam_steps", 0))
+    opt.seed = counters.get("rst_seed", opt.seed)
+    opt._rng.copy_(torch.tensor([opt.seed, opt.steps]))
+    opt._stats.copy_(torch.tensor([math.nan, 0, 0, counters.get("rst_non_finite_norms", 0)]))
+
+
+def _pairs(opt: RST, saved: dict[str, Any]) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+    """Each parameter with its saved state; torch.optim says so where their numbers differ."""
+    params = [p for group in opt.param_groups for p in group["params"]]
+    keys = [key for group in saved["param_groups"] for key in group["params"]]
+    for p, key in zip(params, keys, strict=False):
+        yield p, saved["state"].get(key, {})
+
+
+def check(opt: RST, saved: dict[str, Any]) -> None:
+    """Raises ValueError for the state of another model, or of an option that the fused base does not have."""
+    if opt.rule is None:
+        return
+    for i, group in enumerate(saved["param_groups"]):
+        if group.get("amsgrad"):
+            raise ValueError(
+                f"state_dict has amsgrad=True in group {i}, which base={opt.rule.name!r} does not offer: "
+                "pass a torch.optim optimizer as base"
+            )
+    for i, (p, state) in enumerate(_pairs(opt, saved)):
+        for name in (*opt.rule.buffers, "master"):
+            value = state.get(name)
+            if value is not None and value.shape != p.shape:
+                raise ValueError(
+                    f"state_dict has {name} of parameter {i} in shape {tuple(value.shape)}, but the parameter is "
+                    f"{tuple(p.shape)}: it was saved from another model"
+                )
+
+
+def keep_dtypes(opt: RST, saved: dict[str, Any]) -> None:
+    """Undoes what torch did to state beside a master copy, which is float32: it casts to the dtype of the parameter."""
+    assert opt.rule is not None
+    for p, state in _pairs(opt, saved):
+        if not _engine.has_master(opt, p):
+            continue
+        for name in (*opt.rule.buffers, "master"):
+            if state.get(name) is not None:
+                opt.state[p][name] = state[name].detach().to(p.device, torch.float32, copy=True)
