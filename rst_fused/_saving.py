@@ -22,9 +22,8 @@ def completed(opt: RST, saved: dict[str, Any]) -> dict[str, Any]:
     Step counts that parameters share become one tensor each: an optimizer of torch that loads them counts each one.
     """
     for group in saved["param_groups"]:
-        group.update(
-            rst_steps=opt.steps, rst_sam_steps=opt.sam_steps, rst_seed=opt.seed, rst_non_finite_norms=opt.non_finite_norms
-        )
+        group.update(rst_steps=opt.steps, rst_sam_steps=opt.sam_steps, rst_seed=opt.seed)
+        group["rst_non_finite_norms"] = opt.non_finite_norms
     if opt.rule is not None:
         saved["state"] = {
             key: {**state, "step": state["step"].clone()} if "step" in state else state

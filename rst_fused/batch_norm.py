@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 
 @contextmanager
@@ -19,10 +20,16 @@ def freeze_batch_norm(model: torch.nn.Module | None) -> Iterator[None]:
     tracking = [] if model is None else [
         m for m in model.modules() if isinstance(m, _NormBase) and m.training and m.track_running_stats
     ]
-    for module in tracking:
-        module.track_running_stats = False
+    # InstanceNorm updates whatever statistics it has; without any it normalizes just the same.
+    hidden = [(m, m.running_mean, m.running_var) for m in tracking if isinstance(m, _InstanceNorm)]
     try:
+        for module in tracking:
+            module.track_running_stats = False
+        for module, _, _ in hidden:
+            module.running_mean = module.running_var = None
         yield
     finally:
         for module in tracking:
             module.track_running_stats = True
+        for module, mean, var in hidden:
+            module.running_mean, module.running_var = mean, var

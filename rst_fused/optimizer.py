@@ -69,7 +69,7 @@ class RST(Optimizer):
         adaptive: ASAM (Kwon et al. 2021): e = rho T^2 g1 / ||T g1||, T = |w| + eta.
         seed: of the draws and of stochastic rounding, 0 <= seed < 2^63.
         backend: "auto", "cpu" or "reference" (see rst_fused._backends).
-        model: in the closure form, its BatchNorm statistics are left alone by the second pass.
+        model: its BatchNorm statistics are left alone by the second pass of step(closure) and within second_pass().
         master_weights: keep fp32 copies of bfloat16/float16 parameters in the state and update those; buffers are fp32
             too, and no backup is needed.
         stochastic_rounding: round w + e stochastically where w is bfloat16/float16: e is smaller than their spacing,
@@ -272,7 +272,7 @@ class RST(Optimizer):
             with torch.enable_grad():
                 loss = closure()
             if self.perturb():
-                with torch.enable_grad(), self.second_pass(self._model):
+                with torch.enable_grad(), self.second_pass():
                     closure()
         run = self._run
         if not torch.compiler.is_compiling():
@@ -301,9 +301,12 @@ class RST(Optimizer):
 
     @contextmanager
     def second_pass(self, model: torch.nn.Module | None = None) -> Iterator[None]:
-        """Around the second forward and backward: BatchNorm statistics stay; on any exception the weights come back."""
+        """Around the second forward and backward: BatchNorm statistics stay; on any exception the weights come back.
+
+        model: whose statistics; without one, those of the model given to the constructor, if any.
+        """
         try:
-            with freeze_batch_norm(model):
+            with freeze_batch_norm(self._model if model is None else model):
                 yield
         except BaseException:
             self.restore()

@@ -9,7 +9,7 @@ namespace rst::RST_LEVEL {
 template <class T, bool Mixing, bool Master>
 void adam_step_chunk(const ChunkCall& c) {
   using V = Arithmetic<T>;
-  using S = typename std::conditional<Master, float, T>::type;
+  using S = State<T, Master>;
   const AdamRow& row = c.call->adam[c.tensor->row];
   const double bias1 = 1 - std::pow(row.beta1, row.step), bias2 = 1 - std::pow(row.beta2, row.step);
   const bool decoupled = c.call->decoupled;
@@ -44,7 +44,7 @@ void adam_step_chunk(const ChunkCall& c) {
     at.template store<S>(buffer, m);
     at.template store<S>(buffer2, v);
     const V updated = adam.update(w, m, v);
-    if constexpr (Master) at.template store<float>(master, updated);
+    if constexpr (Master) at.template store<S>(master, updated);
     at.template store_only<T>(param, updated);
   });
 }

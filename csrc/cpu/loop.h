@@ -9,6 +9,10 @@ namespace rst::RST_LEVEL {
 
 template <class T>
 struct ArithmeticOf {
+  using type = Twin;  // 16-bit dtypes compute in fp32
+};
+template <>
+struct ArithmeticOf<float> {
   using type = FloatV;
 };
 template <>
@@ -16,14 +20,21 @@ struct ArithmeticOf<double> {
   using type = DoubleV;
 };
 template <class T>
-using Arithmetic = typename ArithmeticOf<T>::type;  // 16-bit dtypes compute in fp32
+using Arithmetic = typename ArithmeticOf<T>::type;
 template <class V>
-constexpr int kLanes = sizeof(V) / sizeof(V{}[0]);
+constexpr int kLanes = Shape<V>::kLanes;
+
+// The format of a parameter's state: its own, or fp32 beside a master copy.
+template <class T, bool Master>
+using State = typename std::conditional<Master, Float32Beside<T>, T>::type;
 
 template <class V>
 RST_INLINE V broadcast(double x) {
-  using Scalar = typename std::decay<decltype(V{}[0])>::type;
-  return V{} + static_cast<Scalar>(x);
+  if constexpr (std::is_same<V, Twin>::value) {
+    return {broadcast<FloatV>(x), broadcast<FloatV>(x)};
+  } else {
+    return V{} + static_cast<typename Shape<V>::Scalar>(x);
+  }
 }
 
 enum class Part { Whole, WholeStreaming, Some };
@@ -79,8 +90,7 @@ struct At {
   template <class T, class Raw>
   RST_INLINE void write_only(void* base, Raw raw) const {
     if constexpr (part == Part::WholeStreaming) {
-      using Scalar = typename std::decay<decltype(raw[0])>::type;
-      stream(reinterpret_cast<Scalar*>(static_cast<T*>(base) + i), raw);
+      stream(reinterpret_cast<typename StorageOf<T>::type*>(static_cast<T*>(base) + i), raw);
     } else {
       put<T>(base, raw);
     }
@@ -98,13 +108,7 @@ RST_INLINE void each(const ChunkCall& c, const void* streamed, Body body) {
     const int64_t head = past == 0 ? 0 : (bytes - past) / static_cast<int64_t>(sizeof(T));
     if (past % static_cast<int64_t>(sizeof(T)) == 0 && head <= n) {
       if (head > 0) body(At<V, Part::Some>{0, static_cast<int>(head)});
-      i = head;
-      // Two vectors a turn: 16-bit elements then fill half a cache line, which streaming stores want whole.
-      for (; i + 2 * kLanes<V> <= n; i += 2 * kLanes<V>) {
-        body(At<V, Part::WholeStreaming>{i, kLanes<V>});
-        body(At<V, Part::WholeStreaming>{i + kLanes<V>, kLanes<V>});
-      }
-      for (; i + kLanes<V> <= n; i += kLanes<V>) body(At<V, Part::WholeStreaming>{i, kLanes<V>});
+      for (i = head; i + kLanes<V> <= n; i += kLanes<V>) body(At<V, Part::WholeStreaming>{i, kLanes<V>});
       finish_streaming();
     }
   }
@@ -116,10 +120,14 @@ RST_INLINE void each(const ChunkCall& c, const void* streamed, Body body) {
 
 // |w| per scalar; for complex w, |w| of the pair in both its lanes.
 template <class V>
-RST_INLINE V magnitude(V w, bool complex) {
-  if (!complex) return abs(w);
-  V square = w * w;
-  return sqrt(square + swap_pairs(square));
+RST_INLINE V magnitude(V w, [[maybe_unused]] bool complex) {
+  if constexpr (!std::is_same<V, Twin>::value) {  // there are no complex 16-bit dtypes
+    if (complex) {
+      const V square = w * w;
+      return sqrt(square + swap_pairs(square));
+    }
+  }
+  return abs(w);
 }
 
 }  // namespace rst::RST_LEVEL

@@ -7,19 +7,19 @@
 namespace rst::RST_LEVEL {
 
 template <class T>
-RST_INLINE FloatV stochastic_round(FloatV v, UintV random) {
+RST_INLINE Twin stochastic_round(Twin v, RandomBits random, TwinBits element) {
   using Round = StochasticRound<FloatV, UintV>;
   if constexpr (std::is_same<T, BFloat16>::value) {
-    return Round::to_bfloat16(v, random);
+    return {Round::to_bfloat16(v.a, random(element.a)), Round::to_bfloat16(v.b, random(element.b))};
   } else {
-    return Round::to_float16(v, random);
+    return {Round::to_float16(v.a, random(element.a)), Round::to_float16(v.b, random(element.b))};
   }
 }
 
 template <class T, bool Adaptive, bool Master, bool Stochastic>
 RST_INLINE void perturb_each(const ChunkCall& c) {
   using V = Arithmetic<T>;
-  using W = typename std::conditional<Master, float, T>::type;  // where w is read
+  using W = State<T, Master>;  // where w is read
   const Perturb<V> sam{broadcast<V>(c.call->scales[c.tensor->row])};
   const AsamPerturb<V> asam{sam.scale};
   const AsamScale<V> asam_scale{broadcast<V>(c.call->eta)};
@@ -29,13 +29,15 @@ RST_INLINE void perturb_each(const ChunkCall& c) {
   void* const backup = c.data[kBackup];
   const void* const source = c.data[Master ? kMaster : kParam];
   const void* const grad = c.data[kGrad];
-  RandomBits random{0};
-  UintV first{};
+  [[maybe_unused]] RandomBits random{0};
+  [[maybe_unused]] TwinBits first{};
   if constexpr (Stochastic) {
     // A chunk never straddles a multiple of 2^32 elements: both are powers of two.
     random = RandomBits::of(c.call->seed, c.call->step, static_cast<uint64_t>(c.tensor->index),
                             static_cast<uint64_t>(c.begin) >> 32);
-    for (int k = 0; k < kFloatLanes; ++k) first[k] = static_cast<uint32_t>(c.begin) + static_cast<uint32_t>(k);
+    first = Beside<T>::positions();
+    first.a += static_cast<uint32_t>(c.begin);
+    first.b += static_cast<uint32_t>(c.begin);
   }
 
   each<T, V>(c, Master ? param : backup, RST_BODY(at) {
@@ -48,7 +50,8 @@ RST_INLINE void perturb_each(const ChunkCall& c) {
     }
     if constexpr (!Master) at.template copy<T>(backup, param);
     if constexpr (Stochastic) {
-      moved = stochastic_round<T>(moved, random(first + static_cast<uint32_t>(at.i)));
+      const uint32_t i = static_cast<uint32_t>(at.i);
+      moved = stochastic_round<T>(moved, random, {first.a + i, first.b + i});
       if constexpr (Master) {
         at.template store_only_exact<T>(param, moved);
       } else {

@@ -9,8 +9,8 @@ namespace rst::RST_LEVEL {
 template <class T, bool Master>
 void restore_chunk(const ChunkCall& c) {
   if constexpr (Master) {
-    each<T, FloatV>(c, c.data[kParam], RST_BODY(at) {
-      at.template store_only<T>(c.data[kParam], at.template load<float>(c.data[kMaster]));
+    each<T, Arithmetic<T>>(c, c.data[kParam], RST_BODY(at) {
+      at.template store_only<T>(c.data[kParam], at.template load<State<T, true>>(c.data[kMaster]));
     });
   } else {  // bytes, not values: a NaN's payload comes back too
     std::memcpy(c.data[kParam], c.data[kBackup], c.count * sizeof(T));

@@ -9,7 +9,7 @@ namespace rst::RST_LEVEL {
 template <class T, bool Momentum, bool Mixing, bool Master>
 void sgd_step_chunk(const ChunkCall& c) {
   using V = Arithmetic<T>;
-  using S = typename std::conditional<Master, float, T>::type;  // dtype of the momentum buffer and of w's source
+  using S = State<T, Master>;
   const SgdRow& row = c.call->sgd[c.tensor->row];
   const Sgd<V> sgd{broadcast<V>(-row.lr), broadcast<V>(row.momentum), broadcast<V>(1 - row.dampening),
                    broadcast<V>(row.weight_decay), broadcast<V>(c.call->direction)};
@@ -35,7 +35,7 @@ void sgd_step_chunk(const ChunkCall& c) {
       d = nesterov ? sgd.nesterov(buf, d) : buf;
     }
     const V updated = sgd.update(w, d);
-    if constexpr (Master) at.template store<float>(master, updated);
+    if constexpr (Master) at.template store<S>(master, updated);
     at.template store_only<T>(param, updated);
   });
 }

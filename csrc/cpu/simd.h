@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #if RST_SIMD_LEVEL > 0
 #include <immintrin.h>
 #endif
@@ -57,18 +58,17 @@ RST_INLINE void stream(float* p, FloatV v) { _mm512_stream_ps(p, v); }
 RST_INLINE void stream(double* p, DoubleV v) { _mm512_stream_pd(p, v); }
 RST_INLINE FloatV half_to_float(Vector<uint16_t, 16> h) { return _mm512_cvtph_ps(reinterpret<__m256i>(h)); }
 RST_INLINE Vector<float, 8> half_to_float(Vector<uint16_t, 8> h) { return _mm256_cvtph_ps(reinterpret<__m128i>(h)); }
-RST_INLINE UintV zero_extend(Vector<uint16_t, 16> h) { return reinterpret<UintV>(_mm512_cvtepu16_epi32(reinterpret<__m256i>(h))); }
 RST_INLINE Vector<uint32_t, 8> zero_extend(Vector<uint16_t, 8> h) {
   return reinterpret<Vector<uint32_t, 8>>(_mm256_cvtepu16_epi32(reinterpret<__m128i>(h)));
-}
-RST_INLINE Vector<uint16_t, 16> low_halves(UintV x) {
-  return reinterpret<Vector<uint16_t, 16>>(_mm512_cvtepi32_epi16(reinterpret<__m512i>(x)));
 }
 RST_INLINE Vector<uint16_t, 16> float_to_half(FloatV x) {
   return reinterpret<Vector<uint16_t, 16>>(_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 RST_INLINE void stream(uint16_t* p, Vector<uint16_t, 16> v) {
   _mm256_stream_si256(reinterpret_cast<__m256i*>(p), reinterpret<__m256i>(v));
+}
+RST_INLINE void stream(uint16_t* p, Vector<uint16_t, 32> v) {
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), reinterpret<__m512i>(v));
 }
 #elif RST_SIMD_LEVEL == 1
 RST_INLINE FloatV fma(FloatV a, FloatV b, FloatV c) { return _mm256_fmadd_ps(a, b, c); }
@@ -81,15 +81,8 @@ RST_INLINE FloatV half_to_float(Vector<uint16_t, 8> h) { return _mm256_cvtph_ps(
 RST_INLINE Vector<float, 4> half_to_float(Vector<uint16_t, 4> h) {
   return _mm_cvtph_ps(_mm_cvtsi64_si128(reinterpret<int64_t>(h)));
 }
-RST_INLINE UintV zero_extend(Vector<uint16_t, 8> h) {
-  return reinterpret<UintV>(_mm256_cvtepu16_epi32(reinterpret<__m128i>(h)));
-}
 RST_INLINE Vector<uint32_t, 4> zero_extend(Vector<uint16_t, 4> h) {
   return reinterpret<Vector<uint32_t, 4>>(_mm_cvtepu16_epi32(_mm_cvtsi64_si128(reinterpret<int64_t>(h))));
-}
-RST_INLINE Vector<uint16_t, 8> low_halves(UintV x) {  // each at most 0xffff, or packus would saturate
-  const __m256i v = reinterpret<__m256i>(x);
-  return reinterpret<Vector<uint16_t, 8>>(_mm_packus_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1)));
 }
 RST_INLINE Vector<uint16_t, 8> float_to_half(FloatV x) {
   return reinterpret<Vector<uint16_t, 8>>(_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
@@ -97,16 +90,19 @@ RST_INLINE Vector<uint16_t, 8> float_to_half(FloatV x) {
 RST_INLINE void stream(uint16_t* p, Vector<uint16_t, 8> v) {
   _mm_stream_si128(reinterpret_cast<__m128i*>(p), reinterpret<__m128i>(v));
 }
+RST_INLINE void stream(uint16_t* p, Vector<uint16_t, 16> v) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), reinterpret<__m256i>(v));
+}
 #else
 template <class V>
 RST_INLINE V each_fma(V a, V b, V c) {
-  V r;
+  V r{};
   for (unsigned i = 0; i < sizeof(V) / sizeof(a[0]); ++i) r[i] = std::fma(a[i], b[i], c[i]);
   return r;
 }
 template <class V>
 RST_INLINE V each_sqrt(V a) {
-  V r;
+  V r{};
   for (unsigned i = 0; i < sizeof(V) / sizeof(a[0]); ++i) r[i] = std::sqrt(a[i]);
   return r;
 }
@@ -116,12 +112,12 @@ RST_INLINE FloatV sqrt(FloatV a) { return each_sqrt(a); }
 RST_INLINE DoubleV sqrt(DoubleV a) { return each_sqrt(a); }
 template <class H>
 RST_INLINE auto half_to_float(H h) {
-  Vector<float, sizeof(H) / 2> r;
+  Vector<float, sizeof(H) / 2> r{};
   for (unsigned i = 0; i < sizeof(H) / 2; ++i) r[i] = half_bits_to_float(h[i]);
   return r;
 }
 RST_INLINE Vector<uint16_t, 4> float_to_half(FloatV x) {
-  Vector<uint16_t, 4> r;
+  Vector<uint16_t, 4> r{};
   for (int i = 0; i < 4; ++i) r[i] = float_to_half_bits(x[i]);
   return r;
 }
@@ -129,7 +125,6 @@ template <class H>
 RST_INLINE auto zero_extend(H h) {
   return __builtin_convertvector(h, Vector<uint32_t, sizeof(H) / 2>);
 }
-RST_INLINE Vector<uint16_t, 4> low_halves(UintV x) { return __builtin_convertvector(x, Vector<uint16_t, 4>); }
 template <class Scalar, class V>
 RST_INLINE void stream(Scalar* p, V v) { std::memcpy(p, &v, sizeof(v)); }
 #endif
@@ -141,55 +136,166 @@ RST_INLINE void finish_streaming() {
 #endif
 }
 
-// Nearest even, NaN kept quiet, as torch rounds float32 to bfloat16.
-RST_INLINE Vector<uint16_t, kFloatLanes> float_to_bfloat16(FloatV x) {
-  UintV bits = to_bits(x);
-  UintV rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  return low_halves(x == x ? rounded : UintV{} + 0x7fc0u);
+// Nearest even, NaN kept quiet, as torch rounds float32 to bfloat16. The result is in the upper halves; the lower ones
+// are undefined.
+RST_INLINE UintV nearest_bfloat16(FloatV x) {
+  const UintV bits = to_bits(x);
+  return x == x ? bits + 0x7fffu + ((bits >> 16) & 1u) : UintV{} + 0x7fc00000u;
 }
 
-// Storage format of T in vectors of Lanes elements: T's raw bits, and the conversion to and from arithmetic.
+// Two vectors side by side: the arithmetic of 16-bit dtypes, so that one whole vector of them is worked on at a time.
+// Which element is where is up to Convert.
+struct Twin {
+  FloatV a, b;
+};
+struct TwinBits {
+  UintV a, b;
+};
+RST_INLINE Twin operator+(Twin x, Twin y) { return {x.a + y.a, x.b + y.b}; }
+RST_INLINE Twin operator-(Twin x, Twin y) { return {x.a - y.a, x.b - y.b}; }
+RST_INLINE Twin operator*(Twin x, Twin y) { return {x.a * y.a, x.b * y.b}; }
+RST_INLINE Twin operator/(Twin x, Twin y) { return {x.a / y.a, x.b / y.b}; }
+RST_INLINE Twin fma(Twin x, Twin y, Twin z) { return {fma(x.a, y.a, z.a), fma(x.b, y.b, z.b)}; }
+RST_INLINE Twin sqrt(Twin x) { return {sqrt(x.a), sqrt(x.b)}; }
+RST_INLINE Twin abs(Twin x) { return {abs(x.a), abs(x.b)}; }
+
+template <class V>
+struct Shape {
+  using Scalar = typename std::decay<decltype(V{}[0])>::type;
+  static constexpr int kLanes = sizeof(V) / sizeof(Scalar);
+};
+template <>
+struct Shape<Twin> {
+  using Scalar = float;
+  static constexpr int kLanes = 2 * kFloatLanes;
+};
+
+// Storage format of T in vectors of Shape<V>::kLanes elements: the raw bits, and the conversion to and from arithmetic.
+// Where T is narrower than V, truncate is narrow for values that T holds exactly.
 template <class V, class T>
 struct Convert;
 template <class V>
 struct Convert<V, float> {
-  static constexpr int kLanes = sizeof(V) / sizeof(V{}[0]);
-  using Raw = Vector<float, kLanes>;
+  using Raw = Vector<float, Shape<V>::kLanes>;
   static RST_INLINE V widen(Raw raw) { return __builtin_convertvector(raw, V); }
   static RST_INLINE Raw narrow(V v) { return __builtin_convertvector(v, Raw); }
 };
 template <>
 struct Convert<DoubleV, double> {
-  static constexpr int kLanes = kDoubleLanes;
   using Raw = DoubleV;
   static RST_INLINE DoubleV widen(Raw raw) { return raw; }
   static RST_INLINE Raw narrow(DoubleV v) { return v; }
 };
-template <class V>
-struct Convert<V, BFloat16> {
-  static constexpr int kLanes = sizeof(V) / sizeof(V{}[0]);
-  using Raw = Vector<uint16_t, kLanes>;
-  static RST_INLINE V widen(Raw raw) {
-    auto bits = zero_extend(raw) << 16;
-    return __builtin_convertvector(reinterpret<Vector<float, kLanes>>(bits), V);
+template <>
+struct Convert<DoubleV, BFloat16> {
+  using Raw = Vector<uint16_t, kDoubleLanes>;
+  static RST_INLINE DoubleV widen(Raw raw) {
+    return __builtin_convertvector(reinterpret<Vector<float, kDoubleLanes>>(zero_extend(raw) << 16), DoubleV);
   }
-  static RST_INLINE Raw narrow(FloatV v) { return float_to_bfloat16(v); }
-  // For a v that is a bfloat16 already.
-  static RST_INLINE Raw truncate(FloatV v) { return low_halves(to_bits(v) >> 16); }
 };
-template <class V>
-struct Convert<V, Half> {
-  static constexpr int kLanes = sizeof(V) / sizeof(V{}[0]);
-  using Raw = Vector<uint16_t, kLanes>;
-  static RST_INLINE V widen(Raw raw) { return __builtin_convertvector(half_to_float(raw), V); }
-  static RST_INLINE Raw narrow(FloatV v) { return float_to_half(v); }
-  static RST_INLINE Raw truncate(FloatV v) { return float_to_half(v); }
+template <>
+struct Convert<DoubleV, Half> {
+  using Raw = Vector<uint16_t, kDoubleLanes>;
+  static RST_INLINE DoubleV widen(Raw raw) { return __builtin_convertvector(half_to_float(raw), DoubleV); }
+};
+
+// bfloat16 in a Twin: elements of even index in a, of odd index in b, which takes no shuffle.
+template <>
+struct Convert<Twin, BFloat16> {
+  using Raw = Vector<uint16_t, 2 * kFloatLanes>;
+  static RST_INLINE Twin widen(Raw raw) {
+    const UintV bits = reinterpret<UintV>(raw);
+    return {from_bits(bits << 16), from_bits(bits & 0xffff0000u)};
+  }
+  static RST_INLINE Raw join(UintV even, UintV odd) { return reinterpret<Raw>((even >> 16) | (odd & 0xffff0000u)); }
+  static RST_INLINE Raw narrow(Twin v) { return join(nearest_bfloat16(v.a), nearest_bfloat16(v.b)); }
+  static RST_INLINE Raw truncate(Twin v) { return join(to_bits(v.a), to_bits(v.b)); }
+};
+// float16 in a Twin: the first elements in a, the rest in b.
+struct HalfPair {
+  Vector<uint16_t, kFloatLanes> first, second;
+};
+RST_INLINE void stream(uint16_t* p, HalfPair v) {
+  stream(p, v.first);
+  stream(p + kFloatLanes, v.second);
+}
+template <>
+struct Convert<Twin, Half> {
+  using Raw = HalfPair;
+  static RST_INLINE Twin widen(Raw raw) { return {half_to_float(raw.first), half_to_float(raw.second)}; }
+  static RST_INLINE Raw narrow(Twin v) { return {float_to_half(v.a), float_to_half(v.b)}; }
+  static RST_INLINE Raw truncate(Twin v) { return narrow(v); }
+};
+
+// fp32 state beside T in a Twin: in the order that Convert<Twin, T> has.
+template <class T>
+struct Beside;
+template <>
+struct Beside<Half> {
+  static RST_INLINE Twin arrange(Twin v) { return v; }
+  static RST_INLINE Twin restore(Twin v) { return v; }
+  static RST_INLINE TwinBits positions() {
+    TwinBits p;
+    for (int k = 0; k < kFloatLanes; ++k) {
+      p.a[k] = static_cast<uint32_t>(k);
+      p.b[k] = static_cast<uint32_t>(k + kFloatLanes);
+    }
+    return p;
+  }
+};
+template <>
+struct Beside<BFloat16> {
+#if RST_SIMD_LEVEL == 2
+  static RST_INLINE Twin arrange(Twin v) {
+    return {__builtin_shufflevector(v.a, v.b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30),
+            __builtin_shufflevector(v.a, v.b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31)};
+  }
+  static RST_INLINE Twin restore(Twin v) {
+    return {__builtin_shufflevector(v.a, v.b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23),
+            __builtin_shufflevector(v.a, v.b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)};
+  }
+#elif RST_SIMD_LEVEL == 1
+  static RST_INLINE Twin arrange(Twin v) {
+    return {__builtin_shufflevector(v.a, v.b, 0, 2, 4, 6, 8, 10, 12, 14),
+            __builtin_shufflevector(v.a, v.b, 1, 3, 5, 7, 9, 11, 13, 15)};
+  }
+  static RST_INLINE Twin restore(Twin v) {
+    return {__builtin_shufflevector(v.a, v.b, 0, 8, 1, 9, 2, 10, 3, 11),
+            __builtin_shufflevector(v.a, v.b, 4, 12, 5, 13, 6, 14, 7, 15)};
+  }
+#else
+  static RST_INLINE Twin arrange(Twin v) {
+    return {__builtin_shufflevector(v.a, v.b, 0, 2, 4, 6), __builtin_shufflevector(v.a, v.b, 1, 3, 5, 7)};
+  }
+  static RST_INLINE Twin restore(Twin v) {
+    return {__builtin_shufflevector(v.a, v.b, 0, 4, 1, 5), __builtin_shufflevector(v.a, v.b, 2, 6, 3, 7)};
+  }
+#endif
+  static RST_INLINE TwinBits positions() {
+    TwinBits p;
+    for (int k = 0; k < kFloatLanes; ++k) {
+      p.a[k] = static_cast<uint32_t>(2 * k);
+      p.b[k] = static_cast<uint32_t>(2 * k + 1);
+    }
+    return p;
+  }
+};
+// An fp32 companion of T, as a format of its own.
+template <class T>
+struct Float32Beside {
+  float value;
+};
+template <class T>
+struct Convert<Twin, Float32Beside<T>> {
+  using Raw = Twin;
+  static RST_INLINE Twin widen(Raw raw) { return Beside<T>::arrange(raw); }
+  static RST_INLINE Raw narrow(Twin v) { return Beside<T>::restore(v); }
 };
 
 // Exchanges the two halves of every (real, imaginary) pair.
 template <class V>
 RST_INLINE V swap_pairs(V v) {
-  V r;
+  V r{};
   for (unsigned i = 0; i < sizeof(V) / sizeof(v[0]); ++i) r[i] = v[i ^ 1];
   return r;
 }
