@@ -3,6 +3,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <vector>
 
@@ -28,8 +29,9 @@ struct Job {
   Kernel (*pick)(const Tensor& tensor, const Call& call);
   unsigned reads, writes;  // bit s: stream s is read, written
   double* sums;
-  bool streaming;
-  int parts;
+  bool streaming = false;
+  int blocks = 1;
+  std::atomic<int> next{0};
 };
 
 int count_bits(unsigned bits) { return __builtin_popcount(bits); }
@@ -90,15 +92,22 @@ void run_chunk(const Job& job, int64_t index) {
   if (job.sums != nullptr) job.sums[index] = sum_of(lanes);
 }
 
-void run_part(int k, void* context) {
-  const Job& job = *static_cast<const Job*>(context);
-  const int64_t end = first_chunk(*job.table, k + 1, job.parts);
-  for (int64_t i = first_chunk(*job.table, k, job.parts); i < end; ++i) run_chunk(job, i);
+// Threads take the next block as they finish one: all work in one region of memory, which DRAM serves better than
+// regions far apart, and a thread that is held up holds up nobody. Who takes a block does not change its result.
+void run_blocks(int, void* context) {
+  Job& job = *static_cast<Job*>(context);
+  for (int b = job.next++; b < job.blocks; b = job.next++) {
+    const int64_t end = first_chunk(*job.table, b + 1, job.blocks);
+    for (int64_t i = first_chunk(*job.table, b, job.blocks); i < end; ++i) run_chunk(job, i);
+  }
 }
 
 constexpr unsigned bit(int stream) { return 1u << stream; }
 
-void run(Job job, const Threads& threads) {
+void run(const Table& table, const Call& call, Kernel (*pick)(const Tensor&, const Call&), unsigned reads, unsigned writes,
+         const Threads& threads, double* sums = nullptr) {
+  constexpr int64_t kBlockBytes = 1 << 20;  // of one stream
+  Job job{&table, &call, pick, reads, writes, sums};
   unsigned present = 0;
   for (int s = 0; s < kStreams && !job.table->tensors.empty(); ++s) {
     if (job.table->tensors.front().data[s] != nullptr) present |= 1u << s;
@@ -106,11 +115,12 @@ void run(Job job, const Threads& threads) {
   const int streams = count_bits(job.reads & present) + count_bits(job.writes & present);
   // Bypassing the cache pays only when the data would not have stayed in it for the next op.
   job.streaming = job.table->bytes.back() * streams > cache_bytes();
-  job.parts = threads.parallel == nullptr ? 1 : useful_threads(*job.table, streams, threads.count);
-  if (job.parts == 1) {
-    run_part(0, &job);
+  const int parts = threads.parallel == nullptr ? 1 : useful_threads(table, streams, threads.count);
+  if (parts == 1) {
+    run_blocks(0, &job);
   } else {
-    threads.parallel(job.parts, run_part, &job);
+    job.blocks = static_cast<int>(std::max<int64_t>(4 * parts, table.bytes.back() / kBlockBytes));
+    threads.parallel(parts, run_blocks, &job);
   }
 }
 
@@ -122,7 +132,7 @@ bool has(const Tensor& tensor, int stream) { return tensor.data[stream] != nullp
 void grad_norm(const Table& table, const Call& call, const Threads& threads, double* stats) {
   std::vector<double> sums(table.chunks.size());
   auto pick = [](const Tensor& t, const Call& c) { return kernels().grad_norm[d(t)][c.adaptive]; };
-  run({&table, &call, pick, bit(kGrad) | (call.adaptive ? bit(kParam) : 0), 0, sums.data(), false, 1}, threads);
+  run(table, call, pick, bit(kGrad) | (call.adaptive ? bit(kParam) : 0), 0, threads, sums.data());
   double total = 0;
   for (double sum : sums) total += sum;
   const double norm = std::sqrt(total);
@@ -140,19 +150,18 @@ void perturb(const Table& table, Call call, const Threads& threads, const double
   auto pick = [](const Tensor& t, const Call& c) { return kernels().perturb[d(t)][c.adaptive][has(t, kMaster)]; };
   if (stats[kInverse] == 0) {  // 0 * inf would be NaN: do not even compute e
     auto keep = [](const Tensor& t, const Call&) { return kernels().backup[d(t)]; };
-    run({&table, &call, keep, bit(kParam), bit(kBackup), nullptr, false, 1}, threads);
+    run(table, call, keep, bit(kParam), bit(kBackup), threads);
     return;
   }
-  run({&table, &call, pick, bit(kParam) | bit(kGrad) | bit(kMaster), bit(kParam) | bit(kBackup), nullptr, false, 1},
-      threads);
+  run(table, call, pick, bit(kParam) | bit(kGrad) | bit(kMaster), bit(kParam) | bit(kBackup), threads);
 }
 
 void restore(const Table& table, const Call& call, const Threads& threads) {
   auto pick = [](const Tensor& t, const Call&) { return kernels().restore[d(t)][has(t, kMaster)]; };
-  run({&table, &call, pick, bit(kBackup) | bit(kMaster), bit(kParam), nullptr, false, 1}, threads);
+  run(table, call, pick, bit(kBackup) | bit(kMaster), bit(kParam), threads);
   if (call.gammas == nullptr) return;
   auto mix = [](const Tensor& t, const Call&) { return kernels().mix[d(t)]; };
-  run({&table, &call, mix, bit(kGrad) | bit(kFirstGrad), bit(kGrad), nullptr, false, 1}, threads);
+  run(table, call, mix, bit(kGrad) | bit(kFirstGrad), bit(kGrad), threads);
 }
 
 void sgd_step(const Table& table, const Call& call, const Threads& threads) {
@@ -160,9 +169,7 @@ void sgd_step(const Table& table, const Call& call, const Threads& threads) {
     return kernels().sgd_step[d(t)][has(t, kBuffer)][has(t, kFirstGrad)][has(t, kMaster)];
   };
   const unsigned state = bit(kBuffer) | bit(kMaster);
-  run({&table, &call, pick, bit(kParam) | bit(kGrad) | bit(kBackup) | bit(kFirstGrad) | state, bit(kParam) | state,
-       nullptr, false, 1},
-      threads);
+  run(table, call, pick, bit(kParam) | bit(kGrad) | bit(kBackup) | bit(kFirstGrad) | state, bit(kParam) | state, threads);
 }
 
 void adam_step(const Table& table, const Call& call, const Threads& threads) {
@@ -170,9 +177,7 @@ void adam_step(const Table& table, const Call& call, const Threads& threads) {
     return kernels().adam_step[d(t)][has(t, kFirstGrad)][has(t, kMaster)];
   };
   const unsigned state = bit(kBuffer) | bit(kBuffer2) | bit(kMaster);
-  run({&table, &call, pick, bit(kParam) | bit(kGrad) | bit(kBackup) | bit(kFirstGrad) | state, bit(kParam) | state,
-       nullptr, false, 1},
-      threads);
+  run(table, call, pick, bit(kParam) | bit(kGrad) | bit(kBackup) | bit(kFirstGrad) | state, bit(kParam) | state, threads);
 }
 
 }  // namespace rst
