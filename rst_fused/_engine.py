@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from rst_fused import _amp
 from rst_fused._rules import Group, as_rows
 
 if TYPE_CHECKING:
@@ -225,7 +226,7 @@ def update(opt: RST) -> None:
     rule, ops = opt.rule, opt.backend.ops
     perturbed, mixing = opt._run.perturbed, opt._run.mixing
     assert rule is not None
-    amp = (getattr(opt, "grad_scale", None), getattr(opt, "found_inf", None))
+    amp = _amp.scaling(opt)
     for indices in partition(opt):
         for kind in master_kinds(opt):
             c = gather(opt, indices, True, kind)

@@ -50,7 +50,7 @@ class Plans:
         held = self._plan is not None and self._plan.perturbed
         if opt._run.perturbed and not held:
             return False
-        if held and not (self._unchanged(opt, True) and self._plan.collect(True)):
+        if held and not (self._serves(opt) and self._unchanged(opt, True) and self._plan.collect(True)):
             self.hand_over(opt)
             return False
         if not held and not self._ready(opt, with_backups=False, updating=True):

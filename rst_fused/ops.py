@@ -115,8 +115,8 @@ def sgd_step_(
     """
     restore_sgd_step_(
         params, grads, None, momentum_buffers, lr=lr, momentum=momentum, dampening=dampening,
-        weight_decay=weight_decay, nesterov=nesterov, maximize=maximize, masters=masters, group_sizes=group_sizes, grad_scale=grad_scale,
-        found_inf=found_inf, backend=backend,
+        weight_decay=weight_decay, nesterov=nesterov, maximize=maximize, masters=masters, group_sizes=group_sizes,
+        grad_scale=grad_scale, found_inf=found_inf, backend=backend,
     )  # fmt: skip
 
 
@@ -214,7 +214,7 @@ def _check(
     has_masters = any((masters or {}).values())
     for i, p in enumerate(lead):
         if p.layout != torch.strided or p.dtype not in _DTYPES:
-            raise ValueError(f"{lead_name}[{i}] is {p.layout} of {p.dtype}: expected a dense tensor of one of {_DTYPES}")
+            raise ValueError(f"{lead_name}[{i}] is {p.layout} of {p.dtype}: expected a dense tensor of {_DTYPES}")
         if has_masters and p.dtype not in (torch.bfloat16, torch.float16):
             raise ValueError(f"masters given, but {lead_name}[{i}] is {p.dtype}: masters go with bfloat16 and float16")
     wide = [(name, tensors, has_masters) for name, tensors in (state or {}).items()]

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from rst_fused import _engine, _saving
+from rst_fused import _amp, _engine, _saving
 from rst_fused._backends import Backend, backend_for
 from rst_fused._checks import as_integer
 from rst_fused._plan import Plans
@@ -32,11 +32,12 @@ def _with_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(step)
     def lean(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
         listeners = (
-            self._optimizer_step_pre_hooks
+            torch.compiler.is_compiling()  # which cannot ask for the profiler, and traces torch's wrapper
+            or self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks
             or _global_optimizer_pre_hooks
             or _global_optimizer_post_hooks
-            or torch.autograd._profiler_enabled()
+            or torch.autograd.profiler._is_profiler_enabled
         )
         return (hooked if listeners else step)(self, *args, **kwargs)
 
@@ -80,6 +81,8 @@ class RST(Optimizer):
     Memory, in bytes per fp32 parameter beside weights and gradients: a backup 4, momentum 4 (Adam 8), and for G-RST the
     first gradient 4 between the passes. Traffic: see rst_fused.ops.
     """
+
+    _step_supports_amp_scaling = True  # to torch.amp.GradScaler: see rst_fused._amp
 
     def __init__(
         self,
@@ -269,6 +272,7 @@ class RST(Optimizer):
         loss = None
         if closure is not None:
             self._refuse_while_perturbed("step(closure)")
+            _amp.check_closure(self)
             with torch.enable_grad():
                 loss = closure()
             if self.perturb():
@@ -288,13 +292,14 @@ class RST(Optimizer):
                     self._check_grads()
                 self._plans.hand_over(self)
                 _engine.restore(self, run.mixing)
-                self.base.step()
+                _amp.step_base(self)
             elif not self._plans.update(self):
                 self._check_grads()
                 _engine.update(self)
         except BaseException:
             if not torch.compiler.is_compiling():
                 self.restore()
+                _amp.forget(self)
             raise
         run.finish()
         return loss

@@ -147,15 +147,15 @@ class Sample:
         return getattr(ops, op)(**self.lists, **self.options, backend=backend)
 
     def copied(self) -> Sample:
-        """With its own storages, laid out alike; tensors that were one stay one."""
-        seen: dict[int, Tensor] = {}
+        """With its own storages, laid out alike; tensors that share memory still do."""
+        storages: dict[int, Any] = {}
 
         def copy(t: Tensor) -> Tensor:
-            if id(t) not in seen:
-                storage = t.untyped_storage().clone()
-                empty = torch.empty(0, dtype=t.dtype, device=t.device)
-                seen[id(t)] = empty.set_(storage, t.storage_offset(), t.shape, t.stride())
-            return seen[id(t)]
+            address = t.untyped_storage().data_ptr()
+            if address == 0 or address not in storages:
+                storages[address] = t.untyped_storage().clone()
+            empty = torch.empty(0, dtype=t.dtype, device=t.device)
+            return empty.set_(storages[address], t.storage_offset(), t.shape, t.stride())
 
         lists = {name: [copy(t) for t in tensors] for name, tensors in self.lists.items()}
         return Sample(lists, {k: copy(v) if isinstance(v, Tensor) else v for k, v in self.options.items()})

@@ -22,7 +22,7 @@ LAYERS = (
     ("_C", "_host", "kernels", "reference", "_draws"),
     ("_backends",),
     ("ops", "schedule"),
-    ("_rules", "_run", "batch_norm"),
+    ("_rules", "_run", "_amp", "batch_norm"),
     ("_engine",),
     ("_plan", "_saving"),
     ("optimizer",),

@@ -107,6 +107,16 @@ def test_no_direction_with_masters(dtype: torch.dtype, backend: str, device: str
 
 
 @on_backends
+@of_dtypes
+def test_rho_zero(dtype: torch.dtype, backend: str, device: str) -> None:
+    """The backup is written all the same: what follows restores from it."""
+    w, g = weights_and([[1.0] * 20], dtype, device)
+    before, kept = w[0].clone(), [torch.zeros_like(w[0])]
+    ops.perturb_(w, g, kept, ops.grad_norm(g, backend=backend), rho=0.0, backend=backend)
+    assert torch.equal(w[0], before) and op_db.same_bits(kept[0], before)
+
+
+@on_backends
 def test_stats_count_bad_norms(backend: str, device: str) -> None:
     good, bad = torch.ones(4, device=device), torch.full((4,), math.inf, device=device)
     stats = ops.grad_norm([good], backend=backend)

@@ -18,9 +18,10 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
+from cifar_folder import write_folder  # noqa: E402
+
 from rst_fused.train import config as train_config  # noqa: E402
 from rst_fused.train import data, report, runner  # noqa: E402
-from tests.cifar_folder import write_folder  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

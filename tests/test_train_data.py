@@ -12,8 +12,9 @@ from torch import nn
 np = pytest.importorskip("numpy")
 pytest.importorskip("sklearn")
 
+from cifar_folder import batch, write_folder  # noqa: E402
+
 from rst_fused.train import data  # noqa: E402
-from tests.cifar_folder import batch, write_folder  # noqa: E402
 
 
 @pytest.fixture

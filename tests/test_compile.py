@@ -1,0 +1,245 @@
+"""torch.compile: both phases as full graphs, the numbers of eager, and no new graph as lr, rho and p change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo.testing
+from oracle_optimizer import BACKENDS, bits
+from torch import nn
+from torch.optim import lr_scheduler
+
+from rst_fused import RST
+
+SIZES = (10, 300, 7)
+STEPS = 14
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torch._inductor", "ignore::DeprecationWarning")
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> Any:
+    """One compiling process: workers would outlive the tests, and the graphs are small."""
+    torch._dynamo.reset()
+    with torch._inductor.config.patch(compile_threads=1):
+        yield
+    torch._dynamo.reset()
+
+
+class Run:
+    """The same steps, eager or compiled; ``graphs`` counts what has been compiled after each step."""
+
+    def __init__(self, options: dict[str, Any], compiler: str | None, dtype: torch.dtype = torch.float32) -> None:
+        torch.manual_seed(0)
+        self.params = [nn.Parameter(torch.randn(n, dtype=dtype)) for n in SIZES]
+        self.opt = RST(self.params, **options)
+        self.noise = torch.Generator().manual_seed(1)
+        self.graphs: list[int] = []
+        self.perturb: Callable[[bool], bool] = self.opt.perturb
+        self.update: Callable[[], Any] = self.opt.step
+        self.counter = None
+        if compiler is not None:
+            self.counter = torch._dynamo.testing.CompileCounterWithBackend(compiler)
+            # functions of their own, as a method of the optimizer is compiled for all of its instances
+            self.perturb = torch.compile(lambda fire: self.opt.perturb(fire), fullgraph=True, backend=self.counter)
+            self.update = torch.compile(lambda: self.opt.step(), fullgraph=True, backend=self.counter)
+
+    def gradients(self) -> None:
+        for p in self.params:
+            p.grad = torch.randn(p.shape, generator=self.noise).to(p.dtype)
+
+    def step(self) -> None:
+        self.gradients()
+        if self.perturb(self.opt.draw()):
+            self.gradients()
+        self.update()
+        if self.counter is not None:
+            self.graphs.append(self.counter.frame_count)
+
+
+BASES: dict[str, dict[str, Any]] = {
+    "sgd": {"momentum": 0.9, "weight_decay": 0.01},
+    "adamw": {"base": "adamw"},
+}
+
+
+def lr_schedule(run: Run, how: str) -> Callable[[int], None]:
+    """What changes before each step: lr by hand or by a scheduler, as float or tensor; rho too."""
+    group = run.opt.param_groups[0]
+    if how == "by hand":
+        return lambda t: group.update(lr=0.1 * 0.9**t, rho=0.05 * 1.1**t)
+    scheduler = lr_scheduler.LambdaLR(run.opt, lambda t: 0.9**t)
+    return lambda t: scheduler.step()
+
+
+@every_backend
+@pytest.mark.parametrize("how", ["by hand", "scheduler", "scheduler, tensor lr"])
+@pytest.mark.parametrize("gamma", [1.0, "match"])
+@pytest.mark.parametrize("base", BASES)
+def test_same_bits_as_eager_and_no_graph_after_the_first_steps(base: str, gamma: Any, how: str, backend: str) -> None:
+    """One graph for each of perturb, base step and SAM step; as many again while Dynamo learns what varies."""
+    results = []
+    for compiler in (None, "aot_eager"):
+        torch._dynamo.reset()
+        lr = torch.tensor(0.1) if "tensor" in how else 0.1
+        run = Run({**BASES[base], "lr": lr, "gamma": gamma, "backend": backend}, compiler)
+        change = lr_schedule(run, how)
+        for t in range(STEPS):
+            change(t)
+            run.step()
+        assert 3 <= run.opt.sam_steps <= STEPS - 3
+        results.append((bits(run.params), run.opt.steps, run.opt.sam_steps, run.opt.last_grad_norm))
+    assert results[0] == results[1]
+    settled = run.graphs[6]
+    assert settled <= 6 and run.graphs[-1] == settled, run.graphs
+
+
+@every_backend
+@pytest.mark.parametrize("gamma", [1.0, "match"])
+@pytest.mark.parametrize("base", BASES)
+def test_inductor_gives_the_numbers_of_eager(base: str, gamma: Any, backend: str) -> None:
+    """cpu: bit for bit, as the ops are the same. reference: Inductor fuses plain torch and rounds in other places."""
+    results = []
+    for compiler in (None, "inductor"):
+        run = Run({**BASES[base], "lr": 0.1, "gamma": gamma, "backend": backend}, compiler)
+        for _ in range(5):
+            run.step()
+        results.append(run)
+    eager, compiled = results
+    assert eager.opt.sam_steps == compiled.opt.sam_steps == 2
+    if backend == "cpu":
+        assert bits(eager.params) == bits(compiled.params)
+    for p, q in zip(eager.params, compiled.params, strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=2e-6)
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="the extension is not built")
+@pytest.mark.parametrize("gamma", [1.0, 2.0])
+@pytest.mark.parametrize("base", BASES)
+def test_graphs_hold_one_op_each_and_no_copy_of_a_parameter(base: str, gamma: float) -> None:
+    """What Inductor generates: the ops on the parameters themselves, nothing that reads or writes them besides."""
+    run = Run({**BASES[base], "lr": 0.1, "gamma": gamma, "backend": "cpu"}, "inductor")
+    codes = []
+
+    def compiled(fire: bool) -> str:
+        run.gradients()
+        _, (code,) = torch._inductor.utils.run_and_get_code(run.perturb, fire) if fire else (None, [""])
+        run.gradients()
+        _, (update,) = torch._inductor.utils.run_and_get_code(run.update)
+        run.opt._run.count()
+        return code + update
+
+    codes = [compiled(False), compiled(True)]
+    wanted = [
+        [f"{base.removesuffix('w')}_step_"],
+        ["grad_norm", "perturb_", f"restore_{base.removesuffix('w')}_step_"],
+    ]
+    for code, ops in zip(codes, wanted, strict=True):
+        calls = [line.split("rst_fused.")[1].split(".")[0] for line in code.splitlines()
+                 if "torch.ops.rst_fused." in line and "(" in line]  # fmt: skip
+        assert calls == ops
+        for n in SIZES:  # a clone or a copy would need a buffer of a parameter's size
+            for line in code.splitlines():
+                assert not ("empty_strided" in line and f"({n}," in line), line
+        assert "copy_(" not in code and "clone" not in code
+    graphs = [[n.target for n in g.graph.nodes if n.op == "call_function"] for g in run.counter.graphs]
+    names = [getattr(t, "__name__", str(t)) for g in graphs for t in g]
+    assert not [n for n in names if "clone" in n or "copy" in n]
+
+
+@every_backend
+def test_several_groups_and_masters(backend: str) -> None:
+    """Groups with other flags are other calls in the same graph; masters take the place of backups."""
+    results = []
+    for compiler in (None, "aot_eager"):
+        torch._dynamo.reset()
+        run = Run({"lr": 0.1, "backend": backend, "master_weights": True}, compiler, torch.bfloat16)
+        more = [nn.Parameter(torch.ones(20)), nn.Parameter(torch.ones(5, dtype=torch.float16))]
+        run.opt.add_param_group({"params": more, "momentum": 0.9, "lr": 0.01})
+        run.params += more
+        for _ in range(8):
+            run.step()
+        results.append((bits(run.params), bits([v for p in run.params for v in run.opt.state[p].values()])))
+    assert results[0] == results[1]
+    assert run.graphs[-1] == run.graphs[5] <= 6
+
+
+@every_backend
+def test_eager_and_compiled_steps_mix_and_save(backend: str) -> None:
+    """One optimizer, compiled from the fifth step on: counters, draws and state are common to both."""
+    eager = Run({**BASES["adamw"], "lr": 0.1, "backend": backend}, None)
+    mixed = Run({**BASES["adamw"], "lr": 0.1, "backend": backend}, "aot_eager")
+    compiled = mixed.perturb, mixed.update
+    for t in range(10):
+        mixed.perturb, mixed.update = compiled if t >= 4 else (mixed.opt.perturb, mixed.opt.step)
+        for run in (eager, mixed):
+            run.step()
+        assert bits(eager.params) == bits(mixed.params)
+        assert (mixed.opt.steps, mixed.opt.sam_steps) == (eager.opt.steps, eager.opt.sam_steps)
+    assert mixed.opt.cost == eager.opt.cost and mixed.opt.last_grad_norm == eager.opt.last_grad_norm
+    state, twin = mixed.opt.state_dict(), eager.opt.state_dict()
+    assert state["param_groups"] == twin["param_groups"]
+    for key, values in twin["state"].items():
+        assert bits(list(state["state"][key].values())) == bits(list(values.values()))
+
+
+@every_backend
+def test_misuse_under_compile(backend: str) -> None:
+    run = Run({"lr": 0.1, "backend": backend}, None)
+    run.gradients()
+    with pytest.raises(Exception, match="pass fire=opt.draw"):
+        torch.compile(lambda: run.opt.perturb(), fullgraph=True, backend="eager")()
+    step = torch.compile(lambda: run.opt.step(), fullgraph=True, backend="eager")
+    run.opt.draw()
+    step()
+    with pytest.raises(Exception, match="call opt.draw.. outside the graph once per step"):
+        step()
+
+
+@every_backend
+def test_restore_after_a_compiled_perturbation(backend: str) -> None:
+    run = Run({"lr": 0.1, "rho": 0.5, "backend": backend}, "aot_eager")
+    for gamma in (1.0, 2.0):
+        run.opt.gamma = gamma
+        before = bits(run.params)
+        run.gradients()
+        run.opt.draw()
+        assert run.perturb(True) and bits(run.params) != before
+        assert all(p.grad is None for p in run.params)
+        with pytest.raises(RuntimeError, match="while the weights are perturbed"):
+            run.opt.state_dict()
+        run.opt.restore()
+        assert bits(run.params) == before
+        run.step()
+        assert bits(run.params) != before
+
+
+@every_backend
+def test_whole_step_with_a_compiled_model(backend: str) -> None:
+    """Model and optimizer compiled, against both eager: the backward is the same, so the bits are too."""
+    results = []
+    x = torch.randn(32, 8, generator=torch.Generator().manual_seed(3))
+    for compiler in (None, "aot_eager"):
+        torch.manual_seed(0)
+        torch._dynamo.reset()
+        model = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Linear(16, 1))
+        opt = RST(model.parameters(), lr=0.05, momentum=0.9, gamma=1.5, model=model, backend=backend)
+        forward: Any = model
+        perturb, update = opt.perturb, opt.step
+        if compiler:
+            forward = torch.compile(model, backend=compiler, fullgraph=True)
+            perturb = torch.compile(lambda fire, opt=opt: opt.perturb(fire), backend=compiler, fullgraph=True)
+            update = torch.compile(lambda opt=opt: opt.step(), backend=compiler, fullgraph=True)
+        for _ in range(6):
+            opt.zero_grad()
+            forward(x).square().mean().backward()
+            if perturb(opt.draw()):
+                with opt.second_pass():
+                    forward(x).square().mean().backward()
+            update()
+        results.append((bits(list(model.parameters())), int(model[1].num_batches_tracked), opt.sam_steps))
+    assert results[0] == results[1]
+    assert results[0][1] == 6 and results[0][2] > 1
