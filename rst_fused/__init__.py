@@ -4,7 +4,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 from rst_fused import ops, schedule
 from rst_fused.batch_norm import freeze_batch_norm
-from rst_fused.optimizer import RST, SAM
+from rst_fused.optimizer import RST
+from rst_fused.sam import SAM
 
 try:
     __version__ = version("rst_fused")

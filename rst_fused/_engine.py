@@ -188,6 +188,11 @@ def signed_rho(group: Group) -> Any:
     return -group["rho"] if group.get("maximize") else group["rho"]
 
 
+def traced(opt: RST, group: Group) -> list[Any]:
+    """All numbers of a group that may change from step to step."""
+    return [group["rho"], *(opt.rule.row(group, False, 1.0) if opt.rule is not None else [])]
+
+
 @torch.no_grad()
 def perturb(opt: RST) -> None:
     """grad_norm and perturb_ over all groups."""
@@ -200,7 +205,8 @@ def perturb(opt: RST) -> None:
     ops.grad_norm(opt._stats, grads, sources, opt.adaptive, opt.eta)
     first_index = 0
     for c in calls:
-        rho = as_rows([[signed_rho(group)] for group, _ in c.rows]).flatten()
+        own = [[signed_rho(group)] for group, _ in c.rows]
+        rho = as_rows(own, [traced(opt, group) for group, _ in c.rows]).flatten()
         if not torch.compiler.is_compiling():
             # An interrupt may strike between the op and the note that it ran, or (in plain torch) inside the op: with
             # backups written beforehand, restoring is right in every case.
@@ -241,7 +247,8 @@ def update(opt: RST) -> None:
                 mixed = [firsts.get(p, g) for p, g in zip(c.params, c.grads, strict=True)] if mixing else []
                 lists += [[] if c.masters else c.backups, mixed]
             buffers = [b for b in (c.buffers, c.buffers2) if b]
-            hyper = as_rows([rule.row(group, new, gamma) for group, new in c.rows])
+            rows = [rule.row(group, new, gamma) for group, new in c.rows]
+            hyper = as_rows(rows, [traced(opt, group) for group, _ in c.rows])
             rule.apply(ops, perturbed, lists, buffers, c.masters, hyper, steps, c.sizes, flags, amp)
             forget(opt, c.params)
             touched(c.params)

@@ -120,13 +120,18 @@ def rule_for(base: Any) -> SgdRule | AdamRule:
     raise ValueError(f"base={base!r}: expected 'sgd', 'adam', 'adamw' or a torch.optim.Optimizer instance")
 
 
-def as_rows(rows: list[list[Any]]) -> Tensor:
+def as_rows(rows: list[list[Any]], traced: Sequence[list[Any]] = ()) -> Tensor:
     """A float64 matrix of the given numbers.
 
     While torch.compile traces, numbers enter as a product with a tensor, so that the graph holds them as inputs: a
-    learning rate that changes each step then costs no new graph.
+    learning rate that changes each step then costs no new graph. Were a number that changes not used in a graph,
+    Dynamo would compile for each value of the others: hence ``traced``, more numbers for each row, which enter and
+    are dropped.
     """
     if not torch.compiler.is_compiling() and not any(isinstance(x, Tensor) for row in rows for x in row):
         return torch.tensor(rows, dtype=torch.float64)
     one = torch.ones((), dtype=torch.float64)
-    return torch.stack([torch.stack([one * x for x in row]) for row in rows])
+    if not torch.compiler.is_compiling() or not traced:
+        return torch.stack([torch.stack([one * x for x in row]) for row in rows])
+    wide = [torch.stack([one * x for x in (*row, *more)]) for row, more in zip(rows, traced, strict=True)]
+    return torch.stack(wide)[:, : len(rows[0])].contiguous()

@@ -23,6 +23,7 @@ class Run:
     drawn_at: int = -1  # the step for which drawn and gamma hold
     drawn: bool = False
     gamma: float = 1.0
+    mixes: bool = False  # gamma != 1, found outside of a compiled perturb, which must not depend on gamma itself
 
     def count(self) -> None:
         """Adds the finished step to the counters. A compiled step only sets flags: a count would be one graph more."""

@@ -1,8 +1,7 @@
-"""RST, G-RST and SAM as torch optimizers: a thin layer that draws, keeps state and calls the ops."""
+"""RST and G-RST as a torch optimizer: a thin layer that draws, keeps state and calls the ops."""
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -11,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from rst_fused import _amp, _engine, _saving
 from rst_fused._backends import Backend, backend_for
 from rst_fused._checks import as_integer
+from rst_fused._hooks import with_hooks
 from rst_fused._plan import Plans
 from rst_fused._rules import Group, check_number, rule_for
 from rst_fused._run import Run
@@ -23,26 +22,6 @@ from rst_fused.batch_norm import freeze_batch_norm
 from rst_fused.schedule import as_schedule, draw, match
 
 _TRANSIENT = ("_backups", "_perturbed", "_plans")
-
-
-def _with_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
-    """torch's wrapper of step (hooks, profiler range), entered only when somebody listens: it costs 10 us a call."""
-    hooked = Optimizer.profile_hook_step(step)
-
-    @functools.wraps(step)
-    def lean(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
-        listeners = (
-            torch.compiler.is_compiling()  # which cannot ask for the profiler, and traces torch's wrapper
-            or self._optimizer_step_pre_hooks
-            or self._optimizer_step_post_hooks
-            or _global_optimizer_pre_hooks
-            or _global_optimizer_post_hooks
-            or torch.autograd.profiler._is_profiler_enabled
-        )
-        return (hooked if listeners else step)(self, *args, **kwargs)
-
-    lean.hooked = True  # type: ignore[attr-defined]  # torch wraps every step that does not say so
-    return lean
 
 
 class RST(Optimizer):
@@ -225,6 +204,7 @@ class RST(Optimizer):
             gamma = self.gamma(t) if callable(self.gamma) else self.gamma
             check_number(f"gamma({t})", gamma, 0)
             run.gamma = float(gamma)
+            run.mixes = run.gamma != 1.0
             if self._rounds:
                 self._rng[1] = t
             run.drawn_at = t
@@ -248,7 +228,7 @@ class RST(Optimizer):
         if not fire:
             return False
         self._run.perturbed = True
-        self._run.mixing = self._run.gamma != 1.0
+        self._run.mixing = self._run.mixes
         if torch.compiler.is_compiling():
             _engine.perturb(self)
             return True
@@ -261,7 +241,7 @@ class RST(Optimizer):
             raise
         return True
 
-    @_with_hooks
+    @with_hooks
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Restores the weights if they are perturbed, and applies the base optimizer to them, in one pass.
 
@@ -417,32 +397,3 @@ class RST(Optimizer):
             f"({self.requested_backend}: {self.backend.reason}), steps={self.steps}, cost={self.cost:.3f})\n"
             + super().__repr__()
         )
-
-
-class SAM(RST):
-    """Sharpness-Aware Minimization (Foret et al. 2021): RST with p = 1, a SAM step every step.
-
-    Takes the arguments of RST except schedule and gamma, and offers first_step / second_step beside step(closure) and
-    perturb / step. ``base`` may also be an optimizer class, whose arguments are then the keyword arguments.
-    """
-
-    def __init__(self, params: Iterable[Any] | None = None, base: Any = "sgd", **kwargs: Any) -> None:
-        if isinstance(base, type) and issubclass(base, Optimizer):
-            own = ("rho", "adaptive", "eta", "seed", "backend", "model", "stochastic_rounding")
-            chosen = {name: kwargs.pop(name) for name in own if name in kwargs}
-            base, params, kwargs = base(self._given(params), **kwargs), None, chosen
-        super().__init__(params, base, schedule=1.0, **kwargs)
-
-    def first_step(self, zero_grad: bool = False) -> None:
-        """Moves the weights to w + e; gradients are consumed. ``zero_grad`` is accepted for compatibility."""
-        self.perturb()
-        if zero_grad:
-            self.zero_grad()
-
-    def second_step(self, zero_grad: bool = False) -> None:
-        """Restores the weights and applies the base optimizer with the gradients of the second pass."""
-        if not self._run.perturbed:
-            raise RuntimeError("second_step before first_step: call first_step after the first backward")
-        self.step()
-        if zero_grad:
-            self.zero_grad()

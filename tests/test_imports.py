@@ -22,10 +22,11 @@ LAYERS = (
     ("_C", "_host", "kernels", "reference", "_draws"),
     ("_backends",),
     ("ops", "schedule"),
-    ("_rules", "_run", "_amp", "batch_norm"),
+    ("_rules", "_run", "_amp", "_hooks", "batch_norm"),
     ("_engine",),
     ("_plan", "_saving"),
     ("optimizer",),
+    ("sam",),
     ("__init__",),  # the package's face: what `from rst_fused import RST` reads
     ("integrations",),
     ("info_cli", "schedule_cli"),
