@@ -18,6 +18,7 @@ struct CoreApi {
   // Tensors held by the op rst_fused::_hold, which returns their handle as an integer.
   int64_t (*held_count)(int64_t handle);
   void* (*held_address)(int64_t handle, int64_t index);
+  const int64_t* (*held_strides)(int64_t handle, int64_t index);
   void (*release)(int64_t handle);
 
   std::vector<const KernelTable*> (*runnable_kernels)();

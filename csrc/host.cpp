@@ -35,9 +35,9 @@ PYBIND11_MODULE(_host, m) {
   m.def("simd_level", [] { return std::string(core().kernels().name); });
   m.def("select_simd", [](const std::string& name) { return core().select_kernels(name.c_str()); }, py::arg("name"));
   py::class_<Plan>(m, "Plan")
-      .def(py::init<py::list, py::list, py::list, std::vector<int64_t>, py::list, py::list, py::list, py::list, int64_t>(),
+      .def(py::init<py::list, py::list, py::list, std::vector<int64_t>, py::list, py::list, py::list, py::list, py::dict, int64_t>(),
            py::arg("everything"), py::arg("active"), py::arg("idle"), py::arg("sizes"), py::arg("backups"), py::arg("buffers"),
-           py::arg("buffers2"), py::arg("masters"), py::arg("handle"))
+           py::arg("buffers2"), py::arg("masters"), py::arg("state"), py::arg("handle"))
       .def("same_parameters", &Plan::same_parameters)
       .def("collect", &Plan::collect)
       .def("perturb", &Plan::perturb)

@@ -44,8 +44,8 @@ bool Plan::read(PyObject* tensor, dlpack::Tensor& out) const {
 }
 
 Plan::Plan(py::list everything, py::list active, py::list idle, std::vector<int64_t> sizes, py::list backups, py::list buffers,
-           py::list buffers2, py::list masters, int64_t handle)
-    : everything_(everything), active_(active), idle_(idle), handle_(handle) {
+           py::list buffers2, py::list masters, py::dict state, int64_t handle)
+    : held_{handle}, everything_(everything), active_(active), idle_(idle), state_(state) {
   const size_t n = active.size();
   entries_.resize(n);
   views_.resize(n);
@@ -61,7 +61,8 @@ Plan::Plan(py::list everything, py::list active, py::list idle, std::vector<int6
     if (!read(entry.param, p)) throw py::value_error("a parameter cannot be described by DLPack");
     entry.dtype = p.dtype;
     entry.sizes.assign(p.sizes, p.sizes + p.ndim);
-    entry.strides.assign(p.strides, p.strides + p.ndim);
+    const int64_t* strides = core().held_strides(handle, static_cast<int64_t>(i));  // as torch has them, for later
+    entry.strides.assign(strides, strides + p.ndim);
     Tensor& t = table_.tensors[i];
     t.complex = p.dtype.code == 5;
     const int bits = t.complex ? p.dtype.bits / 2 : p.dtype.bits;
@@ -82,6 +83,11 @@ Plan::Plan(py::list everything, py::list active, py::list idle, std::vector<int6
       }
     }
   }
+  walk_state([&](PyObject* object) {
+    kept_.append(py::reinterpret_borrow<py::object>(object));
+    state_seen_.push_back(object);
+    return true;
+  });
   const int64_t held = core().held_count(handle);
   for (int64_t i = 0; i < held; ++i) addresses_.push_back(core().held_address(handle, i));
 }
@@ -89,7 +95,31 @@ Plan::Plan(py::list everything, py::list active, py::list idle, std::vector<int6
 Plan::~Plan() {
   drop(grads_);
   drop(first_grads_);
-  core().release(handle_);
+}
+
+void Plan::core_release(int64_t handle) { core().release(handle); }
+
+// Visits what opt.state holds without hashing a key: key, value, and for a value that is a dict its values.
+template <class Visit>
+void Plan::walk_state(Visit visit) const {
+  PyObject *key, *value, *name, *item;
+  for (Py_ssize_t at = 0; PyDict_Next(state_.ptr(), &at, &key, &value);) {
+    if (!visit(key) || !visit(value)) return;
+    if (!PyDict_Check(value)) continue;
+    for (Py_ssize_t inner = 0; PyDict_Next(value, &inner, &name, &item);) {
+      if (!visit(item)) return;
+    }
+  }
+}
+
+bool Plan::same_state() const {
+  size_t next = 0;
+  bool same = true;
+  walk_state([&](PyObject* object) {
+    same = next < state_seen_.size() && state_seen_[next++] == object;
+    return same;
+  });
+  return same && next == state_seen_.size();
 }
 
 void Plan::add(const py::list& tensors, Stream stream) {
@@ -99,8 +129,12 @@ void Plan::add(const py::list& tensors, Stream stream) {
     if (item == Py_None) continue;
     dlpack::Tensor t;
     if (!read(item, t)) throw py::value_error("a state tensor cannot be described by DLPack");
-    // DLPack's arrays live in the tensor, which kept_ keeps alive.
-    views_[i][stream] = {t.data, t.ndim, t.sizes, t.strides};
+    auto shape = std::make_unique<int64_t[]>(2 * t.ndim + 1);
+    std::copy(t.sizes, t.sizes + t.ndim, shape.get());
+    std::copy(t.strides, t.strides + t.ndim, shape.get() + t.ndim);
+    views_[i][stream] = {t.data, t.ndim, shape.get(), shape.get() + t.ndim};
+    shapes_.push_back(std::move(shape));
+    if (stream == kMaster) ++masters_;
   }
 }
 
@@ -157,9 +191,18 @@ bool Plan::same_parameters(const py::list& groups) const {
 }
 
 bool Plan::in_place(bool updating) const {
-  const size_t checked = updating ? addresses_.size() : entries_.size();
+  const int64_t handle = held_.handle;
+  for (size_t i = 0; i < entries_.size(); ++i) {
+    const std::vector<int64_t>& strides = entries_[i].strides;
+    if (!strides.empty() && std::memcmp(core().held_strides(handle, static_cast<int64_t>(i)), strides.data(),
+                                        strides.size() * sizeof(int64_t)) != 0) {
+      return false;
+    }
+  }
+  if (updating && !same_state()) return false;
+  const size_t checked = updating ? addresses_.size() : entries_.size() + masters_;
   for (size_t i = 0; i < checked; ++i) {
-    if (core().held_address(handle_, static_cast<int64_t>(i)) != addresses_[i]) return false;
+    if (core().held_address(handle, static_cast<int64_t>(i)) != addresses_[i]) return false;
   }
   return true;
 }

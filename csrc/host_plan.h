@@ -6,6 +6,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <memory>
 
 #include "core_api.h"
 #include "dlpack_abi.h"
@@ -19,9 +20,10 @@ class Plan {
   // everything: all parameters in the order of their groups. active: those with a gradient, in the order of the ops;
   // idle: those without, which must stay so. sizes: how many active ones
   // share each row of numbers. The other lists go with `active`: tensors, or None where a parameter has none.
-  // `handle` holds the tensors of active, buffers, buffers2, masters in that order, without the Nones.
+  // `handle` holds the tensors of active, masters, buffers, buffers2 in that order, without the Nones. `state` is the
+  // optimizer's state: a step must find the same tensors in it.
   Plan(py::list everything, py::list active, py::list idle, std::vector<int64_t> sizes, py::list backups, py::list buffers,
-       py::list buffers2, py::list masters, int64_t handle);
+       py::list buffers2, py::list masters, py::dict state, int64_t handle);
   ~Plan();
   Plan(const Plan&) = delete;
   Plan& operator=(const Plan&) = delete;
@@ -53,6 +55,9 @@ class Plan {
     void* grad = nullptr;
   };
   void add(const py::list& streams, Stream stream);
+  template <class Visit>
+  void walk_state(Visit visit) const;
+  bool same_state() const;
   // Whether the parameters, and for an update their state, are where they were.
   bool in_place(bool updating) const;
   bool read(PyObject* tensor, dlpack::Tensor& out) const;
@@ -62,11 +67,21 @@ class Plan {
   void begin_update(Call& call, bool maximize, bool mixing);
   void end_update();
 
+  struct Held {  // released also if the constructor throws
+    int64_t handle;
+    ~Held() { core_release(handle); }
+  };
+  static void core_release(int64_t handle);
+
+  Held held_;
   py::list everything_, active_, idle_;
-  py::list kept_;  // the lists of companions: references that keep them alive
-  int64_t handle_;
+  py::dict state_;
+  py::list kept_;  // references that keep companions and state alive
+  std::vector<PyObject*> state_seen_;    // keys and values of the optimizer's state, and the values of each value
   std::vector<Entry> entries_;
+  size_t masters_ = 0;                   // how many tensors after the parameters the handle holds first
   std::vector<void*> addresses_;         // of everything the handle holds
+  std::vector<std::unique_ptr<int64_t[]>> shapes_;  // copies: a tensor may free its own when it is resized
   std::vector<PyObject*> grads_;         // references, from collect until they are used
   std::vector<PyObject*> first_grads_;   // references, from a perturb that keeps them until the update
   std::vector<std::array<View, kStreams>> views_;

@@ -25,6 +25,7 @@ CoreApi make_api() {
   api.adam_step = [](const Table& t, const Call& c) { adam_step(t, c, torch_threads()); };
   api.held_count = [](int64_t handle) { return static_cast<int64_t>(held(handle).size()); };
   api.held_address = [](int64_t handle, int64_t index) { return held(handle)[index].data_ptr(); };
+  api.held_strides = [](int64_t handle, int64_t index) { return held(handle)[index].strides().data(); };
   api.release = [](int64_t handle) { delete &held(handle); };
   api.runnable_kernels = &runnable_kernels;
   api.select_kernels = &select_kernels;

@@ -77,6 +77,13 @@ Table make_table(const char* op, const TensorList& lead, const std::vector<Compa
     View views[kStreams];
     for (const Companion& c : companions) {
       if (c.list.empty()) continue;
+      if (c.stream == kParam && sixteen_bit && c.list[i].scalar_type() == ScalarType::Float) {
+        // grad_norm of gradients whose weights are fp32 masters
+        check_like(op, c.name, i, c.list[i], lead[i], ScalarType::Float);
+        tensor.state_dtype = DType::Float;
+        views[kMaster] = view_of(c.list[i]);
+        continue;
+      }
       const bool state = c.stream == kMaster || c.stream == kBuffer || c.stream == kBuffer2;
       check_like(op, c.name, i, c.list[i], lead[i], masters && state ? ScalarType::Float : dtype);
       views[c.stream] = view_of(c.list[i]);

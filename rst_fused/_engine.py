@@ -56,18 +56,18 @@ def init_state(opt: RST, group: Group, p: Tensor, updating: bool) -> None:
         state["step"] = torch.zeros((), dtype=torch.float32)
 
 
-def share_steps(opt: RST, group: Group) -> None:
-    """Lets parameters at the same step count share one counter tensor, and gives those left behind their own."""
-    shared: dict[float, Tensor] = {}
-    active = {id(opt.state[p]["step"]) for p in group["params"] if p.grad is not None and "step" in opt.state[p]}
+def share_steps(opt: RST, group: Group, masters_only: bool) -> None:
+    """Lets the parameters of one call that are at the same step count share one counter tensor, and no others."""
+    mine = [p for p in group["params"] if p.grad is not None and has_master(opt, p) == masters_only]
+    taken = {id(opt.state[p]["step"]) for p in mine}
+    members = {id(p) for p in mine}
     for p in group["params"]:
-        step = opt.state[p].get("step") if p in opt.state else None
-        if step is None:
-            continue
-        if p.grad is None:
-            if id(step) in active:
-                opt.state[p]["step"] = step.clone()
-        elif len(active) > 1:
+        if id(p) not in members and p in opt.state and id(opt.state[p].get("step")) in taken:
+            opt.state[p]["step"] = opt.state[p]["step"].clone()
+    if len(taken) > 1:
+        shared: dict[float, Tensor] = {}
+        for p in mine:
+            step = opt.state[p]["step"]
             opt.state[p]["step"] = shared.setdefault(float(step), step)
 
 
@@ -100,7 +100,7 @@ def init_group(
             is_fresh[p] = rule.splits_fresh(group) and names[0] not in opt.state[p]
             init_state(opt, group, p, updating)
     if rule is not None and rule.name != "sgd":  # in both phases: it decides the order of the parameters
-        share_steps(opt, group)
+        share_steps(opt, group, masters_only)
     for p in active:
         step = opt.state[p].get("step") if rule is not None else None
         rows.setdefault((id(step), is_fresh.get(p, False)), []).append(p)
@@ -202,6 +202,8 @@ def perturb(opt: RST) -> None:
     calls = [c for c in calls if c.params]
     grads = [g for c in calls for g in c.grads]
     sources = [p for c in calls for p in (c.masters or c.params)] if opt.adaptive else []
+    if not torch.compiler.is_compiling():
+        opt._rng[1] = opt._run.steps
     ops.grad_norm(opt._stats, grads, sources, opt.adaptive, opt.eta)
     first_index = 0
     for c in calls:
@@ -250,10 +252,23 @@ def update(opt: RST) -> None:
             rows = [rule.row(group, new, gamma) for group, new in c.rows]
             hyper = as_rows(rows, [traced(opt, group) for group, _ in c.rows])
             rule.apply(ops, perturbed, lists, buffers, c.masters, hyper, steps, c.sizes, flags, amp)
+            if amp[1] is not None and any(new for _, new in c.rows) and bool((amp[1] != 0).any()):
+                stay_fresh(opt, c)
             forget(opt, c.params)
             touched(c.params)
     if perturbed:
         restore(opt)
+
+
+def stay_fresh(opt: RST, c: Lists) -> None:
+    """After a step that AMP skipped: buffers made for it go, for the first real step starts them undampened."""
+    assert opt.rule is not None
+    first = 0
+    for size, (_, new) in zip(c.sizes, c.rows, strict=True):
+        for p in c.params[first : first + size] if new else []:
+            for name in opt.rule.buffers:
+                opt.state[p].pop(name, None)
+        first += size
 
 
 def advanced(steps: list[Tensor], found_inf: Tensor | None) -> Tensor | None:

@@ -47,13 +47,9 @@ class Plans:
         """Restore, mixing and base step; False if the plan path does not serve this case."""
         rule, mixing = opt.rule, opt._run.mixing
         assert rule is not None
-        held = self._plan is not None and self._plan.perturbed
-        if opt._run.perturbed and not held:
-            return False
-        if held and not (self._serves(opt) and self._unchanged(opt, True) and self._plan.collect(True)):
+        if not self._ready_to_update(opt):
             self.hand_over(opt)
-            return False
-        if not held and not self._ready(opt, with_backups=False, updating=True):
+            self._plan = None  # the engine may deal out step counters anew
             return False
         _engine.touched(self._lists.params)
         gamma = opt._run.gamma if mixing else 1.0
@@ -81,11 +77,16 @@ class Plans:
         """Passes a step under way to _engine: which weights are perturbed, and the first gradients."""
         if self._plan is None or not self._plan.perturbed:
             return
+        # First the note, then the plan lets go: an interrupt in between restores twice, which is harmless.
+        opt._perturbed.update(dict.fromkeys(self._lists.params, True))
         first_grads = self._plan.hand_over()
-        for i, p in enumerate(self._lists.params):
-            opt._perturbed[p] = True
-            if first_grads:
-                opt._run.first_grads[p] = first_grads[i]
+        if first_grads:
+            opt._run.first_grads.update(zip(self._lists.params, first_grads, strict=True))
+
+    def _ready_to_update(self, opt: RST) -> bool:
+        if self._plan is not None and self._plan.perturbed:
+            return self._serves(opt) and self._unchanged(opt, True) and bool(self._plan.collect(True))
+        return not opt._run.perturbed and self._ready(opt, with_backups=False, updating=True)
 
     def _ready(self, opt: RST, with_backups: bool, updating: bool) -> bool:
         """Whether there is a plan that fits the gradients of now; makes one if need be."""
@@ -128,6 +129,8 @@ class Plans:
         params = [p for group in opt.param_groups for p in group["params"]]
         if len(_engine.partition(opt)) != 1 or any(type(p) not in _PLAIN_TENSORS for p in params):
             return
+        if any(p.is_complex() for p in params):
+            return  # DLPack does not tell a gradient that is a conjugate view
         if opt.rule is not None and any(opt.rule.splits_fresh(group) for group in opt.param_groups):
             return
         lists = _engine.Lists()
@@ -146,10 +149,11 @@ class Plans:
         if not all(_fits(p, *companions) for p, *companions in zip(lists.params, *columns, strict=True)):
             return  # the ops say what is wrong; a plan trusts what it is made of
         # Backups are this optimizer's alone: nobody else can move them.
-        held = [t for column in (lists.params, *columns[1:]) for t in column if t is not None]
+        held = [t for column in (lists.params, masters, *columns[1:3]) for t in column if t is not None]
         handle = getattr(torch.ops, NAMESPACE)._hold(held)
         idle = [p for p in params if p.grad is None]
-        self._plan = host().Plan(params, lists.params, idle, lists.sizes, *columns, handle)
+        state = {} if opt.rule is None else opt.state  # that of an optimizer instance is its own affair
+        self._plan = host().Plan(params, lists.params, idle, lists.sizes, *columns, state, handle)
         lists.grads, lists.backups = [], []  # a kept gradient would be memory that zero_grad cannot free
         self._lists = lists
         self._key = self._structure(opt, with_backups)

@@ -56,6 +56,12 @@ def check(opt: RST, saved: dict[str, Any]) -> None:
     if opt.rule is None:
         return
     for i, group in enumerate(saved["param_groups"]):
+        missing = [name for name in opt.rule.defaults if name not in group]
+        if missing:
+            raise ValueError(
+                f"state_dict lacks {missing} in group {i}: expected one saved by base={opt.rule.name!r} or its twin "
+                "in torch.optim"
+            )
         if group.get("amsgrad"):
             raise ValueError(
                 f"state_dict has amsgrad=True in group {i}, which base={opt.rule.name!r} does not offer: "

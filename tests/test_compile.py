@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.optim import lr_scheduler
 from rst_fused import RST
 from rst_fused import schedule as S
 
-SIZES = (10, 300, 7)
+SIZES = (130, 300, 97)
 STEPS = 14
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torch._inductor", "ignore::DeprecationWarning")
@@ -86,7 +87,7 @@ VARYING: dict[str, tuple[str, dict[str, Any], Callable[[int], dict[str, Any]] | 
         "sgd", {"schedule": LINEAR, "gamma": "match"}, lambda t: {**changing(t), "momentum": 0.9 * 0.99**t},
     ),
     "adamw, lr, rho, p and gamma": ("adamw", {"schedule": LINEAR, "gamma": "match"}, changing),
-    "sgd, gamma now and then 1": ("sgd", {"gamma": lambda t: [1.0, 1.5, 2.0][t % 3]}, changing),
+    "sgd, gamma now and then 1": ("sgd", {"gamma": lambda t: [1.0, 1.5][t % 2]}, changing),
 }  # fmt: skip
 
 
@@ -173,9 +174,8 @@ def test_graphs_hold_one_op_each_and_no_copy_of_a_parameter(base: str, gamma: fl
         calls = [line.split("rst_fused.")[1].split(".")[0] for line in code.splitlines()
                  if "torch.ops.rst_fused." in line and "(" in line]  # fmt: skip
         assert calls == ops
-        for n in SIZES:  # a clone or a copy would need a buffer of a parameter's size
-            for line in code.splitlines():
-                assert not ("empty_strided" in line and f"({n}," in line), line
+        for line in code.splitlines():  # a clone or a copy would need a buffer of a parameter's size
+            assert not re.search(rf"empty_strided.*\(({'|'.join(map(str, SIZES))}),", line), line
         assert "copy_(" not in code and "clone" not in code
     graphs = [[n.target for n in g.graph.nodes if n.op == "call_function"] for g in run.counter.graphs]
     names = [getattr(t, "__name__", str(t)) for g in graphs for t in g]

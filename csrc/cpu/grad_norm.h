@@ -7,7 +7,7 @@ namespace rst::RST_LEVEL {
 
 // Sums in fp64 over kNormLanes fixed lanes: element i of the chunk always goes to lane i % kNormLanes, so the result
 // depends neither on the SIMD level nor on the number of threads.
-template <class T, bool Adaptive>
+template <class T, bool Adaptive, bool Master>
 void grad_norm_chunk(const ChunkCall& c) {
   constexpr int kSums = kNormLanes / kDoubleLanes;
   DoubleV sums[kSums];
@@ -18,7 +18,12 @@ void grad_norm_chunk(const ChunkCall& c) {
   auto add = [&](auto at, DoubleV sum) __attribute__((always_inline)) {
     DoubleV g = at.template load<T>(c.data[kGrad]);
     if constexpr (Adaptive) {
-      DoubleV w = at.template load<T>(c.data[kParam]);
+      DoubleV w;
+      if constexpr (Master) {
+        w = at.template load<float>(c.data[kMaster]);
+      } else {
+        w = at.template load<T>(c.data[kParam]);
+      }
       return AsamSquaredNorm<DoubleV>{}(g, scale(magnitude(w, complex)), sum);
     } else {
       return SquaredNorm<DoubleV>{}(g, sum);

@@ -16,7 +16,7 @@ struct AdamRow {
 
 // The numbers of one call that are the same for all its tensors.
 struct Call {
-  bool adaptive = false, stochastic = false, nesterov = false, maximize = false, decoupled = false;
+  bool adaptive = false, stochastic = false, nesterov = false, decoupled = false;
   double eta = 0;
   double direction = 1;             // -1 to maximize; divided by the gradient scale of AMP
   const double* scales = nullptr;   // perturb: per row, rho / (norm + eps)
@@ -26,7 +26,7 @@ struct Call {
   uint64_t seed = 0, step = 0;
 };
 
-// One chunk as its kernel sees it. data[s] points at the chunk's first scalar; kSource is where the update reads w.
+// One chunk as its kernel sees it. data[s] points at the chunk's first scalar; source is where the update reads w.
 struct ChunkCall {
   const Call* call;
   const Tensor* tensor;
@@ -42,7 +42,7 @@ using Kernel = void (*)(const ChunkCall&);
 // [dtype] first; Master: an fp32 master copy beside 16-bit parameters (null for 32- and 64-bit dtypes).
 struct KernelTable {
   const char* name;
-  Kernel grad_norm[kDTypes][2];         // [adaptive]
+  Kernel grad_norm[kDTypes][2][2];      // [adaptive][master]
   Kernel perturb[kDTypes][2][2];        // [adaptive][master]
   Kernel backup[kDTypes];
   Kernel restore[kDTypes][2];           // [master]

@@ -17,8 +17,8 @@ constexpr bool kIs16Bit = sizeof(T) == 2;
 template <class T>
 inline void fill(KernelTable& table, DType dtype) {
   const int d = static_cast<int>(dtype);
-  table.grad_norm[d][0] = grad_norm_chunk<T, false>;
-  table.grad_norm[d][1] = grad_norm_chunk<T, true>;
+  table.grad_norm[d][0][0] = grad_norm_chunk<T, false, false>;
+  table.grad_norm[d][1][0] = grad_norm_chunk<T, true, false>;
   table.perturb[d][0][0] = perturb_chunk<T, false, false>;
   table.perturb[d][1][0] = perturb_chunk<T, true, false>;
   table.backup[d] = backup_chunk<T>;
@@ -31,6 +31,8 @@ inline void fill(KernelTable& table, DType dtype) {
   table.adam_step[d][0][0] = adam_step_chunk<T, false, false>;
   table.adam_step[d][1][0] = adam_step_chunk<T, true, false>;
   if constexpr (kIs16Bit<T>) {
+    table.grad_norm[d][0][1] = grad_norm_chunk<T, false, false>;
+    table.grad_norm[d][1][1] = grad_norm_chunk<T, true, true>;
     table.perturb[d][0][1] = perturb_chunk<T, false, true>;
     table.perturb[d][1][1] = perturb_chunk<T, true, true>;
     table.restore[d][1] = restore_chunk<T, true>;

@@ -131,8 +131,8 @@ bool has(const Tensor& tensor, int stream) { return tensor.data[stream] != nullp
 
 void grad_norm(const Table& table, const Call& call, const Threads& threads, double* stats) {
   std::vector<double> sums(table.chunks.size());
-  auto pick = [](const Tensor& t, const Call& c) { return kernels().grad_norm[d(t)][c.adaptive]; };
-  run(table, call, pick, bit(kGrad) | (call.adaptive ? bit(kParam) : 0), 0, threads, sums.data());
+  auto pick = [](const Tensor& t, const Call& c) { return kernels().grad_norm[d(t)][c.adaptive][has(t, kMaster)]; };
+  run(table, call, pick, bit(kGrad) | (call.adaptive ? bit(kParam) | bit(kMaster) : 0), 0, threads, sums.data());
   double total = 0;
   for (double sum : sums) total += sum;
   const double norm = std::sqrt(total);

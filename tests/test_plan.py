@@ -1,0 +1,175 @@
+"""Launch plans of the eager CPU path: what they keep from step to step must never outlive its truth.
+
+Each test runs the same steps on the reference backend, which keeps nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from rst_fused import RST
+from rst_fused._backends import backends
+
+pytestmark = pytest.mark.skipif(
+    not next(b for b in backends() if b.name == "cpu").available, reason="the C++ extension is not built"
+)
+
+Step = Callable[[RST, list[torch.nn.Parameter], int], None]
+
+
+def parameters(*specs: tuple[tuple[int, ...], torch.dtype]) -> list[torch.nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape, dtype in specs]
+
+
+def give_grads(params: list[torch.nn.Parameter], seed: int, missing: tuple[int, ...] = ()) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for i, p in enumerate(params):
+        grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+        p.grad = None if i in missing else grad
+
+
+def both(specs: list[tuple[tuple[int, ...], torch.dtype]], step: Step, steps: int, **options: object) -> None:
+    """Takes the steps on both backends and compares all weights and Adam counters after each."""
+    ours, theirs = parameters(*specs), parameters(*specs)
+    cpu, reference = (
+        RST(params, backend=name, **options)  # type: ignore[arg-type]
+        for params, name in ((ours, "cpu"), (theirs, "reference"))
+    )
+    for t in range(steps):
+        step(cpu, ours, t)
+        step(reference, theirs, t)
+        for p, q in zip(ours, theirs, strict=True):
+            # One rounding of the 16-bit dtype where fp32 results straddle a boundary; fp32 to its last bits.
+            tolerance = 2.0**-7 if p.element_size() == 2 else 1e-5
+            torch.testing.assert_close(p, q, rtol=tolerance, atol=tolerance)
+            if "step" in cpu.state.get(p, {}):
+                assert cpu.state[p]["step"] == reference.state[q]["step"]
+
+
+F32, BF16 = torch.float32, torch.bfloat16
+
+
+def test_adam_counts_once_beside_master_weights() -> None:
+    def step(opt: RST, params: list[torch.nn.Parameter], t: int) -> None:
+        give_grads(params, t)
+        opt.step()
+        assert all(opt.state[p]["step"] == t + 1 for p in params)
+
+    both([((5,), F32), ((6,), BF16)], step, 3, base="adam", lr=0.1, master_weights=True)
+
+
+def test_adam_counters_after_a_gradient_went_missing_in_the_second_pass() -> None:
+    def step(opt: RST, params: list[torch.nn.Parameter], t: int) -> None:
+        give_grads(params, 2 * t)
+        if opt.perturb(t == 1):
+            give_grads(params, 2 * t + 1, missing=(1,))
+        opt.step()
+
+    both([((5,), F32), ((6,), F32)], step, 5, base="adamw", lr=0.1)
+
+
+def test_conjugate_gradients() -> None:
+    p = torch.nn.Parameter(torch.zeros(2, dtype=torch.complex64))
+    opt = RST([p], lr=1.0, backend="cpu")
+    for _ in range(2):
+        p.grad = torch.tensor([1 + 2j, 3 - 1j]).conj()
+        opt.step()
+    assert torch.equal(p.detach(), torch.tensor([-2 + 4j, -6 - 2j]))
+
+
+def test_state_that_was_replaced() -> None:
+    def step(opt: RST, params: list[torch.nn.Parameter], t: int) -> None:
+        give_grads(params, t)
+        opt.step()
+        if t == 1:
+            opt.state[params[0]]["momentum_buffer"] = torch.zeros(5)
+        if t == 2:
+            opt.state[params[1]] = {}
+        if t == 3:
+            opt.state.clear()
+
+    both([((5,), F32), ((6,), F32)], step, 6, lr=0.1, momentum=0.9)
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["one call", "two calls"])
+def test_asam_takes_its_norm_from_the_masters(split: bool) -> None:
+    params = parameters(((5,), BF16), ((6,), BF16))
+    groups = [{"params": [p], "nesterov": split and i == 1} for i, p in enumerate(params)]
+    opt = RST(groups, lr=0.1, momentum=0.9, adaptive=True, master_weights=True, schedule=1.0, backend="cpu")
+    give_grads(params, 0)
+    opt.step()  # masters now differ from the rounded parameters
+    masters = [opt.state[p]["master"].double() for p in params]
+    give_grads(params, 1)
+    expected = sum(((m.abs() * p.grad.double()) ** 2).sum() for m, p in zip(masters, params, strict=True)).sqrt()  # type: ignore[union-attr]
+    assert opt.perturb()
+    assert opt.last_grad_norm == pytest.approx(float(expected), rel=1e-12)
+    opt.restore()
+
+
+def test_master_that_moved() -> None:
+    def step(opt: RST, params: list[torch.nn.Parameter], t: int) -> None:
+        give_grads(params, 2 * t)
+        if t == 2:
+            master = opt.state[params[0]]["master"]
+            master.data = master.data.clone() * 2
+        if opt.perturb(True):
+            give_grads(params, 2 * t + 1)
+        opt.step()
+
+    both([((50,), BF16)], step, 4, lr=0.1, momentum=0.9, master_weights=True)
+
+
+def test_parameter_transposed_in_place() -> None:
+    def step(opt: RST, params: list[torch.nn.Parameter], t: int) -> None:
+        if t == 1:
+            params[0].data = params[0].data.t()
+        give_grads(params, t)
+        opt.step()
+
+    both([((4, 4), F32)], step, 3, lr=0.1)
+
+
+def test_the_first_step_that_counts_is_not_dampened() -> None:
+    p = torch.nn.Parameter(torch.zeros(3))
+    opt = RST([p], lr=1.0, momentum=0.9, dampening=0.5, backend="cpu")
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(torch.zeros(()))
+    p.grad = torch.full((3,), float("inf"))
+    scaler.step(opt)
+    scaler.update()
+    p.grad = torch.full((3,), scaler.get_scale())
+    scaler.step(opt)
+    assert torch.equal(p.detach(), torch.full((3,), -1.0))
+
+
+def test_interrupt_while_a_plan_hands_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = parameters(((5,), F32), ((6,), F32))
+    before = [p.detach().clone() for p in params]
+    opt = RST(params, lr=0.1, backend="cpu")
+    give_grads(params, 0)
+    assert opt.perturb(True)
+    give_grads(params, 1, missing=(1,))  # the plan does not fit, so it hands over
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rst_fused._engine.update", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        opt.step()
+    assert all(torch.equal(p.detach(), w) for p, w in zip(params, before, strict=True))
+
+
+def test_a_size_one_dimension_does_not_defeat_the_plan() -> None:
+    params = parameters(((8, 3, 1, 1), F32), ((1, 5), F32))
+    opt = RST(params, lr=0.1, backend="cpu")
+    give_grads(params, 0)
+    opt.step()
+    plan = opt._plans._plan
+    assert plan is not None
+    give_grads(params, 1)
+    opt.step()
+    assert opt._plans._plan is plan
