@@ -9,13 +9,14 @@ from __future__ import annotations
 import os
 import warnings
 from dataclasses import dataclass
+from functools import wraps
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from rst_fused import reference
-from rst_fused._schemas import NAMESPACE, SCHEMAS
+from rst_fused._schemas import NAMESPACE, OPAQUE_NAMESPACE, SCHEMAS, implement
 
 _BUILD_HINT = "pip install --no-build-isolation rst_fused (needs torch and a C++17 compiler)"
 _SIMD_VARIABLE = "RST_FUSED_SIMD"
@@ -60,13 +61,31 @@ if _host is not None:
     _select_simd()
 
 
-def _compiled_ops() -> Any:
-    return SimpleNamespace(**{name: getattr(getattr(torch.ops, NAMESPACE), name).default for name in SCHEMAS})
+def _ops(namespace: str) -> Any:
+    return SimpleNamespace(**{name: getattr(getattr(torch.ops, namespace), name).default for name in SCHEMAS})
 
 
-_REFERENCE = Backend("reference", True, "plain torch", None, reference)
+def _opaque(name: str) -> Any:
+    """A function of rst_fused.reference, as an op of its own to torch.compile.
+
+    Traced into, its in-place operations would be reordered: Inductor (2.13) writes a backup after its parameter moved.
+    """
+    eager = getattr(reference, name)
+    implement(OPAQUE_NAMESPACE, name, eager)
+    op = getattr(getattr(torch.ops, OPAQUE_NAMESPACE), name).default
+
+    @wraps(eager)
+    def call(*args: Any) -> None:
+        (op if torch.compiler.is_compiling() else eager)(*args)
+
+    return call
+
+
+_REFERENCE = Backend(
+    "reference", True, "plain torch", None, SimpleNamespace(**{name: _opaque(name) for name in SCHEMAS})
+)
 _CPU = (
-    Backend("cpu", True, "compiled C++ extension", ("cpu",), _compiled_ops())
+    Backend("cpu", True, "compiled C++ extension", ("cpu",), _ops(NAMESPACE))
     if _host is not None
     else Backend("cpu", False, f"the C++ extension is not built ({_import_error}): {_BUILD_HINT}", ("cpu",), None)
 )

@@ -59,7 +59,7 @@ def init_state(opt: RST, group: Group, p: Tensor, updating: bool) -> None:
 def share_steps(opt: RST, group: Group, masters_only: bool) -> None:
     """Lets the parameters of one call that are at the same step count share one counter tensor, and no others."""
     mine = [p for p in group["params"] if p.grad is not None and has_master(opt, p) == masters_only]
-    taken = {id(opt.state[p]["step"]) for p in mine}
+    taken = {id(opt.state[p]["step"]) for p in mine if "step" in opt.state[p]}  # absent before the first step
     members = {id(p) for p in mine}
     for p in group["params"]:
         if id(p) not in members and p in opt.state and id(opt.state[p].get("step")) in taken:
@@ -67,8 +67,9 @@ def share_steps(opt: RST, group: Group, masters_only: bool) -> None:
     if len(taken) > 1:
         shared: dict[float, Tensor] = {}
         for p in mine:
-            step = opt.state[p]["step"]
-            opt.state[p]["step"] = shared.setdefault(float(step), step)
+            if "step" in opt.state[p]:
+                step = opt.state[p]["step"]
+                opt.state[p]["step"] = shared.setdefault(float(step), step)
 
 
 def backup_of(opt: RST, p: Tensor) -> Tensor:

@@ -15,6 +15,8 @@ Conventions shared by all ops
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 NAMESPACE = "rst_fused"
@@ -45,13 +47,21 @@ SCHEMAS = {
     "restore_adam_step_": _PARAMS + _RESTORE + _ADAM,
 }
 
-_library = torch.library.Library(NAMESPACE, "DEF")
+OPAQUE_NAMESPACE = "rst_fused_reference"  # the same ops in plain torch: see rst_fused._backends
+
+_libraries = {name: torch.library.Library(name, "DEF") for name in (NAMESPACE, OPAQUE_NAMESPACE)}
 
 
 def _fake(*args: object) -> None:
     """Every op returns nothing and changes no shape."""
 
 
-for _name, _schema in SCHEMAS.items():
-    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=_library)
+for _namespace, _library in _libraries.items():
+    for _name, _schema in SCHEMAS.items():
+        _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(f"{_namespace}::{_name}", _fake, lib=_library)
+
+
+def implement(namespace: str, name: str, function: Callable[..., None]) -> None:
+    """Makes a Python function the kernel of an op, on every device."""
+    _libraries[namespace].impl(name, function, "CompositeExplicitAutograd")

@@ -179,7 +179,7 @@ def perturb_(
         p = params[i]
         if not masters:
             backups[i].copy_(p)
-        source = masters[i] if masters else backups[i]  # not p: Inductor would then write the backup after p has moved
+        source = masters[i] if masters else p
         w, g = _wide(source), _wide(grads[i]).to(_wide(source).dtype)
         scale = rho[row].to(stats.device) * stats[1]
         if adaptive:

@@ -104,11 +104,8 @@ def test_replaced_parameter_is_trained_and_the_old_one_is_left_alone(p: float, b
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_replaced_state_is_used(backend: str, request: Any) -> None:
+def test_replaced_state_is_used(backend: str) -> None:
     """As torch.optim, which looks its state up at every step."""
-    if backend == "cpu":
-        reason = "a launch plan keeps the tensors of the state that it was made with"
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=False))
     results = []
     for replaced in (False, True):
         params, opt = make("sgd", backend=backend)
