@@ -135,7 +135,7 @@ def test_step_behind_a_scheduler_without_fullgraph(tensor_lr: bool, backend: str
 @every_backend
 @pytest.mark.parametrize("base, gamma", [("sgd", 1.0), ("adamw", "match")])
 def test_inductor_gives_the_numbers_of_eager(base: str, gamma: Any, backend: str) -> None:
-    """cpu: bit for bit, as the ops are the same. reference: Inductor fuses plain torch and rounds in other places."""
+    """Bit for bit, as the ops are the same: opaque to Inductor, which would reorder those of plain torch."""
     results = []
     for compiler in (None, "inductor"):
         run = Run({**BASES[base], "lr": 0.1, "gamma": gamma, "backend": backend}, compiler)
@@ -144,10 +144,7 @@ def test_inductor_gives_the_numbers_of_eager(base: str, gamma: Any, backend: str
         results.append(run)
     eager, compiled = results
     assert eager.opt.sam_steps == compiled.opt.sam_steps == 2
-    if backend == "cpu":
-        assert bits(eager.params) == bits(compiled.params)
-    for p, q in zip(eager.params, compiled.params, strict=True):
-        torch.testing.assert_close(p, q, rtol=0, atol=2e-6)
+    assert bits(eager.params) == bits(compiled.params)
 
 
 @pytest.mark.skipif("cpu" not in BACKENDS, reason="the extension is not built")

@@ -374,7 +374,8 @@ def test_launch_plan_and_generic_path_are_bit_identical(case: Any, missing: bool
                     if missing and t % 2:
                         params[t % 4].grad = None
                 opt.step()
-            assert (opt._plans._plan is not None) == planned
+            if not missing:  # the last step may have gone through the engine, which ends a plan
+                assert (opt._plans._plan is not None) == planned
         state = [v for p in params for _, v in sorted(opt.state[p].items())]
         results.append((bits(params), bits(state), opt.last_grad_norm))
     assert results[0] == results[1]
