@@ -49,7 +49,12 @@ struct At {
   RST_INLINE V load(const void* base) const {
     typename Convert<V, T>::Raw raw{};
     const T* p = static_cast<const T*>(base) + i;
-    std::memcpy(&raw, p, bytes<T>());
+    if constexpr (part != Part::Some && kInHalves<decltype(raw)>) {
+      std::memcpy(&raw.first, p, sizeof(raw.first));
+      std::memcpy(&raw.second, p + kLanes<V> / 2, sizeof(raw.second));
+    } else {
+      std::memcpy(&raw, p, bytes<T>());
+    }
     return Convert<V, T>::widen(raw);
   }
   template <class T>
@@ -85,7 +90,13 @@ struct At {
   }
   template <class T, class Raw>
   RST_INLINE void put(void* base, Raw raw) const {
-    std::memcpy(static_cast<T*>(base) + i, &raw, bytes<T>());
+    T* p = static_cast<T*>(base) + i;
+    if constexpr (part != Part::Some && kInHalves<Raw>) {
+      std::memcpy(p, &raw.first, sizeof(raw.first));
+      std::memcpy(p + kLanes<V> / 2, &raw.second, sizeof(raw.second));
+    } else {
+      std::memcpy(p, &raw, bytes<T>());
+    }
   }
   template <class T, class Raw>
   RST_INLINE void write_only(void* base, Raw raw) const {

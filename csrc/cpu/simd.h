@@ -211,10 +211,16 @@ struct Convert<Twin, BFloat16> {
   static RST_INLINE Raw narrow(Twin v) { return join(nearest_bfloat16(v.a), nearest_bfloat16(v.b)); }
   static RST_INLINE Raw truncate(Twin v) { return join(to_bits(v.a), to_bits(v.b)); }
 };
-// float16 in a Twin: the first elements in a, the rest in b.
+// float16 in a Twin: the first elements in a, the rest in b. Formats in two vectors are read and written in halves:
+// as one block, the compiler would send them through the stack.
 struct HalfPair {
   Vector<uint16_t, kFloatLanes> first, second;
 };
+struct FloatPair {
+  FloatV first, second;
+};
+template <class Raw>
+constexpr bool kInHalves = std::is_same<Raw, HalfPair>::value || std::is_same<Raw, FloatPair>::value;
 RST_INLINE void stream(uint16_t* p, HalfPair v) {
   stream(p, v.first);
   stream(p + kFloatLanes, v.second);
@@ -287,9 +293,12 @@ struct Float32Beside {
 };
 template <class T>
 struct Convert<Twin, Float32Beside<T>> {
-  using Raw = Twin;
-  static RST_INLINE Twin widen(Raw raw) { return Beside<T>::arrange(raw); }
-  static RST_INLINE Raw narrow(Twin v) { return Beside<T>::restore(v); }
+  using Raw = FloatPair;
+  static RST_INLINE Twin widen(Raw raw) { return Beside<T>::arrange({raw.first, raw.second}); }
+  static RST_INLINE Raw narrow(Twin v) {
+    const Twin ordered = Beside<T>::restore(v);
+    return {ordered.a, ordered.b};
+  }
 };
 
 // Exchanges the two halves of every (real, imaginary) pair.
