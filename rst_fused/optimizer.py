@@ -50,8 +50,8 @@ class RST(Optimizer):
         seed: of the draws and of stochastic rounding, 0 <= seed < 2^63.
         backend: "auto", "cpu" or "reference" (see rst_fused._backends).
         model: its BatchNorm statistics are left alone by the second pass of step(closure) and within second_pass().
-        master_weights: keep fp32 copies of bfloat16/float16 parameters in the state and update those; buffers are fp32
-            too, and no backup is needed.
+        master_weights: keep fp32 copies of bfloat16/float16 parameters in the state and update those, with fp32 buffers
+            and no backup. The next step overwrites what others write into such parameters.
         stochastic_rounding: round w + e stochastically where w is bfloat16/float16: e is smaller than their spacing,
             and rounding to nearest would drop most of it.
 
