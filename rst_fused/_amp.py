@@ -6,16 +6,13 @@ divides by grad_scale, and where found_inf is not 0 it only brings the weights b
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from rst_fused.optimizer import RST
+from rst_fused._core import Core
 
 
-def scaling(opt: RST) -> tuple[Tensor | None, Tensor | None]:
+def scaling(opt: Core) -> tuple[Tensor | None, Tensor | None]:
     """(grad_scale, found_inf) of this step, or None twice. For G-RST an overflow of the first gradients counts too."""
     grad_scale, found_inf = getattr(opt, "grad_scale", None), getattr(opt, "found_inf", None)
     if found_inf is not None:
@@ -30,11 +27,11 @@ def scaling(opt: RST) -> tuple[Tensor | None, Tensor | None]:
     return grad_scale, found_inf
 
 
-def active(opt: RST) -> bool:
+def active(opt: Core) -> bool:
     return getattr(opt, "found_inf", None) is not None
 
 
-def check_closure(opt: RST) -> None:
+def check_closure(opt: Core) -> None:
     """Raises for a closure that a scaler hands to step: it has looked for overflows in the gradients of before."""
     if active(opt):
         forget(opt)
@@ -44,13 +41,13 @@ def check_closure(opt: RST) -> None:
         )
 
 
-def forget(opt: RST) -> None:
+def forget(opt: Core) -> None:
     """After an exception, which keeps the scaler from removing its tensors itself."""
     for name in ("grad_scale", "found_inf"):
         vars(opt).pop(name, None)
 
 
-def step_base(opt: RST) -> None:
+def step_base(opt: Core) -> None:
     """A step of a base optimizer that is not fused, with unscaled gradients, or none after an overflow."""
     assert opt.base is not None
     grad_scale, found_inf = scaling(opt)

@@ -5,16 +5,14 @@ The eager CPU path in rst_fused._plan does the same with less work on the host.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rst_fused import _amp
+from rst_fused._core import Core
 from rst_fused._rules import Group, as_rows
-
-if TYPE_CHECKING:
-    from rst_fused.optimizer import RST
 
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 SUPPORTED = (torch.float32, torch.float64, *SIXTEEN_BIT, torch.complex64, torch.complex128)
@@ -37,11 +35,17 @@ def check_grad(p: Tensor, where: str) -> None:
         )
 
 
-def has_master(opt: RST, p: Tensor) -> bool:
+def check_grads(opt: Core) -> None:
+    for i, group in enumerate(opt.param_groups):
+        for j, p in enumerate(group["params"]):
+            check_grad(p, f"parameter {j} of group {i}")
+
+
+def has_master(opt: Core, p: Tensor) -> bool:
     return opt.master_weights and p.dtype in SIXTEEN_BIT
 
 
-def init_state(opt: RST, group: Group, p: Tensor, updating: bool) -> None:
+def init_state(opt: Core, group: Group, p: Tensor, updating: bool) -> None:
     """Creates what p lacks: its fp32 master and, when ``updating``, what the base optimizer keeps. Buffers are zero."""
     rule, state = opt.rule, opt.state[p]
     if has_master(opt, p) and "master" not in state:
@@ -56,7 +60,7 @@ def init_state(opt: RST, group: Group, p: Tensor, updating: bool) -> None:
         state["step"] = torch.zeros((), dtype=torch.float32)
 
 
-def share_steps(opt: RST, group: Group, masters_only: bool) -> None:
+def share_steps(opt: Core, group: Group, masters_only: bool) -> None:
     """Lets the parameters of one call that are at the same step count share one counter tensor, and no others."""
     mine = [p for p in group["params"] if p.grad is not None and has_master(opt, p) == masters_only]
     taken = {id(opt.state[p]["step"]) for p in mine if "step" in opt.state[p]}  # absent before the first step
@@ -72,7 +76,7 @@ def share_steps(opt: RST, group: Group, masters_only: bool) -> None:
                 opt.state[p]["step"] = shared.setdefault(float(step), step)
 
 
-def backup_of(opt: RST, p: Tensor) -> Tensor:
+def backup_of(opt: Core, p: Tensor) -> Tensor:
     """The tensor that keeps p's weights while they are perturbed; allocated once (anew if the model was converted)."""
     backup = opt._backups.get(p)
     stale = backup is not None and p not in opt._perturbed and (backup.dtype != p.dtype or backup.shape != p.shape)
@@ -82,7 +86,7 @@ def backup_of(opt: RST, p: Tensor) -> Tensor:
 
 
 def init_group(
-    opt: RST, group: Group, updating: bool, masters_only: bool,
+    opt: Core, group: Group, updating: bool, masters_only: bool,
     params: list[Tensor], grads: list[Tensor], backups: list[Tensor],
     buffers: list[Tensor], buffers2: list[Tensor], masters: list[Tensor],
     steps: list[Tensor], sizes: list[int], fresh: list[bool],
@@ -153,7 +157,7 @@ class Lists:
         self.rows += other.rows
 
 
-def gather(opt: RST, indices: list[int], updating: bool, masters_only: bool) -> Lists:
+def gather(opt: Core, indices: list[int], updating: bool, masters_only: bool) -> Lists:
     """The lists of the given groups: parameters with a master copy, or those without."""
     out = Lists()
     for i in indices:
@@ -170,7 +174,7 @@ def gather(opt: RST, indices: list[int], updating: bool, masters_only: bool) -> 
     return out
 
 
-def partition(opt: RST) -> list[list[int]]:
+def partition(opt: Core) -> list[list[int]]:
     """Indices of the parameter groups, those that one call can serve together."""
     if opt.rule is None:
         return [list(range(len(opt.param_groups)))]
@@ -180,7 +184,7 @@ def partition(opt: RST) -> list[list[int]]:
     return list(parts.values())
 
 
-def master_kinds(opt: RST) -> tuple[bool, ...]:
+def master_kinds(opt: Core) -> tuple[bool, ...]:
     return (False, True) if opt.master_weights else (False,)
 
 
@@ -189,13 +193,13 @@ def signed_rho(group: Group) -> Any:
     return -group["rho"] if group.get("maximize") else group["rho"]
 
 
-def traced(opt: RST, group: Group) -> list[Any]:
+def traced(opt: Core, group: Group) -> list[Any]:
     """All numbers of a group that may change from step to step."""
     return [group["rho"], *(opt.rule.row(group, False, 1.0) if opt.rule is not None else [])]
 
 
 @torch.no_grad()
-def perturb(opt: RST) -> None:
+def perturb(opt: Core) -> None:
     """grad_norm and perturb_ over all groups."""
     ops = opt.backend.ops
     everything = list(range(len(opt.param_groups)))
@@ -230,7 +234,7 @@ def perturb(opt: RST) -> None:
 
 
 @torch.no_grad()
-def update(opt: RST) -> None:
+def update(opt: Core) -> None:
     """Restore, mix and base step, in one op per set of groups that agree in all flags."""
     rule, ops = opt.rule, opt.backend.ops
     perturbed, mixing = opt._run.perturbed, opt._run.mixing
@@ -261,7 +265,7 @@ def update(opt: RST) -> None:
         restore(opt)
 
 
-def stay_fresh(opt: RST, c: Lists) -> None:
+def stay_fresh(opt: Core, c: Lists) -> None:
     """After a step that AMP skipped: buffers made for it go, for the first real step starts them undampened."""
     assert opt.rule is not None
     first = 0
@@ -285,7 +289,7 @@ def advanced(steps: list[Tensor], found_inf: Tensor | None) -> Tensor | None:
 
 
 @torch.no_grad()
-def restore(opt: RST, mixing: bool = False) -> None:
+def restore(opt: Core, mixing: bool = False) -> None:
     """Every parameter that is still perturbed goes back to its weights.
 
     With ``mixing`` (a base optimizer that is not fused) p.grad becomes (1 - gamma) g1 + gamma g2 where both exist.
@@ -310,7 +314,7 @@ def restore(opt: RST, mixing: bool = False) -> None:
             touched(params)
 
 
-def forget(opt: RST, params: list[Tensor]) -> None:
+def forget(opt: Core, params: list[Tensor]) -> None:
     """These parameters are back at their weights."""
     for p in params:
         opt._perturbed.pop(p, None)

@@ -7,17 +7,15 @@ that moved) makes a new plan; whatever a plan cannot express goes through rst_fu
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rst_fused import _engine
 from rst_fused._backends import host
+from rst_fused._core import Core
 from rst_fused._schemas import NAMESPACE
-
-if TYPE_CHECKING:
-    from rst_fused.optimizer import RST
 
 _PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
 
@@ -31,7 +29,7 @@ class Plans:
         self._groups: list[list[Tensor]] = []  # the parameters of each group, as they were when the plan was made
         self._lists = _engine.Lists()
 
-    def perturb(self, opt: RST) -> bool:
+    def perturb(self, opt: Core) -> bool:
         """Norm and perturbation; False if the plan path does not serve this case, with nothing done."""
         if not self._ready(opt, with_backups=True, updating=False):
             return False
@@ -43,7 +41,7 @@ class Plans:
         )  # fmt: skip
         return True
 
-    def update(self, opt: RST) -> bool:
+    def update(self, opt: Core) -> bool:
         """Restore, mixing and base step; False if the plan path does not serve this case."""
         rule, mixing = opt.rule, opt._run.mixing
         assert rule is not None
@@ -64,7 +62,7 @@ class Plans:
             self._plan.adam_step(rows, flags[1], flags[2], mixing)
         return True
 
-    def restore(self, opt: RST) -> None:
+    def restore(self, opt: Core) -> None:
         """Undoes a perturbation of the plan, if there is one."""
         if self._plan is None or not self._plan.perturbed:
             return
@@ -73,7 +71,7 @@ class Plans:
         else:
             self.hand_over(opt)
 
-    def hand_over(self, opt: RST) -> None:
+    def hand_over(self, opt: Core) -> None:
         """Passes a step under way to _engine: which weights are perturbed, and the first gradients."""
         if self._plan is None or not self._plan.perturbed:
             return
@@ -83,24 +81,24 @@ class Plans:
         if first_grads:
             opt._run.first_grads.update(zip(self._lists.params, first_grads, strict=True))
 
-    def _ready_to_update(self, opt: RST) -> bool:
+    def _ready_to_update(self, opt: Core) -> bool:
         if self._plan is not None and self._plan.perturbed:
             return self._serves(opt) and self._unchanged(opt, True) and bool(self._plan.collect(True))
         return not opt._run.perturbed and self._ready(opt, with_backups=False, updating=True)
 
-    def _ready(self, opt: RST, with_backups: bool, updating: bool) -> bool:
+    def _ready(self, opt: Core, with_backups: bool, updating: bool) -> bool:
         """Whether there is a plan that fits the gradients of now; makes one if need be."""
         if not self._serves(opt):
             return False
         if self._unchanged(opt, with_backups) and self._plan.collect(updating):
             return True
         self._plan = None
-        opt._check_grads()
+        _engine.check_grads(opt)
         self._build(opt, with_backups or bool(opt._backups))
         return self._plan is not None and bool(self._plan.collect(updating))
 
     @staticmethod
-    def _serves(opt: RST) -> bool:
+    def _serves(opt: Core) -> bool:
         helper = host()
         return (
             helper is not None
@@ -112,19 +110,19 @@ class Plans:
         )
 
     @staticmethod
-    def _structure(opt: RST, with_backups: bool) -> Any:
+    def _structure(opt: Core, with_backups: bool) -> Any:
         flags = () if opt.rule is None else tuple(opt.rule.flags(group) for group in opt.param_groups)
         groups = tuple(len(group["params"]) for group in opt.param_groups)
         return groups, flags, id(opt.state), len(opt.state), with_backups
 
-    def _unchanged(self, opt: RST, with_backups: bool) -> bool:
+    def _unchanged(self, opt: Core, with_backups: bool) -> bool:
         if self._plan is None:
             return False
         if self._structure(opt, with_backups or self._key[-1]) != self._key:
             return False
         return bool(self._plan.same_parameters([group["params"] for group in opt.param_groups]))
 
-    def _build(self, opt: RST, with_backups: bool) -> None:
+    def _build(self, opt: Core, with_backups: bool) -> None:
         everything = list(range(len(opt.param_groups)))
         params = [p for group in opt.param_groups for p in group["params"]]
         if len(_engine.partition(opt)) != 1 or any(type(p) not in _PLAIN_TENSORS for p in params):

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rst_fused import _engine
+from rst_fused._core import Core
 from rst_fused._run import Run
 
-if TYPE_CHECKING:
-    from rst_fused.optimizer import RST
 
-
-def completed(opt: RST, saved: dict[str, Any]) -> dict[str, Any]:
+def completed(opt: Core, saved: dict[str, Any]) -> dict[str, Any]:
     """``saved`` with the counters, which travel in the groups as torch casts what lies beside a parameter.
 
     Step counts that parameters share become one tensor each: an optimizer of torch that loads them counts each one.
@@ -32,7 +30,7 @@ def completed(opt: RST, saved: dict[str, Any]) -> dict[str, Any]:
     return saved
 
 
-def take_counters(opt: RST) -> None:
+def take_counters(opt: Core) -> None:
     """Moves the counters that were loaded out of the groups; without any, a run of torch.optim goes on, at step 0."""
     counters: dict[str, int] = {}
     for group in opt.param_groups:
@@ -43,7 +41,7 @@ def take_counters(opt: RST) -> None:
     opt._stats.copy_(torch.tensor([math.nan, 0, 0, counters.get("rst_non_finite_norms", 0)]))
 
 
-def _pairs(opt: RST, saved: dict[str, Any]) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+def _pairs(opt: Core, saved: dict[str, Any]) -> Iterator[tuple[Tensor, dict[str, Any]]]:
     """Each parameter with its saved state; torch.optim says so where their numbers differ."""
     params = [p for group in opt.param_groups for p in group["params"]]
     keys = [key for group in saved["param_groups"] for key in group["params"]]
@@ -51,7 +49,7 @@ def _pairs(opt: RST, saved: dict[str, Any]) -> Iterator[tuple[Tensor, dict[str, 
         yield p, saved["state"].get(key, {})
 
 
-def check(opt: RST, saved: dict[str, Any]) -> None:
+def check(opt: Core, saved: dict[str, Any]) -> None:
     """Raises ValueError for the state of another model, or of an option that the fused base does not have."""
     if opt.rule is None:
         return
@@ -77,7 +75,7 @@ def check(opt: RST, saved: dict[str, Any]) -> None:
                 )
 
 
-def keep_dtypes(opt: RST, saved: dict[str, Any]) -> None:
+def keep_dtypes(opt: Core, saved: dict[str, Any]) -> None:
     """Undoes what torch did to state beside a master copy, which is float32: it casts to the dtype of the parameter."""
     assert opt.rule is not None
     for p, state in _pairs(opt, saved):

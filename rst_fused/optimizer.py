@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from rst_fused import _amp, _engine, _saving
 from rst_fused._backends import Backend, backend_for
 from rst_fused._checks import as_integer
+from rst_fused._core import Core
 from rst_fused._hooks import with_hooks
 from rst_fused._plan import Plans
 from rst_fused._rules import Group, check_number, rule_for
@@ -24,7 +25,7 @@ from rst_fused.schedule import as_schedule, draw, match
 _TRANSIENT = ("_backups", "_perturbed", "_plans")
 
 
-class RST(Optimizer):
+class RST(Core):
     """Randomized Sharpness-Aware Training around SGD, Adam, AdamW or any torch optimizer.
 
     At step t a trial with probability p(t) decides between a base step and a SAM step::
@@ -234,7 +235,7 @@ class RST(Optimizer):
             return True
         try:
             if not self._plans.perturb(self):
-                self._check_grads()
+                _engine.check_grads(self)
                 _engine.perturb(self)
         except BaseException:
             self.restore()
@@ -269,12 +270,12 @@ class RST(Optimizer):
             elif self.base is not None:
                 self._adopt()
                 if run.mixing:
-                    self._check_grads()
+                    _engine.check_grads(self)
                 self._plans.hand_over(self)
                 _engine.restore(self, run.mixing)
                 _amp.step_base(self)
             elif not self._plans.update(self):
-                self._check_grads()
+                _engine.check_grads(self)
                 _engine.update(self)
         except BaseException:
             if not torch.compiler.is_compiling():
@@ -306,11 +307,6 @@ class RST(Optimizer):
     def _init_group(self, group: Group, *args: Any) -> None:
         _engine.init_group(self, group, *args)
 
-    def _check_grads(self) -> None:
-        for i, group in enumerate(self.param_groups):
-            for j, p in enumerate(group["params"]):
-                _engine.check_grad(p, f"parameter {j} of group {i}")
-
     def _refuse_while_perturbed(self, what: str) -> None:
         if self._run.perturbed:
             raise RuntimeError(
@@ -318,16 +314,6 @@ class RST(Optimizer):
             )
 
     # --- what it cost -----------------------------------------------------------------------------------------------
-    @property
-    def steps(self) -> int:
-        """Steps taken so far."""
-        return self._run.steps + self._run.finished
-
-    @property
-    def sam_steps(self) -> int:
-        """Those of them that were SAM steps."""
-        return self._run.sam_steps + (self._run.finished and self._run.was_sam)
-
     @property
     def cost(self) -> float:
         """Mean forward-backward pairs per step so far: 1 + sam_steps / steps."""
@@ -337,11 +323,6 @@ class RST(Optimizer):
     def last_grad_norm(self) -> float:
         """||g1|| (ASAM: ||T g1||) of the last SAM step, NaN before the first. Waits for the device."""
         return float(self._stats[0])
-
-    @property
-    def non_finite_norms(self) -> int:
-        """SAM steps so far whose gradient norm was not finite, so that nothing was perturbed. Waits for the device."""
-        return int(self._stats[3])
 
     # --- saving -----------------------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:

@@ -217,8 +217,8 @@ TORCH: list[tuple[str, Any, dict[str, Any]]] = [
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 @pytest.mark.parametrize("case", TORCH, ids=lambda c: f"{c[0]}-{','.join(c[2])}")
 def test_p_zero_is_torch_optim(case: tuple[str, Any, dict[str, Any]], dtype: torch.dtype, backend: str) -> None:
-    """cpu: SGD bit for bit; so are Adam's moments (unless decay brings the weights in), but torch takes square roots from
-    a library that does not always round correctly (20% are an ulp off in float32), so a last bit of w moves at times.
+    """cpu: SGD bit for bit; so are Adam's moments (unless decay brings the weights in), but torch takes square roots
+    from a library that does not always round correctly (20% are an ulp off in float32): a last bit of w moves at times.
 
     reference: plain torch has no fused multiply-add, which the C++ kernels and torch's SGD use: an ulp per step.
     """

@@ -1,0 +1,49 @@
+"""What the phases of a step know of the optimizer. rst_fused.optimizer builds on it, the phases take it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from rst_fused._backends import Backend
+from rst_fused._rules import AdamRule, Group, SgdRule
+from rst_fused._run import Run
+
+
+class Core(Optimizer):
+    """The fields that RST fills in."""
+
+    base: Optimizer | None  # the optimizer instance given as base, or
+    rule: SgdRule | AdamRule | None  # the fused one
+    backend: Backend
+    adaptive: bool
+    eta: float
+    seed: int
+    master_weights: bool
+    stochastic_rounding: bool
+    _run: Run
+    _stats: Tensor  # float64, see rst_fused._schemas
+    _rng: Tensor  # int64 [seed, step]
+    _backups: dict[Tensor, Tensor]
+    _perturbed: dict[Tensor, bool]  # what the engine has perturbed; a launch plan keeps its own note
+
+    @property
+    def steps(self) -> int:
+        """Steps taken so far."""
+        return self._run.steps + self._run.finished
+
+    @property
+    def sam_steps(self) -> int:
+        """Those of them that were SAM steps."""
+        return self._run.sam_steps + (self._run.finished and self._run.was_sam)
+
+    @property
+    def non_finite_norms(self) -> int:
+        """SAM steps so far whose gradient norm was not finite, so that nothing was perturbed. Waits for the device."""
+        return int(self._stats[3])
+
+    def _init_group(self, group: Group, *args: Any) -> None:
+        """Dynamo looks for this name; see rst_fused._engine.init_group."""
+        raise NotImplementedError
