@@ -250,24 +250,20 @@ class RST(Core):
         fires. The first loss is returned. Without a closure the gradients in p.grad are used: those of the second pass
         after a perturb() that returned True.
         """
-        loss = None
+        run = self._run
         if closure is not None:
             self._refuse_while_perturbed("step(closure)")
             _amp.check_closure(self)
-            with torch.enable_grad():
-                loss = closure()
-            if self.perturb():
-                with torch.enable_grad(), self.second_pass():
-                    closure()
-        run = self._run
-        if not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            if run.finished or closure is not None:
+                raise RuntimeError("step() under torch.compile: no closure, and call opt.draw() outside before every step")
+            _engine.update(self)
+            run.finish()
+            return None
+        try:  # around everything: an interrupt may strike anywhere
+            loss = None if closure is None else self._passes(closure)
             run.count()
-        elif run.finished:
-            raise RuntimeError("step() under torch.compile: call opt.draw() outside the graph once per step")
-        try:
-            if torch.compiler.is_compiling():
-                _engine.update(self)
-            elif self.base is not None:
+            if self.base is not None:
                 self._adopt()
                 if run.mixing:
                     _engine.check_grads(self)
@@ -277,12 +273,19 @@ class RST(Core):
             elif not self._plans.update(self):
                 _engine.check_grads(self)
                 _engine.update(self)
+            run.finish()
         except BaseException:
-            if not torch.compiler.is_compiling():
-                self.restore()
-                _amp.forget(self)
+            self.restore()
+            _amp.forget(self)
             raise
-        run.finish()
+        return loss
+
+    def _passes(self, closure: Callable[[], Any]) -> Any:
+        with torch.enable_grad():
+            loss = closure()
+        if self.perturb():
+            with torch.enable_grad(), self.second_pass():
+                closure()
         return loss
 
     @contextmanager

@@ -13,6 +13,7 @@ from torch import nn
 
 from rst_fused import RST, freeze_batch_norm
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 LAYERS: dict[str, Callable[[], nn.Module]] = {
     "BatchNorm1d": lambda: nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6)),
     "BatchNorm2d": lambda: nn.Sequential(nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6)),

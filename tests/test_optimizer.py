@@ -13,6 +13,7 @@ from torch import nn
 from rst_fused import RST, SAM
 from rst_fused._plan import Plans
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SHAPES = [(5,), (3, 4), (0,), (33,), ()]
 STEPS = 100
 METHODS: dict[str, dict[str, Any]] = {
@@ -41,14 +42,6 @@ GROUPS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 # float64: 100 steps of a dozen roundings of 1.1e-16 each, damped by the curvature. float32: as many of 6e-8, but for
 # Adam, whose quotient amplifies where a gradient happens to be small. Measured: 4e-15, 2e-6 (SGD) and 2e-5 (Adam).
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def split(params: list[Any], numbers: tuple[dict[str, Any], ...]) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from torch.optim import lr_scheduler
 from rst_fused import RST, SAM
 from rst_fused import schedule as S
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SHAPES = [(5,), (3, 4), (33,)]
 PROBLEM = Problem(SHAPES, 40)
 BASES: dict[str, dict[str, Any]] = {

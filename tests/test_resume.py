@@ -16,6 +16,7 @@ from torch import nn
 from rst_fused import RST, SAM
 from rst_fused import schedule as S
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 STEPS = 10
 PROBLEM = Problem([(5,), (3, 4), (0,), (70,)], STEPS)
 CASES: dict[str, dict[str, Any]] = {

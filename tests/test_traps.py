@@ -15,6 +15,7 @@ from torch import nn
 
 from rst_fused import RST, SAM
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 PROBLEM = Problem([(5,), (3, 4), (33,)], 20)
 

@@ -1,0 +1,103 @@
+"""Ctrl-C before any line of the package that a SAM step runs: each weight is as before the step or as after it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from oracle_optimizer import BACKENDS, Problem, bits
+from torch import nn
+
+import rst_fused
+from rst_fused import RST
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+PACKAGE = str(Path(rst_fused.__file__).parent)
+PROBLEM = Problem([(5,), (3, 4), (0,)], 3)
+CASES: dict[str, dict[str, Any]] = {
+    "sgd": {"momentum": 0.9, "lr": 0.05},
+    "adam-mixed": {"base": "adam", "gamma": 2.0},
+    "masters": {"base": "adamw", "master_weights": True, "dtype": torch.bfloat16},
+    "flags": {"momentum": 0.9, "dampening": 0.5},  # no launch plan
+    "instance": {"instance": True, "gamma": 2.0},
+}
+FORMS = [(case, "closure") for case in CASES] + [("sgd", "two phases"), ("masters", "two phases")]
+MOST = 150  # stops per run: in longer ones, where plain torch repeats its lines for each parameter, not at every line
+
+
+def started(case: str, backend: str) -> tuple[list[nn.Parameter], RST]:
+    """An optimizer after its first step."""
+    options = {"schedule": 1.0, "rho": 0.5, "backend": backend, **CASES[case]}
+    params = PROBLEM.parameters(options.pop("dtype", torch.float32))
+    if options.pop("instance", False):
+        opt = RST(base=torch.optim.SGD(params, lr=0.05, momentum=0.9), **options)
+    else:
+        opt = RST(params, **options)
+    opt.step(lambda: PROBLEM.backward(params, 0))
+    return params, opt
+
+
+class Interrupt:
+    """Raises KeyboardInterrupt before the package's ``stop``-th line; counts the lines that ran."""
+
+    def __init__(self, stop: int) -> None:
+        self.stop, self.lines = stop, 0
+
+    def __enter__(self) -> Interrupt:
+        self.before = sys.gettrace()
+        sys.settrace(self.trace)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        sys.settrace(self.before)
+
+    def trace(self, frame: Any, event: str, _: Any) -> Any:
+        if not frame.f_code.co_filename.startswith(PACKAGE):
+            return None
+        if event == "line":
+            self.lines += 1
+            if self.lines == self.stop:
+                raise KeyboardInterrupt
+        return self.trace
+
+
+def second_step(params: list[nn.Parameter], opt: RST, form: str, stop: int) -> tuple[int, bool]:
+    """How many lines ran, and whether the step came to its end."""
+    PROBLEM.backward(params, 1)
+    interrupt = Interrupt(stop)
+    try:
+        with interrupt:
+            if form == "closure":
+                opt.step(lambda: PROBLEM.backward(params, 1))
+            else:
+                opt.perturb()
+                PROBLEM.backward(params, 1)
+                opt.step()
+    except KeyboardInterrupt:
+        if form == "two phases":
+            opt.restore()  # the caller's part
+        return interrupt.lines, False
+    return interrupt.lines, True
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case, form", FORMS)
+def test_interrupt_at_every_line(case: str, form: str, backend: str) -> None:
+    params, opt = started(case, backend)
+    before = bits(params)
+    count, ended = second_step(params, opt, form, 0)
+    assert ended and count > 50
+    allowed = [set(pair) for pair in zip(before, bits(params), strict=True)]
+    for stop in range(1, count + 1, 1 + count // MOST):
+        params, opt = started(case, backend)
+        _, ended = second_step(params, opt, form, stop)
+        where = f"line {stop} of {count}"
+        assert not ended, where
+        assert all(b in pair for b, pair in zip(bits(params), allowed, strict=True)), where
+        assert not opt._run.perturbed, where
+        opt.zero_grad()
+        opt.step(lambda params=params: PROBLEM.backward(params, 2))
+        assert all(p.isfinite().all() for p in params), where
