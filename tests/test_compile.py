@@ -225,7 +225,7 @@ def test_misuse_under_compile(backend: str) -> None:
     step = torch.compile(lambda: run.opt.step(), fullgraph=True, backend="eager")
     run.opt.draw()
     step()
-    with pytest.raises(Exception, match="no closure, and call opt.draw.. outside before every step"):
+    with pytest.raises(Exception, match="no closure, and opt.draw.. outside before every step"):
         step()
 
 

@@ -165,14 +165,14 @@ def test_master_weights_against_the_oracle(
 
     The perturbed weights lie within half a spacing of the oracle's (a whole one when rounded stochastically).
     """
-    problem = Problem(SHAPES, STEPS)
+    problem = Problem(SHAPES, 40)
     params = problem.parameters(dtype)
     start = arrays(params)
     opt = RST(split(params, GROUPS[base]), base=base, seed=3, backend=backend, master_weights=True,
               stochastic_rounding=stochastic, **METHODS[method])  # fmt: skip
     oracle = Oracle(split(start, GROUPS[base]), base, seed=3, **METHODS[method])
     spacing = torch.finfo(dtype).eps
-    for t in range(STEPS):
+    for t in range(40):
         seen: list[Any] = []
 
         def closure(t: int = t, seen: list[Any] = seen) -> torch.Tensor:
