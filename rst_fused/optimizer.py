@@ -256,7 +256,7 @@ class RST(Core):
             _amp.check_closure(self)
         if torch.compiler.is_compiling():
             if run.finished or closure is not None:
-                raise RuntimeError("step() under torch.compile: no closure; call opt.draw() outside before every step")
+                raise RuntimeError("step() under torch.compile: no closure, and opt.draw() outside before every step")
             _engine.update(self)
             run.finish()
             return None
