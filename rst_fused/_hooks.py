@@ -25,7 +25,9 @@ def with_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
             or _global_optimizer_post_hooks
             or torch.autograd.profiler._is_profiler_enabled
         )
-        return (hooked if listeners else step)(self, *args, **kwargs)
+        # torch has wrapped a subclass's own step; the one it calls from there must not call the hooks again
+        outermost = type(self).step is lean
+        return (hooked if listeners and outermost else step)(self, *args, **kwargs)
 
     lean.hooked = True  # type: ignore[attr-defined]  # torch wraps every step that does not say so
     return lean

@@ -234,6 +234,20 @@ def test_hooks_fire_once_per_step(closure: bool, base: str) -> None:
     assert calls == ["pre", *(["base"] if opt.base else []), "post"] * 3
 
 
+def test_hooks_of_a_subclass_fire_once() -> None:
+    class Mine(RST):
+        def step(self, closure: Any = None) -> Any:
+            return super().step(closure)
+
+    params = PROBLEM.parameters(torch.float32)
+    opt = Mine(params, lr=0.1, schedule=1.0)
+    calls: list[str] = []
+    opt.register_step_pre_hook(lambda o, args, kwargs: calls.append("pre"))
+    opt.register_step_post_hook(lambda o, args, kwargs: calls.append("post"))
+    train(opt, params, 2)
+    assert calls == ["pre", "post"] * 2
+
+
 @every_base
 def test_state_dict_hooks(base: str) -> None:
     params, opt = make(base)
