@@ -14,6 +14,29 @@ using StableTensor = torch::stable::Tensor;
 using TensorList = std::vector<StableTensor>;
 using torch::headeronly::ScalarType;
 
+// Sets the dtype of `tensor`; false for one that no kernel serves.
+inline bool describe(ScalarType type, Tensor& tensor) {
+  tensor.complex = type == ScalarType::ComplexFloat || type == ScalarType::ComplexDouble;
+  switch (type) {
+    case ScalarType::Float:
+    case ScalarType::ComplexFloat:
+      tensor.dtype = DType::Float;
+      return true;
+    case ScalarType::Double:
+    case ScalarType::ComplexDouble:
+      tensor.dtype = DType::Double;
+      return true;
+    case ScalarType::BFloat16:
+      tensor.dtype = DType::BFloat16;
+      return true;
+    case ScalarType::Half:
+      tensor.dtype = DType::Half;
+      return true;
+    default:
+      return false;
+  }
+}
+
 inline void check_length(const char* op, const char* name, size_t given, size_t expected) {
   STD_TORCH_CHECK(given == expected, "rst_fused::", op, ": ", name, " has ", given, " entries, expected ", expected,
                   ", one per parameter");

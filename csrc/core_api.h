@@ -1,5 +1,5 @@
 // What _C (the kernels, behind torch's stable ABI) offers to _host (the Python face of the eager path): the ops of the
-// core on torch's threads, and the addresses of tensors it holds. Passed as a capsule; both are built together.
+// core on torch's threads, and tensors it holds, with their gradients. Passed as a capsule; both are built together.
 #pragma once
 
 #include "cpu/ops.h"
@@ -8,6 +8,21 @@ namespace rst {
 
 constexpr const char* kCoreCapsule = "rst_fused._C.core";
 
+struct TensorFacts {
+  void* data;
+  int32_t dtype;  // torch's number for it
+  int ndim;
+  const int64_t* sizes;  // belong to the tensor
+  const int64_t* strides;
+};
+
+// Where a held tensor is expected to lie. Strides are compared for the first ndim dimensions; 0: not at all.
+struct Place {
+  void* address;
+  int ndim;
+  const int64_t* strides;
+};
+
 struct CoreApi {
   void (*grad_norm)(const Table& table, const Call& call, double* stats);
   void (*perturb)(const Table& table, const Call& call, const double* stats, const double* rho, int rows);
@@ -15,11 +30,18 @@ struct CoreApi {
   void (*sgd_step)(const Table& table, const Call& call);
   void (*adam_step)(const Table& table, const Call& call);
 
-  // Tensors held by the op rst_fused::_hold, which returns their handle as an integer.
-  int64_t (*held_count)(int64_t handle);
-  void* (*held_address)(int64_t handle, int64_t index);
-  const int64_t* (*held_strides)(int64_t handle, int64_t index);
+  // Lists of tensors held by the op rst_fused::_hold, which returns their handle as an integer.
+  bool (*held_facts)(int64_t handle, int64_t index, TensorFacts& facts);
+  bool (*describe)(int32_t torch_dtype, Tensor& tensor);
+  bool (*in_place)(int64_t handle, int64_t count, const Place* places);  // whether the first `count` lie where expected
   void (*release)(int64_t handle);
+
+  bool (*can_read_grads)();
+  // The gradients of the first `count`; false if one is missing or not an ordinary strided tensor of the CPU.
+  bool (*read_grads)(int64_t handle, int64_t count, TensorFacts* facts);
+  bool (*has_grads)(int64_t handle, int64_t begin);      // whether any from `begin` on has one
+  int64_t (*hold_grads)(int64_t handle, int64_t count);  // a list of its own, which keeps them alive
+  void (*clear_grads)(int64_t handle, int64_t count);    // p.grad = None
 
   std::vector<const KernelTable*> (*runnable_kernels)();
   bool (*select_kernels)(const char* name);

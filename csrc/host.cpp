@@ -28,16 +28,18 @@ static std::map<std::string, std::string> build_info() {
 PYBIND11_MODULE(_host, m) {
   using namespace rst;
   m.doc() = "Launch plans of the eager CPU path, and facts about the build.";
-  m.def("connect", &connect, py::arg("core"), py::arg("exchange"), py::arg("tensor_type"));
+  m.def("connect", &connect, py::arg("core"));
   m.def("can_plan", &can_plan);
   m.def("build_info", &build_info);
   m.def("simd_levels", &simd_levels);
   m.def("simd_level", [] { return std::string(core().kernels().name); });
   m.def("select_simd", [](const std::string& name) { return core().select_kernels(name.c_str()); }, py::arg("name"));
   py::class_<Plan>(m, "Plan")
-      .def(py::init<py::list, py::list, py::list, std::vector<int64_t>, py::list, py::list, py::list, py::list, py::dict, int64_t>(),
-           py::arg("everything"), py::arg("active"), py::arg("idle"), py::arg("sizes"), py::arg("backups"), py::arg("buffers"),
-           py::arg("buffers2"), py::arg("masters"), py::arg("state"), py::arg("handle"))
+      .def(py::init<py::list, py::list, std::vector<int64_t>, int64_t, int64_t, int64_t, const Plan::Positions&,
+                    const Plan::Positions&, const Plan::Positions&, const Plan::Positions&, py::dict>(),
+           py::arg("everything"), py::arg("active"), py::arg("sizes"), py::arg("handle"), py::arg("watched"),
+           py::arg("idle"), py::arg("masters"), py::arg("buffers"), py::arg("buffers2"), py::arg("backups"),
+           py::arg("state"))
       .def("same_parameters", &Plan::same_parameters)
       .def("collect", &Plan::collect)
       .def("perturb", &Plan::perturb)

@@ -1,54 +1,37 @@
 #include "host_plan.h"
 
+#include <algorithm>
+#include <cstring>
+
 namespace rst {
 
 namespace {
 
 const CoreApi* core_api = nullptr;
-const dlpack::ExchangeApi* exchange_api = nullptr;
-PyTypeObject* tensor_class = nullptr;
-PyObject* grad_name = nullptr;
-PyGetSetDef* grad_property = nullptr;  // the getter and setter behind torch.Tensor.grad, found once
-
-PyObject* get_grad(PyObject* param) { return grad_property->get(param, grad_property->closure); }
-
-void set_grad(PyObject* param, PyObject* grad) {
-  if (grad_property->set(param, grad, grad_property->closure) != 0) throw py::error_already_set();
-}
 
 }  // namespace
 
-void connect(py::object core, py::object exchange, py::object tensor_type) {
+void connect(py::object core) {
   core_api = static_cast<const CoreApi*>(PyCapsule_GetPointer(core.ptr(), kCoreCapsule));
   if (core_api == nullptr) throw py::error_already_set();
-  tensor_class = reinterpret_cast<PyTypeObject*>(tensor_type.ptr());
-  grad_name = PyUnicode_InternFromString("grad");
-  PyObject* found = _PyType_Lookup(tensor_class, grad_name);
-  if (found == nullptr || Py_TYPE(found) != &PyGetSetDescr_Type || exchange.is_none()) return;
-  grad_property = reinterpret_cast<PyGetSetDescrObject*>(found)->d_getset;
-  auto* api = static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(exchange.ptr(), dlpack::kCapsule));
-  if (api == nullptr) throw py::error_already_set();
-  if (api->major == dlpack::kMajor && api->tensor_from_py_object != nullptr) exchange_api = api;
 }
 
 const CoreApi& core() { return *core_api; }
-bool can_plan() { return exchange_api != nullptr && grad_property != nullptr; }
+bool can_plan() { return core_api->can_read_grads(); }
 
-bool Plan::read(PyObject* tensor, dlpack::Tensor& out) const {
-  if (exchange_api->tensor_from_py_object(tensor, &out) == 0) {
-    out.data = static_cast<char*>(out.data) + out.byte_offset;
-    return true;
-  }
-  PyErr_Clear();  // a tensor that DLPack cannot describe: the plan does not fit, and the caller says why
-  return false;
+void HeldTensors::reset(int64_t handle) {
+  const int64_t before = std::exchange(handle_, handle);
+  if (before != 0) core().release(before);
 }
 
-Plan::Plan(py::list everything, py::list active, py::list idle, std::vector<int64_t> sizes, py::list backups, py::list buffers,
-           py::list buffers2, py::list masters, py::dict state, int64_t handle)
-    : held_{handle}, everything_(everything), active_(active), idle_(idle), state_(state) {
+Plan::Plan(py::list everything, py::list active, std::vector<int64_t> sizes, int64_t handle, int64_t watched, int64_t idle,
+           const Positions& masters, const Positions& buffers, const Positions& buffers2, const Positions& backups,
+           py::dict state)
+    : held_(handle), watched_(watched), idle_(idle), everything_(everything), active_(active), state_(state) {
   const size_t n = active.size();
   entries_.resize(n);
   views_.resize(n);
+  grads_.resize(n);
   table_.tensors.resize(n);
   size_t row = 0;
   int64_t left = 0;
@@ -56,26 +39,25 @@ Plan::Plan(py::list everything, py::list active, py::list idle, std::vector<int6
     for (; left == 0; ++row) left = sizes.at(row);
     --left;
     Entry& entry = entries_[i];
-    entry.param = PyList_GET_ITEM(active.ptr(), i);
-    dlpack::Tensor p;
-    if (!read(entry.param, p)) throw py::value_error("a parameter cannot be described by DLPack");
+    TensorFacts p;
+    Tensor& t = table_.tensors[i];
+    if (!core().held_facts(held_, static_cast<int64_t>(i), p) || !core().describe(p.dtype, t)) {
+      throw py::value_error("a parameter is not an ordinary tensor of the CPU");
+    }
     entry.dtype = p.dtype;
     entry.sizes.assign(p.sizes, p.sizes + p.ndim);
-    const int64_t* strides = core().held_strides(handle, static_cast<int64_t>(i));  // as torch has them, for later
-    entry.strides.assign(strides, strides + p.ndim);
-    Tensor& t = table_.tensors[i];
-    t.complex = p.dtype.code == 5;
-    const int bits = t.complex ? p.dtype.bits / 2 : p.dtype.bits;
-    t.dtype = bits == 64 ? DType::Double : bits == 32 ? DType::Float : p.dtype.code == 4 ? DType::BFloat16 : DType::Half;
-    t.state_dtype = PyList_GET_ITEM(masters.ptr(), i) == Py_None ? t.dtype : DType::Float;
+    entry.strides.assign(p.strides, p.strides + p.ndim);
+    t.state_dtype = masters[i] < 0 ? t.dtype : DType::Float;
     t.row = static_cast<int>(row) - 1;
     t.index = static_cast<int64_t>(i);
     views_[i][kParam] = {p.data, p.ndim, entry.sizes.data(), entry.strides.data()};
+    places_.push_back({p.data, p.ndim, entry.strides.data()});
   }
-  add(backups, kBackup);
+  add(masters, kMaster);
+  masters_ = static_cast<int64_t>(places_.size()) - count();
   add(buffers, kBuffer);
   add(buffers2, kBuffer2);
-  add(masters, kMaster);
+  add(backups, kBackup);
   for (const auto& views : views_) {
     for (Stream s : {kParam, kBuffer, kBuffer2, kMaster}) {
       if (may_overlap(views[s].ndim, views[s].sizes, views[s].strides)) {
@@ -88,16 +70,7 @@ Plan::Plan(py::list everything, py::list active, py::list idle, std::vector<int6
     state_seen_.push_back(object);
     return true;
   });
-  const int64_t held = core().held_count(handle);
-  for (int64_t i = 0; i < held; ++i) addresses_.push_back(core().held_address(handle, i));
 }
-
-Plan::~Plan() {
-  drop(grads_);
-  drop(first_grads_);
-}
-
-void Plan::core_release(int64_t handle) { core().release(handle); }
 
 // Visits what opt.state holds without hashing a key: key, value, and for a value that is a dict its values.
 template <class Visit>
@@ -122,43 +95,42 @@ bool Plan::same_state() const {
   return same && next == state_seen_.size();
 }
 
-void Plan::add(const py::list& tensors, Stream stream) {
-  kept_.append(tensors);
+void Plan::add(const Positions& positions, Stream stream) {
   for (size_t i = 0; i < entries_.size(); ++i) {
-    PyObject* item = PyList_GET_ITEM(tensors.ptr(), i);
-    if (item == Py_None) continue;
-    dlpack::Tensor t;
-    if (!read(item, t)) throw py::value_error("a state tensor cannot be described by DLPack");
+    if (positions[i] < 0) continue;
+    TensorFacts t;
+    if (!core().held_facts(held_, positions[i], t)) throw py::value_error("state is not an ordinary tensor of the CPU");
     auto shape = std::make_unique<int64_t[]>(2 * t.ndim + 1);
     std::copy(t.sizes, t.sizes + t.ndim, shape.get());
     std::copy(t.strides, t.strides + t.ndim, shape.get() + t.ndim);
     views_[i][stream] = {t.data, t.ndim, shape.get(), shape.get() + t.ndim};
     shapes_.push_back(std::move(shape));
-    if (stream == kMaster) ++masters_;
+    if (positions[i] < watched_) places_.push_back({t.data, 0, nullptr});
   }
 }
 
-void Plan::drop(std::vector<PyObject*>& references) {
-  for (PyObject* object : references) Py_DECREF(object);
-  references.clear();
-}
-
-bool Plan::fits(Entry& entry, const dlpack::Tensor& grad, size_t index) {
-  const int ndim = static_cast<int>(entry.sizes.size());
-  if (grad.device.type != 1 || grad.ndim != ndim || grad.dtype.code != entry.dtype.code ||
-      grad.dtype.bits != entry.dtype.bits || std::memcmp(grad.sizes, entry.sizes.data(), ndim * sizeof(int64_t)) != 0) {
+bool Plan::fits(size_t index) {
+  Entry& entry = entries_[index];
+  const TensorFacts& grad = grads_[index];
+  const size_t ndim = entry.sizes.size();
+  if (grad.dtype != entry.dtype || static_cast<size_t>(grad.ndim) != ndim ||
+      std::memcmp(grad.sizes, entry.sizes.data(), ndim * sizeof(int64_t)) != 0) {
     return false;
   }
-  const bool known = entry.grad_strides.size() == static_cast<size_t>(ndim) &&
+  const bool known = entry.grad_strides.size() == ndim &&
                      std::memcmp(grad.strides, entry.grad_strides.data(), ndim * sizeof(int64_t)) == 0;
   if (known && !table_.chunks.empty()) {
     table_.tensors[index].data[kGrad] = grad.data;
   } else {
     entry.grad_strides.assign(grad.strides, grad.strides + ndim);
+    // torch gives the imaginary part of a conjugated tensor as a view that is negated when it is read. Such a view
+    // never fills its memory, unless it has one element.
+    const bool single = std::all_of(grad.sizes, grad.sizes + ndim, [](int64_t size) { return size == 1; });
+    entry.may_be_negated = single || !is_dense(grad.ndim, grad.sizes, grad.strides);
     table_.chunks.clear();  // place this tensor anew
   }
   entry.grad = grad.data;
-  return true;
+  return !entry.may_be_negated || !active_[index].attr("grad").attr("is_neg")().cast<bool>();
 }
 
 void Plan::place_all() {
@@ -167,9 +139,9 @@ void Plan::place_all() {
     for (int s = 0; s < kStreams; ++s) views[s] = views_[i][s];
     const Entry& entry = entries_[i];
     views[kGrad] = {entry.grad, static_cast<int>(entry.sizes.size()), entry.sizes.data(), entry.grad_strides.data()};
-    if (!first_grads_.empty()) {
-      dlpack::Tensor first;
-      if (!read(first_grads_[i], first)) throw py::value_error("a gradient cannot be described by DLPack");
+    if (first_grads_ != 0) {
+      TensorFacts first;
+      core().held_facts(first_grads_, static_cast<int64_t>(i), first);  // it was one of ours
       views[kFirstGrad] = {first.data, first.ndim, first.sizes, first.strides};
     }
     place(table_.tensors[i], views);
@@ -191,44 +163,16 @@ bool Plan::same_parameters(const py::list& groups) const {
 }
 
 bool Plan::in_place(bool updating) const {
-  const int64_t handle = held_.handle;
-  for (size_t i = 0; i < entries_.size(); ++i) {
-    const std::vector<int64_t>& strides = entries_[i].strides;
-    if (!strides.empty() && std::memcmp(core().held_strides(handle, static_cast<int64_t>(i)), strides.data(),
-                                        strides.size() * sizeof(int64_t)) != 0) {
-      return false;
-    }
-  }
-  if (updating && !same_state()) return false;
-  const size_t checked = updating ? addresses_.size() : entries_.size() + masters_;
-  for (size_t i = 0; i < checked; ++i) {
-    if (core().held_address(handle, static_cast<int64_t>(i)) != addresses_[i]) return false;
-  }
-  return true;
+  return core().in_place(held_, updating ? watched_ : count() + masters_, places_.data()) && (!updating || same_state());
 }
 
 bool Plan::collect(bool updating) {
-  const bool consume = !updating;
-  drop(grads_);
-  if (!in_place(updating)) return false;
-  for (const py::handle& param : idle_) {
-    PyObject* grad = get_grad(param.ptr());
-    if (grad == nullptr) throw py::error_already_set();
-    Py_DECREF(grad);
-    if (grad != Py_None) return false;
+  if (!in_place(updating) || core().has_grads(held_, idle_) ||
+      !core().read_grads(held_, count(), grads_.data())) {
+    return false;
   }
-  grads_.reserve(entries_.size());
   for (size_t i = 0; i < entries_.size(); ++i) {
-    PyObject* grad = get_grad(entries_[i].param);
-    if (grad == nullptr) throw py::error_already_set();
-    grads_.push_back(grad);
-    dlpack::Tensor seen;
-    if (Py_TYPE(grad) != tensor_class || !read(grad, seen) || !fits(entries_[i], seen, i)) {
-      for (size_t k = 0; consume && k < i; ++k) set_grad(entries_[k].param, grads_[k]);
-      drop(grads_);
-      return false;
-    }
-    if (consume) set_grad(entries_[i].param, Py_None);  // now, while the parameter is in the cache
+    if (!fits(i)) return false;
   }
   if (table_.chunks.empty()) place_all();
   return true;

@@ -3,6 +3,21 @@
 
 namespace rst {
 
+// A table so small that taking turns with other threads of Python would cost more than it lets them do.
+constexpr int64_t kBrief = 1 << 20;
+
+// Runs kernels, without Python's lock unless they are brief; then the gradients are held, for others may drop theirs.
+template <class Run>
+void Plan::run(Run run) {
+  if (table_.bytes.back() < kBrief) {
+    run();
+    return;
+  }
+  HeldTensors grads(core().hold_grads(held_, count()));
+  py::gil_scoped_release unlocked;
+  run();
+}
+
 void Plan::perturb(uintptr_t stats, std::vector<double> rho, bool adaptive, double eta, bool stochastic, uint64_t seed,
                    uint64_t step, bool keep) {
   Call call;
@@ -12,38 +27,37 @@ void Plan::perturb(uintptr_t stats, std::vector<double> rho, bool adaptive, doub
   call.seed = seed;
   call.step = step;
   double* numbers = reinterpret_cast<double*>(stats);
-  {
-    py::gil_scoped_release unlocked;
+  run([&] {
     core().grad_norm(table_, call, numbers);
     core().perturb(table_, call, numbers, rho.data(), static_cast<int>(rho.size()));
     perturbed_ = true;
-  }
+  });
   if (keep) {
-    drop(first_grads_);
-    first_grads_.swap(grads_);
+    first_grads_.reset(core().hold_grads(held_, count()));
     table_.chunks.clear();
   }
-  drop(grads_);
+  core().clear_grads(held_, count());
 }
 
-void Plan::begin_update(Call& call, bool maximize, bool mixing) {
+template <class Step>
+void Plan::update(Call& call, bool maximize, bool mixing, Step step) {
   call.direction = maximize ? -1 : 1;
-  if (!mixing && !first_grads_.empty()) {
-    drop(first_grads_);
+  if (!mixing && first_grads_ != 0) {
+    first_grads_.reset();
     place_all();
   }
   for (size_t i = 0; i < entries_.size(); ++i) {  // a base step reads w itself
     table_.tensors[i].data[kBackup] = perturbed_ ? views_[i][kBackup].data : nullptr;
   }
-}
-
-void Plan::end_update() {
+  run([&] {
+    step();
+    perturbed_ = false;
+  });
   for (size_t i = 0; i < entries_.size(); ++i) table_.tensors[i].data[kBackup] = views_[i][kBackup].data;
-  if (!first_grads_.empty()) {
-    drop(first_grads_);
+  if (first_grads_ != 0) {
+    first_grads_.reset();
     table_.chunks.clear();
   }
-  drop(grads_);
 }
 
 void Plan::sgd_step(const std::vector<std::array<double, 5>>& rows, bool nesterov, bool maximize, bool mixing) {
@@ -52,13 +66,7 @@ void Plan::sgd_step(const std::vector<std::array<double, 5>>& rows, bool nestero
   Call call;
   call.sgd = numbers.data();
   call.nesterov = nesterov;
-  begin_update(call, maximize, mixing);
-  {
-    py::gil_scoped_release unlocked;
-    core().sgd_step(table_, call);
-    perturbed_ = false;
-  }
-  end_update();
+  update(call, maximize, mixing, [&] { core().sgd_step(table_, call); });
 }
 
 void Plan::adam_step(const std::vector<std::array<double, 7>>& rows, bool decoupled, bool maximize, bool mixing) {
@@ -67,13 +75,7 @@ void Plan::adam_step(const std::vector<std::array<double, 7>>& rows, bool decoup
   Call call;
   call.adam = numbers.data();
   call.decoupled = decoupled;
-  begin_update(call, maximize, mixing);
-  {
-    py::gil_scoped_release unlocked;
-    core().adam_step(table_, call);
-    perturbed_ = false;
-  }
-  end_update();
+  update(call, maximize, mixing, [&] { core().adam_step(table_, call); });
 }
 
 bool Plan::restore() {
@@ -86,18 +88,14 @@ bool Plan::restore() {
   }
   table_.cut();
   core().restore(table_, Call{});
-  hand_over();
+  HeldTensors dropped(hand_over());
   return true;
 }
 
-py::list Plan::hand_over() {
-  py::list kept;
-  for (PyObject* grad : first_grads_) kept.append(py::handle(grad));
+int64_t Plan::hand_over() {
   perturbed_ = false;
-  drop(grads_);
-  drop(first_grads_);
   table_.chunks.clear();
-  return kept;
+  return first_grads_.give_away();
 }
 
 }  // namespace rst

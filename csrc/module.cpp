@@ -3,8 +3,10 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "checks.h"
-#include "core_api.h"
+#include <algorithm>
+#include <cstring>
+
+#include "torch_grads.h"
 #include "torch_threads.h"
 
 namespace rst {
@@ -13,6 +15,48 @@ namespace {
 
 int64_t hold(TensorList tensors) { return reinterpret_cast<int64_t>(new TensorList(std::move(tensors))); }
 TensorList& held(int64_t handle) { return *reinterpret_cast<TensorList*>(handle); }
+
+TensorList unhold(int64_t handle) {
+  TensorList tensors = std::move(held(handle));
+  delete &held(handle);
+  return tensors;
+}
+
+bool in_place(int64_t handle, int64_t count, const Place* places) {
+  const TensorList& tensors = held(handle);
+  for (int64_t i = 0; i < count; ++i) {
+    const Place& place = places[i];
+    if (tensors[i].data_ptr() != place.address) return false;
+    if (place.ndim > 0 && std::memcmp(tensors[i].strides().data(), place.strides, place.ndim * sizeof(int64_t)) != 0) {
+      return false;
+    }
+  }
+  return true;
+}
+
+bool read_grads(int64_t handle, int64_t count, TensorFacts* facts) {
+  const TensorList& tensors = held(handle);
+  for (int64_t i = 0; i < count; ++i) {
+    AtenTensorHandle grad = grad_of(tensors[i]);
+    if (grad == nullptr || !read_facts(grad, facts[i])) return false;
+  }
+  return true;
+}
+
+bool has_grads(int64_t handle, int64_t begin) {
+  const TensorList& tensors = held(handle);
+  return std::any_of(tensors.begin() + begin, tensors.end(), [](const StableTensor& p) { return grad_of(p) != nullptr; });
+}
+
+int64_t hold_grads(int64_t handle, int64_t count) {
+  TensorList grads;
+  for (int64_t i = 0; i < count; ++i) grads.push_back(shared(grad_of(held(handle)[i])));
+  return hold(std::move(grads));
+}
+
+void clear_grads(int64_t handle, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) clear_grad(held(handle)[i]);
+}
 
 CoreApi make_api() {
   CoreApi api{};
@@ -23,9 +67,14 @@ CoreApi make_api() {
   api.restore = [](const Table& t, const Call& c) { restore(t, c, torch_threads()); };
   api.sgd_step = [](const Table& t, const Call& c) { sgd_step(t, c, torch_threads()); };
   api.adam_step = [](const Table& t, const Call& c) { adam_step(t, c, torch_threads()); };
-  api.held_count = [](int64_t handle) { return static_cast<int64_t>(held(handle).size()); };
-  api.held_address = [](int64_t handle, int64_t index) { return held(handle)[index].data_ptr(); };
-  api.held_strides = [](int64_t handle, int64_t index) { return held(handle)[index].strides().data(); };
+  api.held_facts = [](int64_t handle, int64_t i, TensorFacts& facts) { return read_facts(held(handle)[i].get(), facts); };
+  api.describe = [](int32_t dtype, Tensor& t) { return describe(torch::stable::detail::to<ScalarType>(torch::stable::detail::from(dtype)), t); };
+  api.in_place = &in_place;
+  api.can_read_grads = &can_read_grads;
+  api.read_grads = &read_grads;
+  api.has_grads = &has_grads;
+  api.hold_grads = &hold_grads;
+  api.clear_grads = &clear_grads;
   api.release = [](int64_t handle) { delete &held(handle); };
   api.runnable_kernels = &runnable_kernels;
   api.select_kernels = &select_kernels;
@@ -33,8 +82,14 @@ CoreApi make_api() {
   return api;
 }
 
-STABLE_TORCH_LIBRARY_FRAGMENT(rst_fused, m) { m.def("_hold(Tensor[] tensors) -> int"); }
-STABLE_TORCH_LIBRARY_IMPL(rst_fused, CompositeExplicitAutograd, m) { m.impl("_hold", TORCH_BOX(&hold)); }
+STABLE_TORCH_LIBRARY_FRAGMENT(rst_fused, m) {
+  m.def("_hold(Tensor[] tensors) -> int");
+  m.def("_unhold(int handle) -> Tensor[]");
+}
+STABLE_TORCH_LIBRARY_IMPL(rst_fused, CompositeExplicitAutograd, m) {
+  m.impl("_hold", TORCH_BOX(&hold));
+  m.impl("_unhold", TORCH_BOX(&unhold));
+}
 
 }  // namespace
 

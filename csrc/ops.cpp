@@ -23,28 +23,6 @@ struct Companion {
   bool written;
 };
 
-bool describe(ScalarType type, Tensor& tensor) {
-  tensor.complex = type == ScalarType::ComplexFloat || type == ScalarType::ComplexDouble;
-  switch (type) {
-    case ScalarType::Float:
-    case ScalarType::ComplexFloat:
-      tensor.dtype = DType::Float;
-      return true;
-    case ScalarType::Double:
-    case ScalarType::ComplexDouble:
-      tensor.dtype = DType::Double;
-      return true;
-    case ScalarType::BFloat16:
-      tensor.dtype = DType::BFloat16;
-      return true;
-    case ScalarType::Half:
-      tensor.dtype = DType::Half;
-      return true;
-    default:
-      return false;
-  }
-}
-
 View view_of(const StableTensor& t) {
   return {t.data_ptr(), static_cast<int>(t.dim()), t.sizes().data(), t.strides().data()};
 }

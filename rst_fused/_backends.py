@@ -44,7 +44,7 @@ _import_error = ""
 try:
     from rst_fused import _C, _host  # type: ignore[attr-defined,no-redef]
 
-    _host.connect(_C.core, getattr(torch.Tensor, "__dlpack_c_exchange_api__", None), torch.Tensor)
+    _host.connect(_C.core)
 except ImportError as error:
     _import_error = str(error)
 

@@ -1,7 +1,7 @@
 """The eager CPU path: one launch plan per optimizer, made once and checked at every step.
 
-A plan (csrc/host_plan.h) holds the chunk table of all parameters. At each call it reads p.grad of every parameter and
-compares addresses, shapes and dtypes with the table. Whatever does not fit (other gradients than last time, storage
+A plan (csrc/host_plan.h) holds the chunk table of all parameters. At each call it looks at the gradient of every
+parameter and compares addresses, shapes and dtypes with the table. Whatever does not fit (other gradients than last time, storage
 that moved) makes a new plan; whatever a plan cannot express goes through rst_fused._engine.
 """
 
@@ -79,7 +79,8 @@ class Plans:
         opt._perturbed.update(dict.fromkeys(self._lists.params, True))
         first_grads = self._plan.hand_over()
         if first_grads:
-            opt._run.first_grads.update(zip(self._lists.params, first_grads, strict=True))
+            tensors = getattr(torch.ops, NAMESPACE)._unhold(first_grads)
+            opt._run.first_grads.update(zip(self._lists.params, tensors, strict=True))
 
     def _ready_to_update(self, opt: Core) -> bool:
         if self._plan is not None and self._plan.perturbed:
@@ -143,27 +144,41 @@ class Plans:
             _engine.backup_of(opt, p) if with_backups and not _engine.has_master(opt, p) else None for p in lists.params
         ]
         nothing: list[Tensor | None] = [None] * len(lists.params)
-        columns = (backups, lists.buffers or nothing, lists.buffers2 or nothing, masters)
+        columns = (masters, lists.buffers or nothing, lists.buffers2 or nothing, backups)
         if not all(_fits(p, *companions) for p, *companions in zip(lists.params, *columns, strict=True)):
             return  # the ops say what is wrong; a plan trusts what it is made of
-        # Backups are this optimizer's alone: nobody else can move them.
-        held = [t for column in (lists.params, masters, *columns[1:3]) for t in column if t is not None]
-        handle = getattr(torch.ops, NAMESPACE)._hold(held)
+        held = list(lists.params)
+        positions = [_append(held, column) for column in columns]
+        backed = sum(t is not None for t in backups)  # this optimizer's alone: nobody else can move them
         idle = [p for p in params if p.grad is None]
         state = {} if opt.rule is None else opt.state  # that of an optimizer instance is its own affair
-        self._plan = host().Plan(params, lists.params, idle, lists.sizes, *columns, state, handle)
+        handle = getattr(torch.ops, NAMESPACE)._hold(held + idle)
+        self._plan = host().Plan(
+            params, lists.params, lists.sizes, handle, len(held) - backed, len(held), *positions, state
+        )
         lists.grads, lists.backups = [], []  # a kept gradient would be memory that zero_grad cannot free
         self._lists = lists
         self._key = self._structure(opt, with_backups)
 
 
-def _fits(p: Tensor, backup: Tensor | None, *state: Tensor | None) -> bool:
+def _append(held: list[Tensor], column: list[Tensor | None]) -> list[int]:
+    """Appends what is there and returns the position of each, or -1."""
+    positions = []
+    for t in column:
+        positions.append(-1 if t is None else len(held))
+        held += [] if t is None else [t]
+    return positions
+
+
+def _fits(p: Tensor, master: Tensor | None, *state: Tensor | None) -> bool:
     """Whether state that may have been loaded or put there by hand is of the parameter's shape, device and dtype.
 
-    ``state``: buffers and, last, the master copy, beside which all state is float32.
+    ``state``: buffers and, last, the backup. Beside a master copy all state is float32.
     """
-    wide = p.dtype if state[-1] is None else torch.float32
-    return all(
-        t is None or (t.shape == p.shape and t.device == p.device and t.dtype == dtype and t.layout == torch.strided)
-        for t, dtype in ((backup, p.dtype), *((t, wide) for t in state))
+    wide = p.dtype if master is None else torch.float32
+    return not p.is_neg() and all(
+        t is None
+        or (t.shape == p.shape and t.device == p.device and t.dtype == wide and t.layout == torch.strided)
+        and not t.is_neg()
+        for t in (master, *state)
     )
