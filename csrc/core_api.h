@@ -23,6 +23,14 @@ struct Place {
   const int64_t* strides;
 };
 
+// For a handful of dimensions faster than memcmp.
+inline bool equal(const int64_t* a, const int64_t* b, int ndim) {
+  for (int d = 0; d < ndim; ++d) {
+    if (a[d] != b[d]) return false;
+  }
+  return true;
+}
+
 struct CoreApi {
   void (*grad_norm)(const Table& table, const Call& call, double* stats);
   void (*perturb)(const Table& table, const Call& call, const double* stats, const double* rho, int rows);
@@ -33,15 +41,17 @@ struct CoreApi {
   // Lists of tensors held by the op rst_fused::_hold, which returns their handle as an integer.
   bool (*held_facts)(int64_t handle, int64_t index, TensorFacts& facts);
   bool (*describe)(int32_t torch_dtype, Tensor& tensor);
-  bool (*in_place)(int64_t handle, int64_t count, const Place* places);  // whether the first `count` lie where expected
+  bool (*in_place)(int64_t handle, int64_t begin, int64_t end, const Place* places);  // whether these lie where expected
   void (*release)(int64_t handle);
 
-  bool (*can_read_grads)();
-  // The gradients of the first `count`; false if one is missing or not an ordinary strided tensor of the CPU.
-  bool (*read_grads)(int64_t handle, int64_t count, TensorFacts* facts);
+  bool (*knows_autograd)();  // whether those below can be called
+  // The gradients of the first `count`, which must be in place; false if not, or if a gradient is missing or not an
+  // ordinary strided tensor of the CPU.
+  bool (*read_grads)(int64_t handle, int64_t count, const Place* places, TensorFacts* facts, void** grads);
   bool (*has_grads)(int64_t handle, int64_t begin);      // whether any from `begin` on has one
   int64_t (*hold_grads)(int64_t handle, int64_t count);  // a list of its own, which keeps them alive
-  void (*clear_grads)(int64_t handle, int64_t count);    // p.grad = None
+  void (*clear_grads)(void* const* grads, int64_t count);  // p.grad = None, for `grads` from read_grads
+  void (*bump_versions)(int64_t handle, int64_t count);  // tells autograd that the first `count` change
 
   std::vector<const KernelTable*> (*runnable_kernels)();
   bool (*select_kernels)(const char* name);

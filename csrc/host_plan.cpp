@@ -1,7 +1,6 @@
 #include "host_plan.h"
 
 #include <algorithm>
-#include <cstring>
 
 namespace rst {
 
@@ -17,7 +16,7 @@ void connect(py::object core) {
 }
 
 const CoreApi& core() { return *core_api; }
-bool can_plan() { return core_api->can_read_grads(); }
+bool can_plan() { return core_api->knows_autograd(); }
 
 void HeldTensors::reset(int64_t handle) {
   const int64_t before = std::exchange(handle_, handle);
@@ -32,6 +31,7 @@ Plan::Plan(py::list everything, py::list active, std::vector<int64_t> sizes, int
   entries_.resize(n);
   views_.resize(n);
   grads_.resize(n);
+  grad_handles_.resize(n);
   table_.tensors.resize(n);
   size_t row = 0;
   int64_t left = 0;
@@ -65,9 +65,11 @@ Plan::Plan(py::list everything, py::list active, std::vector<int64_t> sizes, int
       }
     }
   }
+  state_dicts_.push_back({state_.ptr(), 0});
   walk_state([&](PyObject* object) {
     kept_.append(py::reinterpret_borrow<py::object>(object));
     state_seen_.push_back(object);
+    if (PyDict_Check(object)) state_dicts_.push_back({object, 0});
     return true;
   });
 }
@@ -85,14 +87,26 @@ void Plan::walk_state(Visit visit) const {
   }
 }
 
-bool Plan::same_state() const {
+bool Plan::same_state() {
+#if PY_VERSION_HEX < 0x030C0000
+  // Until Python 3.12 a dict counts its changes (PEP 509), which spares looking into hundreds of them.
+  bool changed = false;
+  for (auto& [dict, version] : state_dicts_) {
+    const uint64_t now = reinterpret_cast<PyDictObject*>(dict)->ma_version_tag;
+    changed = changed || now != version;
+    version = now;
+  }
+  if (!changed) return true;
+#endif
   size_t next = 0;
   bool same = true;
   walk_state([&](PyObject* object) {
     same = next < state_seen_.size() && state_seen_[next++] == object;
     return same;
   });
-  return same && next == state_seen_.size();
+  same = same && next == state_seen_.size();
+  if (!same) state_dicts_.front().second = 0;  // no version: look again next time
+  return same;
 }
 
 void Plan::add(const Positions& positions, Stream stream) {
@@ -112,13 +126,10 @@ void Plan::add(const Positions& positions, Stream stream) {
 bool Plan::fits(size_t index) {
   Entry& entry = entries_[index];
   const TensorFacts& grad = grads_[index];
-  const size_t ndim = entry.sizes.size();
-  if (grad.dtype != entry.dtype || static_cast<size_t>(grad.ndim) != ndim ||
-      std::memcmp(grad.sizes, entry.sizes.data(), ndim * sizeof(int64_t)) != 0) {
-    return false;
-  }
-  const bool known = entry.grad_strides.size() == ndim &&
-                     std::memcmp(grad.strides, entry.grad_strides.data(), ndim * sizeof(int64_t)) == 0;
+  const int ndim = static_cast<int>(entry.sizes.size());
+  if (grad.dtype != entry.dtype || grad.ndim != ndim || !equal(grad.sizes, entry.sizes.data(), ndim)) return false;
+  const bool known =
+      entry.grad_strides.size() == entry.sizes.size() && equal(grad.strides, entry.grad_strides.data(), ndim);
   if (known && !table_.chunks.empty()) {
     table_.tensors[index].data[kGrad] = grad.data;
   } else {
@@ -162,13 +173,14 @@ bool Plan::same_parameters(const py::list& groups) const {
   return next == everything_.size();
 }
 
-bool Plan::in_place(bool updating) const {
-  return core().in_place(held_, updating ? watched_ : count() + masters_, places_.data()) && (!updating || same_state());
+bool Plan::companions_in_place(bool updating) {
+  const int64_t end = updating ? watched_ : count() + masters_;
+  return core().in_place(held_, count(), end, places_.data()) && (!updating || same_state());
 }
 
 bool Plan::collect(bool updating) {
-  if (!in_place(updating) || core().has_grads(held_, idle_) ||
-      !core().read_grads(held_, count(), grads_.data())) {
+  if (!core().read_grads(held_, count(), places_.data(), grads_.data(), grad_handles_.data()) ||
+      !companions_in_place(updating) || core().has_grads(held_, idle_)) {
     return false;
   }
   for (size_t i = 0; i < entries_.size(); ++i) {

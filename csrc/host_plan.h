@@ -70,9 +70,9 @@ class Plan {
   void add(const Positions& positions, Stream stream);
   template <class Visit>
   void walk_state(Visit visit) const;
-  bool same_state() const;
-  // Whether the parameters, and for an update their state, are where they were.
-  bool in_place(bool updating) const;
+  bool same_state();
+  // Whether the master copies, and for an update all state, are where they were.
+  bool companions_in_place(bool updating);
   bool fits(size_t index);
   void place_all();
   template <class Run>
@@ -88,9 +88,11 @@ class Plan {
   py::dict state_;
   py::list kept_;                      // references that keep the state alive
   std::vector<PyObject*> state_seen_;  // keys and values of the optimizer's state, and the values of each value
+  std::vector<std::pair<PyObject*, uint64_t>> state_dicts_;  // and their versions when last looked at
   std::vector<Entry> entries_;
   std::vector<Place> places_;          // of all watched tensors
   std::vector<TensorFacts> grads_;     // as last collected
+  std::vector<void*> grad_handles_;
   HeldTensors first_grads_;            // from a perturb that keeps them until the update
   std::vector<std::unique_ptr<int64_t[]>> shapes_;  // copies: a tensor may free its own when it is resized
   std::vector<std::array<View, kStreams>> views_;

@@ -9,6 +9,7 @@ constexpr int64_t kBrief = 1 << 20;
 // Runs kernels, without Python's lock unless they are brief; then the gradients are held, for others may drop theirs.
 template <class Run>
 void Plan::run(Run run) {
+  core().bump_versions(held_, count());
   if (table_.bytes.back() < kBrief) {
     run();
     return;
@@ -36,7 +37,7 @@ void Plan::perturb(uintptr_t stats, std::vector<double> rho, bool adaptive, doub
     first_grads_.reset(core().hold_grads(held_, count()));
     table_.chunks.clear();
   }
-  core().clear_grads(held_, count());
+  core().clear_grads(grad_handles_.data(), count());
 }
 
 template <class Step>
@@ -46,14 +47,11 @@ void Plan::update(Call& call, bool maximize, bool mixing, Step step) {
     first_grads_.reset();
     place_all();
   }
-  for (size_t i = 0; i < entries_.size(); ++i) {  // a base step reads w itself
-    table_.tensors[i].data[kBackup] = perturbed_ ? views_[i][kBackup].data : nullptr;
-  }
+  call.restoring = perturbed_;
   run([&] {
     step();
     perturbed_ = false;
   });
-  for (size_t i = 0; i < entries_.size(); ++i) table_.tensors[i].data[kBackup] = views_[i][kBackup].data;
   if (first_grads_ != 0) {
     first_grads_.reset();
     table_.chunks.clear();
@@ -80,13 +78,14 @@ void Plan::adam_step(const std::vector<std::array<double, 7>>& rows, bool decoup
 
 bool Plan::restore() {
   if (!perturbed_) return true;
-  if (!in_place(true)) return false;
+  if (!core().in_place(held_, 0, count(), places_.data()) || !companions_in_place(true)) return false;
   for (size_t i = 0; i < entries_.size(); ++i) {  // without gradients, which may be gone
     View views[kStreams];
     for (Stream s : {kParam, kBackup, kMaster}) views[s] = views_[i][s];
     place(table_.tensors[i], views);
   }
   table_.cut();
+  core().bump_versions(held_, count());
   core().restore(table_, Call{});
   HeldTensors dropped(hand_over());
   return true;

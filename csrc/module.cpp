@@ -4,9 +4,8 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <cstring>
 
-#include "torch_grads.h"
+#include "torch_autograd.h"
 #include "torch_threads.h"
 
 namespace rst {
@@ -22,23 +21,29 @@ TensorList unhold(int64_t handle) {
   return tensors;
 }
 
-bool in_place(int64_t handle, int64_t count, const Place* places) {
-  const TensorList& tensors = held(handle);
-  for (int64_t i = 0; i < count; ++i) {
-    const Place& place = places[i];
-    if (tensors[i].data_ptr() != place.address) return false;
-    if (place.ndim > 0 && std::memcmp(tensors[i].strides().data(), place.strides, place.ndim * sizeof(int64_t)) != 0) {
-      return false;
-    }
+bool lies_at(const StableTensor& tensor, const Place& place) {
+  void* address = nullptr;
+  int64_t* strides = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(tensor.get(), &address));
+  if (address != place.address || place.ndim == 0) return address == place.address;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(tensor.get(), &strides));
+  return equal(strides, place.strides, place.ndim);
+}
+
+bool in_place(int64_t handle, int64_t begin, int64_t end, const Place* places) {
+  for (int64_t i = begin; i < end; ++i) {
+    if (!lies_at(held(handle)[i], places[i])) return false;
   }
   return true;
 }
 
-bool read_grads(int64_t handle, int64_t count, TensorFacts* facts) {
+bool read_grads(int64_t handle, int64_t count, const Place* places, TensorFacts* facts, void** grads) {
   const TensorList& tensors = held(handle);
   for (int64_t i = 0; i < count; ++i) {
+    if (!lies_at(tensors[i], places[i])) return false;
     AtenTensorHandle grad = grad_of(tensors[i]);
     if (grad == nullptr || !read_facts(grad, facts[i])) return false;
+    grads[i] = grad;
   }
   return true;
 }
@@ -54,8 +59,15 @@ int64_t hold_grads(int64_t handle, int64_t count) {
   return hold(std::move(grads));
 }
 
-void clear_grads(int64_t handle, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) clear_grad(held(handle)[i]);
+void clear_grads(void* const* grads, int64_t count) {
+  static const StableTensor undefined;
+  for (int64_t i = 0; i < count; ++i) {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_assign_tensors(undefined.get(), static_cast<AtenTensorHandle>(grads[i])));
+  }
+}
+
+void bump_versions(int64_t handle, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) torch_bump_version(held(handle)[i].get());
 }
 
 CoreApi make_api() {
@@ -70,11 +82,12 @@ CoreApi make_api() {
   api.held_facts = [](int64_t handle, int64_t i, TensorFacts& facts) { return read_facts(held(handle)[i].get(), facts); };
   api.describe = [](int32_t dtype, Tensor& t) { return describe(torch::stable::detail::to<ScalarType>(torch::stable::detail::from(dtype)), t); };
   api.in_place = &in_place;
-  api.can_read_grads = &can_read_grads;
+  api.knows_autograd = &knows_autograd;
   api.read_grads = &read_grads;
   api.has_grads = &has_grads;
   api.hold_grads = &hold_grads;
   api.clear_grads = &clear_grads;
+  api.bump_versions = &bump_versions;
   api.release = [](int64_t handle) { delete &held(handle); };
   api.runnable_kernels = &runnable_kernels;
   api.select_kernels = &select_kernels;

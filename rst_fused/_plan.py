@@ -18,6 +18,7 @@ from rst_fused._core import Core
 from rst_fused._schemas import NAMESPACE
 
 _PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
+_CAN_PLAN = host() is not None and host().can_plan()
 
 
 class Plans:
@@ -25,8 +26,11 @@ class Plans:
 
     def __init__(self) -> None:
         self._plan: Any = None
-        self._key: Any = None
-        self._groups: list[list[Tensor]] = []  # the parameters of each group, as they were when the plan was made
+        # Of the optimizer when the plan was made:
+        self._with_backups = False
+        self._flags: Any = None
+        self._state: Any = None
+        self._state_size = 0
         self._lists = _engine.Lists()
 
     def perturb(self, opt: Core) -> bool:
@@ -34,7 +38,6 @@ class Plans:
         if not self._ready(opt, with_backups=True, updating=False):
             return False
         rho = [float(_engine.signed_rho(group)) for group, _ in self._lists.rows]
-        _engine.touched(self._lists.params)  # before the kernels, while the parameters are in the cache
         self._plan.perturb(
             opt._stats.data_ptr(), rho, opt.adaptive, opt.eta, opt.stochastic_rounding, opt.seed, opt.steps,
             opt._run.mixing,
@@ -49,7 +52,6 @@ class Plans:
             self.hand_over(opt)
             self._plan = None  # the engine may deal out step counters anew
             return False
-        _engine.touched(self._lists.params)
         gamma = opt._run.gamma if mixing else 1.0
         rows = [[float(x) for x in rule.row(group, new, gamma)] for group, new in self._lists.rows]
         flags = rule.flags(opt.param_groups[0])
@@ -66,9 +68,7 @@ class Plans:
         """Undoes a perturbation of the plan, if there is one."""
         if self._plan is None or not self._plan.perturbed:
             return
-        if self._plan.restore():
-            _engine.touched(self._lists.params)
-        else:
+        if not self._plan.restore():
             self.hand_over(opt)
 
     def hand_over(self, opt: Core) -> None:
@@ -100,28 +100,29 @@ class Plans:
 
     @staticmethod
     def _serves(opt: Core) -> bool:
-        helper = host()
         return (
-            helper is not None
-            and opt.backend.name == "cpu"
-            and helper.can_plan()
+            opt.backend.name == "cpu"
+            and _CAN_PLAN
             and torch._C._len_torch_dispatch_stack() == 0
             and getattr(opt, "grad_scale", None) is None
             and getattr(opt, "found_inf", None) is None
         )
 
-    @staticmethod
-    def _structure(opt: Core, with_backups: bool) -> Any:
-        flags = () if opt.rule is None else tuple(opt.rule.flags(group) for group in opt.param_groups)
-        groups = tuple(len(group["params"]) for group in opt.param_groups)
-        return groups, flags, id(opt.state), len(opt.state), with_backups
-
     def _unchanged(self, opt: Core, with_backups: bool) -> bool:
-        if self._plan is None:
-            return False
-        if self._structure(opt, with_backups or self._key[-1]) != self._key:
-            return False
-        return bool(self._plan.same_parameters([group["params"] for group in opt.param_groups]))
+        """Whether the optimizer is the one the plan was made for; plan.collect looks at the tensors."""
+        return (
+            self._plan is not None
+            and (self._with_backups or not with_backups)
+            and self._flags == self._flags_of(opt)
+            and self._state is opt.state
+            and self._state_size == len(opt.state)
+            and bool(self._plan.same_parameters([group["params"] for group in opt.param_groups]))
+        )
+
+    @staticmethod
+    def _flags_of(opt: Core) -> Any:
+        rule = opt.rule
+        return None if rule is None else [rule.flags(group) for group in opt.param_groups]
 
     def _build(self, opt: Core, with_backups: bool) -> None:
         everything = list(range(len(opt.param_groups)))
@@ -158,7 +159,8 @@ class Plans:
         )
         lists.grads, lists.backups = [], []  # a kept gradient would be memory that zero_grad cannot free
         self._lists = lists
-        self._key = self._structure(opt, with_backups)
+        self._with_backups, self._flags = with_backups, self._flags_of(opt)
+        self._state, self._state_size = opt.state, len(opt.state)
 
 
 def _append(held: list[Tensor], column: list[Tensor | None]) -> list[int]:

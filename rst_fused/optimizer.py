@@ -202,8 +202,10 @@ class RST(Core):
         t = run.steps
         if run.drawn_at != t:
             run.drawn = draw(self.seed, t, self.schedule(t))
-            gamma = self.gamma(t) if callable(self.gamma) else self.gamma
-            check_number(f"gamma({t})", gamma, 0)
+            gamma = self.gamma
+            if callable(gamma):
+                gamma = gamma(t)
+                check_number(f"gamma({t})", gamma, 0)
             run.gamma = float(gamma)
             run.mixes = run.gamma != 1.0
             if self._rounds:
@@ -219,8 +221,10 @@ class RST(Core):
         Raises RuntimeError if already perturbed, or for gradients that are sparse or of another dtype.
         """
         self._refuse_while_perturbed("perturb")
-        self._adopt()
-        if torch.compiler.is_compiling():
+        if self.base is not None:
+            self._adopt()
+        compiling = torch.compiler.is_compiling()
+        if compiling:
             if fire is None:
                 raise RuntimeError("perturb() under torch.compile: pass fire=opt.draw(), evaluated outside the graph")
         else:
@@ -230,7 +234,7 @@ class RST(Core):
             return False
         self._run.perturbed = True
         self._run.mixing = self._run.mixes
-        if torch.compiler.is_compiling():
+        if compiling:
             _engine.perturb(self)
             return True
         try:

@@ -17,6 +17,7 @@ struct AdamRow {
 // The numbers of one call that are the same for all its tensors.
 struct Call {
   bool adaptive = false, stochastic = false, nesterov = false, decoupled = false;
+  bool restoring = true;  // updates read w from the backup, where there is one
   double eta = 0;
   double direction = 1;             // -1 to maximize; divided by the gradient scale of AMP
   const double* scales = nullptr;   // perturb: per row, rho / (norm + eps)

@@ -76,7 +76,8 @@ void run_chunk(const Job& job, int64_t index) {
   alignas(64) double lanes[kNormLanes];
   c.lanes = lanes;
   if (job.sums != nullptr) std::fill(lanes, lanes + kNormLanes, 0.0);
-  const int source = tensor.data[kMaster] != nullptr ? kMaster : tensor.data[kBackup] != nullptr ? kBackup : kParam;
+  const bool backed = tensor.data[kBackup] != nullptr && job.call->restoring;
+  const int source = tensor.data[kMaster] != nullptr ? kMaster : backed ? kBackup : kParam;
   const Kernel kernel = job.pick(tensor, *job.call);
   if (tensor.strided()) {
     c.source = tensor.data[source];
@@ -124,6 +125,10 @@ void run(const Table& table, const Call& call, Kernel (*pick)(const Tensor&, con
   }
 }
 
+unsigned update_reads(const Call& call) {
+  return bit(kParam) | bit(kGrad) | bit(kFirstGrad) | (call.restoring ? bit(kBackup) : 0);
+}
+
 int d(const Tensor& tensor) { return static_cast<int>(tensor.dtype); }
 bool has(const Tensor& tensor, int stream) { return tensor.data[stream] != nullptr; }
 
@@ -169,7 +174,7 @@ void sgd_step(const Table& table, const Call& call, const Threads& threads) {
     return kernels().sgd_step[d(t)][has(t, kBuffer)][has(t, kFirstGrad)][has(t, kMaster)];
   };
   const unsigned state = bit(kBuffer) | bit(kMaster);
-  run(table, call, pick, bit(kParam) | bit(kGrad) | bit(kBackup) | bit(kFirstGrad) | state, bit(kParam) | state, threads);
+  run(table, call, pick, update_reads(call) | state, bit(kParam) | state, threads);
 }
 
 void adam_step(const Table& table, const Call& call, const Threads& threads) {
@@ -177,7 +182,7 @@ void adam_step(const Table& table, const Call& call, const Threads& threads) {
     return kernels().adam_step[d(t)][has(t, kFirstGrad)][has(t, kMaster)];
   };
   const unsigned state = bit(kBuffer) | bit(kBuffer2) | bit(kMaster);
-  run(table, call, pick, bit(kParam) | bit(kGrad) | bit(kBackup) | bit(kFirstGrad) | state, bit(kParam) | state, threads);
+  run(table, call, pick, update_reads(call) | state, bit(kParam) | state, threads);
 }
 
 }  // namespace rst

@@ -1,5 +1,6 @@
-// p.grad from C++, without a Python object for it. The stable ABI has no call for this, so one function of libc10 is
-// looked up by its name: without it there are no launch plans, and every step goes through the registered ops.
+// What autograd knows of a parameter, from C++ and without a Python object for each: p.grad, and p's version counter. The
+// stable ABI has no calls for this, so two functions of torch are looked up by name: without them there are no launch
+// plans, and every step goes through the registered ops.
 #pragma once
 
 #include <dlfcn.h>
@@ -10,9 +11,13 @@
 namespace rst {
 
 // const at::Tensor& c10::TensorImpl::grad() const; a reference to a tensor is what the stable ABI calls its handle.
-inline const auto torch_grad = reinterpret_cast<AtenTensorHandle (*)(const void*)>(dlsym(RTLD_DEFAULT, "_ZNK3c1010TensorImpl4gradEv"));
+inline const auto torch_grad =
+    reinterpret_cast<AtenTensorHandle (*)(const void*)>(dlsym(RTLD_DEFAULT, "_ZNK3c1010TensorImpl4gradEv"));
+// void torch::autograd::impl::bump_version(const at::Tensor&).
+inline const auto torch_bump_version =
+    reinterpret_cast<void (*)(AtenTensorHandle)>(dlsym(RTLD_DEFAULT, "_ZN5torch8autograd4impl12bump_versionERKN2at6TensorE"));
 
-inline bool can_read_grads() { return torch_grad != nullptr; }
+inline bool knows_autograd() { return torch_grad != nullptr && torch_bump_version != nullptr; }
 
 // The handle of p.grad, which belongs to p, or null.
 inline AtenTensorHandle grad_of(const StableTensor& param) {
@@ -28,21 +33,14 @@ inline StableTensor shared(AtenTensorHandle tensor) {
   return StableTensor(copy);
 }
 
-// p.grad = None.
-inline void clear_grad(const StableTensor& param) {
-  static const StableTensor undefined;
-  if (AtenTensorHandle grad = grad_of(param)) {
-    TORCH_ERROR_CODE_CHECK(aoti_torch_assign_tensors(undefined.get(), grad));
-  }
-}
-
 // False if the tensor is not an ordinary strided tensor of the CPU.
 inline bool read_facts(AtenTensorHandle tensor, TensorFacts& facts) {
+  static const int32_t strided = aoti_torch_layout_strided(), cpu = aoti_torch_device_type_cpu();
   int32_t layout = 0, device = 0, dtype = 0;
   int64_t ndim = 0;
   int64_t *sizes = nullptr, *strides = nullptr;
-  if (aoti_torch_get_layout(tensor, &layout) != 0 || layout != aoti_torch_layout_strided() ||
-      aoti_torch_get_device_type(tensor, &device) != 0 || device != aoti_torch_device_type_cpu() ||
+  if (aoti_torch_get_layout(tensor, &layout) != 0 || layout != strided ||
+      aoti_torch_get_device_type(tensor, &device) != 0 || device != cpu ||
       aoti_torch_get_dtype(tensor, &dtype) != 0 || aoti_torch_get_dim(tensor, &ndim) != 0 ||
       aoti_torch_get_sizes(tensor, &sizes) != 0 || aoti_torch_get_strides(tensor, &strides) != 0 ||
       aoti_torch_get_data_ptr(tensor, &facts.data) != 0) {
