@@ -128,12 +128,12 @@ bool Plan::fits(size_t index) {
   const TensorFacts& grad = grads_[index];
   const int ndim = static_cast<int>(entry.sizes.size());
   if (grad.dtype != entry.dtype || grad.ndim != ndim || !equal(grad.sizes, entry.sizes.data(), ndim)) return false;
-  const bool known =
-      entry.grad_strides.size() == entry.sizes.size() && equal(grad.strides, entry.grad_strides.data(), ndim);
+  const bool known = entry.placed && equal(grad.strides, entry.grad_strides.data(), ndim);
   if (known && !table_.chunks.empty()) {
     table_.tensors[index].data[kGrad] = grad.data;
   } else {
     entry.grad_strides.assign(grad.strides, grad.strides + ndim);
+    entry.placed = true;
     // torch gives the imaginary part of a conjugated tensor as a view that is negated when it is read. Such a view
     // never fills its memory, unless it has one element.
     const bool single = std::all_of(grad.sizes, grad.sizes + ndim, [](int64_t size) { return size == 1; });

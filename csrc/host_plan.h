@@ -65,6 +65,7 @@ class Plan {
     int32_t dtype;  // torch's number
     std::vector<int64_t> sizes, strides, grad_strides;
     void* grad = nullptr;
+    bool placed = false;  // grad_strides are those of a gradient
     bool may_be_negated = false;
   };
   void add(const Positions& positions, Stream stream);

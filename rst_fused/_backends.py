@@ -81,11 +81,16 @@ def _opaque(name: str) -> Any:
     return call
 
 
+def _built_reason() -> str:
+    plans = _host.can_plan()
+    return "compiled C++ extension" + ("" if plans else ", without launch plans: torch lacks what they look up")
+
+
 _REFERENCE = Backend(
     "reference", True, "plain torch", None, SimpleNamespace(**{name: _opaque(name) for name in SCHEMAS})
 )
 _CPU = (
-    Backend("cpu", True, "compiled C++ extension", ("cpu",), _ops(NAMESPACE))
+    Backend("cpu", True, _built_reason(), ("cpu",), _ops(NAMESPACE))
     if _host is not None
     else Backend("cpu", False, f"the C++ extension is not built ({_import_error}): {_BUILD_HINT}", ("cpu",), None)
 )

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from rst_fused import RST
-from rst_fused._backends import backends
+from rst_fused._backends import backends, host
 
 pytestmark = pytest.mark.skipif(
     not next(b for b in backends() if b.name == "cpu").available, reason="the C++ extension is not built"
@@ -173,3 +173,47 @@ def test_a_size_one_dimension_does_not_defeat_the_plan() -> None:
     give_grads(params, 1)
     opt.step()
     assert opt._plans._plan is plan
+
+
+def test_plans_find_what_they_look_up_in_this_torch() -> None:
+    assert host().can_plan()
+
+
+@pytest.mark.parametrize("shape", [(4,), (1,), (3, 2)])
+def test_gradients_that_torch_negates_when_read(shape: tuple[int, ...]) -> None:
+    def step(opt: RST, params: list[torch.nn.Parameter], t: int) -> None:
+        value = torch.randn(shape, dtype=torch.complex64, generator=torch.Generator().manual_seed(t))
+        params[0].grad = value.imag if t == 0 else value.conj().imag  # the same strides, negated or not
+        assert params[0].grad.is_neg() == (t > 0)
+        opt.perturb(t == 2)
+        if t == 2:
+            params[0].grad = value.conj().imag
+        opt.step()
+
+    both([(shape, F32)], step, 4, lr=0.1)
+
+
+def test_steps_without_plans_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def step(opt: RST, params: list[torch.nn.Parameter], t: int) -> None:
+        give_grads(params, 2 * t)
+        if opt.perturb():
+            give_grads(params, 2 * t + 1)
+        opt.step()
+        assert opt.backend.name == "reference" or opt._plans._plan is None
+
+    monkeypatch.setattr("rst_fused._plan._CAN_PLAN", False)
+    both([((5,), F32), ((6, 2), BF16)], step, 4, lr=0.1, momentum=0.9, stochastic_rounding=False)
+
+
+def test_a_perturbed_parameter_changes_its_version_and_loses_its_gradient() -> None:
+    (p,) = parameters(((5,), F32))
+    opt = RST([p], lr=0.1, backend="cpu")
+    give_grads([p], 0)
+    before = p._version
+    assert opt.perturb(True)
+    assert p.grad is None
+    assert p._version > before
+    give_grads([p], 1)
+    before = p._version
+    opt.step()
+    assert p._version > before

@@ -22,13 +22,16 @@ int64_t cache_bytes() {
   return bytes;
 }
 
+using Pick = Kernel (*)(const KernelTable& kernels, const Tensor& tensor, const Call& call);
+
 // `sums`: one per chunk, for grad_norm; else null.
 struct Job {
   const Table* table;
   const Call* call;
-  Kernel (*pick)(const Tensor& tensor, const Call& call);
+  Pick pick;
   unsigned reads, writes;  // bit s: stream s is read, written
   double* sums;
+  const KernelTable& kernels = rst::kernels();
   bool streaming = false;
   int blocks = 1;
   std::atomic<int> next{0};
@@ -74,18 +77,20 @@ void run_chunk(const Job& job, int64_t index) {
   c.count = chunk.count;
   c.streaming = job.streaming;
   alignas(64) double lanes[kNormLanes];
-  c.lanes = lanes;
-  if (job.sums != nullptr) std::fill(lanes, lanes + kNormLanes, 0.0);
+  if (job.sums != nullptr) {
+    std::fill(lanes, lanes + kNormLanes, 0.0);
+    c.lanes = lanes;
+  }
   const bool backed = tensor.data[kBackup] != nullptr && job.call->restoring;
   const int source = tensor.data[kMaster] != nullptr ? kMaster : backed ? kBackup : kParam;
-  const Kernel kernel = job.pick(tensor, *job.call);
+  const Kernel kernel = job.pick(job.kernels, tensor, *job.call);
   if (tensor.strided()) {
     c.source = tensor.data[source];
     run_strided(job, tensor, kernel, c);
   } else {
-    for (int s = 0; s < kStreams; ++s) {
-      char* base = static_cast<char*>(tensor.data[s]);
-      c.data[s] = base == nullptr ? nullptr : base + chunk.begin * size_of(tensor.dtype_of(s));
+    std::copy(tensor.data, tensor.data + kStreams, c.data);
+    for (int s = 0; chunk.begin != 0 && s < kStreams; ++s) {
+      if (c.data[s] != nullptr) c.data[s] = static_cast<char*>(c.data[s]) + chunk.begin * size_of(tensor.dtype_of(s));
     }
     c.source = c.data[source];
     kernel(c);
@@ -105,7 +110,7 @@ void run_blocks(int, void* context) {
 
 constexpr unsigned bit(int stream) { return 1u << stream; }
 
-void run(const Table& table, const Call& call, Kernel (*pick)(const Tensor&, const Call&), unsigned reads, unsigned writes,
+void run(const Table& table, const Call& call, Pick pick, unsigned reads, unsigned writes,
          const Threads& threads, double* sums = nullptr) {
   constexpr int64_t kBlockBytes = 1 << 20;  // of one stream
   Job job{&table, &call, pick, reads, writes, sums};
@@ -136,7 +141,7 @@ bool has(const Tensor& tensor, int stream) { return tensor.data[stream] != nullp
 
 void grad_norm(const Table& table, const Call& call, const Threads& threads, double* stats) {
   std::vector<double> sums(table.chunks.size());
-  auto pick = [](const Tensor& t, const Call& c) { return kernels().grad_norm[d(t)][c.adaptive][has(t, kMaster)]; };
+  auto pick = [](const KernelTable& k, const Tensor& t, const Call& c) { return k.grad_norm[d(t)][c.adaptive][has(t, kMaster)]; };
   run(table, call, pick, bit(kGrad) | (call.adaptive ? bit(kParam) | bit(kMaster) : 0), 0, threads, sums.data());
   double total = 0;
   for (double sum : sums) total += sum;
@@ -152,9 +157,9 @@ void perturb(const Table& table, Call call, const Threads& threads, const double
   std::vector<double> scales(rho, rho + rows);
   for (double& scale : scales) scale *= stats[kInverse];
   call.scales = scales.data();
-  auto pick = [](const Tensor& t, const Call& c) { return kernels().perturb[d(t)][c.adaptive][has(t, kMaster)]; };
+  auto pick = [](const KernelTable& k, const Tensor& t, const Call& c) { return k.perturb[d(t)][c.adaptive][has(t, kMaster)]; };
   if (stats[kInverse] == 0) {  // 0 * inf would be NaN: do not even compute e
-    auto keep = [](const Tensor& t, const Call&) { return kernels().backup[d(t)]; };
+    auto keep = [](const KernelTable& k, const Tensor& t, const Call&) { return k.backup[d(t)]; };
     run(table, call, keep, bit(kParam), bit(kBackup), threads);
     return;
   }
@@ -162,24 +167,24 @@ void perturb(const Table& table, Call call, const Threads& threads, const double
 }
 
 void restore(const Table& table, const Call& call, const Threads& threads) {
-  auto pick = [](const Tensor& t, const Call&) { return kernels().restore[d(t)][has(t, kMaster)]; };
+  auto pick = [](const KernelTable& k, const Tensor& t, const Call&) { return k.restore[d(t)][has(t, kMaster)]; };
   run(table, call, pick, bit(kBackup) | bit(kMaster), bit(kParam), threads);
   if (call.gammas == nullptr) return;
-  auto mix = [](const Tensor& t, const Call&) { return kernels().mix[d(t)]; };
+  auto mix = [](const KernelTable& k, const Tensor& t, const Call&) { return k.mix[d(t)]; };
   run(table, call, mix, bit(kGrad) | bit(kFirstGrad), bit(kGrad), threads);
 }
 
 void sgd_step(const Table& table, const Call& call, const Threads& threads) {
-  auto pick = [](const Tensor& t, const Call&) {
-    return kernels().sgd_step[d(t)][has(t, kBuffer)][has(t, kFirstGrad)][has(t, kMaster)];
+  auto pick = [](const KernelTable& k, const Tensor& t, const Call&) {
+    return k.sgd_step[d(t)][has(t, kBuffer)][has(t, kFirstGrad)][has(t, kMaster)];
   };
   const unsigned state = bit(kBuffer) | bit(kMaster);
   run(table, call, pick, update_reads(call) | state, bit(kParam) | state, threads);
 }
 
 void adam_step(const Table& table, const Call& call, const Threads& threads) {
-  auto pick = [](const Tensor& t, const Call&) {
-    return kernels().adam_step[d(t)][has(t, kFirstGrad)][has(t, kMaster)];
+  auto pick = [](const KernelTable& k, const Tensor& t, const Call&) {
+    return k.adam_step[d(t)][has(t, kFirstGrad)][has(t, kMaster)];
   };
   const unsigned state = bit(kBuffer) | bit(kBuffer2) | bit(kMaster);
   run(table, call, pick, update_reads(call) | state, bit(kParam) | state, threads);
