@@ -96,7 +96,8 @@ struct Adam {
   }
 };
 
-// The random bits of stochastic rounding: a pure function of (seed, step), the tensor's index and the element's.
+// The random bits of stochastic rounding: a pure function of (seed, step), the tensor's index and the element's. Two
+// neighbours share 32 of them.
 struct RandomBits {
   uint32_t key;
 
@@ -116,19 +117,25 @@ struct RandomBits {
   static RST_HD RandomBits of(uint64_t seed, uint64_t step, uint64_t tensor, uint64_t block) {
     return {folded(folded(folded(folded(0u, seed), step), tensor), block)};
   }
+  // For elements 2 * index (the low 16 bits) and 2 * index + 1 (the high ones).
+  template <class U>
+  RST_HD U pair(U index) const {
+    return mixed((index * 0x9e3779b9u) ^ key);
+  }
+  // 16 bits. `element` counts within its block of 2^32.
   template <class U>
   RST_HD U operator()(U element) const {
-    return mixed((element * 0x9e3779b9u) ^ key);
+    return (pair(element >> 1) >> ((element & 1u) << 4)) & 0xffffu;
   }
 };
 
 // Stochastic rounding of fp32 to a format that keeps the high bits: adding uniform bits below the cut and truncating
 // rounds away from zero with probability equal to the fraction cut off, so the expectation is the value itself.
-// V is float and U uint32_t, or vectors of them; to_bits and from_bits reinterpret one as the other.
+// `random` holds 16 bits. V is float and U uint32_t, or vectors of them; to_bits and from_bits reinterpret one as the other.
 template <class V, class U>
 struct StochasticRound {
   static RST_HD V to_bfloat16(V x, U random) {
-    U bits = (to_bits(x) + (random & 0xffffu)) & 0xffff0000u;
+    U bits = (to_bits(x) + random) & 0xffff0000u;
     return x == x ? from_bits(bits) : x;
   }
   // Below 2^-14 a float16 has the fixed quantum 2^-24: there x is rounded as 2^-14 + |x|, which has that quantum.

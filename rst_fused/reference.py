@@ -74,7 +74,10 @@ def adam(
 
 
 def random_bits(rng: Tensor, tensor_index: int, element: Tensor) -> Tensor:
-    """32 random bits per element (int64 in [0, 2^32)): a pure function of rng = [seed, step] and both indices."""
+    """16 random bits per element (int64 in [0, 2^16)): a pure function of rng = [seed, step] and both indices.
+
+    Two neighbours share one hash: element 2k has its low half, element 2k + 1 its high half.
+    """
 
     def mixed(x: Tensor) -> Tensor:
         x = ((x ^ (x >> 16)) * 0x85EBCA6B) & _MASK32
@@ -89,7 +92,8 @@ def random_bits(rng: Tensor, tensor_index: int, element: Tensor) -> Tensor:
     key = torch.zeros((), dtype=torch.int64, device=element.device)
     for part in (rng[0], rng[1], torch.full_like(key, tensor_index), element >> 32):
         key = folded(key, part)
-    return mixed((((element & _MASK32) * 0x9E3779B9) & _MASK32) ^ key)
+    pair = (element & _MASK32) >> 1
+    return (mixed(((pair * 0x9E3779B9) & _MASK32) ^ key) >> 16 * (element & 1)) & 0xFFFF
 
 
 def stochastic_round(x: Tensor, random: Tensor, dtype: torch.dtype) -> Tensor:

@@ -5,10 +5,73 @@
 
 namespace rst::RST_LEVEL {
 
+// Squares of 16-bit numbers are exact in fp32 (8 + 8 and 11 + 11 bits of significand); added in pairs there, half as many
+// numbers need widening. A block is 32 elements, and pair k of it goes to lane k at every SIMD level.
+constexpr int kPairBlock = 2 * kNormLanes;
+
+template <class T>
+RST_INLINE FloatV pair_squares(const uint16_t* block, int k) {
+  using Beside16 = Vector<uint16_t, kFloatLanes>;
+  Twin g;
+  if constexpr (std::is_same<T, BFloat16>::value) {  // neighbours
+    typename Convert<Twin, BFloat16>::Raw raw;
+    std::memcpy(&raw, block + 2 * k, sizeof(raw));
+    g = Convert<Twin, BFloat16>::widen(raw);
+  } else {  // 16 elements apart
+    Beside16 first, second;
+    std::memcpy(&first, block + k, sizeof(first));
+    std::memcpy(&second, block + kNormLanes + k, sizeof(second));
+    g = {half_to_float(first), half_to_float(second)};
+  }
+  return fma(g.a, g.a, g.b * g.b);
+}
+
+template <class T>
+RST_INLINE void add_pairs(const uint16_t* block, DoubleV* sums) {
+  for (int k = 0; k < kNormLanes; k += kFloatLanes) {
+    const FloatV squares = pair_squares<T>(block, k);
+    Vector<float, kDoubleLanes> halves[2];
+    std::memcpy(halves, &squares, sizeof(halves));
+    sums[k / kDoubleLanes] += __builtin_convertvector(halves[0], DoubleV);
+    sums[k / kDoubleLanes + 1] += __builtin_convertvector(halves[1], DoubleV);
+  }
+}
+
+// True if the pairs were summed into c.lanes; false, with nothing done, where fp32 did not hold their squares: a bfloat16
+// reaches as far as a float.
+template <class T>
+bool sum_pairs(const ChunkCall& c) {
+  constexpr int kSums = kNormLanes / kDoubleLanes;
+  DoubleV sums[kSums];
+  std::memcpy(sums, c.lanes, sizeof(sums));
+  const uint16_t* g = static_cast<const uint16_t*>(c.data[kGrad]);
+  int64_t i = 0;
+  for (; i + kPairBlock <= c.count; i += kPairBlock) add_pairs<T>(g + i, sums);
+  if (i < c.count) {
+    uint16_t rest[kPairBlock] = {};
+    std::memcpy(rest, g + i, (c.count - i) * sizeof(uint16_t));
+    add_pairs<T>(rest, sums);
+  }
+  double lanes[kNormLanes], total = 0;
+  std::memcpy(lanes, sums, sizeof(sums));
+  for (double lane : lanes) total += lane;
+  // Each of at most 2^14 squares below 2^-126 is off by less than 2^-149.
+  if (!(total >= 0x1p-100 && total <= 0x1p120)) {
+    bool zero = total == 0;
+    for (i = 0; zero && i < c.count; ++i) zero = (g[i] & 0x7fffu) == 0;
+    if (!zero) return false;
+  }
+  std::memcpy(c.lanes, sums, sizeof(sums));
+  return true;
+}
+
 // Sums in fp64 over kNormLanes fixed lanes: element i of the chunk always goes to lane i % kNormLanes, so the result
 // depends neither on the SIMD level nor on the number of threads.
 template <class T, bool Adaptive, bool Master>
 void grad_norm_chunk(const ChunkCall& c) {
+  if constexpr (sizeof(T) == 2 && !Adaptive) {
+    if (sum_pairs<T>(c)) return;
+  }
   constexpr int kSums = kNormLanes / kDoubleLanes;
   DoubleV sums[kSums];
   std::memcpy(sums, c.lanes, sizeof(sums));

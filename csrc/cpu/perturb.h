@@ -10,7 +10,8 @@ template <class T>
 RST_INLINE Twin stochastic_round(Twin v, RandomBits random, TwinBits element) {
   using Round = StochasticRound<FloatV, UintV>;
   if constexpr (std::is_same<T, BFloat16>::value) {
-    return {Round::to_bfloat16(v.a, random(element.a)), Round::to_bfloat16(v.b, random(element.b))};
+    const UintV bits = random.pair(element.a >> 1);  // element.b is the odd neighbour: see `each`
+    return {Round::to_bfloat16(v.a, bits & 0xffffu), Round::to_bfloat16(v.b, bits >> 16)};
   } else {
     return {Round::to_float16(v.a, random(element.a)), Round::to_float16(v.b, random(element.b))};
   }
