@@ -1,8 +1,8 @@
 """The eager CPU path: one launch plan per optimizer, made once and checked at every step.
 
 A plan (csrc/host_plan.h) holds the chunk table of all parameters. At each call it looks at the gradient of every
-parameter and compares addresses, shapes and dtypes with the table. Whatever does not fit (other gradients than last time, storage
-that moved) makes a new plan; whatever a plan cannot express goes through rst_fused._engine.
+parameter and compares addresses, shapes and dtypes with the table. Whatever does not fit (other gradients than last
+time, storage that moved) makes a new plan; whatever a plan cannot express goes through rst_fused._engine.
 """
 
 from __future__ import annotations
