@@ -7,6 +7,7 @@ time, storage that moved) makes a new plan; whatever a plan cannot express goes 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from rst_fused._backends import host
 from rst_fused._core import Core
 from rst_fused._schemas import NAMESPACE
 
+Column = Sequence[Tensor | None]
 _PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
 _CAN_PLAN = host() is not None and host().can_plan()
 
@@ -145,7 +147,7 @@ class Plans:
             _engine.backup_of(opt, p) if with_backups and not _engine.has_master(opt, p) else None for p in lists.params
         ]
         nothing: list[Tensor | None] = [None] * len(lists.params)
-        columns = (masters, lists.buffers or nothing, lists.buffers2 or nothing, backups)
+        columns: tuple[Column, ...] = (masters, lists.buffers or nothing, lists.buffers2 or nothing, backups)
         if not all(_fits(p, *companions) for p, *companions in zip(lists.params, *columns, strict=True)):
             return  # the ops say what is wrong; a plan trusts what it is made of
         held = list(lists.params)
@@ -163,7 +165,7 @@ class Plans:
         self._state, self._state_size = opt.state, len(opt.state)
 
 
-def _append(held: list[Tensor], column: list[Tensor | None]) -> list[int]:
+def _append(held: list[Tensor], column: Column) -> list[int]:
     """Appends what is there and returns the position of each, or -1."""
     positions = []
     for t in column:

@@ -38,7 +38,7 @@ def take_counters(opt: Core) -> None:
     opt._run = Run(counters.get("rst_steps", 0), counters.get("rst_sam_steps", 0))
     opt.seed = counters.get("rst_seed", opt.seed)
     opt._rng.copy_(torch.tensor([opt.seed, opt.steps]))
-    opt._stats.copy_(torch.tensor([math.nan, 0, 0, counters.get("rst_non_finite_norms", 0)]))
+    opt._stats.copy_(torch.tensor([math.nan, 0, 0, counters.get("rst_non_finite_norms", 0), 0]))
 
 
 def _pairs(opt: Core, saved: dict[str, Any]) -> Iterator[tuple[Tensor, dict[str, Any]]]:

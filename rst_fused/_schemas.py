@@ -6,8 +6,9 @@ Conventions shared by all ops
                 stands for both.
     rows        hyperparameters are float64 tensors with one row per group of consecutive parameters; ``group_sizes``
                 says how many parameters each row covers.
-    stats       float64 ``[norm, inverse, non_finite, non_finite_count]``: the gradient norm, ``1 / (norm + 1e-12)`` or
-                0 where there is no direction, whether the norm was not finite, and how often that happened so far.
+    stats       float64 ``[norm, inverse, non_finite, non_finite_count, ticket]``: the gradient norm, ``1 / (norm +
+                1e-12)`` or 0 where there is no direction, whether the norm was not finite, how often that happened so
+                far, and 0: room for GPU kernels to count their blocks in, which they leave at 0.
     masters     fp32 copies of bfloat16/float16 parameters; where given, they take the place of backups.
     rng         int64 ``[seed, step]``: stochastic rounding is a pure function of both and of the element's position.
     first_grads the gradients of the first pass, for G-RST; empty for RST, which uses the second pass alone.
@@ -22,7 +23,7 @@ import torch
 NAMESPACE = "rst_fused"
 SGD_HYPER = ("lr", "momentum", "dampening", "weight_decay", "gamma")
 ADAM_HYPER = ("lr", "beta1", "beta2", "eps", "weight_decay", "gamma")
-STATS = ("norm", "inverse", "non_finite", "non_finite_count")
+STATS = ("norm", "inverse", "non_finite", "non_finite_count", "ticket")
 
 _RESTORE = "Tensor[] backups, Tensor[] first_grads, "
 _SGD = (

@@ -100,7 +100,7 @@ class RST(Core):
         else:
             self._share(params, hyper, rho)
         self.backend: Backend = backend_for(backend, self._device())
-        self._stats = torch.tensor([math.nan, 0, 0, 0], dtype=torch.float64, device=self._device())
+        self._stats = torch.tensor([math.nan, 0, 0, 0, 0], dtype=torch.float64, device=self._device())
         self._rng = torch.tensor([self.seed, 0], dtype=torch.int64)
 
     # --- construction -----------------------------------------------------------------------------------------------

@@ -205,7 +205,7 @@ def test_cpu_backend_refuses_other_devices() -> None:
 
 # --- the registered ops themselves ----------------------------------------------------------------------------------
 W, H, B = (lambda: [torch.ones(3), torch.ones(2)]), torch.bfloat16, (lambda: [torch.ones(3), torch.ones(3)])
-D5, D6, D1, STATS = (torch.zeros(n, dtype=torch.float64) for n in (5, 6, 1, 4))
+D5, D6, D1, STATS = (torch.zeros(n, dtype=torch.float64) for n in (5, 6, 1, 5))
 RNG = torch.zeros(2, dtype=torch.int64)
 AMP: tuple[Any, ...] = (None, None)
 RAW: list[tuple[str, tuple[Any, ...], str]] = [

@@ -7,7 +7,7 @@ namespace rst {
 
 // What grad_norm leaves behind, as doubles: norm, 1 / (norm + eps) or 0, whether the norm was finite, and how many
 // calls so far had a norm that was not.
-enum Stat : int { kNorm, kInverse, kNonFinite, kNonFiniteCount, kStats };
+enum Stat : int { kNorm, kInverse, kNonFinite, kNonFiniteCount, kTicket, kStats };
 constexpr double kNormEps = 1e-12;
 
 // stats <- norm over all gradients; ||T g|| when call.adaptive.

@@ -228,7 +228,7 @@ void test_strided() {
   Table table;
   table.tensors = {tensor};
   table.cut();
-  const double stats[kStats] = {1, 1, 0, 0}, rho[] = {0.5};
+  const double stats[kStats] = {1, 1, 0, 0, 0}, rho[] = {0.5};
   perturb(table, Call{}, Threads{}, stats, rho, 1);
   for (int i = 0; i < 40; ++i) {
     for (int j = 0; j < 50; ++j) {
