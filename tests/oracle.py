@@ -61,7 +61,8 @@ def grad_norm(grads: Any, params: Any = None, adaptive: bool = False, eta: float
 def stats_of(norm: float, count: int = 0) -> list[float]:
     """[norm, inverse, non_finite, count, ticket], where ``count`` calls were not finite before."""
     finite = math.isfinite(norm)
-    return [norm, 1 / (norm + NORM_EPS) if finite and norm > 0 else 0.0, float(not finite), float(count + (not finite)), 0.0]
+    inverse = 1 / (norm + NORM_EPS) if finite and norm > 0 else 0.0
+    return [norm, inverse, float(not finite), float(count + (not finite)), 0.0]
 
 
 def perturb_(

@@ -89,8 +89,8 @@ def test_no_direction(bad: float, adaptive: bool, dtype: torch.dtype, backend: s
         w[0][:3] = -0.0
     before, backups = [t.clone() for t in w], [torch.zeros_like(t) for t in w]
     stats = ops.grad_norm(g, w, adaptive=adaptive, eta=0.01, backend=backend)
-    norm, inverse, non_finite, count = stats.tolist()
-    assert (inverse, non_finite, count) == (0.0, float(bad != 0), float(bad != 0))
+    norm, inverse, non_finite, count, ticket = stats.tolist()
+    assert (inverse, non_finite, count, ticket) == (0.0, float(bad != 0), float(bad != 0), 0.0)
     assert math.isnan(norm) if math.isnan(bad) else norm == abs(bad)
     ops.perturb_(w, g, backups, stats, rho=0.5, adaptive=adaptive, eta=0.01, backend=backend)
     for p, old, saved in zip(w, before, backups, strict=True):
