@@ -11,7 +11,6 @@ import gpu_simulator
 import op_db
 import oracle
 import pytest
-import torch
 from test_ops import CASES, check_lists
 
 MISSING = gpu_simulator.missing()
@@ -50,4 +49,4 @@ def test_against_oracle(
     else:
         expected = op.oracle(**sample.lists, **sample.options)
     check_lists(op, sample, after, expected, sample.options.get("stochastic_rounding", True))
-    assert simulator.launches
+    assert simulator.launches or all(t.numel() == 0 for tensors in sample.lists.values() for t in tensors)
