@@ -1,4 +1,4 @@
-"""The eager CPU path: one launch plan per optimizer, made once and checked at every step.
+"""The eager path of compiled kernels: one launch plan per optimizer, made once and checked at every step.
 
 A plan (csrc/host_plan.h) holds the chunk table of all parameters. At each call it looks at the gradient of every
 parameter and compares addresses, shapes and dtypes with the table. Whatever does not fit (other gradients than last
@@ -103,7 +103,7 @@ class Plans:
     @staticmethod
     def _serves(opt: Core) -> bool:
         return (
-            opt.backend.name == "cpu"
+            opt.backend.plans != ""
             and _CAN_PLAN
             and torch._C._len_torch_dispatch_stack() == 0
             and getattr(opt, "grad_scale", None) is None
@@ -156,8 +156,9 @@ class Plans:
         idle = [p for p in params if p.grad is None]
         state = {} if opt.rule is None else opt.state  # that of an optimizer instance is its own affair
         handle = getattr(torch.ops, NAMESPACE)._hold(held + idle)
+        gpu = opt.backend.plans == "gpu"
         self._plan = host().Plan(
-            params, lists.params, lists.sizes, handle, len(held) - backed, len(held), *positions, state
+            gpu, params, lists.params, lists.sizes, handle, len(held) - backed, len(held), *positions, state
         )
         lists.grads, lists.backups = [], []  # a kept gradient would be memory that zero_grad cannot free
         self._lists = lists

@@ -49,7 +49,8 @@ def missing() -> str | None:
 class Common(ctypes.Structure):
     _fields_ = [
         ("rows", ctypes.c_double * (ROWS * NUMBERS)), ("device_rows", ctypes.c_void_p),
-        ("device_steps", ctypes.c_void_p), ("rng", ctypes.c_void_p), ("seed", ctypes.c_uint64), ("step", ctypes.c_uint64), ("stats", ctypes.c_void_p),
+        ("device_steps", ctypes.c_void_p), ("rng", ctypes.c_void_p), ("seed", ctypes.c_uint64),
+        ("step", ctypes.c_uint64), ("stats", ctypes.c_void_p),
         ("partials", ctypes.c_void_p), ("grad_scale", ctypes.c_void_p), ("found_inf", ctypes.c_void_p),
         ("eta", ctypes.c_double), ("direction", ctypes.c_double), ("first_partial", ctypes.c_int64),
         ("all_partials", ctypes.c_int64), ("tensors", ctypes.c_int32), ("chunk", ctypes.c_int32),
@@ -152,7 +153,7 @@ def simulated(simulator: Simulator, monkeypatch: pytest.MonkeyPatch, device_numb
         _libraries.append(torch.library.Library(NAMESPACE, "DEF"))
         for name, schema in SCHEMAS.items():
             _libraries[0].define(name + schema)
-    backend = _backends.Backend("simulated", True, "interpreted PTX", ("cpu",), _backends._ops(NAMESPACE))
+    backend = _backends.Backend("simulated", True, "interpreted PTX", ("cpu",), _backends._ops(NAMESPACE), "gpu")
     monkeypatch.setattr(_backends, "_BY_SPEED", (*_backends._BY_SPEED, backend))
     simulator.launches.clear()
     _backends.host().simulate_gpu(simulator.launch, device_numbers)
