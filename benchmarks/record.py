@@ -49,7 +49,7 @@ def _cache_bytes() -> int | None:
     return max((int(size.rstrip("K")) * 1024 for size in sizes), default=None)
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -78,7 +78,7 @@ def environment(device: str) -> dict[str, Any]:
             "system": f"{platform.system()} {platform.release()}",
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         },
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in names}},
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in names}},
         "build": _build(),
     }  # fmt: skip
 
