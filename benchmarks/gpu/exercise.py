@@ -20,8 +20,8 @@ from .device import available_backends, device_of
 SIZES = (0, 1, 3, 17, 1025, 4097, 70001)  # around the widths of vectors, blocks and chunks
 MODES = {"fp32": (torch.float32, False), "bf16": (torch.bfloat16, False), "bf16, fp32 masters": (torch.bfloat16, True)}
 CLOSE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # |difference| <= this * (1 + |expected|)
-SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
-ADAM = {"lr": 0.1, "step": 3, "weight_decay": 0.01, "decoupled": True}
+SGD: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
+ADAM: dict[str, Any] = {"lr": 0.1, "step": 3, "weight_decay": 0.01, "decoupled": True}
 Lists = dict[str, list[Tensor]]
 
 
@@ -57,25 +57,25 @@ def run_op(op: str, lists: Lists, backend: str, adaptive: bool) -> list[Tensor]:
     params, grads, masters = lists["params"], lists["grads"], lists.get("masters")
     device = params[0].device
     own: dict[str, Any] = {"backend": backend, "masters": masters}
-    amp = {"grad_scale": torch.full((1,), 2.0).to(device), "found_inf": torch.zeros(1).to(device)}
-    state = [lists["exp_avgs"], lists["exp_avg_sqs"]]
-    mixing = {"first_grads": lists["first_grads"], "gamma": 1.5}
+    amp: dict[str, Any] = {"grad_scale": torch.full((1,), 2.0).to(device), "found_inf": torch.zeros(1).to(device)}
+    mixing: dict[str, Any] = {"first_grads": lists["first_grads"], "gamma": 1.5}
+    adam: dict[str, Any] = {"exp_avgs": lists["exp_avgs"], "exp_avg_sqs": lists["exp_avg_sqs"], **ADAM}
     calls: dict[str, Callable[[], object]] = {
         "sgd_step_": lambda: ops.sgd_step_(params, grads, lists["momentum_buffers"], **SGD, **amp, **own),
         "restore_sgd_step_": lambda: ops.restore_sgd_step_(
             params, grads, lists["backups"], lists["momentum_buffers"], **SGD, **mixing, **own),
-        "adam_step_": lambda: ops.adam_step_(params, grads, *state, **ADAM, **amp, **own),
+        "adam_step_": lambda: ops.adam_step_(params, grads, **adam, **amp, **own),
         "restore_adam_step_": lambda: ops.restore_adam_step_(
-            params, grads, lists["backups"], *state, **ADAM, **mixing, **own),
+            params, grads, lists["backups"], **adam, **mixing, **own),
         "restore_": lambda: ops.restore_(params, lists["backups"], grads=grads, **mixing, **own),
     }  # fmt: skip
     changed = [t for tensors in lists.values() for t in tensors]
     if op in calls:
         calls[op]()
         return changed
-    scaled = {"adaptive": adaptive, "eta": 0.01}
+    scaled: dict[str, Any] = {"adaptive": adaptive, "eta": 0.01}
     stats = torch.zeros(5, dtype=torch.float64).to(device)
-    ops.grad_norm(grads, masters or params, stats=stats, backend=backend, **scaled)
+    ops.grad_norm(grads, params, stats=stats, backend=backend, **scaled)
     if op == "perturb_":
         ops.perturb_(params, grads, lists["backups"], stats, rho=0.05, seed=1, step=2, **scaled, **own)
     return [*changed, stats]
@@ -103,6 +103,7 @@ def exercise(backend: str, device: str) -> list[str]:
     """All ops in all modes; what is wrong."""
     found = []
     for op in OPS:
+        print(f"{backend}: {op}", flush=True)  # so that a crash or a hang has a place
         for mode in MODES:
             for shift in (0, 1):
                 for adaptive in (False, True) if op in ("grad_norm", "perturb_") else (False,):
@@ -116,6 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), required=True)
     parser.add_argument("--backend", nargs="+", default=None)
     args = parser.parse_args(arguments)
+    torch.set_num_threads(1)
     device = device_of(args.device)
     names, notes = available_backends(device, args.backend)
     wrong = [words for name in names for words in exercise(name, device.name)]

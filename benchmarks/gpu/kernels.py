@@ -7,13 +7,14 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from ..cases import DTYPES, Case, Hyper, gpt2, many
-from ..peers import WEIGHTS, Competitor, attach, make
-from . import race, stage
+from ..peers import PEERS, WEIGHTS, Competitor, attach, make
+from . import environment, race, stage
 from .device import Device
 from .models import ResNet, case_of
 from .race import Entrant, Plan
@@ -40,10 +41,10 @@ def full_size() -> list[Measured]:
     with torch.device("meta"):
         resnet = case_of("resnet50", "ResNet-50", ResNet())
     return [
-        Measured(gpt2("gpt2", "GPT-2 small", 768, 12), Plan(15, 3), ("sgd", "adamw"), compiled=True, graphs=True),
-        Measured(gpt2("1e9", "GPT-2 XL, 30 of its 48 layers", 1600, 30), Plan(7, 2)),
-        Measured(resnet, Plan(15, 5), graphs=True),
-        Measured(many(1000, 1000), Plan(9, 3), graphs=True),
+        Measured(gpt2("gpt2", "GPT-2 small", 768, 12), Plan(15, 3, 12), ("sgd", "adamw"), compiled=True, graphs=True),
+        Measured(gpt2("1e9", "GPT-2 XL, 30 of its 48 layers", 1600, 30), Plan(7, 2, 8)),
+        Measured(resnet, Plan(15, 5, 20), graphs=True),
+        Measured(many(1000, 1000), Plan(9, 3, 10), graphs=True),
     ]
 
 
@@ -52,7 +53,7 @@ def rehearsal_size() -> list[Measured]:
     with torch.device("meta"):
         resnet = case_of("resnet50", "ResNet-50, shrunk", ResNet(4, (1, 1, 1, 1), 10))
     small, large = gpt2("gpt2", "GPT-2, shrunk", 16, 1, 101, 8), gpt2("1e9", "GPT-2 XL, shrunk", 24, 2, 101, 8)
-    plan = Plan(3, 2, 1)
+    plan = Plan(3, 2, 2, warmup=1)
     return [
         Measured(small, plan, ("sgd", "adamw"), compiled=True, graphs=True),
         Measured(large, plan),
@@ -86,7 +87,7 @@ def labels(case: Case, dtype: str, base: str) -> dict[str, Any]:
 def measure_race(
     part: stage.Part, m: Measured, dtype: str, base: str, backends: Sequence[str], peers: Sequence[str]
 ) -> None:
-    """One race of our backends, the peers and the copy, what a step launches, and whether all do the same."""
+    """One race of our backends, the peers and the copy, and whether all do the same."""
     device, case, kind = part.device, m.case, DTYPES[dtype]
     grads = gradients(device, case, kind)
     racers = competitors(device, case, kind, base, backends, peers)
@@ -103,10 +104,7 @@ def measure_race(
     found["ratios"] = race.ratios(times, backends)
     copied = race.COPY_WORDS * case.elements * kind.itemsize
     found["copy_bytes_per_s"] = copied / statistics.median(times["copy"]["copy"])
-    found["launches"] = {}
-    for name, racer in racers.items():
-        launches = device.launches(lambda racer=racer: race.sam_step(racer, grads))  # type: ignore[misc]
-        found["launches"][name] = {"total": sum(launches.values()), "of": launches}
+    found["clocks"] = environment.clocks() if device.name == "cuda" else {}
     part.add("races", found)
 
 
@@ -138,12 +136,29 @@ def measure_host(part: stage.Part, steps: int) -> None:
         for _ in range(10):
             for name, racer in racers.items():
                 seconds[name] += host_seconds(device, racer, grads, max(1, steps // 10))
-    for name, racer in racers.items():
-        launches = device.launches(lambda racer=racer: race.sam_step(racer, grads))  # type: ignore[misc]
+    for name in racers:
         part.add("host", {
             "who": name, "tensors": len(HOST_CASE.shapes), "median_s": statistics.median(seconds[name]),
-            "best_s": min(seconds[name]), "launches": {"total": sum(launches.values()), "of": launches},
+            "best_s": min(seconds[name]),
         })  # fmt: skip
+
+
+def count_launches(part: stage.Part, case: Case, dtype: str, base: str, peers: Sequence[str]) -> None:
+    """What one SAM step of each launches on the device."""
+    device, kind = part.device, DTYPES[dtype]
+    grads = gradients(device, case, kind)
+    for name in (*part.backends, *peers):
+        (racer,) = competitors(device, case, kind, base, *_one(name)).values()
+        race.sam_step(racer, grads)  # the first step allocates and fills
+        launches = device.launches(partial(race.sam_step, racer, grads))
+        part.add("launches", {
+            **labels(case, dtype, base), "who": name, "total": sum(launches.values()), "of": launches,
+        })  # fmt: skip
+
+
+def _one(name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(backends, peers) with nothing but ``name``."""
+    return ((), (name,)) if name in PEERS else ((name,), ())
 
 
 def captured(device: Device, competitor: Competitor, grads: Sequence[torch.Tensor]) -> tuple[Entrant, int]:
@@ -153,8 +168,8 @@ def captured(device: Device, competitor: Competitor, grads: Sequence[torch.Tenso
         race.sam_step(competitor, grads)
     device.synchronize()
     replays = {
-        "base": device.capture(lambda: race.base_step(competitor, grads)),
-        "step": device.capture(lambda: race.sam_step(competitor, grads)),
+        "base": device.capture(partial(race.base_step, competitor, grads)),
+        "step": device.capture(partial(race.sam_step, competitor, grads)),
     }
     for _ in range(GRAPH_REPLAYS):
         for replay in replays.values():
@@ -164,7 +179,7 @@ def captured(device: Device, competitor: Competitor, grads: Sequence[torch.Tenso
 
 def eager(competitor: Competitor, grads: Sequence[torch.Tensor]) -> Entrant:
     return Entrant(
-        steps={"base": lambda: race.base_step(competitor, grads), "step": lambda: race.sam_step(competitor, grads)}
+        steps={"base": partial(race.base_step, competitor, grads), "step": partial(race.sam_step, competitor, grads)}
     )
 
 
@@ -199,27 +214,39 @@ def measure_graphs(part: stage.Part, m: Measured, dtype: str) -> None:
 def race_all(part: stage.Part, m: Measured, dtype: str, base: str, peers: Sequence[str]) -> None:
     """All backends in one race; if that fails, each in a race of its own, so that one cannot hide the others."""
     label = f"{m.case.name}, {dtype}, {base}, {', '.join(peers)}"
-    done = part.attempt(label, lambda: measure_race(part, m, dtype, base, part.backends, peers))
+    done = part.attempt(label, partial(measure_race, part, m, dtype, base, part.backends, peers))
     if not done and len(part.backends) > 1:
         for name in part.backends:
-            part.attempt(f"{label}, {name} alone", lambda name=name: measure_race(part, m, dtype, base, [name], peers))  # type: ignore[misc]
+            part.attempt(f"{label}, {name} alone", partial(measure_race, part, m, dtype, base, [name], peers))
+
+
+def peers_of(base: str) -> tuple[str, ...]:
+    """Those that are quick to start."""
+    return ("foreach", "usual") if base == "sgd" else ("foreach",)
 
 
 def measure_all(part: stage.Part, sizes: Sequence[Measured], host_steps: int, compiled: bool) -> None:
-    """Everything, the quick and important first and torch.compile, which takes long, last."""
+    """Everything, the quick and important first and torch.compile, which takes long, last.
+
+    The profiler is not started before what depends on the host is measured: it slows launches down from then on.
+    """
     if not part.backends:
         part.error(f"none of the backends {part.device.backends} is available, so only peers were measured")
-    device = part.device
-    first = "a first profile, which starts the profiler and is dropped"
-    part.attempt(first, lambda: device.launches(lambda: torch.ones(8, device=device.name).add_(1)))
-    part.attempt("host time", lambda: measure_host(part, host_steps))
+    part.attempt("host time", partial(measure_host, part, host_steps))
     for m in sizes:
         for dtype in DTYPES:
             for base in m.bases:
-                race_all(part, m, dtype, base, ("foreach", "usual") if base == "sgd" else ("foreach",))
+                race_all(part, m, dtype, base, peers_of(base))
     for m in sizes:
         if m.graphs:
-            part.attempt(f"{m.case.name}, graphs", lambda m=m: measure_graphs(part, m, "fp32"))  # type: ignore[misc]
+            part.attempt(f"{m.case.name}, graphs", partial(measure_graphs, part, m, "fp32"))
+    device = part.device
+    first = "a first profile, which starts the profiler and is dropped"
+    part.attempt(first, lambda: device.launches(lambda: torch.ones(8, device=device.name).add_(1)))
+    counted = [(m.case, dtype, base) for m in sizes for dtype in DTYPES for base in m.bases]
+    for case, dtype, base in ((HOST_CASE, "fp32", "sgd"), *counted):
+        words = f"{case.name}, {dtype}, {base}, launches"
+        part.attempt(words, partial(count_launches, part, case, dtype, base, peers_of(base)))
     for m in sizes:
         if m.compiled and compiled:
             for dtype in DTYPES:

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -67,8 +68,8 @@ def base_step(competitor: Competitor, grads: Sequence[torch.Tensor]) -> None:
 def entrant(competitor: Competitor, grads: Sequence[torch.Tensor]) -> Entrant:
     return Entrant(
         {part: getattr(competitor, part) for part in PARTS},
-        {"step": lambda: sam_step(competitor, grads)},
-        lambda: attach(competitor.params, grads),
+        {"step": partial(sam_step, competitor, grads)},
+        partial(attach, competitor.params, grads),
     )
 
 
@@ -82,10 +83,11 @@ def copy_entrant(elements: int, dtype: torch.dtype, device: Device) -> Entrant:
 @dataclass(frozen=True)
 class Plan:
     """``rounds`` rounds; in each, every entrant runs its parts ``calls`` times (the median counts) and each of its
-    steps ``calls`` times in a row (the mean counts)."""
+    steps ``in_a_row`` times (the mean counts)."""
 
     rounds: int
     calls: int
+    in_a_row: int
     warmup: int = 3
 
 
@@ -138,7 +140,7 @@ def race(device: Device, entrants: Mapping[str, Entrant], plan: Plan) -> Times:
                 for what in e.parts:
                     times[name][what].append(statistics.median(seconds[what] for seconds in queued))
                 for what, step in e.steps.items():
-                    times[name][what].append(_back_to_back(device, step, plan.calls))
+                    times[name][what].append(_back_to_back(device, step, plan.in_a_row))
     return times
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -9,26 +10,30 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 GRACE = 4.0  # seconds a stage has to end after an interrupt, before it is killed
+LIMIT = "{limit}"
 LEAST = 2.0  # no stage is started for less
 TICK = 1.0
+TAIL_LINES = 15  # of the log of a stage that failed, which are printed
 PASSED, FAILED, TIMED_OUT, NOT_RUN = "passed", "FAILED", "TIMED OUT", "NOT RUN"
 
 
 @dataclass(frozen=True)
 class Stage:
     """``share`` of the time that is left when the stage begins is its limit, so that time one stage saves goes to the
-    later ones and a slow one cannot take all of it."""
+    later ones and a slow one cannot take all of it. In ``command``, LIMIT stands for that limit in seconds."""
 
     name: str
     command: Sequence[str]
     share: float
     environment: Mapping[str, str] = field(default_factory=dict)
     accepted: tuple[int, ...] = (0,)  # exit codes that are no failure
+    meanings: Mapping[int, str] = field(default_factory=dict)  # exit code -> what it says
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -59,10 +64,8 @@ def _signal(group: int, number: signal.Signals) -> bool:
 def _stop(process: subprocess.Popen[bytes], grace: float) -> None:
     """Ends the stage and all that it started: first as Ctrl-C does, which lets pytest print its summary."""
     if process.poll() is None and _signal(process.pid, signal.SIGINT):
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(grace)
-        except subprocess.TimeoutExpired:
-            pass
     _signal(process.pid, signal.SIGKILL)  # also those of the group that outlived their leader
     process.wait()
 
@@ -77,11 +80,12 @@ def run_stage(
     if limit < LEAST:
         return {**outcome, "status": NOT_RUN, "detail": "no time was left"}
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", **stage.environment}
+    command = [word.replace(LIMIT, f"{limit:.0f}") for word in stage.command]
     started = time.monotonic()
     with log.open("wb") as output:
         try:
             process = subprocess.Popen(
-                stage.command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=output,
+                command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=output,
                 stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
         except OSError as error:
@@ -98,9 +102,8 @@ def run_stage(
     outcome["seconds"] = round(time.monotonic() - started, 1)
     if code is None:
         return {**outcome, "status": TIMED_OUT, "detail": f"stopped after {limit:.0f} s"}
-    if code not in stage.accepted:
-        return {**outcome, "status": FAILED, "detail": f"exit status {code}"}
-    return {**outcome, "status": PASSED, "detail": ""}
+    words = stage.meanings.get(code, f"exit status {code}" if code else "")
+    return {**outcome, "status": PASSED if code in stage.accepted else FAILED, "detail": words}
 
 
 def run_stages(
@@ -116,7 +119,7 @@ def run_stages(
                    "status": "running", "detail": ""}  # fmt: skip
         now = [*outcomes, waiting]
         changed(now)
-        outcomes.append(run_stage(stage, folder, limit, grace, tick=lambda now=now: changed(now)))  # type: ignore[misc]
+        outcomes.append(run_stage(stage, folder, limit, grace, tick=partial(changed, now)))
         changed(outcomes)
     return outcomes
 
