@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+import time
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from types import FrameType
@@ -92,13 +93,13 @@ def _interrupted(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def run(args: argparse.Namespace) -> int:
+    end = time.monotonic() + args.budget
     folder: Path = args.out.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     result, summary = folder / "gpu.json", folder / "gpu.md"
     record.refuse_overwrite(result, args.force)
     for name in (*(f"{part}.json" for part in PARTS), "tests.xml"):
         (folder / name).unlink(missing_ok=True)  # of an earlier run
-    signal.signal(signal.SIGTERM, _interrupted)  # so that a stage under way is ended, too
     head = environment.collect(args.device, args.commit)
     said: set[str] = set()
 
@@ -114,6 +115,10 @@ def run(args: argparse.Namespace) -> int:
                 if o["status"] not in (PASSED, "running"):
                     print(tail(folder / o["log"], TAIL_LINES), flush=True)
 
-    outcomes = run_stages(stages(args, folder), folder, args.budget, changed)
+    handler = signal.signal(signal.SIGTERM, _interrupted)  # so that a stage under way is ended, too
+    try:
+        outcomes = run_stages(stages(args, folder), folder, end, changed)
+    finally:
+        signal.signal(signal.SIGTERM, handler)
     print(f"\n{report.overview(gathered(head, folder, outcomes))}\nall numbers: {summary}, {result.name}")
     return 0 if all(o["status"] == PASSED for o in outcomes) else 1

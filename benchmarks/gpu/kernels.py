@@ -196,7 +196,7 @@ def measure_graphs(part: stage.Part, m: Measured, dtype: str) -> None:
         try:
             entrants[label], updates = captured(device, racer, grads)
         except Exception as error:
-            found["failures"][name] = f"{type(error).__name__}: {str(error)[: stage.ERROR_LETTERS]}"
+            found["failures"][name] = stage.described(error)
             continue
         standard = make("foreach", case, kind, HYPER, device.name)
         for _ in range(updates):  # with gradients that stay, a SAM step and a base step do the same

@@ -88,9 +88,7 @@ def _share(value: float | None) -> str:
 
 
 def _agreement(found: list[dict[str, Any]]) -> str:
-    rows = [
-        [a["who"], _share(a.get("perturbed")), _share(a["weights"]), "yes" if a["agree"] else "NO"] for a in found
-    ]
+    rows = [[a["who"], _share(a.get("perturbed")), _share(a["weights"]), "yes" if a["agree"] else "NO"] for a in found]
     return "\n" + table(["distance from foreach", "perturbed", "weights", "agrees"], rows) if rows else ""
 
 
@@ -128,9 +126,7 @@ def _launched(names: dict[str, int]) -> str:
 def _host(found: list[dict[str, Any]]) -> str:
     if not found:
         return ""
-    rows = [
-        [h["who"], f"{h['median_s'] * 1e6:.1f} us", f"{h['best_s'] * 1e6:.1f} us"] for h in found
-    ]
+    rows = [[h["who"], f"{h['median_s'] * 1e6:.1f} us", f"{h['best_s'] * 1e6:.1f} us"] for h in found]
     head = f"\n## Host time per SAM step: {found[0]['tensors']} tensors of 64 elements, fp32, sgd\n\n"
     return head + table(["perturb() + step(), waiting for nothing", "median", "best"], rows)
 

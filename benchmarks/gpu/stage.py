@@ -25,6 +25,15 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return result
 
 
+def described(error: BaseException) -> str:
+    """The error and, where it came up while another was handled (as a broken graph capture does), the first one."""
+    first = error
+    while first.__context__ is not None:
+        first = first.__context__
+    words = f"{type(error).__name__}: {str(error)[:ERROR_LETTERS]}"
+    return words if first is error else f"{words} (after {described(first)})"
+
+
 class Part:
     """The findings of one stage. Each ``attempt`` that fails is noted, and the next one runs all the same."""
 
@@ -58,7 +67,7 @@ class Part:
             call()
         except Exception as error:
             traceback.print_exc()
-            self.error(f"{what}: {type(error).__name__}: {str(error)[:ERROR_LETTERS]}")
+            self.error(f"{what}: {described(error)}")
             failed = True
         try:
             # Not inside the handler above: the error's traceback holds the memory of what failed.

@@ -107,11 +107,10 @@ def run_stage(
 
 
 def run_stages(
-    stages: Sequence[Stage], folder: Path, budget: float, changed: Callable[[list[dict[str, Any]]], None],
+    stages: Sequence[Stage], folder: Path, end: float, changed: Callable[[list[dict[str, Any]]], None],
     grace: float = GRACE,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Runs all stages in order within ``budget`` seconds. ``changed`` gets the outcomes so far, often."""
-    end = time.monotonic() + budget
+    """Runs all stages in order until ``end`` of time.monotonic(). ``changed`` gets the outcomes so far, often."""
     outcomes: list[dict[str, Any]] = []
     for stage in stages:
         limit = stage.share * (end - time.monotonic() - grace)
