@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks import record
 from benchmarks.__main__ import main
-from benchmarks.gpu import counts, environment, goals, race, report, sanitizer
+from benchmarks.gpu import counts, environment, gathered, goals, race, report, sanitizer
 from benchmarks.gpu.stages import FAILED, NOT_RUN, PASSED, TIMED_OUT, Stage, run_stages
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -91,7 +91,7 @@ def test_results_are_there_while_later_stages_run(tmp_path: Path, monkeypatch: p
     look = f"import pathlib; print(pathlib.Path({str(out)!r}, 'gpu.json').read_text())"
     found = json.dumps({"backends": ["x"], "notes": ["a finding"], "errors": []})
     leave = f"import pathlib; pathlib.Path({str(out)!r}, 'kernels.json').write_text({found!r}); raise SystemExit(1)"
-    monkeypatch.setattr("benchmarks.gpu.stages", lambda args, folder: [script("kernels", leave), script("look", look)])
+    monkeypatch.setattr("benchmarks.gpu.planned", lambda args, folder: [script("kernels", leave), script("look", look)])
     assert main(["gpu", "--device", "cpu", "--out", str(out)]) == 1, "a failed stage is an error"
     then = json.loads((out / "look.log").read_text())
     assert [s["status"] for s in then["stages"]] == [FAILED, "running"]
@@ -171,6 +171,13 @@ def test_goals_are_judged_on_a_gpu() -> None:
     row = next(line for line in text.splitlines() if line.startswith("| update / copy"))
     assert [cell.strip() for cell in row.split("|")[2:6]] == ["cuda", "0.89", ">= 0.90", "NO"]
     assert "4 x norm" in text and "2.00 ms (1.0 us)" in text and "4000.0 GB/s" in text
+
+
+def test_the_device_is_the_one_that_torch_ran_on(tmp_path: Path) -> None:
+    (tmp_path / "kernels.json").write_text(json.dumps({"device": "NVIDIA H100"}))
+    outcomes = [{"name": name} for name in ("build", "sanitizer", "kernels")]
+    assert gathered(result(False), tmp_path, outcomes)["device"] == "NVIDIA H100"
+    assert gathered(result(False), tmp_path, outcomes[:2])["device"] == "NVIDIA H200"
 
 
 def test_a_training_step_within_its_overhead() -> None:

@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="replace results in DIR")
 
 
-def stages(args: argparse.Namespace, folder: Path) -> list[Stage]:
+def planned(args: argparse.Namespace, folder: Path) -> list[Stage]:
     """What is to run, in order."""
     python, rehearses = sys.executable, args.device == "cpu"
     chosen = ["--backend", *args.backend] if args.backend else []
@@ -85,7 +85,10 @@ def gathered(head: dict[str, Any], folder: Path, outcomes: list[dict[str, Any]])
     data = {**head, "stages": outcomes}
     if "tests" in ran:
         data["tests"] = counts(folder / "tests.xml")
-    return data | {name: read_part(folder / f"{name}.json") for name in PARTS if name in ran}
+    parts = {name: read_part(folder / f"{name}.json") for name in PARTS if name in ran}
+    if not head["rehearsal"]:  # the device is the one that torch ran on
+        data["device"] = next((part["device"] for part in parts.values() if "device" in part), head["device"])
+    return data | parts
 
 
 def _interrupted(number: int, frame: FrameType | None) -> NoReturn:
@@ -117,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
 
     handler = signal.signal(signal.SIGTERM, _interrupted)  # so that a stage under way is ended, too
     try:
-        outcomes = run_stages(stages(args, folder), folder, end, changed)
+        outcomes = run_stages(planned(args, folder), folder, end, changed)
     finally:
         signal.signal(signal.SIGTERM, handler)
     print(f"\n{report.overview(gathered(head, folder, outcomes))}\nall numbers: {summary}, {result.name}")
