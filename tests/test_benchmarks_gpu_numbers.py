@@ -212,6 +212,22 @@ def test_the_kernels_stage_measures_everything(tmp_path: Path) -> None:
     assert {x["who"] for x in graphs["results"]} >= {"reference", "reference, graph", "foreach, graph"}
 
 
+def test_launches_are_counted_in_a_step_after_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    part = part_of(tmp_path, "reference")
+    steps: list[str] = []
+    monkeypatch.setattr(race, "sam_step", lambda competitor, grads: steps.append(competitor.name))
+
+    def launches(call: Callable[[], object]) -> dict[str, int]:
+        call()
+        return {"norm": 1, "update": len(steps)}
+
+    monkeypatch.setattr(part.device, "launches", launches)
+    kernels.count_launches(part, many(2, 3), "fp32", "sgd", ("foreach",))
+    found = [(x["who"], x["total"], x["of"]) for x in read_part(part.out)["launches"]]
+    assert steps == ["ours", "ours", "foreach", "foreach"]
+    assert found == [("reference", 3, {"norm": 1, "update": 2}), ("foreach", 5, {"norm": 1, "update": 4})]
+
+
 def test_one_backend_that_breaks_hides_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     part = part_of(tmp_path, "reference")
     part.backends = ["broken", "reference"]

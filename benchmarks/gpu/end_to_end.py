@@ -155,8 +155,9 @@ def measure(part: stage.Part, setting: Setting, backend: str) -> None:
         for step in timed.values():
             for t in range(2):  # a SAM step and a base step, where there are both
                 step(t)
-        for _ in range(setting.rounds):
-            for name, step in timed.items():
+        for turn in range(setting.rounds):
+            # Every other round backwards, so that a drift of the clocks favours nobody.
+            for name, step in list(timed.items())[:: -1 if turn % 2 else 1]:
                 # Within a training step the host is ahead of the device, so a base step costs its device time alone.
                 periods, hold = (10, LONGEST_HOLD) if name == "base" else (1, 0.0)
                 times[name].append(seconds_per_step(device, step, periods, hold))
