@@ -39,10 +39,12 @@ class Plans:
         """Norm and perturbation; False if the plan path does not serve this case, with nothing done."""
         if not self._ready(opt, with_backups=True, updating=False):
             return False
-        rho = [float(_engine.signed_rho(group)) for group, _ in self._lists.rows]
+        rho = [_engine.signed_rho(group) for group, _ in self._lists.rows]
+        if _on_gpu(rho):
+            return False
         self._plan.perturb(
-            opt._stats.data_ptr(), rho, opt.adaptive, opt.eta, opt.stochastic_rounding, opt.seed, opt.steps,
-            opt._run.mixing,
+            opt._stats.data_ptr(), [float(x) for x in rho], opt.adaptive, opt.eta, opt.stochastic_rounding, opt.seed,
+            opt.steps, opt._run.mixing,
         )  # fmt: skip
         return True
 
@@ -55,7 +57,11 @@ class Plans:
             self._plan = None  # the engine may deal out step counters anew
             return False
         gamma = opt._run.gamma if mixing else 1.0
-        rows = [[float(x) for x in rule.row(group, new, gamma)] for group, new in self._lists.rows]
+        given = [rule.row(group, new, gamma) for group, new in self._lists.rows]
+        if any(_on_gpu(row) for row in given):
+            self.hand_over(opt)
+            return False
+        rows = [[float(x) for x in row] for row in given]
         flags = rule.flags(opt.param_groups[0])
         if rule.name == "sgd":
             self._plan.sgd_step(rows, flags[1], flags[2], mixing)
@@ -108,6 +114,7 @@ class Plans:
             and torch._C._len_torch_dispatch_stack() == 0
             and getattr(opt, "grad_scale", None) is None
             and getattr(opt, "found_inf", None) is None
+            and not opt.capturing  # in a graph, random bits and hyperparameters on the GPU must stay there
         )
 
     def _unchanged(self, opt: Core, with_backups: bool) -> bool:
@@ -131,6 +138,8 @@ class Plans:
         params = [p for group in opt.param_groups for p in group["params"]]
         if len(_engine.partition(opt)) != 1 or any(type(p) not in _PLAIN_TENSORS for p in params):
             return
+        if any(group.get("capturable") for group in opt.param_groups):
+            return  # step counts on the GPU, which a plan would wait for
         if any(p.is_complex() for p in params):
             return  # DLPack does not tell a gradient that is a conjugate view
         if opt.rule is not None and any(opt.rule.splits_fresh(group) for group in opt.param_groups):
@@ -164,6 +173,11 @@ class Plans:
         self._lists = lists
         self._with_backups, self._flags = with_backups, self._flags_of(opt)
         self._state, self._state_size = opt.state, len(opt.state)
+
+
+def _on_gpu(numbers: list[Any]) -> bool:
+    """Whether reading them would wait for the GPU."""
+    return any(isinstance(x, Tensor) and not x.is_cpu for x in numbers)
 
 
 def _append(held: list[Tensor], column: Column) -> list[int]:
