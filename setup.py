@@ -131,7 +131,7 @@ class Cuda:
         text = subprocess.run([nvcc, "--version"], check=True, capture_output=True, text=True).stdout
         found = re.search(r"release (\d+)\.(\d+)", text)
         if found is None:
-            raise SystemExit(f"{nvcc} --version does not say which release it is:\n{text}")
+            raise RuntimeError(f"{nvcc} --version does not say which release it is:\n{text}")
         self.version = (int(found[1]), int(found[2]))
         # nvcc knows where the rest of its toolkit lies.
         dry = subprocess.run([nvcc, "--dryrun", "-c", "none.cu"], capture_output=True, text=True).stderr
@@ -158,7 +158,7 @@ class Cuda:
         for architecture in self.architectures:
             number = architecture.removesuffix("+PTX").replace(".", "")
             if not re.fullmatch(r"\d+[af]?", number):
-                raise SystemExit(f"TORCH_CUDA_ARCH_LIST holds {architecture!r}: expected entries like 9.0 or 9.0+PTX")
+                raise RuntimeError(f"TORCH_CUDA_ARCH_LIST holds {architecture!r}: expected entries like 9.0 or 9.0+PTX")
             flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
             if architecture.endswith("+PTX"):
                 flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
@@ -208,11 +208,11 @@ def with_cuda(command: type) -> type:
 
     class BuildWithCuda(command):
         def build_extensions(self) -> None:
-            toolkit = cuda()
             try:
+                toolkit = cuda()
                 if toolkit is not None:
                     add_cuda(self.extensions[0], toolkit)
-            except RuntimeError as error:
+            except (RuntimeError, OSError, subprocess.SubprocessError) as error:
                 if build_mode(CUDA_FLAG) == "1":
                     raise SystemExit(f"{CUDA_FLAG}=1, but the GPU kernels cannot be built: {error}") from error
                 print(f"\nrst_fused: WARNING: built WITHOUT GPU kernels.\nReason: {error}\n", file=sys.stderr)

@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <array>
 #include <string>
 #include <utility>
 
@@ -268,15 +269,20 @@ void restore_adam_step_(TensorList params, TensorList grads, TensorList backups,
                                           {kMaster, "masters", masters, true}};
   Table table = make_table(op, target.where, params, companions, group_sizes);
   Copies copies(table, params, companions);
-  STD_TORCH_CHECK(hyper.is_cpu() == steps.is_cpu(), "rst_fused::", op, ": hyper and steps lie on different devices");
   DeviceNumbers device, counts;
   Call call;
   const double* row = rows_of(op, "hyper", target, hyper, group_sizes.size(), 6, device);
   const double* step = rows_of(op, "steps", target, steps, group_sizes.size(), 1, counts);
   device.steps = counts.rows;
   std::vector<AdamRow> rows;
-  for (size_t r = 0; row != nullptr && r < group_sizes.size(); ++r, row += 6) {
-    rows.push_back({row[0], row[1], row[2], row[3], row[4], row[5], step[r]});
+  for (size_t r = 0; r < group_sizes.size(); ++r) {  // what lies on the device is not read here
+    AdamRow numbers{};
+    if (row != nullptr) {
+      const double* h = row + 6 * r;
+      numbers = {h[0], h[1], h[2], h[3], h[4], h[5], 0};
+    }
+    if (step != nullptr) numbers.step = step[r];
+    rows.push_back(numbers);
   }
   call.adam = rows.data();
   call.decoupled = decoupled;

@@ -145,12 +145,7 @@ bool Plan::fits(size_t index) {
   return !entry.may_be_negated || !active_[index].attr("grad").attr("is_neg")().cast<bool>();
 }
 
-bool Plan::runs() const {
-  const auto& tensors = table_.tensors;
-  return !gpu_ || std::none_of(tensors.begin(), tensors.end(), [](const Tensor& t) { return t.strided(); });
-}
-
-bool Plan::place_all() {
+void Plan::place_all() {
   for (size_t i = 0; i < entries_.size(); ++i) {
     View views[kStreams];
     for (int s = 0; s < kStreams; ++s) views[s] = views_[i][s];
@@ -164,7 +159,7 @@ bool Plan::place_all() {
     place(table_.tensors[i], views);
   }
   table_.cut();
-  return runs();
+  alike_ = !gpu_ || std::none_of(table_.tensors.begin(), table_.tensors.end(), [](const Tensor& t) { return t.strided(); });
 }
 
 bool Plan::same_parameters(const py::list& groups) const {
@@ -193,7 +188,8 @@ bool Plan::collect(bool updating) {
   for (size_t i = 0; i < entries_.size(); ++i) {
     if (!fits(i)) return false;
   }
-  return table_.chunks.empty() ? place_all() : true;
+  if (table_.chunks.empty()) place_all();
+  return alike_;
 }
 
 }  // namespace rst

@@ -75,9 +75,7 @@ class Plan {
   // Whether the master copies, and for an update all state, are where they were.
   bool companions_in_place(bool updating);
   bool fits(size_t index);
-  // False if a GPU kernel would need tensors to lie alike that do not.
-  bool place_all();
-  bool runs() const;
+  void place_all();
   template <class Run>
   void run(Run run);
   template <class Step>
@@ -103,6 +101,7 @@ class Plan {
   std::vector<std::unique_ptr<int64_t[]>> shapes_;  // copies: a tensor may free its own when it is resized
   std::vector<std::array<View, kStreams>> views_;
   Table table_;
+  bool alike_ = true;  // false: the kernels of a GPU would need tensors to lie alike that do not
   bool perturbed_ = false;
 };
 

@@ -1,6 +1,8 @@
 // The steps of a launch plan, once its gradients are taken: norm and perturbation, update, restore.
 #include "host_plan.h"
 
+#include <algorithm>
+
 namespace rst {
 
 // A table so small that taking turns with other threads of Python would cost more than it lets them do.
@@ -85,7 +87,9 @@ bool Plan::restore() {
     place(table_.tensors[i], views);
   }
   table_.cut();
-  if (!runs()) return false;
+  if (gpu_ && std::any_of(table_.tensors.begin(), table_.tensors.end(), [](const Tensor& t) { return t.strided(); })) {
+    return false;
+  }
   core().bump_versions(held_, count());
   ops_.restore(table_, Call{}, device_);
   HeldTensors dropped(hand_over());

@@ -36,8 +36,14 @@ def check_grad(p: Tensor, where: str) -> None:
 
 
 def check_grads(opt: Core) -> None:
+    made_for = opt._stats.device
     for i, group in enumerate(opt.param_groups):
         for j, p in enumerate(group["params"]):
+            if p.device != made_for:
+                raise RuntimeError(
+                    f"parameter {j} of group {i} is on {p.device}, but the optimizer was made for {made_for}: "
+                    "make it after the model has been moved"
+                )
             check_grad(p, f"parameter {j} of group {i}")
 
 
@@ -48,6 +54,7 @@ def has_master(opt: Core, p: Tensor) -> bool:
 def init_state(opt: Core, group: Group, p: Tensor, updating: bool) -> None:
     """Creates what p lacks: its fp32 master and, when ``updating``, what the base optimizer keeps. Buffers are zero."""
     rule, state = opt.rule, opt.state[p]
+    known = set(state)
     if has_master(opt, p) and "master" not in state:
         state["master"] = p.detach().to(torch.float32, memory_format=torch.preserve_format, copy=True)
     if rule is None or not updating:
@@ -57,8 +64,16 @@ def init_state(opt: Core, group: Group, p: Tensor, updating: bool) -> None:
         if name not in state:
             state[name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
     if rule.name != "sgd" and "step" not in state:
-        device = p.device if group.get("capturable") else None  # for CUDA graphs, which see no changes on the CPU
+        counters = (opt.state[q]["step"] for q in group["params"] if q in opt.state and "step" in opt.state[q])
+        like = next(counters, None)  # torch.compile may have moved them
+        # A CUDA graph sees no changes on the CPU.
+        device = p.device if group.get("capturable") else None if like is None else like.device
         state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+    if set(state) != known and not torch.compiler.is_compiling() and opt.capturing:
+        raise RuntimeError(
+            "a CUDA graph would make the optimizer's state anew at every replay: take a step with the same parameters "
+            "before capturing"
+        )
 
 
 def share_steps(opt: Core, group: Group, masters_only: bool) -> None:
@@ -264,10 +279,6 @@ def update(opt: Core) -> None:
             buffers = [b for b in (c.buffers, c.buffers2) if b]
             rows = [rule.row(group, new, gamma) for group, new in c.rows]
             hyper = as_rows(rows, [traced(opt, group) for group, _ in c.rows], c.params[0].device)
-            if steps is not None and not hyper.is_cpu:
-                steps = steps.to(hyper.device)
-            elif steps is not None and not steps.is_cpu:
-                hyper = hyper.to(steps.device, non_blocking=True)
             rule.apply(ops, perturbed, lists, buffers, c.masters, hyper, steps, c.sizes, flags, amp)
             if amp[1] is not None and any(new for _, new in c.rows) and bool((amp[1] != 0).any()):
                 stay_fresh(opt, c)

@@ -149,7 +149,7 @@ class Plans:
         lists = _engine.Lists()
         for kind in _engine.master_kinds(opt):
             lists.extend(_engine.gather(opt, everything, True, kind))
-        if not lists.params:
+        if not lists.params or any(not step.is_cpu for step in lists.steps):
             return
         masters: list[Tensor | None] = [
             opt.state[p]["master"] if _engine.has_master(opt, p) else None for p in lists.params

@@ -18,6 +18,7 @@ class Run:
     finished: bool = False
     was_sam: bool = False
     perturbed: bool = False  # between perturb and step
+    captured: bool = False  # the perturbation was recorded in a CUDA graph, and has not happened
     mixing: bool = False  # and gamma != 1, so the first gradients are kept
     first_grads: dict[Tensor, Tensor] = field(default_factory=dict)
     drawn_at: int = -1  # the step for which drawn and gamma hold
@@ -37,4 +38,4 @@ class Run:
         if counts:
             self.finished = True
             self.was_sam = self.perturbed
-        self.perturbed = self.mixing = False
+        self.perturbed = self.mixing = self.captured = False

@@ -27,6 +27,7 @@ Tensors = Sequence[Tensor]
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64, torch.complex128)
 
 
+@torch.no_grad()
 def grad_norm(
     grads: Tensors, params: Tensors | None = None, *, adaptive: bool = False, eta: float = 0.0,
     stats: Tensor | None = None, backend: str = "auto",
@@ -50,6 +51,7 @@ def grad_norm(
     return stats
 
 
+@torch.no_grad()
 def perturb_(
     params: Tensors, grads: Tensors, backups: Tensors | None, stats: Tensor, *, rho: Number,
     masters: Tensors | None = None, group_sizes: Sequence[int] | None = None, adaptive: bool = False, eta: float = 0.0,
@@ -78,6 +80,7 @@ def perturb_(
     _touch(params, backups)
 
 
+@torch.no_grad()
 def restore_(
     params: Tensors, backups: Tensors | None = None, *, masters: Tensors | None = None, grads: Tensors | None = None,
     first_grads: Tensors | None = None, gamma: Number = 1.0, group_sizes: Sequence[int] | None = None,
@@ -121,6 +124,7 @@ def sgd_step_(
     )  # fmt: skip
 
 
+@torch.no_grad()
 def restore_sgd_step_(
     params: Tensors, grads: Tensors, backups: Tensors | None, momentum_buffers: Tensors | None = None, *, lr: Number,
     first_grads: Tensors | None = None, gamma: Number = 1.0, momentum: Number = 0.0, dampening: Number = 0.0,
@@ -170,6 +174,7 @@ def adam_step_(
     )  # fmt: skip
 
 
+@torch.no_grad()
 def restore_adam_step_(
     params: Tensors, grads: Tensors, backups: Tensors | None, exp_avgs: Tensors, exp_avg_sqs: Tensors, *, step: Number,
     first_grads: Tensors | None = None, gamma: Number = 1.0, lr: Number = 1e-3, beta1: Number = 0.9,
@@ -244,13 +249,15 @@ def _each(value: Number) -> list[float | Tensor]:
 
 
 def _rows(sizes: list[int], **columns: Number) -> Tensor:
-    """float64 of shape (groups, columns)."""
+    """float64 of shape (groups, columns); on a GPU if a number lies there."""
+    every = [x for value in columns.values() for x in _each(value)]
+    device = next((x.device for x in every if isinstance(x, Tensor) and not x.is_cpu), None)
     rows: list[Tensor] = []
     for name, value in columns.items():
         given = _each(value)
         if len(given) not in (1, len(sizes)):
             raise ValueError(f"{name}={value!r} has {len(given)} values, expected 1 or {len(sizes)}, one per group")
-        numbers = [torch.as_tensor(x, dtype=torch.float64).reshape(()) for x in given]
+        numbers = [torch.as_tensor(x, dtype=torch.float64, device=device).reshape(()) for x in given]
         rows.append(torch.stack(numbers).expand(len(sizes)))
     return torch.stack(rows, dim=1).contiguous()
 

@@ -90,8 +90,7 @@ class RST(Core):
         self.adaptive, self.eta = bool(adaptive), float(eta)
         self.seed = as_integer("seed", seed, 0, 2**63 - 1)
         self.master_weights, self.stochastic_rounding = bool(master_weights), bool(stochastic_rounding)
-        self.requested_backend = backend
-        self._model = model
+        self.requested_backend, self._model = backend, model
         self._rounds = False  # whether any parameter is bfloat16 or float16, so that stochastic rounding needs _rng
         self._run = Run()
         self._reset()
@@ -210,7 +209,7 @@ class RST(Core):
             run.mixes = run.gamma != 1.0
             if self._rounds and not self.capturing:
                 self._rng[1] = t
-            run.drawn_at = t
+            run.drawn_at = -1 if self.capturing else t
         return run.drawn
 
     def perturb(self, fire: bool | None = None) -> bool:
@@ -237,6 +236,7 @@ class RST(Core):
         if compiling:
             _engine.perturb(self)
             return True
+        self._run.captured = self.capturing
         try:
             if not self._plans.perturb(self):
                 _engine.check_grads(self)
@@ -264,6 +264,8 @@ class RST(Core):
             _engine.update(self)
             run.finish()
             return None
+        if run.perturbed and run.captured != self.capturing:
+            raise RuntimeError("perturb() and step() must both be inside the capture of a CUDA graph, or both outside")
         try:  # around everything: an interrupt may strike anywhere
             loss = None if closure is None else self._passes(closure)
             run.count()
@@ -285,10 +287,7 @@ class RST(Core):
         return loss
 
     def replayed(self, sam: bool) -> None:
-        """Counts a step that a CUDA graph has taken: ``sam`` says whether it was the graph of a SAM step.
-
-        Capturing a step counts nothing. Ask ``draw()`` before each step which graph to replay.
-        """
+        """Counts a step that a CUDA graph took; ``sam``: the graph of a SAM step. Capturing counts nothing."""
         self._refuse_while_perturbed("replayed")
         self._run.count()
         self._run.perturbed = bool(sam)
@@ -317,9 +316,12 @@ class RST(Core):
 
     def restore(self) -> None:
         """Abandons a perturbation: the weights are bit for bit those before perturb(). No update, no step counted."""
-        self._plans.restore(self)
-        _engine.restore(self)
-        self._run.perturbed = self._run.mixing = False
+        if self._run.captured:  # backups were not written
+            _engine.forget(self, list(self._perturbed))
+        else:
+            self._plans.restore(self)
+            _engine.restore(self)
+        self._run.perturbed = self._run.mixing = self._run.captured = False
 
     def _init_group(self, group: Group, *args: Any) -> None:
         _engine.init_group(self, group, *args)

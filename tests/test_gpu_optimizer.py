@@ -145,3 +145,56 @@ def test_a_failing_launch_brings_the_weights_back(
     monkeypatch.undo()
     opt.restore()
     assert all(op_db.same_bits(p.detach(), w) for p, w in zip(params, before, strict=True))
+
+
+def test_gradients_that_always_lie_otherwise(simulator: gpu_simulator.Simulator) -> None:
+    """Nothing that a plan has seen once makes it run on tensors that its kernels cannot."""
+    results = []
+    for backend in ("simulated", "cpu"):
+        p = torch.nn.Parameter(torch.randn(8, 8, generator=torch.Generator().manual_seed(0)))
+        opt = RST([p], lr=0.05, rho=0.5, schedule=1.0, backend=backend)
+        for t in range(4):
+            for seed in (t, t):
+                p.grad = torch.randn(8, 8, generator=torch.Generator().manual_seed(seed)).t()
+                if seed == t and not opt._run.perturbed:
+                    assert opt.perturb()
+                    if t == 1:  # a second pass that is taken back, and tried again
+                        opt.restore()
+                        p.grad = torch.randn(8, 8, generator=torch.Generator().manual_seed(seed)).t()
+                        assert opt.perturb()
+            opt.step()
+        results.append(p.detach())
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-6)
+
+
+def test_a_launch_that_fails_halfway_through_the_perturbation(
+    simulator: gpu_simulator.Simulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the launches before it have perturbed goes back; the rest has no backup and needs none."""
+    params = [torch.nn.Parameter(torch.randn(50)), torch.nn.Parameter(torch.randn(60).bfloat16())]
+    before = [p.detach().clone() for p in params]
+    opt = RST(params, lr=0.05, schedule=1.0, backend="simulated")
+    launch, moved = simulator.launch, []
+
+    def failing(kernel: str, *args: Any) -> None:
+        if kernel == "rst_perturb_bfloat16":
+            moved.append(not torch.equal(params[0], before[0]))
+            raise RuntimeError("out of memory")
+        launch(kernel, *args)
+
+    monkeypatch.setattr(simulator, "launch", failing)
+    with gpu_simulator.simulated(simulator, monkeypatch):
+        give_grads(params, 0)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            opt.perturb()
+        assert moved == [True]
+        assert all(op_db.same_bits(p.detach(), w) for p, w in zip(params, before, strict=True))
+
+
+def test_a_model_that_moved_is_named() -> None:
+    p = torch.nn.Parameter(torch.randn(5))
+    opt = RST([p], lr=0.1)
+    opt._stats = opt._stats.to("meta")  # as if the parameter had been there
+    p.grad = torch.ones(5)
+    with pytest.raises(RuntimeError, match="parameter 0 of group 0 is on cpu, but the optimizer was made for meta"):
+        opt.step()

@@ -28,14 +28,17 @@ class Launches {
   // fill(common, row): writes the numbers of `row` of the op to common.rows[0], and so on for kRows rows.
   using Fill = void (*)(const Call& call, int row, double (&numbers)[kNumbers]);
 
-  Launches(const GpuKernel& kernel, const Common& common, const Call& call, Fill fill, int rows, const Launcher& launcher)
-      : kernel_(kernel), common_(common), call_(call), fill_(fill), rows_(rows), launcher_(launcher) {}
+  // `embeds`: whether numbers travel in the arguments. `done`: where to note the tensors of launches that have started.
+  Launches(const GpuKernel& kernel, const Common& common, const Call& call, Fill fill, int rows, bool embeds,
+           const Launcher& launcher, std::vector<const Tensor*>* done = nullptr)
+      : kernel_(kernel), common_(common), call_(call), fill_(fill), rows_(rows), embeds_(embeds), launcher_(launcher),
+        done_(done) {}
 
   void add(const Tensor& tensor, void* const (&data)[Streams]) {
     if (tensor.numel == 0) return;
     const int64_t chunks = chunks_in(tensor, common_.chunk);
     constexpr int64_t kMostBlocks = 0x7fffffff;  // in one launch
-    const int reach = common_.device_rows == nullptr ? kRows : 1 << 16;
+    const int reach = embeds_ ? kRows : 1 << 16;
     if (count_ == Args<Streams>::kTensors || blocks_ + chunks > kMostBlocks ||
         (count_ > 0 && tensor.row - first_row_ >= reach)) {
       flush(false);
@@ -49,6 +52,7 @@ class Launches {
     args.row[count_] = static_cast<uint16_t>(tensor.row - first_row_);
     ++count_;
     blocks_ += chunks;
+    if (done_ != nullptr) waiting_.push_back(&tensor);
   }
 
   void flush(bool last) {
@@ -59,13 +63,14 @@ class Launches {
     args.common.tensors = count_;
     args.common.last = last;
     args.first_chunk[count_] = static_cast<int32_t>(blocks_);
-    if (common_.device_rows != nullptr) {
-      args.common.device_rows += static_cast<int64_t>(first_row_) * common_.columns;
-      if (common_.device_steps != nullptr) args.common.device_steps += first_row_;
-    } else {
-      for (int r = 0; r < kRows && first_row_ + r < rows_; ++r) fill_(call_, first_row_ + r, args.common.rows[r]);
+    if (common_.device_rows != nullptr) args.common.device_rows += static_cast<int64_t>(first_row_) * common_.columns;
+    if (common_.device_steps != nullptr) args.common.device_steps += first_row_;
+    for (int r = 0; embeds_ && r < kRows && first_row_ + r < rows_; ++r) {
+      fill_(call_, first_row_ + r, args.common.rows[r]);
     }
     launcher_.launch(kernel_, static_cast<unsigned>(std::max<int64_t>(blocks_, 1)), &args, launcher_);
+    if (done_ != nullptr) done_->insert(done_->end(), waiting_.begin(), waiting_.end());
+    waiting_.clear();
     started_ += blocks_;
     blocks_ = 0;
     count_ = 0;
@@ -80,7 +85,10 @@ class Launches {
   const Call& call_;
   Fill fill_;
   int rows_;
+  bool embeds_;
   const Launcher& launcher_;
+  std::vector<const Tensor*>* done_;
+  std::vector<const Tensor*> waiting_;  // in the launch that is being filled
   int count_ = 0, first_row_ = 0;
   int64_t blocks_ = 0, started_ = 0;
   // Not cleared: what lies behind the last tensor is never read.
@@ -118,7 +126,8 @@ int d(const Tensor& tensor) { return static_cast<int>(tensor.dtype); }
 // Tensors of one kernel go together; kernels follow one another in the order of their first tensors.
 template <int Streams, class Pick, class Streamed>
 void for_each_kernel(const Table& table, const Common& common, const Call& call,
-                     typename Launches<Streams>::Fill fill, const Launcher& launcher, Pick pick, Streamed streamed) {
+                     typename Launches<Streams>::Fill fill, const Launcher& launcher, Pick pick, Streamed streamed,
+                     bool embeds, std::vector<const Tensor*>* started = nullptr) {
   const int rows = rows_of(table);
   std::vector<const GpuKernel*> done;
   for (const Tensor& lead : table.tensors) {
@@ -126,7 +135,7 @@ void for_each_kernel(const Table& table, const Common& common, const Call& call,
     const GpuKernel* kernel = &pick(lead);
     if (std::find(done.begin(), done.end(), kernel) != done.end()) continue;
     done.push_back(kernel);
-    Launches<Streams> launches(*kernel, common, call, fill, rows, launcher);
+    Launches<Streams> launches(*kernel, common, call, fill, rows, embeds, launcher, started);
     for (const Tensor& tensor : table.tensors) {
       if (tensor.numel == 0 || &pick(tensor) != kernel) continue;
       void* data[Streams];
@@ -169,7 +178,7 @@ void grad_norm(const Table& table, const Call& call, double* stats, double* part
   if (kernels.empty()) kernels.push_back(&grad_norm_kernels[0][0][0][0]);  // the norm of nothing: one block, no tensor
   int64_t partial = 0;
   for (const GpuKernel* kernel : kernels) {
-    Launches<kNormStreams> launches(*kernel, common, call, fill, 0, launcher);
+    Launches<kNormStreams> launches(*kernel, common, call, fill, 0, false, launcher);
     launches.starts_at(partial);
     for (const Tensor& tensor : table.tensors) {
       if (tensor.numel == 0 || &pick(tensor) != kernel) continue;
@@ -183,16 +192,29 @@ void grad_norm(const Table& table, const Call& call, double* stats, double* part
 void perturb(const Table& table, const Call& call, const DeviceNumbers& device, double* stats, const Launcher& launcher) {
   Common common = common_of(table, call, device);
   common.stats = stats;
-  for_each_kernel<kPerturbStreams>(
-      table, common, call, [](const Call& c, int row, double (&numbers)[kNumbers]) { numbers[0] = c.scales[row]; }, launcher,
-      [&](const Tensor& t) -> const GpuKernel& {
-        return perturb_kernels[d(t)][call.adaptive][call.adaptive && t.complex][has(t, kMaster)];
-      },
-      [](const Tensor& t, void* (&data)[kPerturbStreams]) {
-        data[kPerturbParam] = t.data[kParam];
-        data[kPerturbGrad] = t.data[kGrad];
-        data[kPerturbCopy] = t.data[has(t, kMaster) ? kMaster : kBackup];
-      });
+  std::vector<const Tensor*> started;
+  try {
+    for_each_kernel<kPerturbStreams>(
+        table, common, call, [](const Call& c, int row, double (&numbers)[kNumbers]) { numbers[0] = c.scales[row]; },
+        launcher,
+        [&](const Tensor& t) -> const GpuKernel& {
+          return perturb_kernels[d(t)][call.adaptive][call.adaptive && t.complex][has(t, kMaster)];
+        },
+        [](const Tensor& t, void* (&data)[kPerturbStreams]) {
+          data[kPerturbParam] = t.data[kParam];
+          data[kPerturbGrad] = t.data[kGrad];
+          data[kPerturbCopy] = t.data[has(t, kMaster) ? kMaster : kBackup];
+        },
+        device.rows == nullptr, &started);
+  } catch (...) {  // a launch failed: what earlier launches perturb goes back, and only that has a backup
+    Table undo;
+    for (const Tensor* tensor : started) {
+      undo.tensors.push_back(*tensor);
+      undo.tensors.back().data[kFirstGrad] = nullptr;  // nothing to mix
+    }
+    restore(undo, Call{}, {}, launcher);
+    throw;
+  }
 }
 
 void restore(const Table& table, const Call& call, const DeviceNumbers& device, const Launcher& launcher) {
@@ -206,7 +228,8 @@ void restore(const Table& table, const Call& call, const DeviceNumbers& device, 
       [&](const Tensor& t, void* (&data)[kRestoreStreams]) {
         data[kRestoreParam] = t.data[kParam];
         data[kRestoreSource] = source_of(t, call);
-      });
+      },
+      false);
   // An empty tensor has no addresses, so one tensor does not speak for all.
   const auto& tensors = table.tensors;
   if (std::none_of(tensors.begin(), tensors.end(), [](const Tensor& t) { return has(t, kFirstGrad); })) return;
@@ -215,7 +238,8 @@ void restore(const Table& table, const Call& call, const DeviceNumbers& device, 
       [](const Tensor& t, void* (&data)[kMixStreams]) {
         data[kMixGrad] = t.data[kGrad];
         data[kMixFirst] = t.data[kFirstGrad];
-      });
+      },
+      device.rows == nullptr);
 }
 
 void sgd_step(const Table& table, const Call& call, const DeviceNumbers& device, const Launcher& launcher) {
@@ -237,7 +261,8 @@ void sgd_step(const Table& table, const Call& call, const DeviceNumbers& device,
         data[kSgdSource] = source_of(t, call);
         data[kSgdFirst] = t.data[kFirstGrad];
         data[kSgdBuffer] = t.data[kBuffer];
-      });
+      },
+      device.rows == nullptr);
 }
 
 void adam_step(const Table& table, const Call& call, const DeviceNumbers& device, const Launcher& launcher) {
@@ -258,7 +283,8 @@ void adam_step(const Table& table, const Call& call, const DeviceNumbers& device
         data[kAdamFirst] = t.data[kFirstGrad];
         data[kAdamBuffer] = t.data[kBuffer];
         data[kAdamBuffer2] = t.data[kBuffer2];
-      });
+      },
+      device.rows == nullptr || device.steps == nullptr);
 }
 
 }  // namespace rst::cuda
