@@ -18,6 +18,8 @@ from triton.runtime import interpreter  # noqa: E402
 
 _cast = interpreter.InterpreterBuilder.cast_impl
 _patch = interpreter._patch_lang_tensor
+_patch_all = interpreter._patch_lang
+_scopes: dict[frozenset[str], Any] = {}
 
 
 def to_bfloat16(x: np.ndarray) -> np.ndarray:
@@ -41,5 +43,29 @@ def patch(tensor: Any, scope: Any) -> None:
     scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
 
+def patch_once(function: Any) -> Any:
+    """Once for each launch and module: the interpreter does it again for every function that a kernel calls, which takes
+    longer than all else."""
+    modules = frozenset(m.__name__ for m in function.__globals__.values() if m is tl or m is tl.core)
+    if modules not in _scopes:
+        scope = _scopes[modules] = _patch_all(function)
+        restore = scope.restore
+
+        def leave() -> None:  # only the kernel's own scope is ever left
+            restore()
+            _scopes.clear()
+
+        scope.restore = leave
+    return _scopes[modules]
+
+
 interpreter.InterpreterBuilder.cast_impl = cast
 interpreter._patch_lang_tensor = patch
+interpreter._patch_lang = patch_once
+
+import op_db  # noqa: E402
+
+from rst_fused.kernels import multi_tensor  # noqa: E402
+
+multi_tensor._BLOCK = multi_tensor.CHUNK.value // 2  # NumPy is quick in few large blocks; a whole chunk still takes two
+op_db.SIZES = (0, 1, 3, 15, 16, 17, 1023, 4097, 8191, 8192, 8193, 16401)
