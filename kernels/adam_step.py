@@ -10,7 +10,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .multi_tensor import (
-    CHUNK,
     ROW,
     address,
     check_length,
@@ -60,9 +59,9 @@ def _step(
 @kernel
 def adam_step_kernel(
     table, tensors, rows, maximize_sign, grad_scale, found_inf, T: tl.constexpr, STATE: tl.constexpr, V: tl.constexpr,
-    DECOUPLED: tl.constexpr, MIXING: tl.constexpr, MASTER: tl.constexpr, BLOCK: tl.constexpr,
+    DECOUPLED: tl.constexpr, MIXING: tl.constexpr, MASTER: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    record, begin, count, whole = locate(table, tensors, _SLOTS)
+    record, begin, count, whole = locate(table, tensors, _SLOTS, BLOCK)
     param, source = address(record, _PARAM, begin, T), address(record, _SOURCE, begin, STATE)
     grad, first_grad = address(record, _GRAD, begin, T), address(record, _FIRST_GRAD, begin, T)
     buffer, buffer2 = address(record, _BUFFER, begin, STATE), address(record, _BUFFER2, begin, STATE)
@@ -79,16 +78,14 @@ def adam_step_kernel(
         decay, weight_decay = tl.full([], 1, V), weight_decay.to(V)
     direction = (maximize_sign / tl.load(grad_scale).to(tl.float64)).to(V)
     skipped = tl.load(found_inf) != 0
-    if whole:
-        for at in range(0, CHUNK, BLOCK):
-            _step(param, source, grad, first_grad, buffer, buffer2, at + tl.arange(0, BLOCK), count, minus_step_size,
-                  one_minus_beta1, beta2, one_minus_beta2, bias2_sqrt, eps, weight_decay, decay, direction, gamma,
-                  one_minus_gamma, skipped, T, STATE, V, MIXING, MASTER, True)  # fmt: skip
-    else:
-        for at in range(0, count, BLOCK):
-            _step(param, source, grad, first_grad, buffer, buffer2, at + tl.arange(0, BLOCK), count, minus_step_size,
-                  one_minus_beta1, beta2, one_minus_beta2, bias2_sqrt, eps, weight_decay, decay, direction, gamma,
-                  one_minus_gamma, skipped, T, STATE, V, MIXING, MASTER, False)  # fmt: skip
+    for at in range(0, whole, BLOCK):
+        _step(param, source, grad, first_grad, buffer, buffer2, at + tl.arange(0, BLOCK), count, minus_step_size,
+              one_minus_beta1, beta2, one_minus_beta2, bias2_sqrt, eps, weight_decay, decay, direction, gamma,
+              one_minus_gamma, skipped, T, STATE, V, MIXING, MASTER, True)  # fmt: skip
+    for at in range(whole, count, TAIL):
+        _step(param, source, grad, first_grad, buffer, buffer2, at + tl.arange(0, TAIL), count, minus_step_size,
+              one_minus_beta1, beta2, one_minus_beta2, bias2_sqrt, eps, weight_decay, decay, direction, gamma,
+              one_minus_gamma, skipped, T, STATE, V, MIXING, MASTER, False)  # fmt: skip
 
 
 @torch.no_grad()

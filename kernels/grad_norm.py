@@ -12,7 +12,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .multi_tensor import (
-    CHUNK,
     KEPT,
     Stream,
     address,
@@ -32,7 +31,7 @@ from .sam_math import asam_scale, asam_squared_norm, squared_norm
 
 NORM_EPS = tl.constexpr(1e-12)
 _GRAD, _WEIGHT, _SLOTS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-_SUMS = 1024  # partial sums that the last stage reads at a time
+SUMS = 1024  # partial sums that the last stage reads at a time
 
 
 @triton.jit
@@ -40,7 +39,7 @@ def _add(sum, grad, weight, at, count, eta, ADAPTIVE: tl.constexpr, COMPLEX: tl.
     g = load(grad, at, count, WHOLE).to(tl.float64)
     if ADAPTIVE:
         w = load(weight, at, count, WHOLE).to(tl.float64)
-        return asam_squared_norm(g, asam_scale(eta, magnitude(w, COMPLEX)), sum)
+        return asam_squared_norm(g, asam_scale(eta, magnitude(w, weight, at, count, COMPLEX, WHOLE)), sum)
     else:
         return squared_norm(g, sum)
 
@@ -48,19 +47,17 @@ def _add(sum, grad, weight, at, count, eta, ADAPTIVE: tl.constexpr, COMPLEX: tl.
 @kernel
 def grad_norm_kernel(
     table, tensors, partials, eta, T: tl.constexpr, STATE: tl.constexpr, ADAPTIVE: tl.constexpr,
-    COMPLEX: tl.constexpr, BLOCK: tl.constexpr,
+    COMPLEX: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    record, begin, count, whole = locate(table, tensors, _SLOTS)
+    record, begin, count, whole = locate(table, tensors, _SLOTS, BLOCK)
     grad, weight = address(record, _GRAD, begin, T), address(record, _WEIGHT, begin, STATE)
     eta = tl.load(eta)
-    sum = tl.zeros([BLOCK], tl.float64)
-    if whole:
-        for at in range(0, CHUNK, BLOCK):
-            sum = _add(sum, grad, weight, at + tl.arange(0, BLOCK), count, eta, ADAPTIVE, COMPLEX, True)
-    else:
-        for at in range(0, count, BLOCK):
-            sum = _add(sum, grad, weight, at + tl.arange(0, BLOCK), count, eta, ADAPTIVE, COMPLEX, False)
-    tl.store(partials + tl.program_id(0), tl.sum(sum, 0))
+    sum, tail = tl.zeros([BLOCK], tl.float64), tl.zeros([TAIL], tl.float64)
+    for at in range(0, whole, BLOCK):
+        sum = _add(sum, grad, weight, at + tl.arange(0, BLOCK), count, eta, ADAPTIVE, COMPLEX, True)
+    for at in range(whole, count, TAIL):
+        tail = _add(tail, grad, weight, at + tl.arange(0, TAIL), count, eta, ADAPTIVE, COMPLEX, False)
+    tl.store(partials + tl.program_id(0), tl.sum(sum, 0) + tl.sum(tail, 0))
 
 
 @kernel
@@ -94,4 +91,4 @@ def grad_norm(stats: Tensor, grads: Sequence[Tensor], params: Sequence[Tensor], 
         launch(grad_norm_kernel, part, sums, eta_there, ADAPTIVE=adaptive, COMPLEX=part.complex)
         partials.append(sums.to(stats.device, non_blocking=True))
     joined = torch.cat(partials) if len(partials) > 2 else partials[-1]
-    launch(finish_kernel, stats.device, joined, joined.numel(), stats, BLOCK=_SUMS)
+    launch(finish_kernel, stats.device, joined, joined.numel(), stats, BLOCK=SUMS)

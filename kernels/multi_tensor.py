@@ -1,8 +1,8 @@
 """The traversal that every kernel shares: all tensors of a call in one launch, through a table of addresses on the device.
 
 A table holds one record for each tensor, then for each chunk the number of its tensor. Every program serves one chunk.
-Whole chunks of 16-byte aligned tensors take a path without masks, whose accesses are 16 bytes wide; all others the masked
-one. Tensors that do not lie alike in memory pass through dense copies, in the order of the parameter's strides.
+Whole blocks of 16-byte aligned tensors take a path without masks, whose accesses are 16 bytes wide; all else goes through
+smaller, masked blocks of one scalar for each thread, which need no exchange between threads. Tensors that do not lie alike in memory pass through dense copies, in the order of the parameter's strides.
 """
 
 import inspect
@@ -18,11 +18,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .sam_math import sqrt
+
 CHUNK = tl.constexpr(8192)  # scalars of one program; fixes the order of summation. A power of two
-_HEADER = tl.constexpr(5)  # a record: length, scalars on the path without masks, and
+_HEADER = tl.constexpr(5)  # a record: length, how much of it may go without masks, and
 ROW, INDEX, _FIRST = tl.constexpr(2), tl.constexpr(3), tl.constexpr(4)  # row of numbers, index for random bits, first chunk
 _ALIGNMENT = 16
-_BLOCK, _WARPS = 1024, 4  # 8 scalars for each thread: one or two 16-byte accesses per stream
+_WARPS = 4
+_BLOCK = 8 * 32 * _WARPS  # scalars at a time: 8 for each thread, one or two 16-byte accesses per stream
+_TAIL = 32 * _WARPS  # with masks
+# Without fusion a * b + c rounds twice unless the formula says fma.
+OPTIONS = {"num_warps": _WARPS, "enable_fp_fusion": False}
 _TABLES = 64  # tables kept on devices; a training step uses about three
 
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
@@ -41,13 +47,14 @@ def kernel(function: Callable[..., Any]) -> Any:
 
 
 @triton.jit
-def locate(table, tensors, SLOTS: tl.constexpr):
-    """(record of the tensor, where in it this program's chunk begins, scalars of the chunk, whether without masks)."""
+def locate(table, tensors, SLOTS: tl.constexpr, BLOCK: tl.constexpr):
+    """(record of the tensor, where in it this program's chunk begins, scalars of the chunk, those without masks)."""
     chunk = tl.program_id(0).to(tl.int64)
     record = table + tl.load(table + tensors.to(tl.int64) * (_HEADER + SLOTS) + chunk) * (_HEADER + SLOTS)
     begin = (chunk - tl.load(record + _FIRST)) * CHUNK
     count = tl.minimum(tl.load(record) - begin, CHUNK).to(tl.int32)
-    return record, begin, count, begin + CHUNK <= tl.load(record + 1)
+    unmasked = tl.minimum(tl.maximum(tl.load(record + 1) - begin, 0), CHUNK).to(tl.int32)
+    return record, begin, count, unmasked // BLOCK * BLOCK
 
 
 @triton.jit
@@ -74,16 +81,16 @@ def store(base, offsets, count, value, WHOLE: tl.constexpr):
 
 
 @triton.jit
-def magnitude(w, COMPLEX: tl.constexpr):
-    """|w| per scalar; for complex w, |w| of the pair in both its scalars."""
+def magnitude(w, base, offsets, count, COMPLEX: tl.constexpr, WHOLE: tl.constexpr):
+    """|w| per scalar; for complex w, |w| of the pair in both its scalars. w was loaded from base + offsets."""
     if COMPLEX:
-        re, im = tl.split(tl.reshape(w, [w.shape[0] // 2, 2]))
-        square = re * re + im * im
-        if w.dtype == tl.float64:
-            root = tl.sqrt(square)
+        if WHOLE:
+            re, im = tl.split(tl.reshape(w, [w.shape[0] // 2, 2]))
+            root = sqrt(re * re + im * im)
+            return tl.interleave(root, root)
         else:
-            root = tl.sqrt_rn(square)
-        return tl.interleave(root, root)
+            other = load(base, offsets ^ 1, count, WHOLE).to(w.dtype)
+            return sqrt(w * w + other * other)
     else:
         return tl.abs(w)
 
@@ -222,7 +229,7 @@ def _make_table(lengths: Sequence[int], rows: Sequence[int], indices: Sequence[i
     first, records, counts = 0, [], []
     for length, row, index, *addresses in zip(lengths, rows, indices, *slots, strict=True):
         aligned = not any(a % _ALIGNMENT for a in addresses)
-        records += [length, length // CHUNK.value * CHUNK.value if aligned else 0, row, index, first, *addresses]
+        records += [length, length if aligned else 0, row, index, first, *addresses]
         counts.append(-(-length // CHUNK.value))
         first += counts[-1]
     return torch.cat([torch.tensor(records), torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))])
@@ -380,16 +387,16 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
     return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
 
 
+def run(function: Any, device: torch.device, programs: int, args: Sequence[Any], constants: dict[str, Any]) -> None:
+    with _on(device):
+        function[(programs,)](*args, **constants, **OPTIONS)
+
+
 def launch(function: Any, where: Part | torch.device, *args: Any, **constants: Any) -> None:
     """Runs a kernel with one program for each chunk of a part, or with one program on a device."""
-    # Without fusion a * b + c rounds twice unless the formula says fma.
-    options = {"num_warps": _WARPS, "enable_fp_fusion": False}
     if isinstance(where, torch.device):
-        with _on(where):
-            function[(1,)](*args, **constants, **options)
+        run(function, where, 1, args, constants)
     elif where.chunks:
-        dtypes = {"T": _TRITON_DTYPE[where.dtype], "STATE": _TRITON_DTYPE[where.state], "BLOCK": _BLOCK}
-        with _on(where.device):
-            function[(where.chunks,)](where.table.on_device, where.table.tensors, *args, **dtypes, **constants, **options)
-
-
+        types = {"T": _TRITON_DTYPE[where.dtype], "STATE": _TRITON_DTYPE[where.state], "BLOCK": _BLOCK, "TAIL": _TAIL}
+        table = (where.table.on_device, where.table.tensors)
+        run(function, where.device, where.chunks, (*table, *args), {**types, **constants})

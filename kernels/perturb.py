@@ -11,7 +11,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .multi_tensor import (
-    CHUNK,
     INDEX,
     ROW,
     SIXTEEN_BIT,
@@ -30,17 +29,19 @@ from .multi_tensor import (
     on_device,
     store,
 )
-from .sam_math import asam_perturb, asam_scale, perturb, random_key, random_pair, to_bfloat16, to_float16
+from .sam_math import asam_perturb, asam_scale, perturb, random_bits, random_key, random_pair, to_bfloat16, to_float16
 
 _PARAM, _SOURCE, _GRAD, _BACKUP, _SLOTS = (tl.constexpr(i) for i in range(5))
 
 
 @triton.jit
-def _stochastic(x, key, first, at, T: tl.constexpr, BLOCK: tl.constexpr):
-    """x rounded to a number of T; the block begins at element first + at, which is even."""
-    pair = ((first + at).to(tl.uint32) >> 1) + tl.arange(0, BLOCK // 2).to(tl.uint32)
-    bits = random_pair(key, pair)
-    random = tl.interleave(bits & 0xFFFF, bits >> 16)
+def _stochastic(x, key, first, T: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr):
+    """x rounded to a number of T; the block begins at the element ``first``, which is even."""
+    if WHOLE:
+        bits = random_pair(key, (first >> 1) + tl.arange(0, BLOCK // 2).to(tl.uint32))
+        random = tl.interleave(bits & 0xFFFF, bits >> 16)
+    else:
+        random = random_bits(key, first + tl.arange(0, BLOCK).to(tl.uint32))
     if T == tl.bfloat16:
         return to_bfloat16(x, random)
     else:
@@ -57,13 +58,13 @@ def _move(
     kept = load(source, offsets, count, WHOLE)
     w, g = kept.to(V), load(grad, offsets, count, WHOLE).to(V)
     if ADAPTIVE:
-        moved = asam_perturb(scale, w, g, asam_scale(eta, magnitude(w, COMPLEX)))
+        moved = asam_perturb(scale, w, g, asam_scale(eta, magnitude(w, source, offsets, count, COMPLEX, WHOLE)))
     else:
         moved = perturb(scale, w, g)
     if not MASTER:
         store(backup, offsets, count, kept, WHOLE)
     if STOCHASTIC:
-        moved = _stochastic(moved, key, first, at, T, BLOCK)
+        moved = _stochastic(moved, key, (first + at).to(tl.uint32), T, WHOLE, BLOCK)
     if moving:
         store(param, offsets, count, moved.to(T), WHOLE)
 
@@ -72,9 +73,9 @@ def _move(
 def perturb_kernel(
     table, tensors, stats, rho, eta, rng, T: tl.constexpr, STATE: tl.constexpr, V: tl.constexpr,
     ADAPTIVE: tl.constexpr, COMPLEX: tl.constexpr, MASTER: tl.constexpr, STOCHASTIC: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    record, begin, count, whole = locate(table, tensors, _SLOTS)
+    record, begin, count, whole = locate(table, tensors, _SLOTS, BLOCK)
     param, source = address(record, _PARAM, begin, T), address(record, _SOURCE, begin, STATE)
     grad, backup = address(record, _GRAD, begin, T), address(record, _BACKUP, begin, T)
     inverse = tl.load(stats + 1)
@@ -85,14 +86,12 @@ def perturb_kernel(
     if STOCHASTIC:
         # A chunk never straddles a multiple of 2^32 elements: both are powers of two.
         key = random_key(tl.load(rng), tl.load(rng + 1), tl.load(record + INDEX), begin >> 32)
-    if whole:
-        for at in range(0, CHUNK, BLOCK):
-            _move(param, source, grad, backup, at, count, scale, eta, moving, key, begin, T, V, ADAPTIVE, COMPLEX,
-                  MASTER, STOCHASTIC, True, BLOCK)  # fmt: skip
-    else:
-        for at in range(0, count, BLOCK):
-            _move(param, source, grad, backup, at, count, scale, eta, moving, key, begin, T, V, ADAPTIVE, COMPLEX,
-                  MASTER, STOCHASTIC, False, BLOCK)  # fmt: skip
+    for at in range(0, whole, BLOCK):
+        _move(param, source, grad, backup, at, count, scale, eta, moving, key, begin, T, V, ADAPTIVE, COMPLEX,
+              MASTER, STOCHASTIC, True, BLOCK)  # fmt: skip
+    for at in range(whole, count, TAIL):
+        _move(param, source, grad, backup, at, count, scale, eta, moving, key, begin, T, V, ADAPTIVE, COMPLEX,
+              MASTER, STOCHASTIC, False, TAIL)  # fmt: skip
 
 
 @torch.no_grad()

@@ -11,7 +11,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .multi_tensor import (
-    CHUNK,
     ROW,
     Stream,
     address,
@@ -40,15 +39,13 @@ def _restore(param, source, at, count, T: tl.constexpr, WHOLE: tl.constexpr):
 
 
 @kernel
-def restore_kernel(table, tensors, T: tl.constexpr, STATE: tl.constexpr, BLOCK: tl.constexpr):
-    record, begin, count, whole = locate(table, tensors, _RESTORE_SLOTS)
+def restore_kernel(table, tensors, T: tl.constexpr, STATE: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr):
+    record, begin, count, whole = locate(table, tensors, _RESTORE_SLOTS, BLOCK)
     param, source = address(record, _PARAM, begin, T), address(record, _SOURCE, begin, STATE)
-    if whole:
-        for at in range(0, CHUNK, BLOCK):
-            _restore(param, source, at + tl.arange(0, BLOCK), count, T, True)
-    else:
-        for at in range(0, count, BLOCK):
-            _restore(param, source, at + tl.arange(0, BLOCK), count, T, False)
+    for at in range(0, whole, BLOCK):
+        _restore(param, source, at + tl.arange(0, BLOCK), count, T, True)
+    for at in range(whole, count, TAIL):
+        _restore(param, source, at + tl.arange(0, TAIL), count, T, False)
 
 
 @triton.jit
@@ -58,17 +55,15 @@ def _mix(grad, first_grad, at, count, gamma, one_minus_gamma, T: tl.constexpr, V
 
 
 @kernel
-def mix_kernel(table, tensors, gammas, T: tl.constexpr, STATE: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr):
-    record, begin, count, whole = locate(table, tensors, _MIX_SLOTS)
+def mix_kernel(table, tensors, gammas, T: tl.constexpr, STATE: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr):
+    record, begin, count, whole = locate(table, tensors, _MIX_SLOTS, BLOCK)
     grad, first_grad = address(record, _GRAD, begin, T), address(record, _FIRST_GRAD, begin, STATE)
     gamma = tl.load(gammas + tl.load(record + ROW))
     one_minus_gamma, gamma = (1 - gamma).to(V), gamma.to(V)
-    if whole:
-        for at in range(0, CHUNK, BLOCK):
-            _mix(grad, first_grad, at + tl.arange(0, BLOCK), count, gamma, one_minus_gamma, T, V, True)
-    else:
-        for at in range(0, count, BLOCK):
-            _mix(grad, first_grad, at + tl.arange(0, BLOCK), count, gamma, one_minus_gamma, T, V, False)
+    for at in range(0, whole, BLOCK):
+        _mix(grad, first_grad, at + tl.arange(0, BLOCK), count, gamma, one_minus_gamma, T, V, True)
+    for at in range(whole, count, TAIL):
+        _mix(grad, first_grad, at + tl.arange(0, TAIL), count, gamma, one_minus_gamma, T, V, False)
 
 
 @torch.no_grad()

@@ -143,6 +143,12 @@ def random_pair(key, index):
 
 
 @triton.jit
+def random_bits(key, element):
+    """16 bits. element, uint32, counts within its block of 2^32."""
+    return (random_pair(key, element >> 1) >> ((element & 1) << 4)) & 0xFFFF
+
+
+@triton.jit
 def to_bfloat16(x, random):
     """x in float32, stochastically rounded to a number that bfloat16 holds exactly; random has 16 bits."""
     bits = (x.to(tl.uint32, bitcast=True) + random) & 0xFFFF0000

@@ -10,7 +10,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .multi_tensor import (
-    CHUNK,
     ROW,
     address,
     check_lists,
@@ -60,9 +59,9 @@ def _step(
 @kernel
 def sgd_step_kernel(
     table, tensors, rows, maximize_sign, grad_scale, found_inf, T: tl.constexpr, STATE: tl.constexpr, V: tl.constexpr,
-    MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, MIXING: tl.constexpr, MASTER: tl.constexpr, BLOCK: tl.constexpr,
+    MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, MIXING: tl.constexpr, MASTER: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    record, begin, count, whole = locate(table, tensors, _SLOTS)
+    record, begin, count, whole = locate(table, tensors, _SLOTS, BLOCK)
     param, source = address(record, _PARAM, begin, T), address(record, _SOURCE, begin, STATE)
     grad, first_grad = address(record, _GRAD, begin, T), address(record, _FIRST_GRAD, begin, T)
     buffer = address(record, _BUFFER, begin, STATE)
@@ -73,16 +72,14 @@ def sgd_step_kernel(
     one_minus_gamma, gamma = (1 - gamma).to(V), gamma.to(V)
     direction = (maximize_sign / tl.load(grad_scale).to(tl.float64)).to(V)
     skipped = tl.load(found_inf) != 0
-    if whole:
-        for at in range(0, CHUNK, BLOCK):
-            _step(param, source, grad, first_grad, buffer, at + tl.arange(0, BLOCK), count, minus_lr, momentum,
-                  one_minus_dampening, weight_decay, direction, gamma, one_minus_gamma, skipped, T, STATE, V,
-                  MOMENTUM, NESTEROV, MIXING, MASTER, True)  # fmt: skip
-    else:
-        for at in range(0, count, BLOCK):
-            _step(param, source, grad, first_grad, buffer, at + tl.arange(0, BLOCK), count, minus_lr, momentum,
-                  one_minus_dampening, weight_decay, direction, gamma, one_minus_gamma, skipped, T, STATE, V,
-                  MOMENTUM, NESTEROV, MIXING, MASTER, False)  # fmt: skip
+    for at in range(0, whole, BLOCK):
+        _step(param, source, grad, first_grad, buffer, at + tl.arange(0, BLOCK), count, minus_lr, momentum,
+              one_minus_dampening, weight_decay, direction, gamma, one_minus_gamma, skipped, T, STATE, V,
+              MOMENTUM, NESTEROV, MIXING, MASTER, True)  # fmt: skip
+    for at in range(whole, count, TAIL):
+        _step(param, source, grad, first_grad, buffer, at + tl.arange(0, TAIL), count, minus_lr, momentum,
+              one_minus_dampening, weight_decay, direction, gamma, one_minus_gamma, skipped, T, STATE, V,
+              MOMENTUM, NESTEROV, MIXING, MASTER, False)  # fmt: skip
 
 
 @torch.no_grad()

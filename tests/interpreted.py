@@ -67,5 +67,6 @@ import op_db  # noqa: E402
 
 from rst_fused.kernels import multi_tensor  # noqa: E402
 
-multi_tensor._BLOCK = multi_tensor.CHUNK.value // 2  # NumPy is quick in few large blocks; a whole chunk still takes two
+# NumPy is quick in few large blocks; a whole chunk still takes two, and a tail too.
+multi_tensor._BLOCK, multi_tensor._TAIL = 4096, 2048
 op_db.SIZES = (0, 1, 3, 15, 16, 17, 1023, 4097, 8191, 8192, 8193, 16401)

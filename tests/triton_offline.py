@@ -1,0 +1,129 @@
+"""Compiles the Triton kernels for GPUs that need not be there: `python triton_offline.py REPORT.json` writes what they use.
+
+Every pointer and number is described as a launch describes it: kernels specialize on none of them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+import rst_fused  # noqa: F401  (makes rst_fused.kernels importable in a checkout)
+from rst_fused.kernels import multi_tensor
+from rst_fused.kernels.adam_step import adam_step_kernel
+from rst_fused.kernels.grad_norm import SUMS, finish_kernel, grad_norm_kernel
+from rst_fused.kernels.perturb import perturb_kernel
+from rst_fused.kernels.restore import mix_kernel, restore_kernel
+from rst_fused.kernels.sgd_step import sgd_step_kernel
+
+ARCHITECTURES = (80, 90, 100)
+ARGUMENTS = {
+    "table": "*i64", "tensors": "i32", "partials": "*fp64", "count": "i32", "stats": "*fp64", "rho": "*fp64",
+    "eta": "*fp64", "rng": "*i64", "gammas": "*fp64", "rows": "*fp64", "maximize_sign": "i32", "grad_scale": "*fp32",
+    "found_inf": "*fp32",
+}  # fmt: skip
+
+
+def compiled(kernel: Any, constants: dict[str, Any], architecture: int) -> Any:
+    signature = {name: "constexpr" if name in constants else ARGUMENTS[name] for name in kernel.arg_names}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=multi_tensor.OPTIONS)
+
+
+# --- what is reported -----------------------------------------------------------------------------------------------
+F32, F64, BF16, F16 = tl.float32, tl.float64, tl.bfloat16, tl.float16
+SIZES = {"BLOCK": multi_tensor._BLOCK, "TAIL": multi_tensor._TAIL}
+
+
+def _types(t: Any, state: Any = None, arithmetic: bool = True) -> dict[str, Any]:
+    wide = {"V": F64 if t is F64 else F32} if arithmetic else {}
+    return {"T": t, "STATE": state or t, **wide, **SIZES}
+
+
+def _perturb(t: Any, state: Any = None, adaptive: bool = False, is_complex: bool = False) -> dict[str, Any]:
+    flags = {"ADAPTIVE": adaptive, "COMPLEX": is_complex, "MASTER": state is not None, "STOCHASTIC": t in (BF16, F16)}
+    return _types(t, state) | flags
+
+
+def _sgd(t: Any, state: Any = None, mixing: bool = False) -> dict[str, Any]:
+    return _types(t, state) | {"MOMENTUM": True, "NESTEROV": mixing, "MIXING": mixing, "MASTER": state is not None}
+
+
+def _adam(t: Any, state: Any = None, mixing: bool = False) -> dict[str, Any]:
+    return _types(t, state) | {"DECOUPLED": True, "MIXING": mixing, "MASTER": state is not None}
+
+
+def _norm(t: Any, adaptive: bool = False, is_complex: bool = False) -> dict[str, Any]:
+    return _types(t, arithmetic=False) | {"ADAPTIVE": adaptive, "COMPLEX": is_complex}
+
+
+VARIANTS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "grad_norm fp32": (grad_norm_kernel, _norm(F32)),
+    "grad_norm bf16": (grad_norm_kernel, _norm(BF16)),
+    "grad_norm asam complex64": (grad_norm_kernel, _norm(F32, True, True)),
+    "grad_norm finish": (finish_kernel, {"BLOCK": SUMS}),
+    "perturb fp32": (perturb_kernel, _perturb(F32)),
+    "perturb bf16": (perturb_kernel, _perturb(BF16)),
+    "perturb fp16 master": (perturb_kernel, _perturb(F16, F32)),
+    "perturb asam complex64": (perturb_kernel, _perturb(F32, None, True, True)),
+    "restore bf16 master": (restore_kernel, _types(BF16, F32, False)),
+    "mix fp32": (mix_kernel, _types(F32)),
+    "sgd fp32": (sgd_step_kernel, _sgd(F32)),
+    "sgd fp64 mixing": (sgd_step_kernel, _sgd(F64, None, True)),
+    "sgd bf16 master mixing": (sgd_step_kernel, _sgd(BF16, F32, True)),
+    "adam fp32": (adam_step_kernel, _adam(F32)),
+    "adam fp64 mixing": (adam_step_kernel, _adam(F64, None, True)),
+    "adam bf16 master mixing": (adam_step_kernel, _adam(BF16, F32, True)),
+}
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers, and bytes of stack, local and shared memory, as the binary states them."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", text.stdout)}
+
+
+def widths(ptx: str) -> dict[str, list[int]]:
+    """Bytes of one access, of all accesses to global memory in the text."""
+    found: dict[str, set[int]] = {"ld": set(), "st": set()}
+    for kind, vector, bits in re.findall(r"\b(ld|st)\.global(?:\.v(\d))?\.b(\d+)", ptx):
+        found[kind].add(int(vector or 1) * int(bits) // 8)
+    return {kind: sorted(sizes) for kind, sizes in found.items()}
+
+
+def report() -> list[dict[str, Any]]:
+    rows = []
+    for name, (kernel, constants) in VARIANTS.items():
+        for architecture in ARCHITECTURES:
+            start = time.perf_counter()
+            binary = compiled(kernel, constants, architecture)
+            seconds = round(time.perf_counter() - start, 2)
+            used = resources(binary.asm["cubin"])
+            rows.append(
+                {"kernel": name, "sm": architecture, **used, **widths(binary.asm["ptx"]), "seconds": seconds}
+            )
+    return rows
+
+
+def as_text(rows: list[dict[str, Any]]) -> str:
+    lines = [" ".join(f"{key}={value}" for key, value in row.items()) for row in rows]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(json.dumps(report(), indent=1), encoding="utf-8")
