@@ -113,6 +113,7 @@ def restore_adam_step_(
         launch(
             adam_step_kernel, part, rows, -1 if maximize else 1, *amp_there, V=part.arithmetic, DECOUPLED=decoupled,
             MIXING=bool(first_grads), MASTER=bool(masters),
+            wide_state=bool(masters),
         )  # fmt: skip
 
 

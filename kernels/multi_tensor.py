@@ -25,7 +25,7 @@ _HEADER = tl.constexpr(5)  # a record: length, how much of it may go without mas
 ROW, INDEX, _FIRST = tl.constexpr(2), tl.constexpr(3), tl.constexpr(4)  # row of numbers, index for random bits, first chunk
 _ALIGNMENT = 16
 _WARPS = 4
-_BLOCK = 8 * 32 * _WARPS  # scalars at a time: 8 for each thread, one or two 16-byte accesses per stream
+_BLOCK = 8 * 32 * _WARPS  # scalars at a time: 8 for each thread, in 16-byte accesses
 _TAIL = 32 * _WARPS  # with masks
 # Without fusion a * b + c rounds twice unless the formula says fma.
 OPTIONS = {"num_warps": _WARPS, "enable_fp_fusion": False}
@@ -90,6 +90,7 @@ def magnitude(w, base, offsets, count, COMPLEX: tl.constexpr, WHOLE: tl.constexp
             return tl.interleave(root, root)
         else:
             other = load(base, offsets ^ 1, count, WHOLE).to(w.dtype)
+            tl.debug_barrier()  # another thread's scalar, which may be written in place: first all are read
             return sqrt(w * w + other * other)
     else:
         return tl.abs(w)
@@ -392,11 +393,18 @@ def run(function: Any, device: torch.device, programs: int, args: Sequence[Any],
         function[(programs,)](*args, **constants, **OPTIONS)
 
 
-def launch(function: Any, where: Part | torch.device, *args: Any, **constants: Any) -> None:
-    """Runs a kernel with one program for each chunk of a part, or with one program on a device."""
+def launch(
+    function: Any, where: Part | torch.device, *args: Any, wide_state: bool = False, **constants: Any
+) -> None:
+    """Runs a kernel with one program for each chunk of a part, or with one program on a device.
+
+    ``wide_state``: float32 is stored beside 16-bit numbers. With 8 scalars for each thread its 16-byte stores would
+    leave gaps, and Triton would have threads exchange numbers to close them; 4 need none.
+    """
     if isinstance(where, torch.device):
         run(function, where, 1, args, constants)
     elif where.chunks:
-        types = {"T": _TRITON_DTYPE[where.dtype], "STATE": _TRITON_DTYPE[where.state], "BLOCK": _BLOCK, "TAIL": _TAIL}
+        types = {"T": _TRITON_DTYPE[where.dtype], "STATE": _TRITON_DTYPE[where.state]}
+        blocks = {"BLOCK": _BLOCK // 2 if wide_state else _BLOCK, "TAIL": _TAIL}
         table = (where.table.on_device, where.table.tensors)
-        run(function, where.device, where.chunks, (*table, *args), {**types, **constants})
+        run(function, where.device, where.chunks, (*table, *args), {**types, **blocks, **constants})

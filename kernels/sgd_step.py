@@ -98,6 +98,7 @@ def restore_sgd_step_(
         launch(
             sgd_step_kernel, part, rows, -1 if maximize else 1, *amp_there, V=part.arithmetic,
             MOMENTUM=bool(momentum_buffers), NESTEROV=nesterov, MIXING=bool(first_grads), MASTER=bool(masters),
+            wide_state=bool(masters),
         )  # fmt: skip
 
 

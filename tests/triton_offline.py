@@ -46,6 +46,10 @@ F32, F64, BF16, F16 = tl.float32, tl.float64, tl.bfloat16, tl.float16
 SIZES = {"BLOCK": multi_tensor._BLOCK, "TAIL": multi_tensor._TAIL}
 
 
+def _updating(state: Any) -> dict[str, Any]:
+    return {"MASTER": state is not None, "BLOCK": SIZES["BLOCK"] // (1 if state is None else 2)}
+
+
 def _types(t: Any, state: Any = None, arithmetic: bool = True) -> dict[str, Any]:
     wide = {"V": F64 if t is F64 else F32} if arithmetic else {}
     return {"T": t, "STATE": state or t, **wide, **SIZES}
@@ -57,11 +61,11 @@ def _perturb(t: Any, state: Any = None, adaptive: bool = False, is_complex: bool
 
 
 def _sgd(t: Any, state: Any = None, mixing: bool = False) -> dict[str, Any]:
-    return _types(t, state) | {"MOMENTUM": True, "NESTEROV": mixing, "MIXING": mixing, "MASTER": state is not None}
+    return _types(t, state) | {"MOMENTUM": True, "NESTEROV": mixing, "MIXING": mixing} | _updating(state)
 
 
 def _adam(t: Any, state: Any = None, mixing: bool = False) -> dict[str, Any]:
-    return _types(t, state) | {"DECOUPLED": True, "MIXING": mixing, "MASTER": state is not None}
+    return _types(t, state) | {"DECOUPLED": True, "MIXING": mixing} | _updating(state)
 
 
 def _norm(t: Any, adaptive: bool = False, is_complex: bool = False) -> dict[str, Any]:
