@@ -62,6 +62,7 @@ def grad_norm_kernel(
 
 @kernel
 def finish_kernel(partials, count, stats, BLOCK: tl.constexpr):
+    so_far = tl.load(stats + 3)  # ahead of the sum, whose barrier parts it from the store
     sum = tl.zeros([BLOCK], tl.float64)
     for at in range(0, count, BLOCK):
         offsets = at + tl.arange(0, BLOCK)
@@ -72,7 +73,7 @@ def finish_kernel(partials, count, stats, BLOCK: tl.constexpr):
     tl.store(stats, norm)
     tl.store(stats + 1, tl.where(finite & (norm > 0), 1.0 / (norm + NORM_EPS), 0.0))
     tl.store(stats + 2, non_finite)
-    tl.store(stats + 3, tl.load(stats + 3) + non_finite)
+    tl.store(stats + 3, so_far + non_finite)
 
 
 @torch.no_grad()
