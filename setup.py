@@ -5,15 +5,21 @@ The environment variable RST_FUSED_BUILD_EXTENSION decides about the extension:
     auto  (default) build it; where that cannot be done, print why and go on with a pure-Python package
     1     build it, and fail if that cannot be done
     0     do not build it
+
+RST_FUSED_BUILD_CUDA does the same for its GPU kernels, which need nvcc but no GPU and no torch with CUDA. They are built for
+TORCH_CUDA_ARCH_LIST ("8.0 9.0+PTX", say), or for sm_80, sm_90, sm_100 and later.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
+import subprocess
 import sys
 import tempfile
+import zlib
 from collections.abc import Iterator
 from glob import glob
 from pathlib import Path
@@ -33,6 +39,7 @@ else:
     MISSING = None
 
 FLAG = "RST_FUSED_BUILD_EXTENSION"
+CUDA_FLAG = "RST_FUSED_BUILD_CUDA"
 OLDEST_TORCH = (2, 11)
 TARGET_VERSION = "0x020b000000000000"  # torch 2.11: one byte each for major, minor and patch, then zeros
 COMPILE_FLAGS = [
@@ -45,13 +52,22 @@ COMPILE_FLAGS = [
     "-Wall",
     "-Wextra",
 ]
+NVCC_FLAGS = [
+    "-O3",
+    "-std=c++17",
+    "-fmad=false",  # as -ffp-contract=off
+    "--Werror=all-warnings",
+    "-Xcompiler=-fPIC,-fvisibility=hidden",
+    "-Icsrc",
+]
+DEFAULT_ARCHITECTURES = "8.0 9.0 10.0+PTX"
 ERROR_LINES = 15
 
 
-def build_mode() -> str:
-    mode = os.environ.get(FLAG, "auto")
+def build_mode(flag: str = FLAG) -> str:
+    mode = os.environ.get(flag, "auto")
     if mode not in ("auto", "0", "1"):
-        raise SystemExit(f"{FLAG}={mode!r} is not understood: use auto, 0 (never build) or 1 (build or fail)")
+        raise SystemExit(f"{flag}={mode!r} is not understood: use auto, 0 (never build) or 1 (build or fail)")
     return mode
 
 
@@ -106,9 +122,105 @@ def last_lines(log: IO[bytes]) -> str:
     return "\n".join(f"    {line}" for line in lines[-ERROR_LINES:])
 
 
+class Cuda:
+    """The GPU kernels: compiled by nvcc here, linked into the extension with the static runtime, which loads anywhere."""
+
+    def __init__(self, nvcc: str) -> None:
+        self.nvcc = nvcc
+        text = subprocess.run([nvcc, "--version"], check=True, capture_output=True, text=True).stdout
+        found = re.search(r"release (\d+)\.(\d+)", text)
+        if found is None:
+            raise SystemExit(f"{nvcc} --version does not say which release it is:\n{text}")
+        self.version = (int(found[1]), int(found[2]))
+        # nvcc knows where the rest of its toolkit lies.
+        dry = subprocess.run([nvcc, "--dryrun", "-c", "none.cu"], capture_output=True, text=True).stderr
+        self.include = [path for path in re.findall(r'INCLUDES=.*?"-I([^"]+)"', dry) if os.path.isdir(path)]
+        self.libraries = [path for path in re.findall(r'"-L([^"]+)"', dry) if not path.endswith("stubs")]
+
+    @property
+    def architectures(self) -> list[str]:
+        """As in TORCH_CUDA_ARCH_LIST: 8.0 is code for sm_80, 9.0+PTX code for sm_90 and PTX for later ones."""
+        return re.split(r"[ ;,]+", os.environ.get("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHITECTURES).strip())
+
+    @property
+    def defines(self) -> list[str]:
+        argument_bytes = 32764 if self.version >= (13, 0) else 4096
+        return [f"-DRST_CUDA_ARGUMENT_BYTES={argument_bytes}"]
+
+    @property
+    def facts(self) -> list[str]:
+        names = "/".join(self.architectures)
+        return [f"-DRST_CUDA_VERSION={self.version[0]}.{self.version[1]}", f"-DRST_CUDA_ARCHITECTURES={names}"]
+
+    def code_flags(self) -> list[str]:
+        flags = []
+        for architecture in self.architectures:
+            number = architecture.removesuffix("+PTX").replace(".", "")
+            if not re.fullmatch(r"\d+[af]?", number):
+                raise SystemExit(f"TORCH_CUDA_ARCH_LIST holds {architecture!r}: expected entries like 9.0 or 9.0+PTX")
+            flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+            if architecture.endswith("+PTX"):
+                flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+        return flags
+
+    def objects(self, folder: str) -> list[str]:
+        """Compiles what has changed since the last time."""
+        os.makedirs(folder, exist_ok=True)
+        newest_header = max(os.path.getmtime(path) for path in glob("csrc/**/*.*h", recursive=True) + ["setup.py"])
+        flags = [*NVCC_FLAGS, *self.defines, *self.code_flags()]
+        key = f"{zlib.crc32(' '.join(flags).encode()):08x}"
+        paths = []
+        for source in sorted(glob("csrc/cuda/*.cu")):
+            target = os.path.join(folder, f"{Path(source).stem}.{key}.o")
+            paths.append(target)
+            if os.path.exists(target) and os.path.getmtime(target) > max(newest_header, os.path.getmtime(source)):
+                continue
+            command = [self.nvcc, *flags, "--threads=0", "-c", source, "-o", target]
+            print(" ".join(command), flush=True)
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode != 0:
+                raise RuntimeError(f"nvcc failed on {source}:\n{done.stdout}{done.stderr}")
+        return paths
+
+
+def cuda() -> Cuda | None:
+    mode = build_mode(CUDA_FLAG)
+    nvcc = None if mode == "0" else shutil.which("nvcc") or shutil.which(str(Path(cpp_extension.CUDA_HOME or "", "bin", "nvcc")))
+    if nvcc is None and mode == "1":
+        raise SystemExit(f"{CUDA_FLAG}=1, but nvcc is not on PATH and CUDA_HOME names no toolkit")
+    return None if nvcc is None else Cuda(nvcc)
+
+
+def add_cuda(extension: Extension, toolkit: Cuda) -> None:
+    extension.extra_objects = toolkit.objects(os.path.join("build", "cuda"))
+    extension.sources += ["csrc/gpu_ops.cpp", *glob("csrc/cuda/*.cpp")]
+    extension.extra_compile_args += [*toolkit.defines, *toolkit.facts, *(f"-isystem{path}" for path in toolkit.include)]
+    extension.library_dirs += toolkit.libraries
+    extension.libraries += ["cudart_static", "dl", "rt", "pthread"]
+
+
+def with_cuda(command: type) -> type:
+    """The build_ext command with the GPU kernels; in auto mode one that goes on without them where nvcc fails."""
+
+    class BuildWithCuda(command):
+        def build_extensions(self) -> None:
+            toolkit = cuda()
+            try:
+                if toolkit is not None:
+                    add_cuda(self.extensions[0], toolkit)
+            except RuntimeError as error:
+                if build_mode(CUDA_FLAG) == "1":
+                    raise SystemExit(f"{CUDA_FLAG}=1, but the GPU kernels cannot be built: {error}") from error
+                print(f"\nrst_fused: WARNING: built WITHOUT GPU kernels.\nReason: {error}\n", file=sys.stderr, flush=True)
+            super().build_extensions()
+
+    return BuildWithCuda
+
+
 def extension_modules() -> list[Extension]:
     host_sources = sorted(glob("csrc/host*.cpp"))
-    torch_sources = sorted(set(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp")) - set(host_sources))
+    gpu_sources = ["csrc/gpu_ops.cpp"]
+    torch_sources = sorted(set(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp")) - {*host_sources, *gpu_sources})
     host_sources.append("csrc/cpu/table.cpp")  # both lay out chunk tables
     # Others' headers come in as system headers, which keeps their warnings away. For py_limited_api
     # BuildExtension itself defines Py_LIMITED_API.
@@ -183,7 +295,7 @@ def extension_arguments() -> dict:
     reason = obstacle()
     if reason is None:
         command = cpp_extension.BuildExtension if mode == "1" else build_or_degrade()
-        return {"ext_modules": extension_modules(), "cmdclass": {"build_ext": command}}
+        return {"ext_modules": extension_modules(), "cmdclass": {"build_ext": with_cuda(command)}}
     if mode == "1":
         raise SystemExit(f"{FLAG}=1, but the extension cannot be built: {reason}")
     return {"cmdclass": {"build_py": build_with_warning(reason)}}

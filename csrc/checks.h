@@ -42,9 +42,23 @@ inline void check_length(const char* op, const char* name, size_t given, size_t 
                   ", one per parameter");
 }
 
-inline void check_like(const char* op, const char* name, size_t i, const StableTensor& t, const StableTensor& like,
-                       ScalarType dtype) {
-  STD_TORCH_CHECK(t.is_cpu(), "rst_fused::", op, ": ", name, "[", i, "] is not on the CPU, where this kernel runs");
+// The device that a call runs on.
+struct Where {
+  int32_t type, index;
+  const char* words;
+
+  bool holds(const StableTensor& t) const {
+    int32_t device = 0;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &device));
+    return device == type && (t.is_cpu() || t.get_device_index() == index);
+  }
+};
+inline const Where kCpu{aoti_torch_device_type_cpu(), 0, "the CPU"};
+
+inline void check_like(const char* op, const char* name, const Where& where, size_t i, const StableTensor& t,
+                       const StableTensor& like, ScalarType dtype) {
+  STD_TORCH_CHECK(where.holds(t), "rst_fused::", op, ": ", name, "[", i, "] is not on ", where.words,
+                  ", where this kernel runs");
   STD_TORCH_CHECK(t.scalar_type() == dtype, "rst_fused::", op, ": ", name, "[", i, "] has dtype ", t.scalar_type(),
                   ", expected ", dtype);
   bool same = t.dim() == like.dim();
@@ -57,10 +71,12 @@ inline void check_writable(const char* op, const char* name, size_t i, const Vie
                   "] is written, but several of its elements share memory (an expanded tensor?); clone it first");
 }
 
-// `given` must be a contiguous CPU tensor of `dtype` with at least `least` elements.
-inline void check_numbers(const char* op, const char* name, const StableTensor& given, ScalarType dtype, int64_t least) {
-  STD_TORCH_CHECK(given.is_cpu() && given.is_contiguous() && given.scalar_type() == dtype, "rst_fused::", op, ": ", name,
-                  " must be a contiguous CPU tensor of dtype ", dtype, ", got ", given.scalar_type());
+// `given` must be a contiguous tensor of `dtype` there, with at least `least` elements.
+inline void check_numbers(const char* op, const char* name, const Where& where, const StableTensor& given,
+                          ScalarType dtype, int64_t least) {
+  STD_TORCH_CHECK(where.holds(given) && given.is_contiguous() && given.scalar_type() == dtype, "rst_fused::", op, ": ",
+                  name, " must be a contiguous tensor of dtype ", dtype, " on ", where.words, ", got ",
+                  given.scalar_type());
   STD_TORCH_CHECK(given.numel() >= least, "rst_fused::", op, ": ", name, " has ", given.numel(),
                   " elements, expected at least ", least);
 }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cpu/ops.h"
+#include "cuda/ops.h"
 
 namespace rst {
 
@@ -56,6 +57,12 @@ struct CoreApi {
   std::vector<const KernelTable*> (*runnable_kernels)();
   bool (*select_kernels)(const char* name);
   const KernelTable& (*kernels)();
+
+  // Null where the extension was built without CUDA.
+  const char* (*cuda_description)();
+  // Sends the launches of ops on CPU tensors to `launch` (null: nowhere); see gpu_target.h.
+  void (*simulate_gpu)(void (*launch)(const cuda::GpuKernel&, unsigned, const void*, const cuda::Launcher&),
+                       bool device_numbers);
 };
 
 }  // namespace rst

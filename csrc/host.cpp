@@ -20,7 +20,26 @@ static std::map<std::string, std::string> build_info() {
 #else
           {"SIMD levels compiled", "plain"},
 #endif
-          {"CUDA", "not built"}};
+          {"CUDA", core().cuda_description == nullptr ? "not built" : core().cuda_description()}};
+}
+
+// What takes the place of a GPU in tests: called as (kernel, blocks, threads per block, arguments). Never freed: Python may
+// be gone when static objects are.
+static py::object* simulator = nullptr;
+
+static void simulate_gpu(py::object callback, bool device_numbers) {
+  if (core().simulate_gpu == nullptr) throw py::value_error("the extension was built without CUDA");
+  if (simulator == nullptr) simulator = new py::object;
+  *simulator = callback;
+  auto launch = [](const cuda::GpuKernel& kernel, unsigned blocks, const void* args, const cuda::Launcher&) {
+    py::gil_scoped_acquire locked;
+    try {
+      (*simulator)(kernel.name, blocks, cuda::kThreads, py::bytes(static_cast<const char*>(args), kernel.bytes));
+    } catch (py::error_already_set& error) {  // torch carries messages through, but no Python objects
+      throw std::runtime_error(error.what());
+    }
+  };
+  core().simulate_gpu(callback.is_none() ? nullptr : +launch, device_numbers);
 }
 
 }  // namespace rst
@@ -31,6 +50,7 @@ PYBIND11_MODULE(_host, m) {
   m.def("connect", &connect, py::arg("core"));
   m.def("can_plan", &can_plan);
   m.def("build_info", &build_info);
+  m.def("simulate_gpu", &simulate_gpu, py::arg("callback"), py::arg("device_numbers") = false);
   m.def("simd_levels", &simd_levels);
   m.def("simd_level", [] { return std::string(core().kernels().name); });
   m.def("select_simd", [](const std::string& name) { return core().select_kernels(name.c_str()); }, py::arg("name"));

@@ -5,6 +5,9 @@
 
 #include <algorithm>
 
+#ifdef RST_CUDA_VERSION
+#include "gpu_target.h"
+#endif
 #include "torch_autograd.h"
 #include "torch_threads.h"
 
@@ -92,6 +95,13 @@ CoreApi make_api() {
   api.runnable_kernels = &runnable_kernels;
   api.select_kernels = &select_kernels;
   api.kernels = &kernels;
+#ifdef RST_CUDA_VERSION
+  api.cuda_description = &cuda::build_description;
+  api.simulate_gpu = [](auto* launch, bool device_numbers) {
+    simulation().launcher.launch = launch;
+    simulation().device_numbers = device_numbers;
+  };
+#endif
   return api;
 }
 

@@ -3,95 +3,32 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <optional>
-
-#include "checks.h"
 #include "cpu/ops.h"
+#include "tables.h"
 #include "torch_threads.h"
 
 namespace rst {
 
 namespace {
 
-using OptionalTensor = std::optional<StableTensor>;
-using Sizes = std::vector<int64_t>;
-
-struct Companion {
-  Stream stream;
-  const char* name;
-  const TensorList& list;
-  bool written;
-};
-
-View view_of(const StableTensor& t) {
-  return {t.data_ptr(), static_cast<int>(t.dim()), t.sizes().data(), t.strides().data()};
-}
-
-// Lists that are absent are empty; `lead` is the list every other one must match.
-Table make_table(const char* op, const TensorList& lead, const std::vector<Companion>& companions,
-                 const Sizes& group_sizes) {
-  check_rows(op, group_sizes, lead.size());
-  bool masters = false;
-  for (const Companion& c : companions) {
-    if (!c.list.empty()) check_length(op, c.name, c.list.size(), lead.size());
-    masters = masters || (c.stream == kMaster && !c.list.empty());
-  }
-  Table table;
-  table.tensors.resize(lead.size());
-  size_t row = 0;
-  int64_t left = group_sizes.empty() ? 0 : group_sizes[0];
-  for (size_t i = 0; i < lead.size(); ++i) {
-    while (left == 0) left = group_sizes[++row];
-    --left;
-    Tensor& tensor = table.tensors[i];
-    const ScalarType dtype = lead[i].scalar_type();
-    STD_TORCH_CHECK(describe(dtype, tensor), "rst_fused::", op, ": parameter ", i, " has dtype ", dtype,
-                    ", expected float32, float64, bfloat16, float16, complex64 or complex128");
-    const bool sixteen_bit = tensor.dtype == DType::BFloat16 || tensor.dtype == DType::Half;
-    STD_TORCH_CHECK(!masters || sixteen_bit, "rst_fused::", op, ": masters go with bfloat16 and float16 parameters, but "
-                    "parameter ", i, " has dtype ", dtype);
-    tensor.state_dtype = masters ? DType::Float : tensor.dtype;
-    tensor.row = static_cast<int>(row);
-    View views[kStreams];
-    for (const Companion& c : companions) {
-      if (c.list.empty()) continue;
-      if (c.stream == kParam && sixteen_bit && c.list[i].scalar_type() == ScalarType::Float) {
-        // grad_norm of gradients whose weights are fp32 masters
-        check_like(op, c.name, i, c.list[i], lead[i], ScalarType::Float);
-        tensor.state_dtype = DType::Float;
-        views[kMaster] = view_of(c.list[i]);
-        continue;
-      }
-      const bool state = c.stream == kMaster || c.stream == kBuffer || c.stream == kBuffer2;
-      check_like(op, c.name, i, c.list[i], lead[i], masters && state ? ScalarType::Float : dtype);
-      views[c.stream] = view_of(c.list[i]);
-      if (c.written) check_writable(op, c.name, i, views[c.stream]);
-    }
-    place(tensor, views);
-    tensor.index = static_cast<int64_t>(i);
-  }
-  table.cut();
-  return table;
-}
-
 // True where AMP found an overflow: the step is not taken, but the weights come back.
 bool overflowed(const OptionalTensor& found_inf) {
   if (!found_inf.has_value()) return false;
-  check_numbers("step", "found_inf", *found_inf, ScalarType::Float, 1);
+  check_numbers("step", "found_inf", kCpu, *found_inf, ScalarType::Float, 1);
   return *static_cast<const float*>(found_inf->data_ptr()) != 0;
 }
 
 double direction(bool maximize, const OptionalTensor& grad_scale) {
   double scale = maximize ? -1 : 1;
   if (grad_scale.has_value()) {
-    check_numbers("step", "grad_scale", *grad_scale, ScalarType::Float, 1);
+    check_numbers("step", "grad_scale", kCpu, *grad_scale, ScalarType::Float, 1);
     scale /= *static_cast<const float*>(grad_scale->data_ptr());
   }
   return scale;
 }
 
 const double* numbers(const char* op, const char* name, const StableTensor& given, size_t least) {
-  check_numbers(op, name, given, ScalarType::Double, static_cast<int64_t>(least));
+  check_numbers(op, name, kCpu, given, ScalarType::Double, static_cast<int64_t>(least));
   return static_cast<const double*>(given.data_ptr());
 }
 
@@ -99,9 +36,9 @@ void grad_norm(StableTensor stats, TensorList grads, TensorList params, bool ada
   Call call;
   call.adaptive = adaptive;
   call.eta = eta;
-  check_numbers("grad_norm", "stats", stats, ScalarType::Double, kStats);
+  check_numbers("grad_norm", "stats", kCpu, stats, ScalarType::Double, kStats);
   if (adaptive) check_length("grad_norm", "params", params.size(), grads.size());
-  const Table table = make_table("grad_norm", grads, {{kGrad, "grads", grads, false}, {kParam, "params", params, false}},
+  const Table table = make_table("grad_norm", kCpu, grads, {{kGrad, "grads", grads, false}, {kParam, "params", params, false}},
                                  {static_cast<int64_t>(grads.size())});
   grad_norm(table, call, torch_threads(), static_cast<double*>(stats.data_ptr()));
 }
@@ -110,13 +47,13 @@ void perturb_(TensorList params, TensorList grads, TensorList backups, TensorLis
               StableTensor rho, Sizes group_sizes, bool adaptive, double eta, bool stochastic, StableTensor rng,
               int64_t first_index) {
   const char* op = "perturb_";
-  check_numbers(op, "stats", stats, ScalarType::Double, kStats);
-  check_numbers(op, "rng", rng, ScalarType::Long, 2);
+  check_numbers(op, "stats", kCpu, stats, ScalarType::Double, kStats);
+  check_numbers(op, "rng", kCpu, rng, ScalarType::Long, 2);
   const double* rhos = numbers(op, "rho", rho, group_sizes.size());
   check_length(op, "grads", grads.size(), params.size());
   if (masters.empty()) check_length(op, "backups", backups.size(), params.size());
   const TensorList none;
-  Table table = make_table(op, params,
+  Table table = make_table(op, kCpu, params,
                            {{kParam, "params", params, true},
                             {kGrad, "grads", grads, false},
                             {kBackup, "backups", masters.empty() ? backups : none, true},
@@ -139,7 +76,7 @@ void restore_(TensorList params, TensorList backups, TensorList masters, TensorL
   if (masters.empty()) check_length(op, "backups", backups.size(), params.size());
   if (!first_grads.empty()) check_length(op, "grads", grads.size(), params.size());
   const TensorList none;
-  const Table table = make_table(op, params,
+  const Table table = make_table(op, kCpu, params,
                                  {{kParam, "params", params, true},
                                   {kGrad, "grads", first_grads.empty() ? none : grads, true},
                                   {kBackup, "backups", masters.empty() ? backups : none, false},
@@ -154,7 +91,7 @@ void restore_(TensorList params, TensorList backups, TensorList masters, TensorL
 void undo_only(const char* op, const TensorList& params, const TensorList& backups, const TensorList& masters) {
   if (backups.empty() && masters.empty()) return;
   const TensorList none;
-  const Table table = make_table(op, params,
+  const Table table = make_table(op, kCpu, params,
                                  {{kParam, "params", params, true},
                                   {kBackup, "backups", masters.empty() ? backups : none, false},
                                   {kMaster, "masters", masters, false}},
@@ -168,7 +105,7 @@ void restore_sgd_step_(TensorList params, TensorList grads, TensorList backups, 
   const char* op = "restore_sgd_step_";
   check_length(op, "grads", grads.size(), params.size());
   const TensorList none;
-  const Table table = make_table(op, params,
+  const Table table = make_table(op, kCpu, params,
                                  {{kParam, "params", params, true},
                                   {kGrad, "grads", grads, false},
                                   {kBackup, "backups", masters.empty() ? backups : none, false},
@@ -205,7 +142,7 @@ void restore_adam_step_(TensorList params, TensorList grads, TensorList backups,
   check_length(op, "exp_avgs", exp_avgs.size(), params.size());
   check_length(op, "exp_avg_sqs", exp_avg_sqs.size(), params.size());
   const TensorList none;
-  const Table table = make_table(op, params,
+  const Table table = make_table(op, kCpu, params,
                                  {{kParam, "params", params, true},
                                   {kGrad, "grads", grads, false},
                                   {kBackup, "backups", masters.empty() ? backups : none, false},

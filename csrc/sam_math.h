@@ -10,6 +10,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 
 #if defined(__CUDACC__)
 #define RST_HD __host__ __device__ __forceinline__
@@ -25,6 +26,17 @@ RST_HD float sqrt(float a) { return ::sqrtf(a); }
 RST_HD double sqrt(double a) { return ::sqrt(a); }
 RST_HD float abs(float a) { return ::fabsf(a); }
 RST_HD double abs(double a) { return ::fabs(a); }
+
+RST_HD uint32_t to_bits(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof(bits));
+  return bits;
+}
+RST_HD float from_bits(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, sizeof(x));
+  return x;
+}
 
 // T of ASAM (Kwon et al. 2021, arXiv 2102.11600, section 4): T = |w| + eta.
 template <class V>
@@ -93,6 +105,18 @@ struct Adam {
   RST_HD V update(V w, V m, V v) const {
     V denominator = sqrt(v) / bias2_sqrt + eps;
     return w + minus_step_size * m / denominator;
+  }
+};
+
+// The numbers of an Adam step, from hyperparameters and the step count t (from 1).
+struct AdamNumbers {
+  double minus_step_size, one_minus_beta1, beta2, one_minus_beta2, bias2_sqrt, eps, weight_decay, decay;
+
+  static RST_HD AdamNumbers of(double lr, double beta1, double beta2, double eps, double weight_decay, double t,
+                               bool decoupled) {
+    const double bias1 = 1 - ::pow(beta1, t), bias2 = 1 - ::pow(beta2, t);
+    return {-lr / bias1, 1 - beta1, beta2, 1 - beta2, ::sqrt(bias2), eps, decoupled ? 0 : weight_decay,
+            decoupled ? 1 - lr * weight_decay : 1};
   }
 };
 

@@ -210,7 +210,7 @@ RNG = torch.zeros(2, dtype=torch.int64)
 AMP: tuple[Any, ...] = (None, None)
 RAW: list[tuple[str, tuple[Any, ...], str]] = [
     ("grad_norm", (STATS[:3], W(), [], False, 0.0), "stats has 3 elements"),
-    ("grad_norm", (STATS.float(), W(), [], False, 0.0), "stats must be a contiguous CPU tensor of dtype"),
+    ("grad_norm", (STATS.float(), W(), [], False, 0.0), "stats must be a contiguous tensor of dtype"),
     ("grad_norm", (torch.zeros(8, dtype=torch.float64)[::2], W(), [], False, 0.0), "stats must be a contiguous"),
     ("grad_norm", (STATS, W(), [], True, 0.0), "params has 0 entries, expected 2"),
     ("grad_norm", (STATS, W(), B(), True, 0.0), r"params\[1\] does not have the shape"),

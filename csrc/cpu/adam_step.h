@@ -11,17 +11,10 @@ void adam_step_chunk(const ChunkCall& c) {
   using V = Arithmetic<T>;
   using S = State<T, Master>;
   const AdamRow& row = c.call->adam[c.tensor->row];
-  const double bias1 = 1 - std::pow(row.beta1, row.step), bias2 = 1 - std::pow(row.beta2, row.step);
-  const bool decoupled = c.call->decoupled;
-  const Adam<V> adam{broadcast<V>(-row.lr / bias1),
-                     broadcast<V>(1 - row.beta1),
-                     broadcast<V>(row.beta2),
-                     broadcast<V>(1 - row.beta2),
-                     broadcast<V>(std::sqrt(bias2)),
-                     broadcast<V>(row.eps),
-                     broadcast<V>(decoupled ? 0 : row.weight_decay),
-                     broadcast<V>(decoupled ? 1 - row.lr * row.weight_decay : 1),
-                     broadcast<V>(c.call->direction)};
+  const AdamNumbers n = AdamNumbers::of(row.lr, row.beta1, row.beta2, row.eps, row.weight_decay, row.step, c.call->decoupled);
+  const Adam<V> adam{broadcast<V>(n.minus_step_size), broadcast<V>(n.one_minus_beta1), broadcast<V>(n.beta2),
+                     broadcast<V>(n.one_minus_beta2), broadcast<V>(n.bias2_sqrt),      broadcast<V>(n.eps),
+                     broadcast<V>(n.weight_decay),    broadcast<V>(n.decay),           broadcast<V>(c.call->direction)};
   const Mix<V> mix{broadcast<V>(row.gamma), broadcast<V>(1 - row.gamma)};
   // Local copies: the compiler need not fear that a store changes them.
   void* const param = c.data[kParam];

@@ -1,0 +1,14 @@
+// The launcher of a real GPU.
+#pragma once
+
+#include "cuda/ops.h"
+
+namespace rst::cuda {
+
+// Starts kernels on `stream` of `device`, on whatever device the calling thread was, and leaves it there. Throws
+// std::runtime_error naming the kernel, the device and CUDA's error.
+Launcher gpu_launcher(int device, void* stream);
+// "13.0 for sm_80, sm_90, ...", as built.
+const char* build_description();
+
+}  // namespace rst::cuda

@@ -1,0 +1,134 @@
+// perturb: reads w, g; writes w + e and the backup, 16 bytes per fp32 parameter. With a master copy it reads that and g
+// and writes the rounded w + e, 8 bytes per bf16 parameter.
+#pragma once
+
+#include "cpu/ops.h"
+#include "cuda/traverse.cuh"
+
+namespace rst::cuda {
+
+template <class T>
+struct Rounding {};
+template <>
+struct Rounding<BFloat16> {
+  static __device__ __forceinline__ BFloat16 of(float x, uint32_t random) {
+    return {static_cast<uint16_t>(to_bits(StochasticRound<float, uint32_t>::to_bfloat16(x, random)) >> 16)};
+  }
+};
+template <>
+struct Rounding<Half> {
+  static __device__ __forceinline__ Half of(float x, uint32_t random) {
+    return narrow<Half>(StochasticRound<float, uint32_t>::to_float16(x, random));
+  }
+};
+
+template <class T, bool Adaptive, bool Complex, bool Master>
+struct PerturbEach {
+  using A = Arithmetic<T>;
+  using W = State<T, Master>;
+  void *param, *copy;  // the backup, or the master, which is only read
+  const void* grad;
+  Perturb<A> sam;
+  AsamPerturb<A> asam;
+  AsamScale<A> scale;
+  bool stochastic;
+  RandomBits random;
+  uint32_t first;  // index of the piece's first element within its block of 2^32
+
+  template <int N>
+  struct In {
+    Pack<W, N> w;
+    Pack<T, N> g;
+  };
+  template <int N>
+  __device__ __forceinline__ In<N> load(int64_t i) const {
+    return {cuda::load<N, W>(Master ? copy : param, i), cuda::load<N, T>(grad, i)};
+  }
+  template <int N>
+  __device__ __forceinline__ A moved(const In<N>& in, int k) const {
+    const A w = widen(in.w.at[k]), g = widen(in.g.at[k]);
+    if constexpr (!Adaptive) return sam(w, g);
+    A magnitude = rst::abs(w);
+    if constexpr (Complex) {
+      const A other = widen(in.w.at[k ^ 1]);
+      magnitude = rst::sqrt(w * w + other * other);
+    }
+    return asam(w, g, scale(magnitude));
+  }
+  template <int N>
+  __device__ __forceinline__ void finish(int64_t i, const In<N>& in) const {
+    if constexpr (!Master) store(copy, i, in.w);
+    Pack<T, N> out;
+    if constexpr (sizeof(T) == 2) {
+      if (stochastic) {
+        const uint32_t element = first + static_cast<uint32_t>(i);
+        uint32_t bits = 0;
+#pragma unroll
+        for (int k = 0; k < N; ++k) {
+          if constexpr (N == 1) {
+            bits = random(element);
+          } else {  // packs start at even elements
+            bits = k % 2 == 0 ? random.pair((element + k) >> 1) : bits >> 16;
+          }
+          out.at[k] = Rounding<T>::of(moved(in, k), bits & 0xffffu);
+        }
+        store(param, i, out);
+        return;
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < N; ++k) out.at[k] = narrow<T>(moved(in, k));
+    store(param, i, out);
+  }
+};
+
+// For a zero or non-finite norm: e = 0 whatever g is, so there is only the backup to write.
+template <class T>
+struct KeepEach {
+  const void* param;
+  void* backup;
+  template <int N>
+  __device__ __forceinline__ Pack<T, N> load(int64_t i) const {
+    return cuda::load<N, T>(param, i);
+  }
+  template <int N>
+  __device__ __forceinline__ void finish(int64_t i, const Pack<T, N>& in) const {
+    store(backup, i, in);
+  }
+};
+
+template <class T, bool Adaptive, bool Complex, bool Master>
+__device__ __forceinline__ void perturb(const Args<kPerturbStreams>& args) {
+  using A = Arithmetic<T>;
+  using W = State<T, Master>;
+  const Common& c = args.common;
+  const Piece piece = piece_of(args);
+  T* const param = static_cast<T*>(args.data[kPerturbParam][piece.tensor]) + piece.begin;
+  W* const copy = static_cast<W*>(args.data[kPerturbCopy][piece.tensor]) + piece.begin;
+  const T* const grad = static_cast<const T*>(args.data[kPerturbGrad][piece.tensor]) + piece.begin;
+  const bool packs = aligned(args, piece.tensor);
+  const double inverse = c.stats[kInverse];
+  if (inverse == 0) {  // 0 * inf would be NaN: do not even compute e
+    if constexpr (!Master) {
+      KeepEach<T> keep{param, copy};
+      each<T, 4, Complex ? 2 : 1>(packs, piece.count, keep);
+    }
+    return;
+  }
+  const A factor = static_cast<A>(number(args, piece.tensor, 0) * inverse);
+  RandomBits random{0};
+  if constexpr (sizeof(T) == 2) {
+    if (c.stochastic) {
+      const uint64_t seed = c.rng == nullptr ? c.seed : static_cast<uint64_t>(c.rng[0]);
+      const uint64_t step = c.rng == nullptr ? c.step : static_cast<uint64_t>(c.rng[1]);
+      // A chunk never straddles a multiple of 2^32 elements: both are powers of two.
+      random = RandomBits::of(seed, step, static_cast<uint64_t>(args.index[piece.tensor]),
+                              static_cast<uint64_t>(piece.begin) >> 32);
+    }
+  }
+  PerturbEach<T, Adaptive, Complex, Master> op{param,    copy,   grad, {factor}, {factor}, {static_cast<A>(c.eta)},
+                                               c.stochastic, random, static_cast<uint32_t>(piece.begin)};
+  each<T, Master ? 1 : 2, Complex ? 2 : 1>(packs, piece.count, op);
+}
+
+}  // namespace rst::cuda

@@ -1,0 +1,15 @@
+// Where GPU kernels are started.
+#pragma once
+
+#include "cuda/launcher.h"
+
+namespace rst {
+
+// Takes the launches of ops on CPU tensors, so that all but the GPU itself can be tested without one.
+struct Simulation {
+  cuda::Launcher launcher{};    // launch is null unless a test has put an interpreter there
+  bool device_numbers = false;  // hyperparameters stay where they are, as if on the device
+};
+Simulation& simulation();
+
+}  // namespace rst

@@ -1,0 +1,53 @@
+"""The CUDA kernels over the op table, executed without a GPU: see gpu_simulator.
+
+Bounds are those of every single tensor, so guard bytes are everywhere; races, missing fences and barriers are reported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import gpu_simulator
+import op_db
+import oracle
+import pytest
+import torch
+from test_ops import CASES, check_lists
+
+MISSING = gpu_simulator.missing()
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.skipif(MISSING is not None, reason=f"GPU kernels cannot be simulated: {MISSING}"),
+]
+
+
+@pytest.fixture(scope="session")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> gpu_simulator.Simulator:
+    return gpu_simulator.Simulator(gpu_simulator.compile_ptx(tmp_path_factory.mktemp("ptx")))
+
+
+@pytest.fixture
+def simulator(kernels: gpu_simulator.Simulator, monkeypatch: pytest.MonkeyPatch) -> Iterator[gpu_simulator.Simulator]:
+    with gpu_simulator.simulated(kernels, monkeypatch):
+        yield kernels
+
+
+def test_every_instruction_is_known(kernels: gpu_simulator.Simulator) -> None:
+    assert [found for module in kernels.modules.values() for found in module.unsupported()] == []
+
+
+@pytest.mark.parametrize(("op", "spec", "kind"), CASES)
+def test_against_oracle(
+    op: op_db.OpInfo, spec: op_db.Spec, kind: str, simulator: gpu_simulator.Simulator
+) -> None:
+    sample = op_db.build(op, spec, kind)
+    after = sample.copied()
+    result = after.run(op.name, "simulated")
+    if op.oracle is None:
+        norm = oracle.grad_norm(**sample.lists, **sample.options)
+        assert result.tolist() == pytest.approx(oracle.stats_of(norm), rel=1e-12, abs=0)
+        expected: oracle.Results = {}
+    else:
+        expected = op.oracle(**sample.lists, **sample.options)
+    check_lists(op, sample, after, expected, sample.options.get("stochastic_rounding", True))
+    assert simulator.launches
