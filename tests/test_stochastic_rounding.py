@@ -25,7 +25,7 @@ FORMATS = {torch.bfloat16: (8, -133, 16), torch.float16: (11, -24, 13)}
 def rounded(x: Tensor, dtype: torch.dtype, backend: str, **options: Any) -> Tensor:
     """float32 ``x`` as perturb_ rounds it: the master copy is x and e is -0.0, so that nothing else is rounded."""
     p, zero = torch.zeros_like(x, dtype=dtype), torch.full_like(x, -0.0, dtype=dtype)
-    stats = torch.tensor([1.0, 1.0, 0.0, 0.0], dtype=torch.float64, device=x.device)
+    stats = torch.tensor([1.0, 1.0, 0.0, 0.0, 0.0], dtype=torch.float64, device=x.device)
     ops.perturb_([p], [zero], None, stats, rho=1.0, masters=[x], backend=backend, **options)
     return p
 
@@ -193,7 +193,7 @@ def test_bits_follow_memory(
     flat = rounded(x, dtype, backend, seed=9)
     p = torch.zeros(840, dtype=dtype, device=device).as_strided(place.size, place.stride)
     g = torch.zeros((8, 3, 5, 7), dtype=dtype, device=device) if turn_gradient else torch.zeros_like(p)
-    stats = torch.tensor([1.0, 1.0, 0.0, 0.0], dtype=torch.float64, device=device)
+    stats = torch.tensor([1.0, 1.0, 0.0, 0.0, 0.0], dtype=torch.float64, device=device)
     masters = [x.as_strided(place.size, place.stride)]
     ops.perturb_([p], [g], None, stats, rho=1.0, masters=masters, seed=9, backend=backend)
     assert op_db.same_bits(op_db.whole(p), flat)
