@@ -1,4 +1,4 @@
-"""Compiles the Triton kernels for GPUs that need not be there: `python triton_offline.py REPORT.json` writes what they use.
+"""Compiles the Triton kernels for GPUs that need not be there: `python tests/triton_offline.py [REPORT.json]` says what they use.
 
 Every pointer and number is described as a launch describes it: kernels specialize on none of them.
 """
@@ -74,7 +74,6 @@ def _norm(t: Any, adaptive: bool = False, is_complex: bool = False) -> dict[str,
 
 VARIANTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "grad_norm fp32": (grad_norm_kernel, _norm(F32)),
-    "grad_norm bf16": (grad_norm_kernel, _norm(BF16)),
     "grad_norm asam complex64": (grad_norm_kernel, _norm(F32, True, True)),
     "grad_norm finish": (finish_kernel, {"BLOCK": SUMS}),
     "perturb fp32": (perturb_kernel, _perturb(F32)),
@@ -84,7 +83,6 @@ VARIANTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "restore bf16 master": (restore_kernel, _types(BF16, F32, False)),
     "mix fp32": (mix_kernel, _types(F32)),
     "sgd fp32": (sgd_step_kernel, _sgd(F32)),
-    "sgd fp64 mixing": (sgd_step_kernel, _sgd(F64, None, True)),
     "sgd bf16 master mixing": (sgd_step_kernel, _sgd(BF16, F32, True)),
     "adam fp32": (adam_step_kernel, _adam(F32)),
     "adam fp64 mixing": (adam_step_kernel, _adam(F64, None, True)),
@@ -92,14 +90,17 @@ VARIANTS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
-def resources(cubin: bytes) -> dict[str, int]:
-    """Registers, and bytes of stack, local and shared memory, as the binary states them."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+def resources(ptx: str, architecture: int) -> dict[str, int]:
+    """Registers, and bytes of stack and of registers that had to go to memory, as the assembler states them."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin" / ("ptxas-blackwell" if architecture >= 100 else "ptxas")
+    (target,) = re.findall(r"^\.target (\w+)", ptx, re.MULTILINE)
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
         file.flush()
-        text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
-    return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", text.stdout)}
+        command = [str(tool), f"-arch={target}", "--fmad=false", "-v", file.name, "-o", "/dev/null"]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    patterns = {"registers": r"Used (\d+) registers", "stack": r"(\d+) bytes stack", "spills": r"(\d+) bytes spill"}
+    return {name: sum(map(int, re.findall(pattern, text))) for name, pattern in patterns.items()}
 
 
 def widths(ptx: str) -> dict[str, list[int]]:
@@ -117,10 +118,9 @@ def report() -> list[dict[str, Any]]:
             start = time.perf_counter()
             binary = compiled(kernel, constants, architecture)
             seconds = round(time.perf_counter() - start, 2)
-            used = resources(binary.asm["cubin"])
-            rows.append(
-                {"kernel": name, "sm": architecture, **used, **widths(binary.asm["ptx"]), "seconds": seconds}
-            )
+            ptx = binary.asm["ptx"]
+            found = {**resources(ptx, architecture), "shared": binary.metadata.shared, **widths(ptx)}
+            rows.append({"kernel": name, "sm": architecture, **found, "seconds": seconds})
     return rows
 
 
@@ -130,4 +130,7 @@ def as_text(rows: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    Path(sys.argv[1]).write_text(json.dumps(report(), indent=1), encoding="utf-8")
+    rows = report()
+    print(as_text(rows))
+    if len(sys.argv) > 1:
+        Path(sys.argv[1]).write_text(json.dumps(rows, indent=1), encoding="utf-8")
