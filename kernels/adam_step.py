@@ -1,5 +1,5 @@
-"""Adam and AdamW, from the backup or the master when weights are perturbed (restore folded in): reads w, g, m, v (and g1
-for G-RST), writes w, m, v: 28 bytes per fp32 parameter (32 for G-RST).
+"""Adam and AdamW, from the backup or the master when weights are perturbed (restore folded in): reads w, g, m, v (and
+g1 for G-RST), writes w, m, v: 28 bytes per fp32 parameter (32 for G-RST).
 """
 
 from collections.abc import Sequence
@@ -10,22 +10,17 @@ import triton.language as tl
 from torch import Tensor
 
 from .multi_tensor import (
-    ROW,
-    address,
     check_length,
     check_lists,
     check_numbers,
     each_part,
-    kernel,
     launch,
-    load,
-    locate,
     on_device,
     scaling,
-    store,
     update_streams,
 )
 from .sam_math import adam_decayed, adam_exp_avg, adam_exp_avg_sq, adam_shrunk, adam_update, mix
+from .traversal import ROW, address, kernel, load, locate, store
 
 _PARAM, _SOURCE, _GRAD, _FIRST_GRAD, _BUFFER, _BUFFER2, _SLOTS = (tl.constexpr(i) for i in range(7))
 _GIVEN = 6  # lr, beta1, beta2, eps, weight_decay, gamma

@@ -14,20 +14,16 @@ from torch import Tensor
 from .multi_tensor import (
     KEPT,
     Stream,
-    address,
     check_length,
     check_lists,
     check_numbers,
     each_part,
-    kernel,
     launch,
-    load,
-    locate,
-    magnitude,
     on_device,
     runs_on,
 )
 from .sam_math import asam_scale, asam_squared_norm, squared_norm
+from .traversal import address, kernel, load, locate, magnitude
 
 NORM_EPS = tl.constexpr(1e-12)
 _GRAD, _WEIGHT, _SLOTS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)

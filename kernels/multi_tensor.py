@@ -1,13 +1,10 @@
-"""The traversal that every kernel shares: all tensors of a call in one launch, through a table of addresses on the device.
+"""The host's side of the traversal: lists of tensors are checked, grouped by dtype and device, and turned into tables.
 
-A table holds one record for each tensor, then for each chunk the number of its tensor. Every program serves one chunk.
-Whole blocks of 16-byte aligned tensors take a path without masks, whose accesses are 16 bytes wide; all else goes through
-smaller, masked blocks of one scalar for each thread, which need no exchange between threads. Tensors that do not lie alike in memory pass through dense copies, in the order of the parameter's strides.
+Tensors that do not lie alike in memory pass through dense copies, in the order of the parameter's strides.
 """
 
-import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,17 +15,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .sam_math import sqrt
+from .traversal import CHUNK, HEADER
 
-CHUNK = tl.constexpr(8192)  # scalars of one program; fixes the order of summation. A power of two
-_HEADER = tl.constexpr(5)  # a record: length, how much of it may go without masks, and
-ROW, INDEX, _FIRST = tl.constexpr(2), tl.constexpr(3), tl.constexpr(4)  # row of numbers, index for random bits, first chunk
 _ALIGNMENT = 16
 _WARPS = 4
 _BLOCK = 8 * 32 * _WARPS  # scalars at a time: 8 for each thread, in 16-byte accesses
 _TAIL = 32 * _WARPS  # with masks
 # Without fusion a * b + c rounds twice unless the formula says fma.
 OPTIONS = {"num_warps": _WARPS, "enable_fp_fusion": False}
+_ROOM = 8 << 20  # bytes that captures may take: a table needs 8 for every chunk, and some for every tensor
 _TABLES = 64  # tables kept on devices; a training step uses about three
 
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
@@ -37,63 +32,6 @@ _TRITON_DTYPE = {
     torch.complex64: tl.float32, torch.complex128: tl.float64,
 }  # fmt: skip
 KEPT = "kept"  # dtype of weights: the parameter's, or float32 where they are the masters of a 16-bit one
-
-
-# --- on the device --------------------------------------------------------------------------------------------------
-def kernel(function: Callable[..., Any]) -> Any:
-    """triton.jit for one binary per set of constants: no argument's value or alignment compiles another one."""
-    given = [p.name for p in inspect.signature(function).parameters.values() if p.annotation is not tl.constexpr]
-    return triton.jit(function, do_not_specialize=given, do_not_specialize_on_alignment=given)
-
-
-@triton.jit
-def locate(table, tensors, SLOTS: tl.constexpr, BLOCK: tl.constexpr):
-    """(record of the tensor, where in it this program's chunk begins, scalars of the chunk, those without masks)."""
-    chunk = tl.program_id(0).to(tl.int64)
-    record = table + tl.load(table + tensors.to(tl.int64) * (_HEADER + SLOTS) + chunk) * (_HEADER + SLOTS)
-    begin = (chunk - tl.load(record + _FIRST)) * CHUNK
-    count = tl.minimum(tl.load(record) - begin, CHUNK).to(tl.int32)
-    unmasked = tl.minimum(tl.maximum(tl.load(record + 1) - begin, 0), CHUNK).to(tl.int32)
-    return record, begin, count, unmasked // BLOCK * BLOCK
-
-
-@triton.jit
-def address(record, SLOT: tl.constexpr, begin, T: tl.constexpr):
-    """Where the chunk begins in one stream of the tensor."""
-    return tl.load(record + _HEADER + SLOT).to(tl.pointer_type(T)) + begin
-
-
-@triton.jit
-def load(base, offsets, count, WHOLE: tl.constexpr):
-    """Missing scalars of a partial block read as zero."""
-    if WHOLE:
-        return tl.load(tl.multiple_of(base + offsets, [16]))
-    else:
-        return tl.load(base + offsets, offsets < count, 0.0)
-
-
-@triton.jit
-def store(base, offsets, count, value, WHOLE: tl.constexpr):
-    if WHOLE:
-        tl.store(tl.multiple_of(base + offsets, [16]), value)
-    else:
-        tl.store(base + offsets, value, offsets < count)
-
-
-@triton.jit
-def magnitude(w, base, offsets, count, COMPLEX: tl.constexpr, WHOLE: tl.constexpr):
-    """|w| per scalar; for complex w, |w| of the pair in both its scalars. w was loaded from base + offsets."""
-    if COMPLEX:
-        if WHOLE:
-            re, im = tl.split(tl.reshape(w, [w.shape[0] // 2, 2]))
-            root = sqrt(re * re + im * im)
-            return tl.interleave(root, root)
-        else:
-            other = load(base, offsets ^ 1, count, WHOLE).to(w.dtype)
-            tl.debug_barrier()  # another thread's scalar, which may be written in place: first all are read
-            return sqrt(w * w + other * other)
-    else:
-        return tl.abs(w)
 
 
 # --- checks ---------------------------------------------------------------------------------------------------------
@@ -122,7 +60,8 @@ def check_numbers(
     """``given`` may be on the CPU or on a device; ``on``: where it has to be."""
     good = given.dtype == dtype and given.is_contiguous() and (on is None or given.device.type == on.type)
     where = "" if on is None else f" on {on.type}"
-    _require(good, op, f"{name} must be a contiguous tensor of dtype {dtype}{where}, got {given.dtype} on {given.device}")
+    got = f"got {given.dtype} on {given.device}"
+    _require(good, op, f"{name} must be a contiguous tensor of dtype {dtype}{where}, {got}")
     _require(given.numel() >= least, op, f"{name} has {given.numel()} elements, expected at least {least}")
 
 
@@ -210,6 +149,7 @@ class Table:
 
 _tables: OrderedDict[Any, Table] = OrderedDict()
 _captured: list[Any] = []  # what a CUDA graph reads at every replay must never be freed
+_spare: list[Tensor] = []  # pinned memory for captures, during which none should be allocated
 
 
 def _capturing(device: torch.device) -> bool:
@@ -220,8 +160,16 @@ def _upload(host: Tensor, device: torch.device) -> Tensor:
     """A copy that the host does not wait for; torch keeps the pinned memory until it is done."""
     if device.type == "cpu":
         return host
-    pinned = host.pin_memory()
-    if _capturing(device):
+    if not _capturing(device):
+        if not _spare or _spare[0].numel() < _ROOM // 2:
+            _spare[:] = [torch.empty(_ROOM, dtype=torch.uint8, pin_memory=True)]
+        pinned = host.pin_memory()
+    else:
+        if _spare and _spare[0].numel() >= host.nbytes:
+            mine, _spare[0] = _spare[0][: host.nbytes], _spare[0][host.nbytes :]
+            pinned = mine.view(host.dtype).copy_(host)
+        else:
+            pinned = host.pin_memory()
         _captured.append(pinned)
     return pinned.to(device, non_blocking=True)
 
@@ -243,7 +191,7 @@ def _table(device: torch.device, lengths: tuple[int, ...], rows: tuple[int, ...]
     found = _tables.get(key)
     if found is None:
         host = _make_table(lengths, rows, indices, slots)
-        chunks = host.numel() - len(lengths) * (_HEADER.value + len(slots))
+        chunks = host.numel() - len(lengths) * (HEADER.value + len(slots))
         found = Table(_upload(host, device), len(lengths), chunks)
         if _capturing(device):  # what this copy leaves lies in the graph's own memory
             return found
@@ -296,7 +244,9 @@ class Part:
         return tl.float64 if self.dtype in (torch.float64, torch.complex128) else tl.float32
 
 
-def _prepare(streams: Sequence[Stream], indices: Sequence[int]) -> tuple[list[list[Tensor]], list[tuple[Tensor, Tensor]]]:
+def _prepare(
+    streams: Sequence[Stream], indices: Sequence[int]
+) -> tuple[list[list[Tensor]], list[tuple[Tensor, Tensor]]]:
     """The dense tensors to work on, all lying like the parameter, and (original, copy) of those to write back."""
     lead = [streams[0].tensors[i] for i in indices]
     wanted = [_dense(p.shape, p.stride()) for p in lead]

@@ -11,25 +11,18 @@ import triton.language as tl
 from torch import Tensor
 
 from .multi_tensor import (
-    INDEX,
-    ROW,
     SIXTEEN_BIT,
     Stream,
-    address,
     check_length,
     check_lists,
     check_masters,
     check_numbers,
     each_part,
-    kernel,
     launch,
-    load,
-    locate,
-    magnitude,
     on_device,
-    store,
 )
 from .sam_math import asam_perturb, asam_scale, perturb, random_bits, random_key, random_pair, to_bfloat16, to_float16
+from .traversal import INDEX, ROW, address, kernel, load, locate, magnitude, store
 
 _PARAM, _SOURCE, _GRAD, _BACKUP, _SLOTS = (tl.constexpr(i) for i in range(5))
 
@@ -42,7 +35,7 @@ def _stochastic(x, key, first, T: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.c
         random = tl.interleave(bits & 0xFFFF, bits >> 16)
     else:
         random = random_bits(key, first + tl.arange(0, BLOCK).to(tl.uint32))
-    if T == tl.bfloat16:
+    if tl.bfloat16 == T:
         return to_bfloat16(x, random)
     else:
         return to_float16(x, random)

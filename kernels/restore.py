@@ -11,22 +11,17 @@ import triton.language as tl
 from torch import Tensor
 
 from .multi_tensor import (
-    ROW,
     Stream,
-    address,
     check_length,
     check_lists,
     check_masters,
     check_numbers,
     each_part,
-    kernel,
     launch,
-    load,
-    locate,
     on_device,
-    store,
 )
 from .sam_math import mix
+from .traversal import ROW, address, kernel, load, locate, store
 
 _PARAM, _SOURCE, _RESTORE_SLOTS = (tl.constexpr(i) for i in range(3))
 _GRAD, _FIRST_GRAD, _MIX_SLOTS = (tl.constexpr(i) for i in range(3))
@@ -55,7 +50,10 @@ def _mix(grad, first_grad, at, count, gamma, one_minus_gamma, T: tl.constexpr, V
 
 
 @kernel
-def mix_kernel(table, tensors, gammas, T: tl.constexpr, STATE: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr):
+def mix_kernel(
+    table, tensors, gammas, T: tl.constexpr, STATE: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr,
+    TAIL: tl.constexpr,
+):  # fmt: skip
     record, begin, count, whole = locate(table, tensors, _MIX_SLOTS, BLOCK)
     grad, first_grad = address(record, _GRAD, begin, T), address(record, _FIRST_GRAD, begin, STATE)
     gamma = tl.load(gammas + tl.load(record + ROW))

@@ -1,7 +1,7 @@
-"""Every formula, for Triton, with the names and the order of csrc/sam_math.h; what a struct there holds comes first here.
+"""Every formula, for Triton, with the names and the order of csrc/sam_math.h; what a struct there holds comes first.
 
-Arguments are blocks of float32 or float64. A product that feeds an addition is written fma, and kernels are launched with
-fusion off, so that they round where the C++ kernels do.
+Arguments are blocks of float32 or float64. A product that feeds an addition is written fma, and kernels are launched
+with fusion off, so that they round where the C++ kernels do.
 """
 
 import triton

@@ -10,21 +10,16 @@ import triton.language as tl
 from torch import Tensor
 
 from .multi_tensor import (
-    ROW,
-    address,
     check_lists,
     check_numbers,
     each_part,
-    kernel,
     launch,
-    load,
-    locate,
     on_device,
     scaling,
-    store,
     update_streams,
 )
 from .sam_math import mix, sgd_buffer, sgd_decayed, sgd_nesterov, sgd_update
+from .traversal import ROW, address, kernel, load, locate, store
 
 _PARAM, _SOURCE, _GRAD, _FIRST_GRAD, _BUFFER, _SLOTS = (tl.constexpr(i) for i in range(6))
 _COLUMNS = tl.constexpr(5)  # lr, momentum, dampening, weight_decay, gamma
@@ -43,15 +38,15 @@ def _step(
     d = sgd_decayed(weight_decay, direction, w, g)
     if MOMENTUM:
         buf = sgd_buffer(momentum, one_minus_dampening, load(buffer, at, count, WHOLE).to(V), d)
-        if not skipped:
-            store(buffer, at, count, buf.to(STATE), WHOLE)
         if NESTEROV:
             d = sgd_nesterov(momentum, buf, d)
         else:
             d = buf
     updated = sgd_update(minus_lr, w, d)
-    if MASTER:
-        if not skipped:
+    if not skipped:
+        if MOMENTUM:
+            store(buffer, at, count, buf.to(STATE), WHOLE)
+        if MASTER:
             store(source, at, count, updated.to(STATE), WHOLE)
     store(param, at, count, tl.where(skipped, kept.to(T), updated.to(T)), WHOLE)
 
@@ -59,7 +54,8 @@ def _step(
 @kernel
 def sgd_step_kernel(
     table, tensors, rows, maximize_sign, grad_scale, found_inf, T: tl.constexpr, STATE: tl.constexpr, V: tl.constexpr,
-    MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, MIXING: tl.constexpr, MASTER: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
+    MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, MIXING: tl.constexpr, MASTER: tl.constexpr, BLOCK: tl.constexpr,
+    TAIL: tl.constexpr,
 ):  # fmt: skip
     record, begin, count, whole = locate(table, tensors, _SLOTS, BLOCK)
     param, source = address(record, _PARAM, begin, T), address(record, _SOURCE, begin, STATE)

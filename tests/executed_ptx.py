@@ -1,7 +1,7 @@
 """A pytest plugin that executes the PTX of the Triton kernels on CPU tensors: `pytest -p executed_ptx`.
 
-The interpreter of PTX is ptxsim.py in the folder that the environment variable RST_FUSED_PTXSIM names. It stops at every
-access outside the tensors of a call, at misaligned ones, and at instructions it does not know.
+The interpreter of PTX is ptxsim.py in the folder that the environment variable RST_FUSED_PTXSIM names. It stops at
+every access outside the tensors of a call, at misaligned ones, and at instructions it does not know.
 """
 
 from __future__ import annotations
@@ -67,9 +67,9 @@ def run(kernel: Any, device: torch.device, programs: int, args: Sequence[Any], c
     loaded, shared = module(kernel, tuple(sorted(constants.items())))
     (name,) = loaded.names()
     parameters = len(loaded.info(name)["params"])
-    writable = {"partials", "stats"} & {"stats"} if kernel.__name__ == "finish_kernel" else {"partials"}
+    writable = "stats" if kernel.__name__ == "finish_kernel" else "partials"
     own = [
-        (arg, label in writable) for label, arg in zip(kernel.arg_names, args, strict=False) if isinstance(arg, Tensor)
+        (arg, label == writable) for label, arg in zip(kernel.arg_names, args, strict=False) if isinstance(arg, Tensor)
     ]
     statistics = loaded.launch(
         name, programs, 32 * multi_tensor.OPTIONS["num_warps"], [*args, *[None] * (parameters - len(args))],

@@ -1,7 +1,7 @@
 """A pytest plugin that runs Triton kernels in Triton's interpreter, on CPU tensors: `pytest -p interpreted`.
 
-It has to be loaded before triton, and mends two things of Triton 3.6's interpreter: the conversion to bfloat16, which cuts
-where hardware rounds to the nearest, and loop bounds that are tensors, which NumPy 2.4 no longer takes for numbers.
+It has to be loaded before triton, and mends two things of Triton 3.6: its interpreter cuts numbers to bfloat16 where
+hardware rounds to the nearest, and has loop bounds that are tensors, which NumPy 2.4 no longer takes for numbers.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def patch(tensor: Any, scope: Any) -> None:
 
 
 def patch_once(function: Any) -> Any:
-    """Once for each launch and module: the interpreter does it again for every function that a kernel calls, which takes
-    longer than all else."""
+    """Once for each launch and module: the interpreter does it again for every function that a kernel calls, which
+    takes longer than all else."""
     modules = frozenset(m.__name__ for m in function.__globals__.values() if m is tl or m is tl.core)
     if modules not in _scopes:
         scope = _scopes[modules] = _patch_all(function)

@@ -11,7 +11,6 @@ import gpu_simulator
 import op_db
 import oracle
 import pytest
-import torch
 from test_ops import CASES, check_lists
 
 MISSING = gpu_simulator.missing()

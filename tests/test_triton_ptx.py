@@ -59,4 +59,4 @@ def test_op_table(cache: str) -> None:
     files = (TESTS / "test_ops.py", TESTS / "triton_checks.py", TESTS / "test_stochastic_rounding.py")
     chosen = f"triton and {MIXED} or triton_checks or agree_bit_for_bit"
     done = run_pytest("executed_ptx", *files, "-k", chosen, TRITON_CACHE_DIR=cache)
-    assert done["passed"] > 300 and set(done) == {"passed"}
+    assert done.get("passed", 0) > 300 and set(done) == {"passed"}

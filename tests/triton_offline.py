@@ -1,4 +1,6 @@
-"""Compiles the Triton kernels for GPUs that need not be there: `python tests/triton_offline.py [REPORT.json]` says what they use.
+"""Compiles the Triton kernels for GPUs that need not be there, and says what they use.
+
+    python tests/triton_offline.py [REPORT.json]
 
 Every pointer and number is described as a launch describes it: kernels specialize on none of them.
 """
@@ -92,7 +94,8 @@ VARIANTS: dict[str, tuple[Any, dict[str, Any]]] = {
 
 def resources(ptx: str, architecture: int) -> dict[str, int]:
     """Registers, and bytes of stack and of registers that had to go to memory, as the assembler states them."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin" / ("ptxas-blackwell" if architecture >= 100 else "ptxas")
+    name = "ptxas-blackwell" if architecture >= 100 else "ptxas"
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin" / name
     (target,) = re.findall(r"^\.target (\w+)", ptx, re.MULTILINE)
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
