@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ _TRITON_DTYPE = {
     torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16,
     torch.complex64: tl.float32, torch.complex128: tl.float64,
 }  # fmt: skip
+_REAL = {torch.complex64: torch.float32, torch.complex128: torch.float64}
 KEPT = "kept"  # dtype of weights: the parameter's, or float32 where they are the masters of a 16-bit one
 
 
@@ -120,23 +122,35 @@ def _overlaps(shape: torch.Size, stride: tuple[int, ...]) -> bool:
     return False
 
 
-def _check_stream(op: str, s: Stream, lead: Sequence[Tensor]) -> None:
+@lru_cache(maxsize=4096)
+def _writable(shape: torch.Size, stride: tuple[int, ...]) -> bool:
+    return not _overlaps(shape, stride)
+
+
+_facts = attrgetter("dtype", "shape", "device", "layout")
+
+
+def _check_stream(op: str, s: Stream, lead: Sequence[Tensor], facts: Sequence[Any]) -> None:
     """Whatever would be read or written out of bounds raises."""
     check_length(op, s.name, s.tensors, lead)
-    for i, (t, p) in enumerate(zip(s.tensors, lead, strict=True)):
-        expected = p.dtype if s.dtype is None else s.dtype
-        if s.dtype == KEPT:
-            expected = torch.float32 if t.dtype == torch.float32 and p.dtype in SIXTEEN_BIT else p.dtype
-        fits = t.dtype == expected and t.device == p.device and t.layout == torch.strided
-        _require(
-            fits, op, f"{s.name}[{i}] is {t.layout} of dtype {t.dtype} on {t.device}, expected {expected} on {p.device}"
-        )
-        _require(t.dtype in _TRITON_DTYPE, op, f"{s.name}[{i}] has dtype {t.dtype}, which no kernel serves")
-        _require(t.shape == p.shape, op, f"{s.name}[{i}] does not have the shape of the parameter")
-        _require(
-            not (s.written and _overlaps(t.shape, t.stride())), op,
-            f"{s.name}[{i}] is written, but several of its elements share memory (an expanded tensor?); clone it first",
-        )  # fmt: skip
+    theirs = list(map(_facts, s.tensors))
+    if s.dtype is None and theirs != facts or s.dtype is not None:
+        for i, ((dtype, shape, device, layout), (own, *like)) in enumerate(zip(theirs, facts, strict=True)):
+            expected = own if s.dtype is None else s.dtype
+            if s.dtype == KEPT:
+                expected = torch.float32 if dtype == torch.float32 and own in SIXTEEN_BIT else own
+            if dtype != expected or [device, layout] != like[1:]:
+                raise RuntimeError(
+                    f"rst_fused::{op}: {s.name}[{i}] is {layout} of dtype {dtype} on {device}, expected {expected} on "
+                    f"{like[1]}"
+                )
+            _require(shape == like[0], op, f"{s.name}[{i}] does not have the shape of the parameter")
+    for i, t in enumerate(s.tensors if s.written else ()):
+        if not _writable(t.shape, t.stride()):
+            raise RuntimeError(
+                f"rst_fused::{op}: {s.name}[{i}] is written, but several of its elements share memory (an expanded "
+                "tensor?); clone it first"
+            )
 
 
 # --- tables ---------------------------------------------------------------------------------------------------------
@@ -253,9 +267,10 @@ def _prepare(
     used, back = [], []
     for s in streams:
         mine = [s.tensors[i] for i in indices] if s.tensors else []
-        for k, t in enumerate(mine):
-            stride = t.stride()
-            if (stride == wanted[k] or _alike(t.shape, stride, wanted[k])) and not (t.is_conj() or t.is_neg()):
+        strides = [t.stride() for t in mine]
+        lazy = any(map(Tensor.is_conj, mine)) or any(map(Tensor.is_neg, mine))
+        for k, t in enumerate(mine if strides != wanted or lazy else ()):
+            if _alike(t.shape, strides[k], wanted[k]) and not (t.is_conj() or t.is_neg()):
                 continue
             mine[k] = torch.empty_strided(t.shape, _dense(t.shape, wanted[k]), dtype=t.dtype, device=t.device)
             if s.read:
@@ -272,9 +287,15 @@ def check_lists(op: str, streams: Sequence[Stream], group_sizes: Sequence[int]) 
     _check_rows(op, group_sizes, len(lead))
     if lead:
         runs_on(op, f"{streams[0].name}[0]", lead[0])
+    facts = list(map(_facts, lead))
+    for i, (dtype, _, _, layout) in enumerate(facts):
+        if dtype not in _TRITON_DTYPE or layout != torch.strided:
+            raise RuntimeError(
+                f"rst_fused::{op}: {streams[0].name}[{i}] is {layout} of dtype {dtype}, which no kernel serves"
+            )
     for s in streams:
         if s.tensors:
-            _check_stream(op, s, lead)
+            _check_stream(op, s, lead, facts)
 
 
 def each_part(
@@ -288,8 +309,8 @@ def each_part(
     fixed = next((s.tensors for s in streams if s.dtype is not None and s.tensors), lead)
     parts: dict[Any, list[int]] = {}
     for i, (p, kept) in enumerate(zip(lead, fixed, strict=True)):
-        kind = p.dtype if split_complex else _TRITON_DTYPE[p.dtype]
-        parts.setdefault((p.device, kind, _TRITON_DTYPE[kept.dtype]), []).append(i)
+        kind = p.dtype if split_complex else _REAL.get(p.dtype, p.dtype)
+        parts.setdefault((p.device, kind, _REAL.get(kept.dtype, kept.dtype)), []).append(i)
     for (device, *_), members in parts.items():
         used, back = _prepare(streams, members)
         first = lead[members[0]]

@@ -20,7 +20,7 @@ from rst_fused.schedule import draw
 Array = Any  # numpy.ndarray of float64 or complex128
 Gradients = Callable[[list[Array], int, int], Sequence[Array | None]]  # (weights, step, pass 1 or 2) -> gradients
 
-BACKENDS = [b.name for b in backends() if b.available]
+BACKENDS = [b.name for b in backends() if b.available and b.supports(torch.device("cpu"))]
 DEFAULTS = {
     "sgd": {"momentum": 0.0, "dampening": 0.0, "nesterov": False, "weight_decay": 0.0, "maximize": False},
     "adam": {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "maximize": False},
