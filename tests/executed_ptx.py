@@ -22,7 +22,9 @@ from rst_fused import _backends  # noqa: E402, F401
 
 del os.environ["TRITON_INTERPRET"]  # kernels are compiled, not interpreted
 
+import triton  # noqa: E402
 import triton_offline  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from rst_fused.kernels import multi_tensor  # noqa: E402
 
@@ -55,6 +57,32 @@ def prepare(streams: Sequence[Any], indices: Sequence[int]) -> Any:
     return used, back
 
 
+class Driver:
+    """As much of one as Triton needs to say what a launch would compile."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", ARCHITECTURE, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+
+triton.runtime.driver.set_active(Driver())
+
+
+@functools.cache
+def binder(kernel: Any) -> Any:
+    return kernel.create_binder()[-1]
+
+
+def check_specialization(kernel: Any, args: Sequence[Any], constants: dict[str, Any]) -> None:
+    """A launch with these arguments would use the binary that is executed here: none of them is special to it."""
+    _, specialization, _ = binder(kernel)(*args, **constants, **multi_tensor.OPTIONS)
+    given = [name for name in kernel.arg_names if name not in constants]
+    found = [what for what in specialization if what[0] != "constexpr"]
+    assert found == [(triton_offline.ARGUMENTS[name], None) for name in given], dict(zip(given, found, strict=True))
+
+
 @functools.cache
 def module(kernel: Any, constants: tuple[tuple[str, Any], ...]) -> tuple[Any, int]:
     binary = triton_offline.compiled(kernel, dict(constants), ARCHITECTURE)
@@ -64,6 +92,7 @@ def module(kernel: Any, constants: tuple[tuple[str, Any], ...]) -> tuple[Any, in
 
 
 def run(kernel: Any, device: torch.device, programs: int, args: Sequence[Any], constants: dict[str, Any]) -> None:
+    check_specialization(kernel, args, constants)
     loaded, shared = module(kernel, tuple(sorted(constants.items())))
     (name,) = loaded.names()
     parameters = len(loaded.info(name)["params"])
