@@ -44,7 +44,8 @@ def tables() -> str:
     devices = {b.name: "any" if b.device_types is None else ", ".join(b.device_types) for b in known}
     lines = [row(["backend", "devices", "needs"]), row(["---"] * 3)]
     lines += [row([f"`{b.name}`", devices[b.name], NEEDS[b.name]]) for b in known]
-    lines += ["\n", row(["op", *(f"`{b.name}`" for b in known), "beside fp32 masters"]), row(["---"] * (2 + len(known)))]
+    heads = ["op", *(f"`{b.name}`" for b in known), "beside fp32 masters"]
+    lines += ["\n", row(heads), row(["---"] * len(heads))]
     for op in op_db.OPS.values():
         lines.append(row([f"`{op.name}`", *[dtypes(op)] * len(known), with_masters(op)]))
     return "".join(lines)

@@ -113,6 +113,25 @@ def test_a_table_is_made_once_for_the_same_addresses(multi_tensor: Any) -> None:
 
 
 @needs_triton
+def test_what_a_capture_reads_is_kept(multi_tensor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replay copies tables and numbers again, from memory that nothing else may have got in the meantime."""
+    device, captured = torch.device("meta"), []
+    monkeypatch.setattr(multi_tensor, "_capturing", lambda _: True)
+    monkeypatch.setattr(multi_tensor, "_captured", captured)
+    monkeypatch.setattr(multi_tensor, "_spare", [torch.empty(1 << 16, dtype=torch.uint8)])
+    monkeypatch.setattr(multi_tensor, "_tables", type(multi_tensor._tables)())
+    table = multi_tensor._table(device, (40,), (0,), (0,), ((64,),))
+    rho, rng = torch.tensor([0.5], dtype=torch.float64), torch.tensor([3, 1])
+    there = multi_tensor.on_device(device, rho, rng, torch.tensor([1.0]))
+    assert [t.device.type for t in (table.on_device, *there)] == ["meta"] * 4
+    assert [(t.dtype, t.numel()) for t in there] == [(torch.float64, 1), (torch.int64, 2), (torch.float32, 1)]
+    assert torch.equal(captured[0], multi_tensor._make_table((40,), (0,), (0,), ((64,),)))
+    assert torch.equal(captured[1][8:24].view(torch.int64), rng) and captured[1][:8].view(torch.float64) == 0.5
+    assert captured[0].data_ptr() + captured[0].nbytes <= captured[1].data_ptr()
+    assert not multi_tensor._tables, "its device memory is the graph's"
+
+
+@needs_triton
 @pytest.mark.parametrize(
     ("shape", "stride", "dense", "overlaps"),
     [
