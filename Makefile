@@ -56,5 +56,5 @@ $(EDITABLE): $(DEPENDENCIES) setup.py pyproject.toml
 	touch $@
 
 $(EXTENSION): $(EDITABLE) $(SOURCES)
-	RST_FUSED_BUILD_EXTENSION=1 $(BIN)/python setup.py build_ext --inplace
+	RST_FUSED_BUILD_EXTENSION=1 RST_FUSED_BUILD_CUDA=$(if $(shell command -v nvcc),1,0) $(BIN)/python setup.py build_ext --inplace
 	touch $@

@@ -6,8 +6,8 @@ The environment variable RST_FUSED_BUILD_EXTENSION decides about the extension:
     1     build it, and fail if that cannot be done
     0     do not build it
 
-RST_FUSED_BUILD_CUDA does the same for its GPU kernels, which need nvcc but no GPU and no torch with CUDA. They are built for
-TORCH_CUDA_ARCH_LIST ("8.0 9.0+PTX", say), or for sm_80, sm_90, sm_100 and later.
+RST_FUSED_BUILD_CUDA does the same for its GPU kernels, which need nvcc but no GPU and no torch with CUDA. They are
+built for TORCH_CUDA_ARCH_LIST ("8.0 9.0+PTX", say), or for sm_80, sm_90, sm_100 and later.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ NVCC_FLAGS = [
     "-std=c++17",
     "-fmad=false",  # as -ffp-contract=off
     "--Werror=all-warnings",
+    "-Xptxas=-v,-warn-spills",  # with the line above, a kernel that spills does not build
     "-Xcompiler=-fPIC,-fvisibility=hidden",
     "-Icsrc",
 ]
@@ -123,7 +124,7 @@ def last_lines(log: IO[bytes]) -> str:
 
 
 class Cuda:
-    """The GPU kernels: compiled by nvcc here, linked into the extension with the static runtime, which loads anywhere."""
+    """The GPU kernels: compiled by nvcc, linked into the extension with the static runtime, which loads anywhere."""
 
     def __init__(self, nvcc: str) -> None:
         self.nvcc = nvcc
@@ -180,12 +181,14 @@ class Cuda:
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode != 0:
                 raise RuntimeError(f"nvcc failed on {source}:\n{done.stdout}{done.stderr}")
+            Path(target).with_suffix(".txt").write_text(done.stderr)  # registers and stack of every kernel
         return paths
 
 
 def cuda() -> Cuda | None:
     mode = build_mode(CUDA_FLAG)
-    nvcc = None if mode == "0" else shutil.which("nvcc") or shutil.which(str(Path(cpp_extension.CUDA_HOME or "", "bin", "nvcc")))
+    beside = str(Path(cpp_extension.CUDA_HOME or "", "bin", "nvcc"))
+    nvcc = None if mode == "0" else shutil.which("nvcc") or shutil.which(beside)
     if nvcc is None and mode == "1":
         raise SystemExit(f"{CUDA_FLAG}=1, but nvcc is not on PATH and CUDA_HOME names no toolkit")
     return None if nvcc is None else Cuda(nvcc)
@@ -211,7 +214,7 @@ def with_cuda(command: type) -> type:
             except RuntimeError as error:
                 if build_mode(CUDA_FLAG) == "1":
                     raise SystemExit(f"{CUDA_FLAG}=1, but the GPU kernels cannot be built: {error}") from error
-                print(f"\nrst_fused: WARNING: built WITHOUT GPU kernels.\nReason: {error}\n", file=sys.stderr, flush=True)
+                print(f"\nrst_fused: WARNING: built WITHOUT GPU kernels.\nReason: {error}\n", file=sys.stderr)
             super().build_extensions()
 
     return BuildWithCuda

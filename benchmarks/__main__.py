@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 import torch
 
-from . import cpu, host, memory, report
+from . import cpu, gpu, host, memory, report
 
-COMMANDS = {"cpu": cpu, "host": host, "memory": memory, "report": report}
+COMMANDS = {"cpu": cpu, "gpu": gpu, "host": host, "memory": memory, "report": report}
 MEASURING = ("cpu", "host", "memory")
 
 

@@ -26,6 +26,13 @@ class Hyper:
     def sgd(self) -> dict[str, Any]:
         return {"lr": self.lr, "momentum": self.momentum, "weight_decay": self.weight_decay}
 
+    @property
+    def adamw(self) -> dict[str, Any]:
+        return {"lr": self.lr, "weight_decay": self.weight_decay}
+
+    def of(self, base: str) -> dict[str, Any]:
+        return {"sgd": self.sgd, "adamw": self.adamw}[base]
+
 
 @dataclass(frozen=True)
 class Case:
@@ -39,10 +46,12 @@ class Case:
     def elements(self) -> int:
         return sum(math.prod(shape) for shape in self.shapes)
 
-    def tensors(self, dtype: torch.dtype, seed: int, scale: float = 1.0) -> list[torch.Tensor]:
-        """Normal values times ``scale``; the same for the same seed."""
-        generator = torch.Generator().manual_seed(seed)
-        return [(torch.randn(s, generator=generator) * scale).to(dtype) for s in self.shapes]
+    def tensors(
+        self, dtype: torch.dtype, seed: int, scale: float = 1.0, device: torch.device | str = "cpu"
+    ) -> list[torch.Tensor]:
+        """Normal values times ``scale``, drawn where they will lie; the same for the same seed and kind of device."""
+        generator = torch.Generator(device).manual_seed(seed)
+        return [(torch.randn(s, generator=generator, device=device) * scale).to(dtype) for s in self.shapes]
 
 
 def _resnet18() -> Case:
@@ -58,11 +67,11 @@ def _resnet18() -> Case:
     return Case("resnet18", "ResNet-18 (CIFAR)", tuple(shapes))
 
 
-def _gpt2_small() -> Case:
-    d = 768
+def gpt2(name: str, title: str, d: int, layers: int, vocabulary: int = 50257, context: int = 1024) -> Case:
+    """The parameters of a GPT-2 of any size; the output layer is the embedding."""
     layer: list[Shape] = [(d,), (d,), (d, 3 * d), (3 * d,), (d, d), (d,)]
     layer += [(d,), (d,), (d, 4 * d), (4 * d,), (4 * d, d), (d,)]
-    return Case("gpt2", "GPT-2 small", ((50257, d), (1024, d), *layer * 12, (d,), (d,)))
+    return Case(name, title, ((vocabulary, d), (context, d), *layer * layers, (d,), (d,)))
 
 
 def many(count: int, size: int) -> Case:
@@ -72,7 +81,7 @@ def many(count: int, size: int) -> Case:
 
 CASES: dict[str, Callable[[], Case]] = {
     "resnet18": _resnet18,
-    "gpt2": _gpt2_small,
+    "gpt2": lambda: gpt2("gpt2", "GPT-2 small", 768, 12),
     "1000x1000": lambda: many(1000, 1000),
 }
 HOST_COUNTS = (3, 150, 1000)

@@ -1,7 +1,7 @@
 """The competitors. Each owns its parameters and does optimizer work; gradients are attached from outside.
 
-Each has three calls: ``perturb`` (norm, backup, w + e), ``update`` (restore, then SGD with momentum) and
-``base`` (SGD with momentum alone, no perturbation before it).
+Each has three calls: ``perturb`` (norm, backup, w + e), ``update`` (restore, then SGD with momentum or AdamW) and
+``base`` (SGD or AdamW alone, no perturbation before it).
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import torch
 from .cases import Case, Hyper
 
 EPS = 1e-12
-# Torch's fused SGD leaves bf16 and fp16 parameters unchanged on the CPU (torch 2.13).
-FUSED_DTYPES = (torch.float32, torch.float64)
+WEIGHTS: dict[str, Any] = {"seed": 0, "scale": 0.02}  # the first weights of every competitor
+# Torch's fused SGD leaves bf16 and fp16 parameters unchanged on the CPU (torch 2.13); on CUDA it serves all of them.
+FUSED_ON_CPU = (torch.float32, torch.float64)
 
 
 class Unavailable(Exception):
@@ -29,10 +30,11 @@ def attach(params: Iterable[torch.Tensor], grads: Iterable[torch.Tensor]) -> Non
         p.grad = g
 
 
-def torch_sgd(params: Sequence[torch.Tensor], hyper: Hyper) -> torch.optim.SGD:
-    """The fastest SGD of torch that is right for the dtype: fused, or foreach where fused does nothing."""
-    fused = params[0].dtype in FUSED_DTYPES
-    return torch.optim.SGD(params, **hyper.sgd, fused=True if fused else None, foreach=None if fused else True)
+def torch_base(base: str, params: Sequence[torch.Tensor], hyper: Hyper) -> torch.optim.Optimizer:
+    """The fastest SGD or AdamW of torch that is right here: fused, or foreach where fused does nothing."""
+    fused = params[0].is_cuda or params[0].dtype in FUSED_ON_CPU
+    kind = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[base]
+    return kind(params, **hyper.of(base), fused=True if fused else None, foreach=None if fused else True)
 
 
 class Competitor(ABC):
@@ -94,9 +96,9 @@ class Foreach(Competitor):
 
     name, title = "foreach", "lean torch._foreach_ SAM"
 
-    def __init__(self, params: list[torch.nn.Parameter], hyper: Hyper) -> None:
+    def __init__(self, params: list[torch.nn.Parameter], hyper: Hyper, base: str = "sgd") -> None:
         super().__init__(params, hyper)
-        self.optimizer = torch_sgd(params, hyper)
+        self.optimizer = torch_base(base, params, hyper)
         self.weights: list[torch.Tensor] = list(params)
         self.backup = [torch.empty_like(p, requires_grad=False) for p in params]
 
@@ -150,7 +152,7 @@ class Compiled(Competitor):
         self.plain = [p.detach() for p in params]
         self.backup = [torch.empty_like(p) for p in self.plain]
         self.buffers = [torch.zeros_like(p) for p in self.plain]
-        self.lr = torch.tensor(hyper.lr)
+        self.lr = torch.tensor(hyper.lr, device=self.plain[0].device)
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         self._perturb = torch.compile(compiled_perturb, fullgraph=True, dynamic=False)
         self._update = torch.compile(compiled_update, fullgraph=True, dynamic=False)
@@ -200,7 +202,7 @@ class Ours(Competitor):
     name, title = "ours", "rst_fused"
     options: dict[str, Any] = {}
 
-    def __init__(self, params: list[torch.nn.Parameter], hyper: Hyper, backend: str = "cpu") -> None:
+    def __init__(self, params: list[torch.nn.Parameter], hyper: Hyper, backend: str = "cpu", base: str = "sgd") -> None:
         super().__init__(params, hyper)
         try:
             from rst_fused import RST
@@ -208,7 +210,7 @@ class Ours(Competitor):
             raise Unavailable(f"rst_fused does not import ({error})") from error
         try:
             self.optimizer = RST(
-                params, base="sgd", rho=hyper.rho, schedule=1.0, backend=backend, **hyper.sgd, **self.options
+                params, base=base, rho=hyper.rho, schedule=1.0, backend=backend, **hyper.of(base), **self.options
             )
         except RuntimeError as error:  # the backend was not built
             raise Unavailable(str(error)) from error
@@ -230,12 +232,14 @@ class OursMaster(Ours):
     options = {"master_weights": True}
 
 
-PEERS: dict[str, Callable[[list[torch.nn.Parameter], Hyper], Competitor]] = {
+PEERS: dict[str, Callable[..., Competitor]] = {
     kind.name: kind for kind in (Usual, Foreach, Compiled, PytorchOptimizer, Ours, OursMaster)
 }
 
 
-def make(name: str, case: Case, dtype: torch.dtype, hyper: Hyper) -> Competitor:
-    """A competitor over fresh parameters of ``case``: the same values for every competitor."""
-    params = [torch.nn.Parameter(t) for t in case.tensors(dtype, seed=0, scale=0.02)]
-    return PEERS[name](params, hyper)
+def make(
+    name: str, case: Case, dtype: torch.dtype, hyper: Hyper, device: torch.device | str = "cpu", **options: str
+) -> Competitor:
+    """A competitor over fresh parameters of ``case``, the same values for every one; ``options`` are its own."""
+    params = [torch.nn.Parameter(t) for t in case.tensors(dtype, **WEIGHTS, device=device)]
+    return PEERS[name](params, hyper, **options)

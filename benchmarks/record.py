@@ -64,9 +64,14 @@ def _build() -> dict[str, str]:
     return build_info()
 
 
-def environment(device: str) -> dict[str, Any]:
-    """Commit, date, machine and versions; ``device`` is the name of what is measured."""
-    names = ("torch", "rst_fused", "pytorch_optimizer")
+def environment(
+    device: str, names: Sequence[str] = ("torch", "rst_fused", "pytorch_optimizer"), build: dict[str, str] | None = None
+) -> dict[str, Any]:
+    """Commit, date, machine and versions; ``device`` is the name of what is measured.
+
+    ``names`` are the packages whose versions count. ``build`` is how the extension was built; without it, it is loaded
+    and asked.
+    """
     return {
         "format": FORMAT,
         "commit": commit(),
@@ -79,7 +84,7 @@ def environment(device: str) -> dict[str, Any]:
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         },
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in names}},
-        "build": _build(),
+        "build": _build() if build is None else build,
     }  # fmt: skip
 
 

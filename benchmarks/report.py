@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from . import record
+from . import gpu, record
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", nargs="*", help="result files; default: all of benchmarks/results")
-    parser.add_argument("--plot", metavar="DIR", help="also write one PNG per file there (needs matplotlib)")
+    parser.add_argument("--plot", metavar="DIR", help="also draw each file but those of gpu there (needs matplotlib)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -20,8 +20,9 @@ def run(args: argparse.Namespace) -> int:
         return 1
     for path in files:
         data = record.read(path)
-        print(record.markdown(data))
-        if args.plot:
+        of_gpu = data["command"] == "gpu"
+        print(gpu.report.markdown(data) if of_gpu else record.markdown(data))
+        if args.plot and not of_gpu:
             from .plots import plot
 
             Path(args.plot).mkdir(parents=True, exist_ok=True)

@@ -9,8 +9,11 @@ namespace rst {
 
 constexpr const char* kCoreCapsule = "rst_fused._C.core";
 
+constexpr int32_t kOnCpu = -1;
+
 struct TensorFacts {
   void* data;
+  int32_t device;  // the index of a GPU, or kOnCpu
   int32_t dtype;  // torch's number for it
   int ndim;
   const int64_t* sizes;  // belong to the tensor
@@ -32,12 +35,18 @@ inline bool equal(const int64_t* a, const int64_t* b, int ndim) {
   return true;
 }
 
+// The ops of the core, on torch's threads or on the current stream of a GPU.
+struct CoreOps {
+  void (*grad_norm)(const Table& table, const Call& call, double* stats, int32_t device);
+  void (*perturb)(const Table& table, const Call& call, double* stats, const double* rho, int rows, int32_t device);
+  void (*restore)(const Table& table, const Call& call, int32_t device);
+  void (*sgd_step)(const Table& table, const Call& call, int32_t device);
+  void (*adam_step)(const Table& table, const Call& call, int32_t device);
+};
+
 struct CoreApi {
-  void (*grad_norm)(const Table& table, const Call& call, double* stats);
-  void (*perturb)(const Table& table, const Call& call, const double* stats, const double* rho, int rows);
-  void (*restore)(const Table& table, const Call& call);
-  void (*sgd_step)(const Table& table, const Call& call);
-  void (*adam_step)(const Table& table, const Call& call);
+  CoreOps cpu;
+  const CoreOps* gpu;  // null where the extension was built without CUDA
 
   // Lists of tensors held by the op rst_fused::_hold, which returns their handle as an integer.
   bool (*held_facts)(int64_t handle, int64_t index, TensorFacts& facts);

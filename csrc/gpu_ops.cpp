@@ -32,15 +32,26 @@ struct Target {
   bool reads_numbers = true;  // those on the CPU; false: the kernel reads them
 };
 
-Target target_of(const char* op, const StableTensor& lead) {
-  if (!lead.is_cpu()) {
-    const int32_t device = lead.get_device_index();
+Target target_of(const char* op, int32_t device) {
+  if (device != kOnCpu) {
     return {{aoti_torch_device_type_cuda(), device, "the device of the others"},
             cuda::gpu_launcher(device, current_stream(device))};
   }
   const Simulation& sim = simulation();
   STD_TORCH_CHECK(sim.launcher.launch != nullptr, "rst_fused::", op, ": GPU kernels were asked to run on CPU tensors");
   return {kCpu, sim.launcher, !sim.device_numbers};
+}
+
+Target target_of(const char* op, const StableTensor& lead) {
+  return target_of(op, lead.is_cpu() ? kOnCpu : static_cast<int32_t>(lead.get_device_index()));
+}
+
+StableTensor partials_for(const Table& table, int32_t device) {
+  const torch::stable::Device place = device == kOnCpu
+                                          ? torch::stable::Device(torch::headeronly::DeviceType::CPU)
+                                          : torch::stable::Device(torch::headeronly::DeviceType::CUDA, device);
+  return torch::stable::empty({cuda::norm_partials(table)}, ScalarType::Double, std::nullopt, place, std::nullopt,
+                              std::nullopt);
 }
 
 StableTensor dense_like(const StableTensor& tensor, ScalarType dtype) {
@@ -125,8 +136,7 @@ void grad_norm(StableTensor stats, TensorList grads, TensorList params, bool ada
   const std::vector<Companion> companions{{kGrad, "grads", grads, false}, {kParam, "params", adaptive ? params : none, false}};
   Table table = make_table(op, target.where, grads, companions, {static_cast<int64_t>(grads.size())});
   Copies copies(table, adaptive ? params : grads, companions);
-  StableTensor partials = torch::stable::empty({cuda::norm_partials(table)}, ScalarType::Double, std::nullopt,
-                                               stats.device(), std::nullopt, std::nullopt);
+  StableTensor partials = partials_for(table, stats.is_cpu() ? kOnCpu : static_cast<int32_t>(stats.get_device_index()));
   Call call;
   call.adaptive = adaptive;
   call.eta = eta;
@@ -284,6 +294,29 @@ void adam_step_(TensorList params, TensorList grads, TensorList exp_avgs, Tensor
 Simulation& simulation() {
   static Simulation simulation;
   return simulation;
+}
+
+const CoreOps& gpu_ops() {
+  static const CoreOps ops{
+      [](const Table& t, const Call& c, double* stats, int32_t device) {
+        StableTensor partials = partials_for(t, device);
+        cuda::grad_norm(t, c, stats, static_cast<double*>(partials.data_ptr()), target_of("grad_norm", device).launcher);
+      },
+      [](const Table& t, const Call& c, double* stats, const double* rho, int, int32_t device) {
+        Call call = c;
+        call.scales = rho;
+        cuda::perturb(t, call, {}, stats, target_of("perturb_", device).launcher);
+      },
+      [](const Table& t, const Call& c, int32_t device) {
+        cuda::restore(t, c, {}, target_of("restore_", device).launcher);
+      },
+      [](const Table& t, const Call& c, int32_t device) {
+        cuda::sgd_step(t, c, {}, target_of("sgd_step_", device).launcher);
+      },
+      [](const Table& t, const Call& c, int32_t device) {
+        cuda::adam_step(t, c, {}, target_of("adam_step_", device).launcher);
+      }};
+  return ops;
 }
 
 // On CPU tensors the ops of this second namespace run only where something takes the launches instead of a GPU.

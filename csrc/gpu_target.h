@@ -1,6 +1,7 @@
 // Where GPU kernels are started.
 #pragma once
 
+#include "core_api.h"
 #include "cuda/launcher.h"
 
 namespace rst {
@@ -11,5 +12,8 @@ struct Simulation {
   bool device_numbers = false;  // hyperparameters stay where they are, as if on the device
 };
 Simulation& simulation();
+
+// For launch plans.
+const CoreOps& gpu_ops();
 
 }  // namespace rst

@@ -46,7 +46,7 @@ static void simulate_gpu(py::object callback, bool device_numbers) {
 
 PYBIND11_MODULE(_host, m) {
   using namespace rst;
-  m.doc() = "Launch plans of the eager CPU path, and facts about the build.";
+  m.doc() = "Launch plans of the eager path, and facts about the build.";
   m.def("connect", &connect, py::arg("core"));
   m.def("can_plan", &can_plan);
   m.def("build_info", &build_info);
@@ -55,9 +55,9 @@ PYBIND11_MODULE(_host, m) {
   m.def("simd_level", [] { return std::string(core().kernels().name); });
   m.def("select_simd", [](const std::string& name) { return core().select_kernels(name.c_str()); }, py::arg("name"));
   py::class_<Plan>(m, "Plan")
-      .def(py::init<py::list, py::list, std::vector<int64_t>, int64_t, int64_t, int64_t, const Plan::Positions&,
+      .def(py::init<bool, py::list, py::list, std::vector<int64_t>, int64_t, int64_t, int64_t, const Plan::Positions&,
                     const Plan::Positions&, const Plan::Positions&, const Plan::Positions&, py::dict>(),
-           py::arg("everything"), py::arg("active"), py::arg("sizes"), py::arg("handle"), py::arg("watched"),
+           py::arg("gpu"), py::arg("everything"), py::arg("active"), py::arg("sizes"), py::arg("handle"), py::arg("watched"),
            py::arg("idle"), py::arg("masters"), py::arg("buffers"), py::arg("buffers2"), py::arg("backups"),
            py::arg("state"))
       .def("same_parameters", &Plan::same_parameters)

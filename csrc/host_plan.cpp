@@ -23,10 +23,10 @@ void HeldTensors::reset(int64_t handle) {
   if (before != 0) core().release(before);
 }
 
-Plan::Plan(py::list everything, py::list active, std::vector<int64_t> sizes, int64_t handle, int64_t watched, int64_t idle,
+Plan::Plan(bool gpu, py::list everything, py::list active, std::vector<int64_t> sizes, int64_t handle, int64_t watched, int64_t idle,
            const Positions& masters, const Positions& buffers, const Positions& buffers2, const Positions& backups,
            py::dict state)
-    : held_(handle), watched_(watched), idle_(idle), everything_(everything), active_(active), state_(state) {
+    : ops_(gpu ? *core().gpu : core().cpu), gpu_(gpu), held_(handle), watched_(watched), idle_(idle), everything_(everything), active_(active), state_(state) {
   const size_t n = active.size();
   entries_.resize(n);
   views_.resize(n);
@@ -42,8 +42,9 @@ Plan::Plan(py::list everything, py::list active, std::vector<int64_t> sizes, int
     TensorFacts p;
     Tensor& t = table_.tensors[i];
     if (!core().held_facts(held_, static_cast<int64_t>(i), p) || !core().describe(p.dtype, t)) {
-      throw py::value_error("a parameter is not an ordinary tensor of the CPU");
+      throw py::value_error("a parameter is not an ordinary tensor");
     }
+    device_ = p.device;
     entry.dtype = p.dtype;
     entry.sizes.assign(p.sizes, p.sizes + p.ndim);
     entry.strides.assign(p.strides, p.strides + p.ndim);
@@ -113,7 +114,7 @@ void Plan::add(const Positions& positions, Stream stream) {
   for (size_t i = 0; i < entries_.size(); ++i) {
     if (positions[i] < 0) continue;
     TensorFacts t;
-    if (!core().held_facts(held_, positions[i], t)) throw py::value_error("state is not an ordinary tensor of the CPU");
+    if (!core().held_facts(held_, positions[i], t)) throw py::value_error("state is not an ordinary tensor");
     auto shape = std::make_unique<int64_t[]>(2 * t.ndim + 1);
     std::copy(t.sizes, t.sizes + t.ndim, shape.get());
     std::copy(t.strides, t.strides + t.ndim, shape.get() + t.ndim);
@@ -127,7 +128,7 @@ bool Plan::fits(size_t index) {
   Entry& entry = entries_[index];
   const TensorFacts& grad = grads_[index];
   const int ndim = static_cast<int>(entry.sizes.size());
-  if (grad.dtype != entry.dtype || grad.ndim != ndim || !equal(grad.sizes, entry.sizes.data(), ndim)) return false;
+  if (grad.dtype != entry.dtype || grad.device != device_ || grad.ndim != ndim || !equal(grad.sizes, entry.sizes.data(), ndim)) return false;
   const bool known = entry.placed && equal(grad.strides, entry.grad_strides.data(), ndim);
   if (known && !table_.chunks.empty()) {
     table_.tensors[index].data[kGrad] = grad.data;
@@ -144,7 +145,12 @@ bool Plan::fits(size_t index) {
   return !entry.may_be_negated || !active_[index].attr("grad").attr("is_neg")().cast<bool>();
 }
 
-void Plan::place_all() {
+bool Plan::runs() const {
+  const auto& tensors = table_.tensors;
+  return !gpu_ || std::none_of(tensors.begin(), tensors.end(), [](const Tensor& t) { return t.strided(); });
+}
+
+bool Plan::place_all() {
   for (size_t i = 0; i < entries_.size(); ++i) {
     View views[kStreams];
     for (int s = 0; s < kStreams; ++s) views[s] = views_[i][s];
@@ -158,6 +164,7 @@ void Plan::place_all() {
     place(table_.tensors[i], views);
   }
   table_.cut();
+  return runs();
 }
 
 bool Plan::same_parameters(const py::list& groups) const {
@@ -186,8 +193,7 @@ bool Plan::collect(bool updating) {
   for (size_t i = 0; i < entries_.size(); ++i) {
     if (!fits(i)) return false;
   }
-  if (table_.chunks.empty()) place_all();
-  return true;
+  return table_.chunks.empty() ? place_all() : true;
 }
 
 }  // namespace rst

@@ -37,8 +37,8 @@ class Plan {
   // sizes: how many of them share each row of numbers. `handle` holds the tensors of the plan: active, masters and
   // buffers, which must stay where they are (`watched` tensors in all), then backups, then from position `idle` on the
   // parameters without a gradient. masters, buffers, buffers2, backups: the position of each active parameter's companion among them, or -1.
-  // `state` is the optimizer's state: a step must find the same tensors in it.
-  Plan(py::list everything, py::list active, std::vector<int64_t> sizes, int64_t handle, int64_t watched, int64_t idle,
+  // `state` is the optimizer's state: a step must find the same tensors in it. `gpu`: which kernels run.
+  Plan(bool gpu, py::list everything, py::list active, std::vector<int64_t> sizes, int64_t handle, int64_t watched, int64_t idle,
        const Positions& masters, const Positions& buffers, const Positions& buffers2, const Positions& backups,
        py::dict state);
 
@@ -75,7 +75,9 @@ class Plan {
   // Whether the master copies, and for an update all state, are where they were.
   bool companions_in_place(bool updating);
   bool fits(size_t index);
-  void place_all();
+  // False if a GPU kernel would need tensors to lie alike that do not.
+  bool place_all();
+  bool runs() const;
   template <class Run>
   void run(Run run);
   template <class Step>
@@ -83,6 +85,9 @@ class Plan {
 
   int64_t count() const { return static_cast<int64_t>(entries_.size()); }
 
+  const CoreOps& ops_;
+  const bool gpu_;
+  int32_t device_ = kOnCpu;
   HeldTensors held_;
   int64_t watched_, idle_, masters_ = 0;
   py::list everything_, active_;

@@ -10,7 +10,7 @@ constexpr int64_t kBrief = 1 << 20;
 template <class Run>
 void Plan::run(Run run) {
   core().bump_versions(held_, count());
-  if (table_.bytes.back() < kBrief) {
+  if (gpu_ || table_.bytes.back() < kBrief) {  // a launch is brief, and memory stays until the stream is done with it
     run();
     return;
   }
@@ -29,8 +29,8 @@ void Plan::perturb(uintptr_t stats, std::vector<double> rho, bool adaptive, doub
   call.step = step;
   double* numbers = reinterpret_cast<double*>(stats);
   run([&] {
-    core().grad_norm(table_, call, numbers);
-    core().perturb(table_, call, numbers, rho.data(), static_cast<int>(rho.size()));
+    ops_.grad_norm(table_, call, numbers, device_);
+    ops_.perturb(table_, call, numbers, rho.data(), static_cast<int>(rho.size()), device_);
     perturbed_ = true;
   });
   if (keep) {
@@ -64,7 +64,7 @@ void Plan::sgd_step(const std::vector<std::array<double, 5>>& rows, bool nestero
   Call call;
   call.sgd = numbers.data();
   call.nesterov = nesterov;
-  update(call, maximize, mixing, [&] { core().sgd_step(table_, call); });
+  update(call, maximize, mixing, [&] { ops_.sgd_step(table_, call, device_); });
 }
 
 void Plan::adam_step(const std::vector<std::array<double, 7>>& rows, bool decoupled, bool maximize, bool mixing) {
@@ -73,7 +73,7 @@ void Plan::adam_step(const std::vector<std::array<double, 7>>& rows, bool decoup
   Call call;
   call.adam = numbers.data();
   call.decoupled = decoupled;
-  update(call, maximize, mixing, [&] { core().adam_step(table_, call); });
+  update(call, maximize, mixing, [&] { ops_.adam_step(table_, call, device_); });
 }
 
 bool Plan::restore() {
@@ -85,8 +85,9 @@ bool Plan::restore() {
     place(table_.tensors[i], views);
   }
   table_.cut();
+  if (!runs()) return false;
   core().bump_versions(held_, count());
-  core().restore(table_, Call{});
+  ops_.restore(table_, Call{}, device_);
   HeldTensors dropped(hand_over());
   return true;
 }

@@ -75,13 +75,15 @@ void bump_versions(int64_t handle, int64_t count) {
 
 CoreApi make_api() {
   CoreApi api{};
-  api.grad_norm = [](const Table& t, const Call& c, double* stats) { grad_norm(t, c, torch_threads(), stats); };
-  api.perturb = [](const Table& t, const Call& c, const double* stats, const double* rho, int rows) {
+  api.cpu.grad_norm = [](const Table& t, const Call& c, double* stats, int32_t) {
+    grad_norm(t, c, torch_threads(), stats);
+  };
+  api.cpu.perturb = [](const Table& t, const Call& c, double* stats, const double* rho, int rows, int32_t) {
     perturb(t, c, torch_threads(), stats, rho, rows);
   };
-  api.restore = [](const Table& t, const Call& c) { restore(t, c, torch_threads()); };
-  api.sgd_step = [](const Table& t, const Call& c) { sgd_step(t, c, torch_threads()); };
-  api.adam_step = [](const Table& t, const Call& c) { adam_step(t, c, torch_threads()); };
+  api.cpu.restore = [](const Table& t, const Call& c, int32_t) { restore(t, c, torch_threads()); };
+  api.cpu.sgd_step = [](const Table& t, const Call& c, int32_t) { sgd_step(t, c, torch_threads()); };
+  api.cpu.adam_step = [](const Table& t, const Call& c, int32_t) { adam_step(t, c, torch_threads()); };
   api.held_facts = [](int64_t handle, int64_t i, TensorFacts& facts) { return read_facts(held(handle)[i].get(), facts); };
   api.describe = [](int32_t dtype, Tensor& t) { return describe(torch::stable::detail::to<ScalarType>(torch::stable::detail::from(dtype)), t); };
   api.in_place = &in_place;
@@ -96,6 +98,7 @@ CoreApi make_api() {
   api.select_kernels = &select_kernels;
   api.kernels = &kernels;
 #ifdef RST_CUDA_VERSION
+  api.gpu = &gpu_ops();
   api.cuda_description = &cuda::build_description;
   api.simulate_gpu = [](auto* launch, bool device_numbers) {
     simulation().launcher.launch = launch;

@@ -35,19 +35,22 @@ inline StableTensor shared(AtenTensorHandle tensor) {
 
 inline const int32_t strided_layout = aoti_torch_layout_strided();
 inline const int32_t cpu_device = aoti_torch_device_type_cpu();
+inline const int32_t cuda_device = aoti_torch_device_type_cuda();
 
-// False if the tensor is not an ordinary strided tensor of the CPU.
+// False if the tensor is not an ordinary strided tensor of the CPU or a GPU.
 inline bool read_facts(AtenTensorHandle tensor, TensorFacts& facts) {
   int32_t layout = 0, device = 0, dtype = 0;
   int64_t ndim = 0;
   int64_t *sizes = nullptr, *strides = nullptr;
   if (aoti_torch_get_layout(tensor, &layout) != 0 || layout != strided_layout ||
-      aoti_torch_get_device_type(tensor, &device) != 0 || device != cpu_device ||
+      aoti_torch_get_device_type(tensor, &device) != 0 || (device != cpu_device && device != cuda_device) ||
       aoti_torch_get_dtype(tensor, &dtype) != 0 || aoti_torch_get_dim(tensor, &ndim) != 0 ||
       aoti_torch_get_sizes(tensor, &sizes) != 0 || aoti_torch_get_strides(tensor, &strides) != 0 ||
       aoti_torch_get_data_ptr(tensor, &facts.data) != 0) {
     return false;
   }
+  facts.device = kOnCpu;
+  if (device == cuda_device && aoti_torch_get_device_index(tensor, &facts.device) != 0) return false;
   facts.dtype = dtype;
   facts.ndim = static_cast<int>(ndim);
   facts.sizes = sizes;

@@ -1,7 +1,7 @@
 """The one place where an implementation is chosen.
 
-A backend is a set of ops with the signatures of rst_fused._schemas. ``cpu`` is the compiled C++ extension; ``triton``
-serves GPUs, needs Triton and nothing compiled in advance; ``reference`` is plain torch and runs anywhere torch does.
+A backend is a set of ops with the signatures of rst_fused._schemas. ``cuda`` and ``cpu`` are the compiled C++ extension;
+``triton`` serves GPUs and needs nothing compiled in advance; ``reference`` is plain torch and runs anywhere torch does.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ class Backend:
     reason: str
     device_types: tuple[str, ...] | None
     ops: Any
+    plans: str = ""  # which kernels a launch plan runs, "cpu" or "gpu"; none: every step goes through the ops
 
     def supports(self, device: torch.device) -> bool:
         return self.device_types is None or device.type in self.device_types
@@ -122,12 +123,28 @@ _REFERENCE = Backend(
     SimpleNamespace(**{name: _opaque(OPAQUE_NAMESPACE, name, getattr(reference, name)) for name in SCHEMAS}),
 )  # fmt: skip
 _CPU = (
-    Backend("cpu", True, _built_reason(), ("cpu",), _ops(NAMESPACE))
+    Backend("cpu", True, _built_reason(), ("cpu",), _ops(NAMESPACE), "cpu")
     if _host is not None
     else Backend("cpu", False, f"the C++ extension is not built ({_import_error}): {_BUILD_HINT}", ("cpu",), None)
 )
+
+
+def _cuda() -> Backend:
+    missing = ""
+    if _host is None:
+        missing = f"the C++ extension is not built ({_import_error}): {_BUILD_HINT}"
+    elif _host.build_info()["CUDA"] == "not built":
+        missing = "the extension was built without CUDA: put nvcc on PATH, set RST_FUSED_BUILD_CUDA=1 and install again"
+    elif torch.version.cuda is None:
+        missing = "this torch was built without CUDA"
+    if missing:
+        return Backend("cuda", False, missing, ("cuda",), None)
+    return Backend("cuda", True, f"CUDA {_host.build_info()['CUDA']}", ("cuda",), _ops(NAMESPACE), "gpu")
+
+
+_CUDA = _cuda()
 _TRITON = _triton()
-_BY_SPEED = (_CPU, _TRITON, _REFERENCE)
+_BY_SPEED = (_CUDA, _CPU, _TRITON, _REFERENCE)
 _said = False
 
 
@@ -143,7 +160,7 @@ def backend_for(requested: str, device: torch.device) -> Backend:
     """
     names = [b.name for b in _BY_SPEED]
     if requested == "auto":
-        return next(_announced(b) for b in _BY_SPEED if b.available and b.supports(device))
+        return next(_announced(b, device) for b in _BY_SPEED if b.available and b.supports(device))
     if requested not in names:
         raise ValueError(f"backend={requested!r}: expected 'auto' or one of {names}")
     found = _BY_SPEED[names.index(requested)]
@@ -156,13 +173,14 @@ def backend_for(requested: str, device: torch.device) -> Backend:
     return found
 
 
-def _announced(backend: Backend) -> Backend:
+def _announced(backend: Backend, device: torch.device) -> Backend:
     """Says once that the slow backend was chosen for lack of the fast one."""
     global _said
-    if backend is _REFERENCE and not _CPU.available and not _said:
+    faster = next((b for b in _BY_SPEED if b is not _REFERENCE and b.supports(device)), None)
+    if backend is _REFERENCE and faster is not None and not _said:
         _said = True
         warnings.warn(
-            f"rst_fused runs on its reference backend (plain torch): {_CPU.reason}", RuntimeWarning, stacklevel=2
+            f"rst_fused runs on its reference backend (plain torch): {faster.reason}", RuntimeWarning, stacklevel=2
         )
     return backend
 

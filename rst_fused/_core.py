@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -23,6 +24,7 @@ class Core(Optimizer):
     seed: int
     master_weights: bool
     stochastic_rounding: bool
+    _rounds: bool  # whether any parameter is bfloat16 or float16
     _run: Run
     _stats: Tensor  # float64, see rst_fused._schemas
     _rng: Tensor  # int64 [seed, step]
@@ -38,6 +40,11 @@ class Core(Optimizer):
     def sam_steps(self) -> int:
         """Those of them that were SAM steps."""
         return self._run.sam_steps + (self._run.finished and self._run.was_sam)
+
+    @property
+    def capturing(self) -> bool:
+        """Whether a CUDA graph is being captured, to which calls only add kernels."""
+        return self._stats.is_cuda and torch.cuda.is_current_stream_capturing()
 
     @property
     def non_finite_norms(self) -> int:

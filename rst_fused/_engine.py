@@ -57,7 +57,8 @@ def init_state(opt: Core, group: Group, p: Tensor, updating: bool) -> None:
         if name not in state:
             state[name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
     if rule.name != "sgd" and "step" not in state:
-        state["step"] = torch.zeros((), dtype=torch.float32)
+        device = p.device if group.get("capturable") else None  # for CUDA graphs, which see no changes on the CPU
+        state["step"] = torch.zeros((), dtype=torch.float32, device=device)
 
 
 def share_steps(opt: Core, group: Group, masters_only: bool) -> None:
@@ -198,6 +199,11 @@ def traced(opt: Core, group: Group) -> list[Any]:
     return [group["rho"], *(opt.rule.row(group, False, 1.0) if opt.rule is not None else [])]
 
 
+def recording(opt: Core) -> bool:
+    """Whether what is called now runs later: under torch.compile, or in a CUDA graph."""
+    return torch.compiler.is_compiling() or opt.capturing
+
+
 @torch.no_grad()
 def perturb(opt: Core) -> None:
     """grad_norm and perturb_ over all groups."""
@@ -207,14 +213,14 @@ def perturb(opt: Core) -> None:
     calls = [c for c in calls if c.params]
     grads = [g for c in calls for g in c.grads]
     sources = [p for c in calls for p in (c.masters or c.params)] if opt.adaptive else []
-    if not torch.compiler.is_compiling():
+    if opt._rounds and not recording(opt):
         opt._rng[1] = opt._run.steps
     ops.grad_norm(opt._stats, grads, sources, opt.adaptive, opt.eta)
     first_index = 0
     for c in calls:
         own = [[signed_rho(group)] for group, _ in c.rows]
-        rho = as_rows(own, [traced(opt, group) for group, _ in c.rows]).flatten()
-        if not torch.compiler.is_compiling():
+        rho = as_rows(own, [traced(opt, group) for group, _ in c.rows], c.params[0].device).flatten()
+        if not recording(opt):
             # An interrupt may strike between the op and the note that it ran, or (in plain torch) inside the op: with
             # backups written beforehand, restoring is right in every case.
             if not c.masters:
@@ -255,7 +261,11 @@ def update(opt: Core) -> None:
                 lists += [[] if c.masters else c.backups, mixed]
             buffers = [b for b in (c.buffers, c.buffers2) if b]
             rows = [rule.row(group, new, gamma) for group, new in c.rows]
-            hyper = as_rows(rows, [traced(opt, group) for group, _ in c.rows])
+            hyper = as_rows(rows, [traced(opt, group) for group, _ in c.rows], c.params[0].device)
+            if steps is not None and not hyper.is_cpu:
+                steps = steps.to(hyper.device)
+            elif steps is not None and not steps.is_cpu:
+                hyper = hyper.to(steps.device, non_blocking=True)
             rule.apply(ops, perturbed, lists, buffers, c.masters, hyper, steps, c.sizes, flags, amp)
             if amp[1] is not None and any(new for _, new in c.rows) and bool((amp[1] != 0).any()):
                 stay_fresh(opt, c)
@@ -280,11 +290,13 @@ def advanced(steps: list[Tensor], found_inf: Tensor | None) -> Tensor | None:
     """Counts this step in every counter (unless AMP found an overflow) and returns them as one tensor."""
     if not steps:
         return None
+    if steps[0].is_cpu and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("Adam in a CUDA graph: its step count must lie on the GPU, pass capturable=True")
     torch._foreach_add_(steps, 1)
     counted = torch.stack(steps).double()
     if found_inf is not None:
-        for step in steps:
-            step.sub_((found_inf != 0).to(step.dtype).squeeze())
+        for step in steps:  # a counter on the CPU must wait for the GPU here: capturable=True keeps it there
+            step.sub_((found_inf != 0).to(step.device, step.dtype).squeeze())
     return counted
 
 

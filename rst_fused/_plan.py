@@ -1,4 +1,4 @@
-"""The eager CPU path: one launch plan per optimizer, made once and checked at every step.
+"""The eager path of compiled kernels: one launch plan per optimizer, made once and checked at every step.
 
 A plan (csrc/host_plan.h) holds the chunk table of all parameters. At each call it looks at the gradient of every
 parameter and compares addresses, shapes and dtypes with the table. Whatever does not fit (other gradients than last
@@ -39,10 +39,12 @@ class Plans:
         """Norm and perturbation; False if the plan path does not serve this case, with nothing done."""
         if not self._ready(opt, with_backups=True, updating=False):
             return False
-        rho = [float(_engine.signed_rho(group)) for group, _ in self._lists.rows]
+        rho = [_engine.signed_rho(group) for group, _ in self._lists.rows]
+        if _on_gpu(rho):
+            return False
         self._plan.perturb(
-            opt._stats.data_ptr(), rho, opt.adaptive, opt.eta, opt.stochastic_rounding, opt.seed, opt.steps,
-            opt._run.mixing,
+            opt._stats.data_ptr(), [float(x) for x in rho], opt.adaptive, opt.eta, opt.stochastic_rounding, opt.seed,
+            opt.steps, opt._run.mixing,
         )  # fmt: skip
         return True
 
@@ -55,7 +57,11 @@ class Plans:
             self._plan = None  # the engine may deal out step counters anew
             return False
         gamma = opt._run.gamma if mixing else 1.0
-        rows = [[float(x) for x in rule.row(group, new, gamma)] for group, new in self._lists.rows]
+        given = [rule.row(group, new, gamma) for group, new in self._lists.rows]
+        if any(_on_gpu(row) for row in given):
+            self.hand_over(opt)
+            return False
+        rows = [[float(x) for x in row] for row in given]
         flags = rule.flags(opt.param_groups[0])
         if rule.name == "sgd":
             self._plan.sgd_step(rows, flags[1], flags[2], mixing)
@@ -103,11 +109,12 @@ class Plans:
     @staticmethod
     def _serves(opt: Core) -> bool:
         return (
-            opt.backend.name == "cpu"
+            opt.backend.plans != ""
             and _CAN_PLAN
             and torch._C._len_torch_dispatch_stack() == 0
             and getattr(opt, "grad_scale", None) is None
             and getattr(opt, "found_inf", None) is None
+            and not opt.capturing  # in a graph, random bits and hyperparameters on the GPU must stay there
         )
 
     def _unchanged(self, opt: Core, with_backups: bool) -> bool:
@@ -131,6 +138,8 @@ class Plans:
         params = [p for group in opt.param_groups for p in group["params"]]
         if len(_engine.partition(opt)) != 1 or any(type(p) not in _PLAIN_TENSORS for p in params):
             return
+        if any(group.get("capturable") for group in opt.param_groups):
+            return  # step counts on the GPU, which a plan would wait for
         if any(p.is_complex() for p in params):
             return  # DLPack does not tell a gradient that is a conjugate view
         if opt.rule is not None and any(opt.rule.splits_fresh(group) for group in opt.param_groups):
@@ -156,13 +165,19 @@ class Plans:
         idle = [p for p in params if p.grad is None]
         state = {} if opt.rule is None else opt.state  # that of an optimizer instance is its own affair
         handle = getattr(torch.ops, NAMESPACE)._hold(held + idle)
+        gpu = opt.backend.plans == "gpu"
         self._plan = host().Plan(
-            params, lists.params, lists.sizes, handle, len(held) - backed, len(held), *positions, state
+            gpu, params, lists.params, lists.sizes, handle, len(held) - backed, len(held), *positions, state
         )
         lists.grads, lists.backups = [], []  # a kept gradient would be memory that zero_grad cannot free
         self._lists = lists
         self._with_backups, self._flags = with_backups, self._flags_of(opt)
         self._state, self._state_size = opt.state, len(opt.state)
+
+
+def _on_gpu(numbers: list[Any]) -> bool:
+    """Whether reading them would wait for the GPU."""
+    return any(isinstance(x, Tensor) and not x.is_cpu for x in numbers)
 
 
 def _append(held: list[Tensor], column: Column) -> list[int]:

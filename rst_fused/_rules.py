@@ -77,7 +77,7 @@ class AdamRule:
         self.decoupled = decoupled
         self.defaults: Group = {
             "lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2 if decoupled else 0.0,
-            "maximize": False,
+            "maximize": False, "capturable": False,
         }  # fmt: skip
 
     def check(self, group: Group) -> None:
@@ -90,7 +90,7 @@ class AdamRule:
             check_number(f"betas[{i}]", beta, 0, 1)
 
     def flags(self, group: Group) -> tuple[bool, ...]:
-        return (True, self.decoupled, bool(group["maximize"]))
+        return (True, self.decoupled, bool(group["maximize"]), bool(group.get("capturable")))
 
     def buffer_names(self, flags: tuple[bool, ...]) -> tuple[str, ...]:
         return self.buffers
@@ -120,17 +120,20 @@ def rule_for(base: Any) -> SgdRule | AdamRule:
     raise ValueError(f"base={base!r}: expected 'sgd', 'adam', 'adamw' or a torch.optim.Optimizer instance")
 
 
-def as_rows(rows: list[list[Any]], traced: Sequence[list[Any]] = ()) -> Tensor:
-    """A float64 matrix of the given numbers.
+def as_rows(rows: list[list[Any]], traced: Sequence[list[Any]] = (), device: torch.device | None = None) -> Tensor:
+    """A float64 matrix of the given numbers: on the CPU, or where a number among them is a GPU tensor, on that GPU.
 
     While torch.compile traces, numbers enter as a product with a tensor, so that the graph holds them as inputs: a
     learning rate that changes each step then costs no new graph. Were a number that changes not used in a graph,
     Dynamo would compile for each value of the others: hence ``traced``, more numbers for each row, which enter and
-    are dropped.
+    are dropped. Then the matrix lies on ``device``, as CUDA graphs want all of theirs to.
     """
-    if not torch.compiler.is_compiling() and not any(isinstance(x, Tensor) for row in rows for x in row):
-        return torch.tensor(rows, dtype=torch.float64)
-    one = torch.ones((), dtype=torch.float64)
+    tensors = [x for row in rows for x in row if isinstance(x, Tensor)]
+    if not torch.compiler.is_compiling():
+        if not tensors:
+            return torch.tensor(rows, dtype=torch.float64)
+        device = next((x.device for x in tensors if not x.is_cpu), None)
+    one = torch.ones((), dtype=torch.float64, device=device)
     if not torch.compiler.is_compiling() or not traced:
         return torch.stack([torch.stack([one * x for x in row]) for row in rows])
     wide = [torch.stack([one * x for x in (*row, *more)]) for row, more in zip(rows, traced, strict=True)]

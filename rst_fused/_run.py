@@ -32,8 +32,9 @@ class Run:
             self.sam_steps += self.was_sam
             self.finished = False
 
-    def finish(self) -> None:
-        """Notes that the step under way is done."""
-        self.finished = True
-        self.was_sam = self.perturbed
+    def finish(self, counts: bool = True) -> None:
+        """Notes that the step under way is done; one that was captured into a CUDA graph does not count."""
+        if counts:
+            self.finished = True
+            self.was_sam = self.perturbed
         self.perturbed = self.mixing = False

@@ -101,7 +101,7 @@ class RST(Core):
             self._share(params, hyper, rho)
         self.backend: Backend = backend_for(backend, self._device())
         self._stats = torch.tensor([math.nan, 0, 0, 0, 0], dtype=torch.float64, device=self._device())
-        self._rng = torch.tensor([self.seed, 0], dtype=torch.int64)
+        self._rng = torch.tensor([self.seed, 0], dtype=torch.int64, device=self._device())
 
     # --- construction -----------------------------------------------------------------------------------------------
     @staticmethod
@@ -208,7 +208,7 @@ class RST(Core):
                 check_number(f"gamma({t})", gamma, 0)
             run.gamma = float(gamma)
             run.mixes = run.gamma != 1.0
-            if self._rounds:
+            if self._rounds and not self.capturing:
                 self._rng[1] = t
             run.drawn_at = t
         return run.drawn
@@ -277,12 +277,22 @@ class RST(Core):
             elif not self._plans.update(self):
                 _engine.check_grads(self)
                 _engine.update(self)
-            run.finish()
+            run.finish(counts=not self.capturing)
         except BaseException:
             self.restore()
             _amp.forget(self)
             raise
         return loss
+
+    def replayed(self, sam: bool) -> None:
+        """Counts a step that a CUDA graph has taken: ``sam`` says whether it was the graph of a SAM step.
+
+        Capturing a step counts nothing. Ask ``draw()`` before each step which graph to replay.
+        """
+        self._refuse_while_perturbed("replayed")
+        self._run.count()
+        self._run.perturbed = bool(sam)
+        self._run.finish()
 
     def _passes(self, closure: Callable[[], Any]) -> Any:
         with torch.enable_grad():

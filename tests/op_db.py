@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import oracle
+import pytest
 import torch
 from torch import Tensor
 
@@ -23,8 +24,9 @@ from rst_fused._backends import backends
 # --- backends -------------------------------------------------------------------------------------------------------
 # (name, device) of all that can run here; the reference runs on every device there is.
 _DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-BACKENDS = [(b.name, d) for b in backends() if b.available for d in _DEVICES if b.supports(torch.device(d))]
-BACKEND_IDS = [name if device == "cpu" else f"{name}-{device}" for name, device in BACKENDS]
+_PAIRS = [(b.name, d) for b in backends() if b.available for d in _DEVICES if b.supports(torch.device(d))]
+BACKENDS = [pytest.param(name, d, marks=[] if d == "cpu" else [pytest.mark.gpu]) for name, d in _PAIRS]
+BACKEND_IDS = [name if device == "cpu" else f"{name}-{device}" for name, device in _PAIRS]
 
 # --- dtypes and tolerances ------------------------------------------------------------------------------------------
 HALVES = (torch.bfloat16, torch.float16)

@@ -49,4 +49,4 @@ def test_against_oracle(
     else:
         expected = op.oracle(**sample.lists, **sample.options)
     check_lists(op, sample, after, expected, sample.options.get("stochastic_rounding", True))
-    assert simulator.launches
+    assert simulator.launches or all(t.numel() == 0 for tensors in sample.lists.values() for t in tensors)

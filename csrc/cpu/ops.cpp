@@ -115,8 +115,8 @@ void run(const Table& table, const Call& call, Pick pick, unsigned reads, unsign
   constexpr int64_t kBlockBytes = 1 << 20;  // of one stream
   Job job{&table, &call, pick, reads, writes, sums};
   unsigned present = 0;
-  for (int s = 0; s < kStreams && !job.table->tensors.empty(); ++s) {
-    if (job.table->tensors.front().data[s] != nullptr) present |= 1u << s;
+  for (int s = 0; s < kStreams && !table.chunks.empty(); ++s) {  // of the first tensor that has elements
+    if (table.tensors[table.chunks.front().tensor].data[s] != nullptr) present |= 1u << s;
   }
   const int streams = count_bits(job.reads & present) + count_bits(job.writes & present);
   // Bypassing the cache pays only when the data would not have stayed in it for the next op.

@@ -5,7 +5,7 @@
 namespace rst::cuda {
 
 #define RST_ADAM(name, T, mixing, master) \
-  RST_KERNEL(rst_adam_step_##name, kAdamStreams) { adam_step<T, mixing, master>(args); }
+  RST_KERNEL(rst_adam_step_##name, kAdamStreams, 1) { adam_step<T, mixing, master>(args); }
 #define RST_ALL(name, T, master)    \
   RST_ADAM(name, T, false, master)  \
   RST_ADAM(name##_mixing, T, true, master)

@@ -63,6 +63,15 @@ __device__ __forceinline__ void adam_step(const Args<kAdamStreams>& args) {
   const Common& c = args.common;
   const Piece piece = piece_of(args);
   const int t = piece.tensor;
+  // One thread computes the powers, and first of all: a call spills the values that are alive around it.
+  __shared__ AdamNumbers numbers;
+  if (threadIdx.x == 0) {
+    const int64_t row = args.row[t];
+    const double step = c.device_steps == nullptr ? c.rows[row][6] : c.device_steps[row];
+    numbers = AdamNumbers::of(number(args, t, 0), number(args, t, 1), number(args, t, 2), number(args, t, 3),
+                              number(args, t, 4), step, c.decoupled);
+  }
+  __syncthreads();
   T* const param = static_cast<T*>(args.data[kAdamParam][t]) + piece.begin;
   S* const source = static_cast<S*>(args.data[kAdamSource][t]) + piece.begin;
   const bool packs = aligned(args, t);
@@ -71,14 +80,6 @@ __device__ __forceinline__ void adam_step(const Args<kAdamStreams>& args) {
     each<T, 1, 1>(packs, piece.count, undo);
     return;
   }
-  __shared__ AdamNumbers numbers;  // one thread computes the powers
-  if (threadIdx.x == 0) {
-    const int64_t row = args.row[t];
-    const double step = c.device_steps == nullptr ? c.rows[row][6] : c.device_steps[row];
-    numbers = AdamNumbers::of(number(args, t, 0), number(args, t, 1), number(args, t, 2), number(args, t, 3),
-                              number(args, t, 4), step, c.decoupled);
-  }
-  __syncthreads();
   AdamEach<T, Mixing, Master> op;
   op.param = param;
   op.source = source;
@@ -92,7 +93,7 @@ __device__ __forceinline__ void adam_step(const Args<kAdamStreams>& args) {
              static_cast<A>(n.weight_decay),    static_cast<A>(n.decay),           static_cast<A>(direction(c))};
   const double gamma = number(args, t, 5);
   op.mix = {static_cast<A>(gamma), static_cast<A>(1 - gamma)};
-  each<T, Master || sizeof(T) == 2 ? 1 : 2, 1>(packs, piece.count, op);
+  each<T, Mixing || Master || sizeof(T) == 2 ? 1 : 2, 1>(packs, piece.count, op);  // more would spill registers
 }
 
 }  // namespace rst::cuda

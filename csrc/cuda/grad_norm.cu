@@ -5,7 +5,7 @@
 namespace rst::cuda {
 
 #define RST_GRAD_NORM(name, T, adaptive, complex, master) \
-  RST_KERNEL(rst_grad_norm_##name, kNormStreams) { grad_norm<T, adaptive, complex, master>(args); }
+  RST_KERNEL(rst_grad_norm_##name, kNormStreams, 2) { grad_norm<T, adaptive, complex, master>(args); }
 #define RST_WIDE(name, T)                                      \
   RST_GRAD_NORM(name, T, false, false, false)                  \
   RST_GRAD_NORM(name##_adaptive, T, true, false, false)        \

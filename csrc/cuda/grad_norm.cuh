@@ -61,7 +61,6 @@ __device__ __forceinline__ double block_sum(double x) {
 __device__ __forceinline__ void finish_norm(const Common& c) {
   double sum = 0;
   for (int64_t i = threadIdx.x; i < c.all_partials; i += kThreads) sum += __ldcg(c.partials + i);
-  __syncthreads();  // block_sum uses its shared memory anew
   sum = block_sum(sum);
   if (threadIdx.x != 0) return;
   const double norm = rst::sqrt(sum);

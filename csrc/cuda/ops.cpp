@@ -207,7 +207,9 @@ void restore(const Table& table, const Call& call, const DeviceNumbers& device, 
         data[kRestoreParam] = t.data[kParam];
         data[kRestoreSource] = source_of(t, call);
       });
-  if (table.tensors.empty() || !has(table.tensors.front(), kFirstGrad)) return;
+  // An empty tensor has no addresses, so one tensor does not speak for all.
+  const auto& tensors = table.tensors;
+  if (std::none_of(tensors.begin(), tensors.end(), [](const Tensor& t) { return has(t, kFirstGrad); })) return;
   for_each_kernel<kMixStreams>(
       table, common, call, gamma, launcher, [](const Tensor& t) -> const GpuKernel& { return mix_kernels[d(t)]; },
       [](const Tensor& t, void* (&data)[kMixStreams]) {

@@ -5,7 +5,7 @@
 namespace rst::cuda {
 
 #define RST_PERTURB(name, T, adaptive, complex, master) \
-  RST_KERNEL(rst_perturb_##name, kPerturbStreams) { perturb<T, adaptive, complex, master>(args); }
+  RST_KERNEL(rst_perturb_##name, kPerturbStreams, 2) { perturb<T, adaptive, complex, master>(args); }
 #define RST_WIDE(name, T)                               \
   RST_PERTURB(name, T, false, false, false)             \
   RST_PERTURB(name##_adaptive, T, true, false, false)   \

@@ -5,9 +5,9 @@
 namespace rst::cuda {
 
 #define RST_RESTORE(name, T, master) \
-  RST_KERNEL(rst_restore_##name, kRestoreStreams) { restore<T, master>(args); }
+  RST_KERNEL(rst_restore_##name, kRestoreStreams, 2) { restore<T, master>(args); }
 #define RST_MIX(name, T) \
-  RST_KERNEL(rst_mix_##name, kMixStreams) { mix<T>(args); }
+  RST_KERNEL(rst_mix_##name, kMixStreams, 2) { mix<T>(args); }
 
 // Bits are copied, so formats of one size share a kernel.
 RST_RESTORE(16_bits, uint16_t, false)

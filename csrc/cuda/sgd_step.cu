@@ -5,7 +5,7 @@
 namespace rst::cuda {
 
 #define RST_SGD(name, T, momentum, mixing, master) \
-  RST_KERNEL(rst_sgd_step_##name, kSgdStreams) { sgd_step<T, momentum, mixing, master>(args); }
+  RST_KERNEL(rst_sgd_step_##name, kSgdStreams, sizeof(T) == 8 ? 1 : 2) { sgd_step<T, momentum, mixing, master>(args); }
 #define RST_ALL(name, T, master)                     \
   RST_SGD(name, T, false, false, master)             \
   RST_SGD(name##_mixing, T, false, true, master)     \

@@ -144,9 +144,10 @@ __device__ __forceinline__ double direction(const Common& c) {
 
 }  // namespace rst::cuda
 
-// How a kernel gets its name, and its line in a table of cuda/kernels.h.
-#define RST_KERNEL(name, streams) \
-  extern "C" __global__ void __launch_bounds__(rst::cuda::kThreads) \
+// How a kernel gets its name, and its line in a table of cuda/kernels.h. `blocks` of it fit into one multiprocessor: were
+// it left open, the compiler would trade the loads in flight for more of them.
+#define RST_KERNEL(name, streams, blocks) \
+  extern "C" __global__ void __launch_bounds__(rst::cuda::kThreads, blocks) \
       name(const __grid_constant__ rst::cuda::Args<rst::cuda::streams> args)
 #define RST_ENTRY(name, streams) \
   { #name, reinterpret_cast<const void*>(&name), static_cast<int>(sizeof(rst::cuda::Args<rst::cuda::streams>)) }

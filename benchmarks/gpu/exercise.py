@@ -1,0 +1,132 @@
+"""Runs every op once over small tensors of odd sizes and compares with the reference on the CPU.
+
+Short enough to run under compute-sanitizer, where torch's own kernels are slow, too: inputs are made on the CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rst_fused import ops
+
+from .device import available_backends, device_of
+
+SIZES = (0, 1, 3, 17, 1025, 4097, 70001)  # around the widths of vectors, blocks and chunks
+MODES = {"fp32": (torch.float32, False), "bf16": (torch.bfloat16, False), "bf16, fp32 masters": (torch.bfloat16, True)}
+CLOSE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # |difference| <= this * (1 + |expected|)
+SGD: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
+ADAM: dict[str, Any] = {"lr": 0.1, "step": 3, "weight_decay": 0.01, "decoupled": True}
+Lists = dict[str, list[Tensor]]
+
+
+def inputs(dtype: torch.dtype, masters: bool, shift: int = 0) -> Lists:
+    """The lists that the ops take; each tensor starts ``shift`` elements after its storage does."""
+    generator = torch.Generator().manual_seed(0)
+
+    def tensors(kind: torch.dtype, positive: bool = False) -> list[Tensor]:
+        made = (torch.randn(size + shift, generator=generator) for size in SIZES)
+        return [(t.abs() if positive else t).to(kind)[shift:] for t in made]
+
+    state = torch.float32 if masters else dtype
+    lists = {
+        "params": tensors(dtype), "grads": tensors(dtype), "first_grads": tensors(dtype), "backups": tensors(dtype),
+        "momentum_buffers": tensors(state), "exp_avgs": tensors(state), "exp_avg_sqs": tensors(state, positive=True),
+    }  # fmt: skip
+    if masters:
+        lists["masters"] = [p.float() for p in lists["params"]]
+    return lists
+
+
+def moved(lists: Lists, device: str) -> Lists:
+    """Copies on ``device`` that lie in memory as the originals: not aligned where those are not."""
+    copies: Lists = {}
+    for name, tensors in lists.items():
+        bases = [torch.empty(t.numel() + t.storage_offset(), dtype=t.dtype, device=device) for t in tensors]
+        copies[name] = [b[t.storage_offset() :].copy_(t) for b, t in zip(bases, tensors, strict=True)]
+    return copies
+
+
+def run_op(op: str, lists: Lists, backend: str, adaptive: bool) -> list[Tensor]:
+    """Calls ``op`` in place, after the norm that it needs; returns what may have changed."""
+    params, grads, masters = lists["params"], lists["grads"], lists.get("masters")
+    device = params[0].device
+    own: dict[str, Any] = {"backend": backend, "masters": masters}
+    amp: dict[str, Any] = {"grad_scale": torch.full((1,), 2.0).to(device), "found_inf": torch.zeros(1).to(device)}
+    mixing: dict[str, Any] = {"first_grads": lists["first_grads"], "gamma": 1.5}
+    adam: dict[str, Any] = {"exp_avgs": lists["exp_avgs"], "exp_avg_sqs": lists["exp_avg_sqs"], **ADAM}
+    calls: dict[str, Callable[[], object]] = {
+        "sgd_step_": lambda: ops.sgd_step_(params, grads, lists["momentum_buffers"], **SGD, **amp, **own),
+        "restore_sgd_step_": lambda: ops.restore_sgd_step_(
+            params, grads, lists["backups"], lists["momentum_buffers"], **SGD, **mixing, **own),
+        "adam_step_": lambda: ops.adam_step_(params, grads, **adam, **amp, **own),
+        "restore_adam_step_": lambda: ops.restore_adam_step_(
+            params, grads, lists["backups"], **adam, **mixing, **own),
+        "restore_": lambda: ops.restore_(params, lists["backups"], grads=grads, **mixing, **own),
+    }  # fmt: skip
+    changed = [t for tensors in lists.values() for t in tensors]
+    if op in calls:
+        calls[op]()
+        return changed
+    scaled: dict[str, Any] = {"adaptive": adaptive, "eta": 0.01}
+    stats = torch.zeros(5, dtype=torch.float64).to(device)
+    ops.grad_norm(grads, params, stats=stats, backend=backend, **scaled)
+    if op == "perturb_":
+        ops.perturb_(params, grads, lists["backups"], stats, rho=0.05, seed=1, step=2, **scaled, **own)
+    return [*changed, stats]
+
+
+OPS = (
+    "grad_norm", "perturb_", "restore_", "sgd_step_", "restore_sgd_step_", "adam_step_", "restore_adam_step_",
+)  # fmt: skip
+
+
+def compare(op: str, backend: str, device: str, mode: str, shift: int, adaptive: bool) -> str | None:
+    """What is wrong with one call, or None."""
+    lists = inputs(*MODES[mode], shift)
+    expected = run_op(op, moved(lists, "cpu"), "reference", adaptive)
+    found = run_op(op, moved(lists, device), backend, adaptive)
+    for e, f in zip(expected, found, strict=True):
+        tolerance = CLOSE.get(e.dtype, 1e-9) * (1 + e.abs().double())
+        wrong = ~((f.cpu().double() - e.double()).abs() <= tolerance)  # NaN is wrong
+        if wrong.any():
+            return f"{backend}: {op}, {mode}, offset {shift}, adaptive {adaptive}: {int(wrong.sum())} of {e.numel()}"
+    return None
+
+
+def exercise(backend: str, device: str) -> list[str]:
+    """All ops in all modes; what is wrong."""
+    found = []
+    for op in OPS:
+        print(f"{backend}: {op}", flush=True)  # so that a crash or a hang has a place
+        for mode in MODES:
+            for shift in (0, 1):
+                for adaptive in (False, True) if op in ("grad_norm", "perturb_") else (False,):
+                    words = compare(op, backend, device, mode, shift, adaptive)
+                    found += [] if words is None else [words]
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", choices=("cuda", "cpu"), required=True)
+    parser.add_argument("--backend", nargs="+", default=None)
+    args = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    device = device_of(args.device)
+    names, notes = available_backends(device, args.backend)
+    wrong = [words for name in names for words in exercise(name, device.name)]
+    device.synchronize()
+    for line in (*notes, *wrong):
+        print(line)
+    print(f"{len(OPS)} ops on {names}: {len(wrong)} calls are wrong")
+    return 1 if wrong or not names else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,147 @@
+"""The optimizer on GPU kernels, without a GPU: every step as on the CPU, bit for bit, in three launches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import gpu_simulator
+import op_db
+import pytest
+import torch
+from test_gpu_kernels import MISSING, kernels  # noqa: F401
+
+from rst_fused import RST
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.skipif(MISSING is not None, reason=f"GPU kernels cannot be simulated: {MISSING}"),
+]
+F32, BF16 = torch.float32, torch.bfloat16
+SHAPES = ((5, 7), (300,), (2, 3, 4, 4), ())
+
+
+@pytest.fixture
+def simulator(
+    kernels: gpu_simulator.Simulator,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[gpu_simulator.Simulator]:
+    with gpu_simulator.simulated(kernels, monkeypatch):
+        yield kernels
+
+
+def parameters(dtype: torch.dtype) -> list[torch.nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in SHAPES]
+    params[2].data = params[2].data.contiguous(memory_format=torch.channels_last)
+    return params
+
+
+def give_grads(params: list[torch.nn.Parameter], seed: int, missing: tuple[int, ...] = ()) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for i, p in enumerate(params):
+        grad = torch.empty_like(p).copy_(torch.randn(p.shape, generator=generator))
+        p.grad = None if i in missing else grad
+
+
+def take_steps(opt: RST, params: list[torch.nn.Parameter], steps: int, missing: tuple[int, ...] = ()) -> None:
+    for t in range(steps):
+        give_grads(params, 2 * t)
+        if opt.perturb():
+            give_grads(params, 2 * t + 1, missing if t % 2 else ())
+        opt.step()
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "sgd": {"momentum": 0.9, "weight_decay": 0.01},
+    "grst": {"momentum": 0.9, "nesterov": True, "gamma": "match"},
+    "asam": {"adaptive": True, "eta": 0.01},
+    "adamw": {"base": "adamw", "gamma": 2.0},
+    "adam maximize": {"base": "adam", "maximize": True, "weight_decay": 0.1},
+    "masters": {"momentum": 0.9, "master_weights": True},
+}
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("missing", [(), (1,)], ids=["all", "one missing"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_steps_as_on_the_cpu(
+    options: dict[str, Any], missing: tuple[int, ...], dtype: torch.dtype, simulator: gpu_simulator.Simulator
+) -> None:
+    results = []
+    for backend in ("simulated", "cpu"):
+        params = parameters(dtype)
+        opt = RST(params, lr=0.05, rho=0.1, schedule=0.7, backend=backend, **options)
+        take_steps(opt, params, 5, missing)
+        results.append([*params, *(v for p in params for v in opt.state[p].values())])
+    assert opt.sam_steps in (3, 4)
+    for ours, theirs in zip(*results, strict=True):
+        # The norm is summed in another order, so e and what follows from it may differ in the last bits.
+        tolerance = 2.0**-6 if ours.dtype == BF16 else 1e-6
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("options", [{"momentum": 0.9}, {"base": "adamw"}, {"gamma": 2.0}])
+def test_three_launches_per_sam_step_and_one_per_base_step(
+    options: dict[str, Any], simulator: gpu_simulator.Simulator
+) -> None:
+    params = parameters(F32)
+    opt = RST(params, lr=0.05, schedule=1.0, backend="simulated", **options)
+    take_steps(opt, params, 1)
+    simulator.launches.clear()
+    take_steps(opt, params, 1)
+    assert [name.split("_float32")[0] for name, *_ in simulator.launches][:2] == ["rst_grad_norm", "rst_perturb"]
+    assert len(simulator.launches) == 3
+    simulator.launches.clear()
+    give_grads(params, 0)
+    opt.perturb(False)
+    opt.step()
+    assert len(simulator.launches) == 1
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_restore_is_bit_exact(dtype: torch.dtype, simulator: gpu_simulator.Simulator) -> None:
+    params = parameters(dtype)
+    before = [p.detach().clone() for p in params]
+    opt = RST(params, lr=0.05, backend="simulated")
+    for t in range(2):
+        give_grads(params, t)
+        assert opt.perturb(True)
+        assert not all(torch.equal(p, w) for p, w in zip(params, before, strict=True))
+        opt.restore()
+        assert all(op_db.same_bits(p.detach(), w) for p, w in zip(params, before, strict=True))
+
+
+def test_a_gradient_that_lies_otherwise(simulator: gpu_simulator.Simulator) -> None:
+    """Kernels want tensors that lie alike: the ops copy what does not, and the plan steps aside."""
+    results = []
+    for backend in ("simulated", "cpu"):
+        params = parameters(F32)
+        opt = RST(params, lr=0.05, schedule=1.0, backend=backend)
+        for t in range(3):
+            for seed in (2 * t, 2 * t + 1):
+                give_grads(params, seed)
+                params[2].grad = params[2].grad.contiguous() if t == 1 else params[2].grad  # type: ignore[union-attr]
+                if seed % 2 == 0:
+                    assert opt.perturb()
+            opt.step()
+        results.append([p.detach() for p in params])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
+def test_a_failing_launch_brings_the_weights_back(
+    simulator: gpu_simulator.Simulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = parameters(F32)
+    before = [p.detach().clone() for p in params]
+    opt = RST(params, lr=0.05, schedule=1.0, backend="simulated")
+    give_grads(params, 0)
+    assert opt.perturb()
+    give_grads(params, 1)
+    monkeypatch.setattr(simulator, "options", {"max_ins": 1})
+    with pytest.raises(RuntimeError):
+        opt.step()
+    monkeypatch.undo()
+    opt.restore()
+    assert all(op_db.same_bits(p.detach(), w) for p, w in zip(params, before, strict=True))
