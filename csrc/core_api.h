@@ -69,6 +69,7 @@ struct CoreApi {
 
   // Null where the extension was built without CUDA.
   const char* (*cuda_description)();
+  bool (*knows_streams)();  // whether torch can be asked for its current CUDA stream
   // Sends the launches of ops on CPU tensors to `launch` (null: nowhere); see gpu_target.h.
   void (*simulate_gpu)(void (*launch)(const cuda::GpuKernel&, unsigned, const void*, const cuda::Launcher&),
                        bool device_numbers);

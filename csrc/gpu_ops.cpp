@@ -16,13 +16,21 @@ namespace {
 
 using cuda::DeviceNumbers;
 
+using GetStream = AOTITorchError (*)(int32_t device, void** stream);
+
+// From the CUDA part of torch, looked up there by name, so that this library also loads beside a torch without it.
+GetStream stream_getter() {
+  static const auto get = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return library == nullptr ? nullptr : reinterpret_cast<GetStream>(dlsym(library, "aoti_torch_get_current_cuda_stream"));
+  }();
+  return get;
+}
+
 void* current_stream(int32_t device) {
-  using Get = AOTITorchError (*)(int32_t device, void** stream);
-  // Lives in the CUDA part of torch, which a torch without it lacks; so does the tensor that would bring us here.
-  static const auto get = reinterpret_cast<Get>(dlsym(RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
-  STD_TORCH_CHECK(get != nullptr, "rst_fused: this torch has CUDA tensors, but no aoti_torch_get_current_cuda_stream");
   void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(get(device, &stream));
+  STD_TORCH_CHECK(knows_streams(), "rst_fused: this torch has CUDA tensors, but no aoti_torch_get_current_cuda_stream");
+  TORCH_ERROR_CODE_CHECK(stream_getter()(device, &stream));
   return stream;
 }
 
@@ -290,6 +298,8 @@ void adam_step_(TensorList params, TensorList grads, TensorList exp_avgs, Tensor
 }
 
 }  // namespace
+
+bool knows_streams() { return stream_getter() != nullptr; }
 
 Simulation& simulation() {
   static Simulation simulation;

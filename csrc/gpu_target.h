@@ -13,6 +13,9 @@ struct Simulation {
 };
 Simulation& simulation();
 
+// Whether torch can be asked for its current CUDA stream.
+bool knows_streams();
+
 // For launch plans.
 const CoreOps& gpu_ops();
 

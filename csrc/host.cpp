@@ -50,6 +50,7 @@ PYBIND11_MODULE(_host, m) {
   m.def("connect", &connect, py::arg("core"));
   m.def("can_plan", &can_plan);
   m.def("build_info", &build_info);
+  m.def("knows_streams", [] { return core().knows_streams != nullptr && core().knows_streams(); });
   m.def("simulate_gpu", &simulate_gpu, py::arg("callback"), py::arg("device_numbers") = false);
   m.def("simd_levels", &simd_levels);
   m.def("simd_level", [] { return std::string(core().kernels().name); });

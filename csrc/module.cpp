@@ -100,6 +100,7 @@ CoreApi make_api() {
 #ifdef RST_CUDA_VERSION
   api.gpu = &gpu_ops();
   api.cuda_description = &cuda::build_description;
+  api.knows_streams = &knows_streams;
   api.simulate_gpu = [](auto* launch, bool device_numbers) {
     simulation().launcher.launch = launch;
     simulation().device_numbers = device_numbers;

@@ -1,7 +1,8 @@
 """The one place where an implementation is chosen.
 
-A backend is a set of ops with the signatures of rst_fused._schemas. ``cuda`` and ``cpu`` are the compiled C++ extension;
-``triton`` serves GPUs and needs nothing compiled in advance; ``reference`` is plain torch and runs anywhere torch does.
+A backend is a set of ops with the signatures of rst_fused._schemas. ``cuda`` and ``cpu`` are the compiled C++
+extension; ``triton`` serves GPUs and needs nothing compiled in advance; ``reference`` is plain torch and runs anywhere
+torch does.
 """
 
 from __future__ import annotations
@@ -137,6 +138,8 @@ def _cuda() -> Backend:
         missing = "the extension was built without CUDA: put nvcc on PATH, set RST_FUSED_BUILD_CUDA=1 and install again"
     elif torch.version.cuda is None:
         missing = "this torch was built without CUDA"
+    elif not _host.knows_streams():
+        missing = "this torch cannot be asked for its current CUDA stream (aoti_torch_get_current_cuda_stream)"
     if missing:
         return Backend("cuda", False, missing, ("cuda",), None)
     return Backend("cuda", True, f"CUDA {_host.build_info()['CUDA']}", ("cuda",), _ops(NAMESPACE), "gpu")

@@ -253,6 +253,8 @@ def update(opt: Core) -> None:
                 continue
             flags = rule.flags(opt.param_groups[indices[0]])
             gamma = opt._run.gamma if mixing else 1.0
+            if c.steps and c.steps[0].is_cpu and not torch.compiler.is_compiling() and opt.capturing:
+                raise RuntimeError("Adam in a CUDA graph: its step count must lie on the GPU, pass capturable=True")
             steps = advanced(c.steps, amp[1])
             lists: list[Any] = [c.params, c.grads]
             if perturbed:
@@ -290,8 +292,6 @@ def advanced(steps: list[Tensor], found_inf: Tensor | None) -> Tensor | None:
     """Counts this step in every counter (unless AMP found an overflow) and returns them as one tensor."""
     if not steps:
         return None
-    if steps[0].is_cpu and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("Adam in a CUDA graph: its step count must lie on the GPU, pass capturable=True")
     torch._foreach_add_(steps, 1)
     counted = torch.stack(steps).double()
     if found_inf is not None:

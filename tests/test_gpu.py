@@ -5,7 +5,9 @@ The op table runs on the device in test_ops.py and its neighbours, for every bac
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import op_db
@@ -198,6 +200,17 @@ def test_replayed_graphs_are_the_eager_steps(options: dict[str, Any], dtype: tor
         results.append([*(p.detach() for p in model.parameters()), torch.tensor([opt.sam_steps])])
     for eager, replayed in zip(*results, strict=True):
         assert op_db.same_bits(eager, replayed)
+
+
+def test_examples_of_the_page_on_gpus() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "gpu.md").read_text()
+    namespace: dict[str, Any] = {}
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(block, namespace)
+    opt = namespace["opt"]
+    assert opt.steps == 103 and 2 < opt.sam_steps < 103
 
 
 @every_backend

@@ -131,7 +131,7 @@ ERRORS = [
         Wrong(f"{name}_{value}", ("perturb_",), option(**{name: value}), f"{name}={value}: expected an integer")
         for name in ("seed", "step") for value in (-1, 2**63, 0.5, True)
     ),
-    Wrong("backend", ALL, option(), r"backend='gpu': expected 'auto' or one of \[.*'cpu', .*'reference'"),
+    Wrong("backend", ALL, option(), r"backend='gpu': expected 'auto' or one of \['cuda', 'cpu', 'triton', 'reference'"),
     Wrong("stats_short", ("grad_norm", "perturb_"), option(stats=torch.zeros(3, dtype=torch.float64)), "stats",
           RuntimeError),
     Wrong("stats_float32", ("grad_norm", "perturb_"), option(stats=torch.zeros(4)), "stats", RuntimeError),
@@ -141,9 +141,9 @@ ERRORS = [
 # Numbers that live in tensors are checked where memory is at stake, by compiled kernels; torch reads any dtype.
 COMPILED_ONLY = ("stats_short", "stats_float32", "found_inf_integer", "grad_scale_float64")
 CASES = [
-    pytest.param(op, wrong, *backend, id=f"{op}-{wrong.name}-{name}")
+    pytest.param(op, wrong, *backend.values, id=f"{op}-{wrong.name}-{name}", marks=backend.marks)
     for wrong in ERRORS for op in wrong.ops for backend, name in zip(BACKENDS, BACKEND_IDS, strict=True)
-    if backend[0] != "reference" or wrong.name not in COMPILED_ONLY
+    if backend.values[0] != "reference" or wrong.name not in COMPILED_ONLY
 ]  # fmt: skip
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from rst_fused import ops
 
-NAMES = [name for name, device in BACKENDS if device == "cpu"]
+NAMES = [backend.values[0] for backend in BACKENDS if backend.values[1] == "cpu"]
 WIDE = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 FOREACH = pytest.mark.parametrize("foreach", [False, True], ids=["single", "foreach"])
 ON = pytest.mark.parametrize("backend", NAMES)

@@ -25,6 +25,7 @@ pytestmark = pytest.mark.packaging
 
 ROOT = Path(__file__).resolve().parents[1]
 FLAG = "RST_FUSED_BUILD_EXTENSION"
+CUDA_FLAG = "RST_FUSED_BUILD_CUDA"
 FOLDERS = ("csrc", "kernels", "rst_fused", "tests")
 WARNING = "built WITHOUT the C++ extension"
 
@@ -55,6 +56,7 @@ print(json.dumps({
 def run(command: list[object], cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run with stdout and stderr in one text; `variables` override the environment's."""
     inherited = {k: v for k, v in os.environ.items() if k not in (FLAG, "CC", "CXX", "PYTHONPATH")}
+    inherited[CUDA_FLAG] = "0"  # nvcc takes minutes, and one test is about it
     inherited["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), inherited["PATH"]])
     return subprocess.run(
         [str(part) for part in command],
@@ -219,6 +221,25 @@ def test_torch_module_needs_no_unstable_symbol(compiled_wheel, tmp_path):
     needed = [line.split(maxsplit=1)[1] for line in listing.stdout.splitlines()]
     assert any(name.startswith(("aoti_torch_", "torch_")) for name in needed)
     assert [name for name in needed if re.search(r"\b(at|c10|torch|caffe2)::", name)] == []
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
+def test_wheel_with_gpu_kernels_runs_without_a_gpu(environment, tree, tmp_path):
+    """One architecture, by the variable that torch's own extensions use. It loads where there is no CUDA at all."""
+    wheel = environment.build_wheel(
+        tree, tmp_path / "wheel", **{FLAG: "1", CUDA_FLAG: "1", "TORCH_CUDA_ARCH_LIST": "9.0"}
+    )
+    assert environment.install(wheel).returncode == 0
+    report = environment.train_a_little()
+    assert report["backends"]["cpu"] and re.fullmatch(r"\d+\.\d+ for 9\.0", report["build"]["CUDA"])
+
+
+def test_gpu_kernels_without_nvcc_fail_where_they_are_demanded(environment, tree):
+    nowhere = {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "CUDA_HOME": "/nowhere"}
+    if shutil.which("nvcc", path=nowhere["PATH"]):
+        pytest.skip("nvcc lies beside the system's programs")
+    done = environment.install(tree, **{FLAG: "1", CUDA_FLAG: "1"}, **nowhere)
+    assert done.returncode != 0 and "nvcc is not on PATH" in done.stdout
 
 
 def test_editable_install_in_auto_mode(environment, tree):

@@ -208,7 +208,7 @@ def test_backends_agree_bit_for_bit(n: int, dtype: torch.dtype) -> None:
     x = torch.where(torch.arange(n) % 5 == 2, special[torch.arange(n) % 8], x)
     for seed in range(3):
         options = {"seed": seed, "step": 17, "first_index": 4}
-        results = [rounded(x.to(device), dtype, name, **options).cpu() for name, device in BACKENDS]
+        results = [rounded(x.to(device), dtype, name, **options).cpu() for name, device in (b.values for b in BACKENDS)]
         assert all(op_db.same_bits(r, results[-1]) for r in results)
 
 

@@ -1,4 +1,4 @@
-"""The Triton kernels on a GPU: the op table, agreement with the CPU kernels, CUDA graphs, no waiting for the device."""
+"""The Triton kernels on a GPU, besides the op table, which runs there with the other backends (test_ops.py)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from typing import Any
 
 import op_db
 import pytest
-import test_ops
 import torch
 from op_db import OPS, Sample
 from triton_processes import MISSING
@@ -34,11 +33,6 @@ def on(sample: Sample, device: str) -> Sample:
 
     lists = {name: [moved(t) for t in tensors] for name, tensors in sample.lists.items()}
     return Sample(lists, {name: moved(value) for name, value in sample.options.items()})
-
-
-@pytest.mark.parametrize(("op", "spec", "kind"), test_ops.CASES)
-def test_op_table(op: op_db.OpInfo, spec: op_db.Spec, kind: str) -> None:
-    test_ops.test_against_oracle(op, spec, kind, "triton", "cuda")
 
 
 @pytest.mark.skipif("cpu" not in op_db.BACKEND_IDS, reason="the C++ extension is not built")
