@@ -85,7 +85,9 @@ def test_graph_replay_is_the_eager_step(warm: bool) -> None:
     }  # fmt: skip
     numbers = {name: t.cuda() for name, t in numbers.items()}
     others = [t.clone() for t in w], g, [t.clone() for t in backups], [t.clone() for t in buffers]
-    with torch.cuda.stream(torch.cuda.Stream()):
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
         sam_step(*(others if not warm else (w, g, backups, buffers)), numbers)  # kernels must be compiled beforehand
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
