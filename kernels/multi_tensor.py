@@ -134,7 +134,7 @@ def _check_stream(op: str, s: Stream, lead: Sequence[Tensor], facts: Sequence[An
     """Whatever would be read or written out of bounds raises."""
     check_length(op, s.name, s.tensors, lead)
     theirs = list(map(_facts, s.tensors))
-    if s.dtype is None and theirs != facts or s.dtype is not None:
+    if s.dtype is not None or theirs != facts:
         for i, ((dtype, shape, device, layout), (own, *like)) in enumerate(zip(theirs, facts, strict=True)):
             expected = own if s.dtype is None else s.dtype
             if s.dtype == KEPT:
@@ -170,6 +170,10 @@ def _capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
+def _stream(device: torch.device) -> int:
+    return 0 if device.type == "cpu" else torch.get_device_module(device).current_stream(device).stream_id
+
+
 def _upload(host: Tensor, device: torch.device) -> Tensor:
     """A copy that the host does not wait for; torch keeps the pinned memory until it is done."""
     if device.type == "cpu":
@@ -200,8 +204,8 @@ def _make_table(lengths: Sequence[int], rows: Sequence[int], indices: Sequence[i
 
 def _table(device: torch.device, lengths: tuple[int, ...], rows: tuple[int, ...], indices: tuple[int, ...],
            slots: tuple[tuple[int, ...], ...]) -> Table:  # fmt: skip
-    """The one of the last call with these addresses, or a new one."""
-    key = (device, lengths, rows, indices, slots)
+    """The one of an earlier call with these addresses, or a new one. Another stream would not wait for its copy."""
+    key = (device, _stream(device), lengths, rows, indices, slots)
     found = _tables.get(key)
     if found is None:
         host = _make_table(lengths, rows, indices, slots)

@@ -20,7 +20,10 @@ LENGTH, UNMASKED, ROW, INDEX, FIRST, HEADER = (tl.constexpr(i) for i in range(6)
 
 
 def kernel(function: Callable[..., Any]) -> Any:
-    """triton.jit for one binary per set of constants: no argument's value or alignment compiles another one."""
+    """triton.jit for one binary per set of constants: no argument's value or alignment compiles another one.
+
+    It looks at annotations, so files with kernels must not postpone them (from __future__ import annotations).
+    """
     given = [p.name for p in inspect.signature(function).parameters.values() if p.annotation is not tl.constexpr]
     return triton.jit(function, do_not_specialize=given, do_not_specialize_on_alignment=given)
 

@@ -113,11 +113,21 @@ def test_a_table_is_made_once_for_the_same_addresses(multi_tensor: Any) -> None:
 
 
 @needs_triton
+def test_streams_do_not_share_tables(multi_tensor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, tables = torch.device("cpu"), []
+    for stream in (1, 2, 1):
+        monkeypatch.setattr(multi_tensor, "_stream", lambda _, stream=stream: stream)
+        tables.append(multi_tensor._table(cpu, (40,), (0,), (0,), ((64,),)))
+    assert tables[0] is tables[2] and tables[0] is not tables[1]
+
+
+@needs_triton
 def test_what_a_capture_reads_is_kept(multi_tensor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A replay copies tables and numbers again, from memory that nothing else may have got in the meantime."""
     device, captured = torch.device("meta"), []
     monkeypatch.setattr(multi_tensor, "_capturing", lambda _: True)
     monkeypatch.setattr(multi_tensor, "_captured", captured)
+    monkeypatch.setattr(multi_tensor, "_stream", lambda _: 0)
     monkeypatch.setattr(multi_tensor, "_spare", [torch.empty(1 << 16, dtype=torch.uint8)])
     monkeypatch.setattr(multi_tensor, "_tables", type(multi_tensor._tables)())
     table = multi_tensor._table(device, (40,), (0,), (0,), ((64,),))
