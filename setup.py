@@ -167,7 +167,8 @@ class Cuda:
     def objects(self, folder: str) -> list[str]:
         """Compiles what has changed since the last time."""
         os.makedirs(folder, exist_ok=True)
-        newest_header = max(os.path.getmtime(path) for path in glob("csrc/**/*.*h", recursive=True) + ["setup.py"])
+        headers = [*glob("csrc/cuda/*.*h"), *glob("csrc/cuda/*.h"), *glob("csrc/cpu/*.h"), "csrc/sam_math.h"]
+        newest_header = max(os.path.getmtime(path) for path in headers)
         flags = [*NVCC_FLAGS, *self.defines, *self.code_flags()]
         key = f"{zlib.crc32(' '.join(flags).encode()):08x}"
         paths = []

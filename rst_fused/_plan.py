@@ -39,12 +39,12 @@ class Plans:
         """Norm and perturbation; False if the plan path does not serve this case, with nothing done."""
         if not self._ready(opt, with_backups=True, updating=False):
             return False
-        rho = [_engine.signed_rho(group) for group, _ in self._lists.rows]
-        if _on_gpu(rho):
+        rho = _numbers([_engine.signed_rho(group) for group, _ in self._lists.rows])
+        if rho is None:
             return False
         self._plan.perturb(
-            opt._stats.data_ptr(), [float(x) for x in rho], opt.adaptive, opt.eta, opt.stochastic_rounding, opt.seed,
-            opt.steps, opt._run.mixing,
+            opt._stats.data_ptr(), rho, opt.adaptive, opt.eta, opt.stochastic_rounding, opt.seed, opt.steps,
+            opt._run.mixing,
         )  # fmt: skip
         return True
 
@@ -57,11 +57,13 @@ class Plans:
             self._plan = None  # the engine may deal out step counters anew
             return False
         gamma = opt._run.gamma if mixing else 1.0
-        given = [rule.row(group, new, gamma) for group, new in self._lists.rows]
-        if any(_on_gpu(row) for row in given):
-            self.hand_over(opt)
-            return False
-        rows = [[float(x) for x in row] for row in given]
+        rows = []
+        for group, new in self._lists.rows:
+            row = _numbers(rule.row(group, new, gamma))
+            if row is None:
+                self.hand_over(opt)
+                return False
+            rows.append(row)
         flags = rule.flags(opt.param_groups[0])
         if rule.name == "sgd":
             self._plan.sgd_step(rows, flags[1], flags[2], mixing)
@@ -175,9 +177,12 @@ class Plans:
         self._state, self._state_size = opt.state, len(opt.state)
 
 
-def _on_gpu(numbers: list[Any]) -> bool:
-    """Whether reading them would wait for the GPU."""
-    return any(isinstance(x, Tensor) and not x.is_cpu for x in numbers)
+def _numbers(given: list[Any]) -> list[float] | None:
+    """As floats; None if reading one would wait for the GPU."""
+    for x in given:
+        if type(x) is not float and isinstance(x, Tensor) and not x.is_cpu:
+            return None
+    return [float(x) for x in given]
 
 
 def _append(held: list[Tensor], column: Column) -> list[int]:
