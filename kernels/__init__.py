@@ -1,1 +1,22 @@
-"""Triton kernels, installed as rst_fused.kernels. This version has none: the CPU kernels are in csrc/cpu."""
+"""Triton kernels of every op, installed as rst_fused.kernels: the GPU backend that needs no compiler of C++ or CUDA.
+
+The functions take the arguments of rst_fused._schemas. Nothing here knows of the rest of the package.
+"""
+
+try:
+    import triton as _triton  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        "rst_fused.kernels needs Triton, which is not installed: pip install triton, or choose another backend "
+        "(backend='auto' does)"
+    ) from error
+
+from .adam_step import adam_step_, restore_adam_step_
+from .grad_norm import grad_norm
+from .perturb import perturb_
+from .restore import restore_
+from .sgd_step import restore_sgd_step_, sgd_step_
+
+__all__ = [
+    "adam_step_", "grad_norm", "perturb_", "restore_", "restore_adam_step_", "restore_sgd_step_", "sgd_step_",
+]  # fmt: skip

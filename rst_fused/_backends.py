@@ -1,22 +1,29 @@
 """The one place where an implementation is chosen.
 
-A backend is a set of ops with the signatures of rst_fused._schemas. ``cuda`` and ``cpu`` are the
-compiled C++ extension; ``reference`` is plain torch and runs anywhere torch does.
+A backend is a set of ops with the signatures of rst_fused._schemas. ``cuda`` and ``cpu`` are the compiled C++
+extension; ``triton`` serves GPUs and needs nothing compiled in advance; ``reference`` is plain torch and runs anywhere
+torch does.
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.metadata
+import importlib.util
 import os
+import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from rst_fused import reference
-from rst_fused._schemas import NAMESPACE, OPAQUE_NAMESPACE, SCHEMAS, implement
+from rst_fused._schemas import NAMESPACE, OPAQUE_NAMESPACE, SCHEMAS, TRITON_NAMESPACE, implement
 
 _BUILD_HINT = "pip install --no-build-isolation rst_fused (needs torch and a C++17 compiler)"
 _SIMD_VARIABLE = "RST_FUSED_SIMD"
@@ -66,14 +73,13 @@ def _ops(namespace: str) -> Any:
     return SimpleNamespace(**{name: getattr(getattr(torch.ops, namespace), name).default for name in SCHEMAS})
 
 
-def _opaque(name: str) -> Any:
-    """A function of rst_fused.reference, as an op of its own to torch.compile.
+def _opaque(namespace: str, name: str, eager: Callable[..., None]) -> Any:
+    """A Python function as an op of its own to torch.compile.
 
     Traced into, its in-place operations would be reordered: Inductor (2.13) writes a backup after its parameter moved.
     """
-    eager = getattr(reference, name)
-    implement(OPAQUE_NAMESPACE, name, eager)
-    op = getattr(getattr(torch.ops, OPAQUE_NAMESPACE), name).default
+    implement(namespace, name, eager)
+    op = getattr(getattr(torch.ops, namespace), name).default
 
     @wraps(eager)
     def call(*args: Any) -> None:
@@ -82,14 +88,41 @@ def _opaque(name: str) -> Any:
     return call
 
 
+def _find_kernels() -> None:
+    """In a checkout that is not installed, rst_fused.kernels lies beside the package."""
+    package, checkout = sys.modules["rst_fused"], Path(__file__).parents[1]
+    if (checkout / "kernels" / "sam_math.py").is_file() and (checkout / "csrc").is_dir():
+        package.__path__.append(str(checkout))
+
+
+def _in_kernels(name: str) -> Callable[..., None]:
+    """Triton takes a second to import: that happens at the first call."""
+
+    def call(*args: Any) -> None:
+        getattr(importlib.import_module("rst_fused.kernels"), name)(*args)
+
+    return call
+
+
+def _triton() -> Backend:
+    _find_kernels()
+    # Triton's interpreter, for tests, works on CPU tensors.
+    devices = ("cuda", "xpu", "cpu") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda", "xpu")
+    if importlib.util.find_spec("triton") is None:
+        return Backend("triton", False, "Triton is not installed: pip install triton", devices, None)
+    ops = SimpleNamespace(**{name: _opaque(TRITON_NAMESPACE, name, _in_kernels(name)) for name in SCHEMAS})
+    return Backend("triton", True, f"Triton {importlib.metadata.version('triton')}", devices, ops)
+
+
 def _built_reason() -> str:
     plans = _host.can_plan()
     return "compiled C++ extension" + ("" if plans else ", without launch plans: torch lacks what they look up")
 
 
 _REFERENCE = Backend(
-    "reference", True, "plain torch", None, SimpleNamespace(**{name: _opaque(name) for name in SCHEMAS})
-)
+    "reference", True, "plain torch", None,
+    SimpleNamespace(**{name: _opaque(OPAQUE_NAMESPACE, name, getattr(reference, name)) for name in SCHEMAS}),
+)  # fmt: skip
 _CPU = (
     Backend("cpu", True, _built_reason(), ("cpu",), _ops(NAMESPACE), "cpu")
     if _host is not None
@@ -113,7 +146,8 @@ def _cuda() -> Backend:
 
 
 _CUDA = _cuda()
-_BY_SPEED = (_CUDA, _CPU, _REFERENCE)
+_TRITON = _triton()
+_BY_SPEED = (_CUDA, _CPU, _TRITON, _REFERENCE)
 _said = False
 
 

@@ -49,8 +49,9 @@ SCHEMAS = {
 }
 
 OPAQUE_NAMESPACE = "rst_fused_reference"  # the same ops in plain torch: see rst_fused._backends
+TRITON_NAMESPACE = "rst_fused_triton"  # and in rst_fused.kernels
 
-_libraries = {name: torch.library.Library(name, "DEF") for name in (NAMESPACE, OPAQUE_NAMESPACE)}
+_libraries = {name: torch.library.Library(name, "DEF") for name in (NAMESPACE, OPAQUE_NAMESPACE, TRITON_NAMESPACE)}
 
 
 def _fake(*args: object) -> None:

@@ -131,7 +131,7 @@ ERRORS = [
         Wrong(f"{name}_{value}", ("perturb_",), option(**{name: value}), f"{name}={value}: expected an integer")
         for name in ("seed", "step") for value in (-1, 2**63, 0.5, True)
     ),
-    Wrong("backend", ALL, option(), r"backend='gpu': expected 'auto' or one of \['cuda', 'cpu', 'reference'"),
+    Wrong("backend", ALL, option(), r"backend='gpu': expected 'auto' or one of \['cuda', 'cpu', 'triton', 'reference'"),
     Wrong("stats_short", ("grad_norm", "perturb_"), option(stats=torch.zeros(3, dtype=torch.float64)), "stats",
           RuntimeError),
     Wrong("stats_float32", ("grad_norm", "perturb_"), option(stats=torch.zeros(4)), "stats", RuntimeError),

@@ -31,7 +31,7 @@ WARNING = "built WITHOUT the C++ extension"
 
 # Trains for a few steps and reports what it ran on.
 TRAIN_A_LITTLE = """
-import json, torch, rst_fused, rst_fused.kernels
+import importlib.util, json, torch, rst_fused
 from rst_fused import RST, _backends
 torch.manual_seed(0)
 model, x = torch.nn.Linear(8, 1), torch.randn(32, 8)
@@ -48,7 +48,7 @@ print(json.dumps({
     "build": _backends.build_info(),
     "version": rst_fused.__version__,
     "package": rst_fused.__file__,
-    "kernels": rst_fused.kernels.__file__,
+    "kernels": importlib.util.find_spec("rst_fused.kernels").origin,
 }))
 """
 

@@ -1,0 +1,116 @@
+"""perturb: reads w, g; writes w + e and the backup: 16 bytes per fp32 parameter.
+
+With a master copy: reads the master, g; writes the rounded w + e and no backup: 8 bytes per bf16 parameter.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .multi_tensor import (
+    SIXTEEN_BIT,
+    Stream,
+    check_length,
+    check_lists,
+    check_masters,
+    check_numbers,
+    each_part,
+    launch,
+    on_device,
+)
+from .sam_math import asam_perturb, asam_scale, perturb, random_bits, random_key, random_pair, to_bfloat16, to_float16
+from .traversal import INDEX, ROW, address, kernel, load, locate, magnitude, store
+
+_PARAM, _SOURCE, _GRAD, _BACKUP, _SLOTS = (tl.constexpr(i) for i in range(5))
+
+
+@triton.jit
+def _stochastic(x, key, first, T: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr):
+    """x rounded to a number of T; the block begins at the element ``first``, which is even."""
+    if WHOLE:
+        bits = random_pair(key, (first >> 1) + tl.arange(0, BLOCK // 2).to(tl.uint32))
+        random = tl.interleave(bits & 0xFFFF, bits >> 16)
+    else:
+        random = random_bits(key, first + tl.arange(0, BLOCK).to(tl.uint32))
+    if tl.bfloat16 == T:
+        return to_bfloat16(x, random)
+    else:
+        return to_float16(x, random)
+
+
+@triton.jit
+def _move(
+    param, source, grad, backup, at, count, scale, eta, moving, key, first, T: tl.constexpr, V: tl.constexpr,
+    ADAPTIVE: tl.constexpr, COMPLEX: tl.constexpr, MASTER: tl.constexpr, STOCHASTIC: tl.constexpr,
+    WHOLE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    offsets = at + tl.arange(0, BLOCK)
+    kept = load(source, offsets, count, WHOLE)
+    w, g = kept.to(V), load(grad, offsets, count, WHOLE).to(V)
+    if ADAPTIVE:
+        moved = asam_perturb(scale, w, g, asam_scale(eta, magnitude(w, source, offsets, count, COMPLEX, WHOLE)))
+    else:
+        moved = perturb(scale, w, g)
+    if not MASTER:
+        store(backup, offsets, count, kept, WHOLE)
+    if STOCHASTIC:
+        moved = _stochastic(moved, key, (first + at).to(tl.uint32), T, WHOLE, BLOCK)
+    if moving:
+        store(param, offsets, count, moved.to(T), WHOLE)
+
+
+@kernel
+def perturb_kernel(
+    table, tensors, stats, rho, eta, rng, T: tl.constexpr, STATE: tl.constexpr, V: tl.constexpr,
+    ADAPTIVE: tl.constexpr, COMPLEX: tl.constexpr, MASTER: tl.constexpr, STOCHASTIC: tl.constexpr,
+    BLOCK: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    record, begin, count, whole = locate(table, tensors, _SLOTS, BLOCK)
+    param, source = address(record, _PARAM, begin, T), address(record, _SOURCE, begin, STATE)
+    grad, backup = address(record, _GRAD, begin, T), address(record, _BACKUP, begin, T)
+    inverse = tl.load(stats + 1)
+    moving = inverse != 0  # else e = 0 whatever g is: 0 * inf would be NaN
+    scale = (tl.load(rho + tl.load(record + ROW)) * inverse).to(V)
+    eta = tl.load(eta).to(V)
+    key = tl.full([], 0, tl.uint32)
+    if STOCHASTIC:
+        # A chunk never straddles a multiple of 2^32 elements: both are powers of two.
+        key = random_key(tl.load(rng), tl.load(rng + 1), tl.load(record + INDEX), begin >> 32)
+    for at in range(0, whole, BLOCK):
+        _move(param, source, grad, backup, at, count, scale, eta, moving, key, begin, T, V, ADAPTIVE, COMPLEX,
+              MASTER, STOCHASTIC, True, BLOCK)  # fmt: skip
+    for at in range(whole, count, TAIL):
+        _move(param, source, grad, backup, at, count, scale, eta, moving, key, begin, T, V, ADAPTIVE, COMPLEX,
+              MASTER, STOCHASTIC, False, TAIL)  # fmt: skip
+
+
+@torch.no_grad()
+def perturb_(
+    params: Sequence[Tensor], grads: Sequence[Tensor], backups: Sequence[Tensor], masters: Sequence[Tensor],
+    stats: Tensor, rho: Tensor, group_sizes: Sequence[int], adaptive: bool, eta: float, stochastic: bool, rng: Tensor,
+    first_index: int,
+) -> None:  # fmt: skip
+    op = "perturb_"
+    check_numbers(op, "stats", stats, torch.float64, 5)
+    check_numbers(op, "rng", rng, torch.int64, 2)
+    check_numbers(op, "rho", rho, torch.float64, len(group_sizes))
+    check_length(op, "grads", grads, params)
+    check_masters(op, masters, params)
+    if not masters:
+        check_length(op, "backups", backups, params)
+    source = Stream("masters", masters, dtype=torch.float32) if masters else Stream("params", params)
+    streams = [
+        Stream("params", params, written=True, read=False), source, Stream("grads", grads),
+        Stream("backups", [] if masters else backups, written=True, read=False),
+    ]  # fmt: skip
+    check_lists(op, streams, group_sizes)
+    etas = torch.tensor([eta], dtype=torch.float64)
+    for part in each_part(streams, group_sizes, first_index, split_complex=adaptive):
+        numbers = on_device(part.device, stats, rho, etas, rng)
+        launch(
+            perturb_kernel, part, *numbers, V=part.arithmetic, ADAPTIVE=adaptive, COMPLEX=part.complex,
+            MASTER=bool(masters), STOCHASTIC=stochastic and part.dtype in SIXTEEN_BIT,
+        )  # fmt: skip

@@ -1,0 +1,87 @@
+"""restore: reads the backup (or master), writes w: 8 bytes per fp32 parameter.
+
+mix: g <- (1 - gamma) g1 + gamma g: 12 bytes per fp32 parameter.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .multi_tensor import (
+    Stream,
+    check_length,
+    check_lists,
+    check_masters,
+    check_numbers,
+    each_part,
+    launch,
+    on_device,
+)
+from .sam_math import mix
+from .traversal import ROW, address, kernel, load, locate, store
+
+_PARAM, _SOURCE, _RESTORE_SLOTS = (tl.constexpr(i) for i in range(3))
+_GRAD, _FIRST_GRAD, _MIX_SLOTS = (tl.constexpr(i) for i in range(3))
+
+
+@triton.jit
+def _restore(param, source, at, count, T: tl.constexpr, WHOLE: tl.constexpr):
+    # Without masters source has dtype T: bits are copied, a NaN's payload too.
+    store(param, at, count, load(source, at, count, WHOLE).to(T), WHOLE)
+
+
+@kernel
+def restore_kernel(table, tensors, T: tl.constexpr, STATE: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr):
+    record, begin, count, whole = locate(table, tensors, _RESTORE_SLOTS, BLOCK)
+    param, source = address(record, _PARAM, begin, T), address(record, _SOURCE, begin, STATE)
+    for at in range(0, whole, BLOCK):
+        _restore(param, source, at + tl.arange(0, BLOCK), count, T, True)
+    for at in range(whole, count, TAIL):
+        _restore(param, source, at + tl.arange(0, TAIL), count, T, False)
+
+
+@triton.jit
+def _mix(grad, first_grad, at, count, gamma, one_minus_gamma, T: tl.constexpr, V: tl.constexpr, WHOLE: tl.constexpr):
+    g1, g2 = load(first_grad, at, count, WHOLE).to(V), load(grad, at, count, WHOLE).to(V)
+    store(grad, at, count, mix(gamma, one_minus_gamma, g1, g2).to(T), WHOLE)
+
+
+@kernel
+def mix_kernel(
+    table, tensors, gammas, T: tl.constexpr, STATE: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr,
+    TAIL: tl.constexpr,
+):  # fmt: skip
+    record, begin, count, whole = locate(table, tensors, _MIX_SLOTS, BLOCK)
+    grad, first_grad = address(record, _GRAD, begin, T), address(record, _FIRST_GRAD, begin, STATE)
+    gamma = tl.load(gammas + tl.load(record + ROW))
+    one_minus_gamma, gamma = (1 - gamma).to(V), gamma.to(V)
+    for at in range(0, whole, BLOCK):
+        _mix(grad, first_grad, at + tl.arange(0, BLOCK), count, gamma, one_minus_gamma, T, V, True)
+    for at in range(whole, count, TAIL):
+        _mix(grad, first_grad, at + tl.arange(0, TAIL), count, gamma, one_minus_gamma, T, V, False)
+
+
+@torch.no_grad()
+def restore_(
+    params: Sequence[Tensor], backups: Sequence[Tensor], masters: Sequence[Tensor], grads: Sequence[Tensor],
+    first_grads: Sequence[Tensor], gamma: Tensor, group_sizes: Sequence[int],
+) -> None:  # fmt: skip
+    op = "restore_"
+    check_masters(op, masters, params)
+    if not masters:
+        check_length(op, "backups", backups, params)
+    if first_grads:
+        check_length(op, "grads", grads, params)
+        check_numbers(op, "gamma", gamma, torch.float64, len(group_sizes))
+    source = Stream("masters", masters, dtype=torch.float32) if masters else Stream("backups", backups)
+    restored = [Stream("params", params, written=True, read=False), source]
+    mixed = [Stream("grads", grads, written=True), Stream("first_grads", first_grads)]
+    check_lists(op, [*restored, *(mixed if first_grads else ())], group_sizes)
+    for part in each_part(restored, group_sizes):
+        launch(restore_kernel, part)
+    for part in each_part(mixed, group_sizes) if first_grads else ():
+        (gammas,) = on_device(part.device, gamma)
+        launch(mix_kernel, part, gammas, V=part.arithmetic)

@@ -1,0 +1,166 @@
+"""Every formula, for Triton, with the names and the order of csrc/sam_math.h; what a struct there holds comes first.
+
+Arguments are blocks of float32 or float64. A product that feeds an addition is written fma, and kernels are launched
+with fusion off, so that they round where the C++ kernels do.
+"""
+
+import triton
+import triton.language as tl
+
+_FIRST_FACTOR = tl.constexpr(0x85EBCA6B)
+_SECOND_FACTOR = tl.constexpr(0xC2B2AE35)
+_GOLDEN = tl.constexpr(0x9E3779B9)
+
+
+@triton.jit
+def sqrt(x):
+    if x.dtype == tl.float64:
+        return tl.sqrt(x)
+    else:
+        return tl.sqrt_rn(x)  # tl.sqrt is approximate in float32
+
+
+@triton.jit
+def divide(a, b):
+    if a.dtype == tl.float64:
+        return a / b
+    else:
+        return tl.div_rn(a, b)  # / is approximate in float32
+
+
+@triton.jit
+def asam_scale(eta, magnitude):
+    """T of ASAM (Kwon et al. 2021, arXiv 2102.11600, section 4): T = |w| + eta."""
+    return magnitude + eta
+
+
+@triton.jit
+def squared_norm(g, sum):
+    """One term of ||g||^2 (SAM, Foret et al. 2021, eq. 2), added to sum."""
+    return tl.fma(g, g, sum)
+
+
+@triton.jit
+def asam_squared_norm(g, t, sum):
+    """One term of ||T g||^2 (ASAM)."""
+    tg = t * g
+    return tl.fma(tg, tg, sum)
+
+
+@triton.jit
+def perturb(scale, w, g):
+    """w + e with e = rho g / ||g||; scale is rho / (||g|| + eps)."""
+    return tl.fma(scale, g, w)
+
+
+@triton.jit
+def asam_perturb(scale, w, g, t):
+    """w + e with e = rho T^2 g / ||T g|| (ASAM)."""
+    return tl.fma(scale * (t * t), g, w)
+
+
+@triton.jit
+def mix(gamma, one_minus_gamma, g1, g2):
+    """G-RST (Zhao et al. 2022, arXiv 2203.09962): (1 - gamma) g1 + gamma g2."""
+    return tl.fma(gamma, g2, one_minus_gamma * g1)
+
+
+@triton.jit
+def sgd_decayed(weight_decay, direction, w, g):
+    return tl.fma(weight_decay, w, direction * g)
+
+
+@triton.jit
+def sgd_buffer(momentum, one_minus_dampening, buf, g):
+    return tl.fma(one_minus_dampening, g, momentum * buf)
+
+
+@triton.jit
+def sgd_nesterov(momentum, buf, g):
+    return tl.fma(momentum, buf, g)
+
+
+@triton.jit
+def sgd_update(minus_lr, w, d):
+    return tl.fma(minus_lr, d, w)
+
+
+@triton.jit
+def adam_decayed(weight_decay, direction, w, g):
+    return tl.fma(weight_decay, w, direction * g)
+
+
+@triton.jit
+def adam_shrunk(decay, w):
+    return decay * w
+
+
+@triton.jit
+def adam_exp_avg(one_minus_beta1, m, g):
+    return tl.fma(one_minus_beta1, g - m, m)
+
+
+@triton.jit
+def adam_exp_avg_sq(beta2, one_minus_beta2, v, g):
+    return tl.fma(one_minus_beta2 * g, g, beta2 * v)
+
+
+@triton.jit
+def adam_update(minus_step_size, bias2_sqrt, eps, w, m, v):
+    denominator = divide(sqrt(v), bias2_sqrt) + eps
+    return w + divide(minus_step_size * m, denominator)
+
+
+@triton.jit
+def mixed(x):
+    """The finalizer of MurmurHash3 (public domain): full avalanche. x is uint32."""
+    x ^= x >> 16
+    x *= _FIRST_FACTOR
+    x ^= x >> 13
+    x *= _SECOND_FACTOR
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def folded(h, x):
+    """x is int64."""
+    h = mixed(h ^ x.to(tl.uint32)) + _GOLDEN
+    return mixed(h ^ (x >> 32).to(tl.uint32)) + _GOLDEN
+
+
+@triton.jit
+def random_key(seed, step, tensor, block):
+    """The random bits are a pure function of (seed, step), the tensor's index and the element's; block is the element's
+    index divided by 2^32."""
+    zero = tl.full([], 0, tl.uint32)
+    return folded(folded(folded(folded(zero, seed), step), tensor), block)
+
+
+@triton.jit
+def random_pair(key, index):
+    """For elements 2 index (the low 16 bits) and 2 index + 1 (the high ones). index is uint32."""
+    return mixed((index * _GOLDEN) ^ key)
+
+
+@triton.jit
+def random_bits(key, element):
+    """16 bits. element, uint32, counts within its block of 2^32."""
+    return (random_pair(key, element >> 1) >> ((element & 1) << 4)) & 0xFFFF
+
+
+@triton.jit
+def to_bfloat16(x, random):
+    """x in float32, stochastically rounded to a number that bfloat16 holds exactly; random has 16 bits."""
+    bits = (x.to(tl.uint32, bitcast=True) + random) & 0xFFFF0000
+    return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+
+
+@triton.jit
+def to_float16(x, random):
+    """Below 2^-14 a float16 has the fixed quantum 2^-24: there x is rounded as 2^-14 + |x|, which has that quantum."""
+    magnitude = tl.abs(x)
+    shift = tl.where(magnitude < 0.00006103515625, 0.00006103515625, 0.0)
+    bits = ((magnitude + shift).to(tl.uint32, bitcast=True) + (random & 0x1FFF)) & 0xFFFFE000
+    sign = x.to(tl.uint32, bitcast=True) & 0x80000000
+    rounded = (bits.to(tl.float32, bitcast=True) - shift).to(tl.uint32, bitcast=True) | sign
+    return tl.where(x == x, rounded.to(tl.float32, bitcast=True), x)

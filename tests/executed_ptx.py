@@ -1,0 +1,114 @@
+"""A pytest plugin that executes the PTX of the Triton kernels on CPU tensors: `pytest -p executed_ptx`.
+
+The interpreter of PTX is ptxsim.py in the folder that the environment variable RST_FUSED_PTXSIM names. It stops at
+every access outside the tensors of a call, at misaligned ones, and at instructions it does not know.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+os.environ["TRITON_INTERPRET"] = "1"  # lets the backend take CPU tensors
+import op_db  # noqa: E402
+
+from rst_fused import _backends  # noqa: E402, F401
+
+del os.environ["TRITON_INTERPRET"]  # kernels are compiled, not interpreted
+
+import triton  # noqa: E402
+import triton_offline  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+
+from rst_fused.kernels import multi_tensor  # noqa: E402
+
+os.environ["TRITON_INTERPRET"] = "1"
+sys.path.insert(0, os.environ["RST_FUSED_PTXSIM"])
+
+from ptxsim import Module  # type: ignore[import-not-found]  # noqa: E402
+
+ARCHITECTURE = int(os.environ.get("RST_FUSED_PTX_ARCHITECTURE", "90"))
+launches: list[dict[str, Any]] = []  # what each launch did, for tests that count bytes
+_memory: list[tuple[Tensor, bool]] = []  # the tensors of the part at hand, and whether they may be written
+_prepare = multi_tensor._prepare
+
+
+def flat(t: Tensor) -> Tensor:
+    """The memory of a dense tensor."""
+    t = torch.view_as_real(t.detach()) if t.is_complex() else t.detach()
+    return t.as_strided((t.numel(),), (1,))
+
+
+def prepare(streams: Sequence[Any], indices: Sequence[int]) -> Any:
+    used, back = _prepare(streams, indices)
+    by_address: dict[int, tuple[Tensor, bool]] = {}
+    for stream, tensors in zip(streams, used, strict=True):
+        for t in tensors:
+            if t.numel():
+                written = stream.written or by_address.get(t.data_ptr(), (t, False))[1]
+                by_address[t.data_ptr()] = (flat(t), written)
+    _memory[:] = by_address.values()
+    return used, back
+
+
+class Driver:
+    """As much of one as Triton needs to say what a launch would compile."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", ARCHITECTURE, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+
+triton.runtime.driver.set_active(Driver())
+
+
+@functools.cache
+def binder(kernel: Any) -> Any:
+    return kernel.create_binder()[-1]
+
+
+def check_specialization(kernel: Any, args: Sequence[Any], constants: dict[str, Any]) -> None:
+    """A launch with these arguments would use the binary that is executed here: none of them is special to it."""
+    _, specialization, _ = binder(kernel)(*args, **constants, **multi_tensor.OPTIONS)
+    given = [name for name in kernel.arg_names if name not in constants]
+    found = [what for what in specialization if what[0] != "constexpr"]
+    assert found == [(triton_offline.ARGUMENTS[name], None) for name in given], dict(zip(given, found, strict=True))
+
+
+@functools.cache
+def module(kernel: Any, constants: tuple[tuple[str, Any], ...]) -> tuple[Any, int]:
+    binary = triton_offline.compiled(kernel, dict(constants), ARCHITECTURE)
+    loaded = Module(binary.asm["ptx"])
+    assert not loaded.unsupported(), loaded.unsupported()
+    return loaded, binary.metadata.shared
+
+
+def run(kernel: Any, device: torch.device, programs: int, args: Sequence[Any], constants: dict[str, Any]) -> None:
+    check_specialization(kernel, args, constants)
+    loaded, shared = module(kernel, tuple(sorted(constants.items())))
+    (name,) = loaded.names()
+    parameters = len(loaded.info(name)["params"])
+    writable = "stats" if kernel.__name__ == "finish_kernel" else "partials"
+    own = [
+        (arg, label == writable) for label, arg in zip(kernel.arg_names, args, strict=False) if isinstance(arg, Tensor)
+    ]
+    statistics = loaded.launch(
+        name, programs, 32 * multi_tensor.OPTIONS["num_warps"], [*args, *[None] * (parameters - len(args))],
+        bufs=[*_memory, *own], dyn=shared, check=2,
+    )  # fmt: skip
+    assert not statistics["reports"], statistics["reports"]
+    launches.append({"kernel": name, **statistics})
+
+
+multi_tensor._prepare = prepare
+multi_tensor.run = run
+# Around blocks, tails and chunks.
+op_db.SIZES = (0, 1, 3, 127, 128, 129, 1023, 1024, 1025, 8191, 8192, 8193, 17000)

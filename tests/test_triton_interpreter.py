@@ -1,0 +1,49 @@
+"""The op table on the Triton kernels in Triton's interpreter, on the CPU; and what these tests would catch."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from triton_processes import FLOAT32, MISSING, TESTS, run_pytest
+
+pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+
+ERRORS = "wrong_argument and (perturb_ or grad_norm)"
+# (file, formula, the same formula broken, a test that sees it)
+BROKEN = [
+    ("sam_math.py", "tl.fma(scale, g, w)", "tl.fma(-scale, g, w)", "perturb_-negative_rho-float32-triton"),
+    ("sam_math.py", "one_minus_gamma * g1", "gamma * g1", "restore_-gamma_0-float32-triton"),
+    ("sam_math.py", "tl.fma(momentum, buf, g)", "tl.fma(momentum, g, buf)", "sgd_step_-nesterov-float32-triton"),
+    ("sam_math.py", "bias2_sqrt) + eps", "bias2_sqrt + eps)", "adam_step_-groups-float32-triton"),
+    ("traversal.py", "offsets < count, 0.0", "offsets < count - 1, 0.0", "grad_norm-small-float32-triton"),
+]
+
+
+def test_op_table_and_errors() -> None:
+    """float32 here; all dtypes, and mixed ones, are run from PTX."""
+    files = (TESTS / "test_ops.py", TESTS / "test_ops_errors.py")
+    done = run_pytest("interpreted", *files, "-k", f"triton and ({FLOAT32} or {ERRORS})")
+    assert done.get("passed", 0) > 200 and set(done) == {"passed"}
+
+
+@pytest.fixture(scope="module")
+def broken_copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The package with every formula of BROKEN broken."""
+    copy = tmp_path_factory.mktemp("broken")
+    for name in ("kernels", "rst_fused", "tests"):
+        shutil.copytree(TESTS.parent / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (copy / "csrc").mkdir()  # marks a checkout
+    for file, formula, wrong, _ in BROKEN:
+        path = copy / "kernels" / file
+        text = path.read_text(encoding="utf-8")
+        assert formula in text, f"{formula!r} is not in {file}"
+        path.write_text(text.replace(formula, wrong), encoding="utf-8")
+    return copy
+
+
+def test_broken_formulas_are_caught(broken_copy: Path) -> None:
+    ids = [f"tests/test_ops.py::test_against_oracle[{test}]" for *_, test in BROKEN]
+    done = run_pytest("interpreted", *ids, folder=broken_copy)
+    assert done == {"failed": len(BROKEN)}

@@ -1,0 +1,62 @@
+"""The Triton kernels as a GPU gets them, without a GPU: compiled offline, and their PTX executed over the op table."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from triton_processes import MISSING, MIXED, SIMULATOR, TESTS, run_pytest, run_python
+
+NO_SIMULATOR = None if os.environ.get(SIMULATOR) else f"{SIMULATOR} does not name the folder of a PTX interpreter"
+pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+simulated = pytest.mark.skipif(NO_SIMULATOR is not None, reason=str(NO_SIMULATOR))
+MOST_REGISTERS = 128  # with 128 threads that lets 4 programs, and 64 KiB of loads, be under way on a multiprocessor
+MOST_SECONDS = 20.0  # for one kernel; 0.2 to 0.7 on a machine that does nothing else
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Kernels that both tests need are compiled once, and none comes from an earlier run."""
+    return str(tmp_path_factory.mktemp("triton"))
+
+
+@pytest.fixture(scope="module")
+def report(cache: str, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    path: Path = tmp_path_factory.mktemp("report") / "report.json"
+    done = run_python(TESTS / "triton_offline.py", path, TRITON_CACHE_DIR=cache)
+    assert done.returncode == 0, done.stderr
+    print(done.stdout)
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_every_architecture_compiles_without_spills(report: list[dict[str, Any]]) -> None:
+    """A stack frame may hold what a call of division needs, never a register that had to go."""
+    assert {row["sm"] for row in report} == {80, 90, 100}
+    assert [row for row in report if row["spills"]] == []
+    assert [row for row in report if row["registers"] > MOST_REGISTERS] == []
+
+
+def test_all_streams_have_16_byte_accesses(report: list[dict[str, Any]]) -> None:
+    rows = [row for row in report if row["kernel"] != "grad_norm finish"]
+    assert [row for row in rows if 16 not in row["ld"]] == []
+    assert [row for row in rows if 16 not in row["st"] and not row["kernel"].startswith("grad_norm")] == []
+
+
+def test_only_sums_use_shared_memory(report: list[dict[str, Any]]) -> None:
+    """Elsewhere it would mean that threads exchange numbers, because accesses do not fit each other."""
+    assert [row for row in report if row["shared"] and not row["kernel"].startswith("grad_norm")] == []
+
+
+def test_compile_time(report: list[dict[str, Any]]) -> None:
+    assert [row for row in report if row["seconds"] > MOST_SECONDS] == []
+
+
+@simulated
+def test_op_table(cache: str) -> None:
+    files = (TESTS / "test_ops.py", TESTS / "triton_checks.py", TESTS / "test_stochastic_rounding.py")
+    chosen = f"triton and {MIXED} or triton_checks or agree_bit_for_bit"
+    done = run_pytest("executed_ptx", *files, "-k", chosen, TRITON_CACHE_DIR=cache)
+    assert done.get("passed", 0) > 300 and set(done) == {"passed"}

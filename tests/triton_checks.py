@@ -1,0 +1,140 @@
+"""What the op table cannot say of the Triton kernels as a GPU gets them: bytes, widths, bits, capture by torch.compile.
+
+Collected by test_triton_ptx alone, in a process where the plugin executed_ptx runs the kernels' PTX.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import executed_ptx
+import op_db
+import pytest
+import torch
+from op_db import OPS
+from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+
+from rst_fused import ops
+from rst_fused.kernels import multi_tensor
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+CHUNK = multi_tensor.CHUNK.value
+HEADER = 24 * 8 * 128  # bytes a program may read of tables and numbers: 24 of them, by each of its threads
+of_dtypes = pytest.mark.parametrize("dtype", op_db.DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+
+
+# --- bytes and widths -----------------------------------------------------------------------------------------------
+# (op, dtype, lists, options) -> bytes read and written per parameter, of them in 16-byte accesses: all but those named.
+TRAFFIC = [
+    ("grad_norm", torch.float32, (), {}, 4, 0),
+    ("grad_norm", torch.bfloat16, (), {}, 2, 0),
+    ("grad_norm", torch.float32, ("params",), {"adaptive": True}, 8, 0),
+    ("perturb_", torch.float32, (), {}, 8, 8),
+    ("perturb_", torch.float64, (), {}, 16, 16),
+    ("perturb_", torch.bfloat16, (), {}, 4, 4),
+    ("perturb_", torch.float16, ("masters",), {}, 6, 2),
+    ("perturb_", torch.complex64, (), {"adaptive": True}, 16, 16),
+    ("restore_", torch.float32, (), {}, 4, 4),
+    ("restore_", torch.bfloat16, ("masters",), {}, 4, 2),
+    ("restore_sgd_step_", torch.float32, ("momentum_buffers",), {"momentum": 0.9}, 12, 8),
+    ("restore_sgd_step_", torch.float32, ("momentum_buffers", "first_grads"), {"momentum": 0.9, "gamma": 2.0}, 16, 8),
+    ("restore_sgd_step_", torch.bfloat16, ("momentum_buffers",), {"momentum": 0.9}, 6, 4),
+    ("restore_adam_step_", torch.float32, (), {}, 16, 12),
+    ("restore_adam_step_", torch.float32, ("first_grads",), {"gamma": 2.0}, 20, 12),
+]  # fmt: skip
+
+
+def run_aligned(op: str, dtype: torch.dtype, lists: tuple[str, ...], options: dict[str, Any], n: int) -> dict[str, Any]:
+    """The statistics of the launch that does the work, on two tensors of ``n`` parameters."""
+    spec, place = op_db.Spec("traffic", "small", lists, options), op_db.dense((n,))
+    layouts = dict(op_db.LAYOUTS)
+    try:
+        op_db.LAYOUTS["small"] = lambda name: [place, place]
+        sample = op_db.build(OPS[op], spec, str(dtype).removeprefix("torch."))
+    finally:
+        op_db.LAYOUTS.update(layouts)
+    assert all(t.data_ptr() % 16 == 0 for tensors in sample.lists.values() for t in tensors)
+    executed_ptx.launches.clear()
+    sample.run(op, "triton")
+    return executed_ptx.launches[0]
+
+
+@pytest.mark.parametrize(
+    ("op", "dtype", "lists", "options", "read", "written"), TRAFFIC,
+    ids=[f"{op}-{dtype}-{'-'.join(lists)}" for op, dtype, lists, *_ in TRAFFIC],
+)  # fmt: skip
+def test_bytes_per_parameter_and_16_byte_accesses(
+    op: str, dtype: torch.dtype, lists: tuple[str, ...], options: dict[str, Any], read: int, written: int
+) -> None:
+    """The least that can be moved is what is moved, 16 bytes at a time; besides, programs read tables and numbers."""
+    n = 2 * CHUNK
+    launch = run_aligned(op, dtype, lists, options, n)
+    programs = 2 * n * (2 if dtype.is_complex else 1) // CHUNK
+    wide = {kind: 16 * launch[f"{kind}_width"].get(16, 0) for kind in ("ld", "st")}
+    assert wide == {"ld": read * 2 * n, "st": written * 2 * n}
+    assert launch["ld_bytes"] - wide["ld"] <= programs * HEADER
+    assert launch["st_bytes"] - wide["st"] <= (8 * programs if op == "grad_norm" else 0)
+
+
+def test_state_beside_masters_moves_in_16_bytes() -> None:
+    """There 16-bit gradients and parameters take 8 bytes at a time, and no number passes through shared memory."""
+    launch = run_aligned("restore_adam_step_", torch.bfloat16, ("masters",), {}, 2 * CHUNK)
+    n = 4 * CHUNK
+    assert 16 * launch["ld_width"][16] == 12 * n and 16 * launch["st_width"][16] == 12 * n
+    assert 8 * launch["st_width"][8] == 2 * n and launch["bar"] == 0
+
+
+# --- bits -----------------------------------------------------------------------------------------------------------
+BITWISE = [
+    (op, name, kind)
+    for op, names in {
+        "perturb_": ("stochastic", "asam_sizes", "apart", "negative_rho"),
+        "restore_": ("gaps", "gamma_groups"),
+        "restore_sgd_step_": ("sizes", "nesterov", "gamma_amp"),
+        "restore_adam_step_": ("sizes", "groups_adamw", "gamma_amp"),
+    }.items()
+    for name in names for kind in ("float32", "float64", "bfloat16", "float16", "complex64")
+]  # fmt: skip
+
+
+@pytest.mark.skipif("cpu" not in op_db.BACKEND_IDS, reason="the C++ extension is not built")
+@pytest.mark.parametrize(("op", "name", "kind"), BITWISE)
+def test_same_bits_as_the_cpu_kernels(op: str, name: str, kind: str) -> None:
+    """Where formulas round at the same places there is one result."""
+    sample = op_db.build(OPS[op], op_db.spec_of(op, name), kind)
+    results = [sample.copied() for _ in range(2)]
+    for result, backend in zip(results, ("cpu", "triton"), strict=True):
+        result.run(op, backend)
+    for list_name in results[0].lists:
+        for i, (a, b) in enumerate(zip(*(r.lists[list_name] for r in results), strict=True)):
+            assert op_db.same_bits(a, b), f"{list_name}[{i}]"
+
+
+@of_dtypes
+def test_norm_is_that_of_the_cpu_kernels(dtype: torch.dtype) -> None:
+    g = [op_db.make("grads", i, op_db.dense((n,)), dtype, "cpu") for i, n in enumerate(op_db.SIZES)]
+    ours = [ops.grad_norm(g, backend="triton") for _ in range(2)]
+    assert op_db.same_bits(*ours)
+    torch.testing.assert_close(ours[0], ops.grad_norm(g), rtol=2.0**-24, atol=0)
+
+
+# --- torch.compile --------------------------------------------------------------------------------------------------
+def test_compiled_code_calls_one_op_and_clones_nothing() -> None:
+    graphs: list[Any] = []
+
+    def record(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    def step(w: list[Tensor], g: list[Tensor], backups: list[Tensor], stats: Tensor) -> None:
+        ops.perturb_(w, g, backups, stats, rho=0.1, backend="triton")
+
+    w = [torch.randn(40), torch.randn(7, 5)]
+    g, backups, before = [torch.ones_like(t) for t in w], [torch.zeros_like(t) for t in w], [t.clone() for t in w]
+    compiled = torch.compile(step, backend=aot_autograd(fw_compiler=record), fullgraph=True)
+    compiled(w, g, backups, ops.grad_norm(g, backend="triton"))
+    targets = [str(node.target) for graph in graphs for node in graph.graph.nodes if node.op == "call_function"]
+    assert sum("rst_fused_triton.perturb_" in t or "auto_functionalized" in t for t in targets) == 1, targets
+    for t, old, saved in zip(w, before, backups, strict=True):
+        assert not torch.equal(t, old) and torch.equal(saved, old)
