@@ -109,8 +109,9 @@ def test_updates_within_two_ulp_of_the_cpu_kernels(dtype: torch.dtype, backend: 
 
 
 @every_backend
-def test_nothing_waits_for_the_gpu(backend: str) -> None:
-    params = parameters(F32, "cuda")
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_nothing_waits_for_the_gpu(dtype: torch.dtype, backend: str) -> None:
+    params = parameters(dtype, "cuda")
     opt = RST(params, lr=0.1, momentum=0.9, schedule=0.5, backend=backend)
     take_steps(opt, params, 4)
     grads = [gradients(params, seed) for seed in range(8)]
@@ -132,10 +133,11 @@ def test_runs_on_the_current_stream(backend: str) -> None:
     take_steps(opt, params, 2)
     before = params[1].detach().clone()
     grads = gradients(params, 1)
+    assert torch.equal(before, before)  # its kernel is loaded now, which may wait for all streams
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(50_000_000)
+        torch.cuda._sleep(500_000_000)
         attach(params, grads)
         opt.perturb(False)
         opt.step()
@@ -161,7 +163,9 @@ def captured(opt: RST, loss: Callable[[], torch.Tensor], sam: bool) -> torch.cud
 @every_backend
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize(
-    "options", [{"momentum": 0.9}, {"base": "adamw", "capturable": True}, {"gamma": 2.0}], ids=["sgd", "adamw", "grst"]
+    "options",
+    [{"momentum": 0.9}, {"base": "adamw", "capturable": True}, {"gamma": 2.0}, {"schedule": 1.0}],
+    ids=["sgd", "adamw", "grst", "sam"],
 )
 def test_replayed_graphs_are_the_eager_steps(options: dict[str, Any], dtype: torch.dtype, backend: str) -> None:
     results = []
@@ -169,23 +173,23 @@ def test_replayed_graphs_are_the_eager_steps(options: dict[str, Any], dtype: tor
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 8)).to("cuda", dtype)
         x = torch.randn(16, 32, device="cuda", dtype=dtype)
-        opt = RST(model.parameters(), lr=0.05, schedule=0.5, seed=3, backend=backend, **options)
+        opt = RST(model.parameters(), **{"lr": 0.05, "schedule": 0.5, "seed": 3, "backend": backend, **options})
 
         def loss(model: nn.Module = model, x: torch.Tensor = x) -> torch.Tensor:
             return model(x).square().mean()
 
-        def step(opt: RST = opt, loss: Callable[[], torch.Tensor] = loss) -> None:
+        def step(fire: bool | None = None, opt: RST = opt, loss: Callable[[], torch.Tensor] = loss) -> None:
             opt.zero_grad()
             loss().backward()
-            if opt.perturb():
+            if opt.perturb(fire):
                 loss().backward()
             opt.step()
 
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            for _ in range(3):
-                step()
+            for fire in (False, True, True):
+                step(fire)
         torch.cuda.current_stream().wait_stream(side)
         if graphs:
             by_draw = {sam: captured(opt, loss, sam) for sam in (False, True)}
@@ -226,8 +230,9 @@ def test_adam_in_a_graph_must_be_capturable(backend: str) -> None:
 @every_backend
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_compiled_steps_are_the_eager_steps(mode: str, backend: str) -> None:
-    results = []
+    results: list[list[torch.Tensor]] = []
     for compiled in (False, True):
+        results.append([])
         torch._dynamo.reset()
         params = parameters(F32, "cuda")
         opt = RST(params, lr=0.05, momentum=0.9, schedule=0.5, backend=backend)
@@ -238,8 +243,9 @@ def test_compiled_steps_are_the_eager_steps(mode: str, backend: str) -> None:
         for t in range(6):
             attach(params, gradients(params, 2 * t))
             if perturb(opt.draw()):
+                results[-1] += [p.detach().clone() for p in params]
                 attach(params, gradients(params, 2 * t + 1))
             update()
-        results.append([p.detach().clone() for p in params])
+        results[-1] += [p.detach().clone() for p in params]
     for eager, other in zip(*results, strict=True):
         assert op_db.same_bits(eager, other)
