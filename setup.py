@@ -21,6 +21,7 @@ import sys
 import tempfile
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
 from typing import IO
@@ -171,19 +172,21 @@ class Cuda:
         newest_header = max(os.path.getmtime(path) for path in headers)
         flags = [*NVCC_FLAGS, *self.defines, *self.code_flags()]
         key = f"{zlib.crc32(' '.join(flags).encode()):08x}"
-        paths = []
-        for source in sorted(glob("csrc/cuda/*.cu")):
+
+        def compiled(source: str) -> str:
             target = os.path.join(folder, f"{Path(source).stem}.{key}.o")
-            paths.append(target)
             if os.path.exists(target) and os.path.getmtime(target) > max(newest_header, os.path.getmtime(source)):
-                continue
-            command = [self.nvcc, *flags, "--threads=0", "-c", source, "-o", target]
+                return target
+            command = [self.nvcc, *flags, "-c", source, "-o", target]
             print(" ".join(command), flush=True)
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode != 0:
                 raise RuntimeError(f"nvcc failed on {source}:\n{done.stdout}{done.stderr}")
             Path(target).with_suffix(".txt").write_text(done.stderr)  # registers and stack of every kernel
-        return paths
+            return target
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            return list(pool.map(compiled, sorted(glob("csrc/cuda/*.cu"))))
 
 
 def cuda() -> Cuda | None:

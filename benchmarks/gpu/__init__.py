@@ -59,7 +59,8 @@ def planned(args: argparse.Namespace, folder: Path) -> list[Stage]:
     everything = [
         # A rehearsal goes through setup.py but compiles nothing: its machine need not have the compilers.
         Stage("build", [python, "setup.py", "build_ext", "--inplace"], 0.40,
-              {"RST_FUSED_BUILD_EXTENSION": "0" if rehearses else "1"}),
+              {"RST_FUSED_BUILD_EXTENSION": "0"} if rehearses else
+              {"RST_FUSED_BUILD_EXTENSION": "1", **environment.architecture()}),
         # On a GPU it would be a mistake if no test were selected; on the CPU it may be so.
         Stage("tests", pytest, 0.35, accepted=(0, NO_TESTS) if rehearses else (0,),
               meanings={NO_TESTS: "no test was selected"}),

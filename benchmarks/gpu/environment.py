@@ -46,6 +46,11 @@ def clocks() -> dict[str, str]:
     return _query(CLOCK_FIELDS)
 
 
+def architecture() -> dict[str, str]:
+    """The variable that makes a build compile for the GPU at hand alone; empty where nvidia-smi does not say which."""
+    return _query({"compute_cap": "TORCH_CUDA_ARCH_LIST"})
+
+
 def nvcc_version() -> str | None:
     nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
     text = _output(nvcc, "--version") if nvcc else None
