@@ -42,9 +42,22 @@ class Backend:
     device_types: tuple[str, ...] | None
     ops: Any
     plans: str = ""  # which kernels a launch plan runs, "cpu" or "gpu"; none: every step goes through the ops
+    architectures: str = ""  # for which GPUs there is code, "8.0/9.0/10.0+PTX"; none: for all
 
     def supports(self, device: torch.device) -> bool:
-        return self.device_types is None or device.type in self.device_types
+        if self.device_types is not None and device.type not in self.device_types:
+            return False
+        return not self.architectures or covers(self.architectures, torch.cuda.get_device_capability(device))
+
+
+def covers(architectures: str, capability: tuple[int, int]) -> bool:
+    """Whether a GPU runs such code: machine code of its generation that is not newer, or PTX that is not newer."""
+    for entry in architectures.split("/"):
+        number, _, ptx = entry.partition("+")
+        major, minor = (int(part) for part in number.rstrip("af").split("."))
+        if (major == capability[0] and minor <= capability[1]) or (ptx and (major, minor) <= capability):
+            return True
+    return False
 
 
 _host: Any = None
@@ -142,7 +155,8 @@ def _cuda() -> Backend:
         missing = "this torch cannot be asked for its current CUDA stream (aoti_torch_get_current_cuda_stream)"
     if missing:
         return Backend("cuda", False, missing, ("cuda",), None)
-    return Backend("cuda", True, f"CUDA {_host.build_info()['CUDA']}", ("cuda",), _ops(NAMESPACE), "gpu")
+    built = _host.build_info()["CUDA"]
+    return Backend("cuda", True, f"CUDA {built}", ("cuda",), _ops(NAMESPACE), "gpu", built.split()[-1])
 
 
 _CUDA = _cuda()
@@ -170,8 +184,10 @@ def backend_for(requested: str, device: torch.device) -> Backend:
     if not found.available:
         raise RuntimeError(f"backend={requested!r} was asked for but {found.reason}")
     if not found.supports(device):
+        built = f", built for {found.architectures}," if found.architectures else ""
         raise ValueError(
-            f"backend={requested!r} runs on {found.device_types}, but a parameter is on {device}; use backend='auto'"
+            f"backend={requested!r}{built} runs on {found.device_types}, but a parameter is on {device}; "
+            "use backend='auto'"
         )
     return found
 

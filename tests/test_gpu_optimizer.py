@@ -12,6 +12,7 @@ import torch
 from test_gpu_kernels import MISSING, kernels  # noqa: F401
 
 from rst_fused import RST
+from rst_fused._backends import covers
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -198,3 +199,12 @@ def test_a_model_that_moved_is_named() -> None:
     p.grad = torch.ones(5)
     with pytest.raises(RuntimeError, match="parameter 0 of group 0 is on cpu, but the optimizer was made for meta"):
         opt.step()
+
+
+@pytest.mark.parametrize(
+    ("capability", "runs"),
+    [((7, 5), False), ((8, 0), True), ((8, 9), True), ((9, 0), True), ((10, 3), True), ((12, 0), True)],
+)
+def test_which_gpus_the_code_is_for(capability: tuple[int, int], runs: bool) -> None:
+    assert covers("8.0/9.0/10.0+PTX", capability) == runs
+    assert covers("9.0a", capability) == (capability[0] == 9)
