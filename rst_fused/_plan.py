@@ -68,10 +68,10 @@ class Plans:
         if rule.name == "sgd":
             self._plan.sgd_step(rows, flags[1], flags[2], mixing)
         else:
-            torch._foreach_add_(self._lists.steps, 1)
             for row, step in zip(rows, self._lists.steps, strict=True):
-                row.append(float(step))
+                row.append(float(step) + 1)
             self._plan.adam_step(rows, flags[1], flags[2], mixing)
+            torch._foreach_add_(self._lists.steps, 1)  # after the step, which may fail
         return True
 
     def restore(self, opt: Core) -> None:

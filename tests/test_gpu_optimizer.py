@@ -135,14 +135,16 @@ def test_a_failing_launch_brings_the_weights_back(
     simulator: gpu_simulator.Simulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     params = parameters(F32)
+    opt = RST(params, base="adam", lr=0.05, schedule=1.0, backend="simulated")
+    take_steps(opt, params, 1)
     before = [p.detach().clone() for p in params]
-    opt = RST(params, lr=0.05, schedule=1.0, backend="simulated")
     give_grads(params, 0)
     assert opt.perturb()
     give_grads(params, 1)
     monkeypatch.setattr(simulator, "options", {"max_ins": 1})
     with pytest.raises(RuntimeError):
         opt.step()
+    assert opt.state[params[0]]["step"] == 1
     monkeypatch.undo()
     opt.restore()
     assert all(op_db.same_bits(p.detach(), w) for p, w in zip(params, before, strict=True))
