@@ -11,7 +11,10 @@ import gpu_simulator
 import op_db
 import oracle
 import pytest
+import torch
 from test_ops import CASES, check_lists
+
+from rst_fused import ops
 
 MISSING = gpu_simulator.missing()
 pytestmark = [
@@ -50,3 +53,12 @@ def test_against_oracle(
         expected = op.oracle(**sample.lists, **sample.options)
     check_lists(op, sample, after, expected, sample.options.get("stochastic_rounding", True))
     assert simulator.launches or all(t.numel() == 0 for tensors in sample.lists.values() for t in tensors)
+
+
+def test_parameters_that_require_grad_and_lie_otherwise_than_their_gradients(
+    simulator: gpu_simulator.Simulator,
+) -> None:
+    """The copies that kernels work on come back into a leaf of autograd's graph."""
+    p = torch.nn.Parameter(torch.ones(3, 4))
+    ops.sgd_step_([p], [torch.arange(12.0).view(4, 3).t()], None, lr=1.0, backend="simulated")
+    assert torch.equal(p.detach(), 1 - torch.arange(12.0).view(4, 3).t())
