@@ -128,7 +128,10 @@ bool Plan::fits(size_t index) {
   Entry& entry = entries_[index];
   const TensorFacts& grad = grads_[index];
   const int ndim = static_cast<int>(entry.sizes.size());
-  if (grad.dtype != entry.dtype || grad.device != device_ || grad.ndim != ndim || !equal(grad.sizes, entry.sizes.data(), ndim)) return false;
+  if (grad.dtype != entry.dtype || grad.device != device_ || grad.ndim != ndim ||
+      !equal(grad.sizes, entry.sizes.data(), ndim)) {
+    return false;
+  }
   const bool known = entry.placed && equal(grad.strides, entry.grad_strides.data(), ndim);
   if (known && !table_.chunks.empty()) {
     table_.tensors[index].data[kGrad] = grad.data;
@@ -158,8 +161,13 @@ void Plan::place_all() {
     }
     place(table_.tensors[i], views);
   }
+  cut();
+}
+
+void Plan::cut() {
   table_.cut();
-  alike_ = !gpu_ || std::none_of(table_.tensors.begin(), table_.tensors.end(), [](const Tensor& t) { return t.strided(); });
+  const auto& tensors = table_.tensors;
+  alike_ = !gpu_ || std::none_of(tensors.begin(), tensors.end(), [](const Tensor& t) { return t.strided(); });
 }
 
 bool Plan::same_parameters(const py::list& groups) const {

@@ -76,6 +76,8 @@ class Plan {
   bool companions_in_place(bool updating);
   bool fits(size_t index);
   void place_all();
+  // Cuts the table once every tensor has its place.
+  void cut();
   template <class Run>
   void run(Run run);
   template <class Step>

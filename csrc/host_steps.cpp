@@ -1,8 +1,6 @@
 // The steps of a launch plan, once its gradients are taken: norm and perturbation, update, restore.
 #include "host_plan.h"
 
-#include <algorithm>
-
 namespace rst {
 
 // A table so small that taking turns with other threads of Python would cost more than it lets them do.
@@ -86,10 +84,8 @@ bool Plan::restore() {
     for (Stream s : {kParam, kBackup, kMaster}) views[s] = views_[i][s];
     place(table_.tensors[i], views);
   }
-  table_.cut();
-  if (gpu_ && std::any_of(table_.tensors.begin(), table_.tensors.end(), [](const Tensor& t) { return t.strided(); })) {
-    return false;
-  }
+  cut();
+  if (!alike_) return false;
   core().bump_versions(held_, count());
   ops_.restore(table_, Call{}, device_);
   HeldTensors dropped(hand_over());

@@ -143,7 +143,7 @@ class Plans:
         if any(group.get("capturable") for group in opt.param_groups):
             return  # step counts on the GPU, which a plan would wait for
         if any(p.is_complex() for p in params):
-            return  # DLPack does not tell a gradient that is a conjugate view
+            return  # a plan does not see that a gradient is a conjugate view
         if opt.rule is not None and any(opt.rule.splits_fresh(group) for group in opt.param_groups):
             return
         lists = _engine.Lists()

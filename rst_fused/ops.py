@@ -4,7 +4,7 @@ Common to all: every list has one tensor per parameter; dtypes float32, float64,
 complex128 may be mixed in one call; tensors may be non-contiguous (not expanded, where written); all companions of a
 parameter share its shape, dtype and device, but for state beside a master copy, which is float32. Numbers may be one
 for all parameters or a sequence with one per group of consecutive parameters, whose lengths ``group_sizes`` gives.
-Results are in place. ``backend`` is "auto", "cpu", "triton" or "reference".
+Results are in place. ``backend`` is "auto", "cuda", "cpu", "triton" or "reference".
 
 Errors: ValueError names the argument that does not fit, before anything is changed; RuntimeError for a backend that is
 missing. The traffic given with each op is in bytes per fp32 parameter, the least that can be moved.

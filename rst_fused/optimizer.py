@@ -49,7 +49,7 @@ class RST(Core):
         gamma: weight of the second gradient: a number, a callable step -> gamma, or "match" for 1 / p(t).
         adaptive: ASAM (Kwon et al. 2021): e = rho T^2 g1 / ||T g1||, T = |w| + eta.
         seed: of the draws and of stochastic rounding, 0 <= seed < 2^63.
-        backend: "auto", "cpu", "triton" or "reference" (see rst_fused._backends).
+        backend: "auto", "cuda", "cpu", "triton" or "reference" (see rst_fused._backends).
         model: its BatchNorm statistics are left alone by the second pass of step(closure) and within second_pass().
         master_weights: keep fp32 copies of bfloat16/float16 parameters in the state and update those, with fp32 buffers
             and no backup. The next step overwrites what others write into such parameters.

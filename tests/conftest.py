@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import gpu_simulator
 import pytest
 import torch
 
@@ -15,3 +16,16 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> gpu_simulator.Simulator:
+    """All GPU kernels, translated to PTX."""
+    return gpu_simulator.Simulator(gpu_simulator.compile_ptx(tmp_path_factory.mktemp("ptx")))
+
+
+@pytest.fixture
+def simulator(kernels: gpu_simulator.Simulator, monkeypatch: pytest.MonkeyPatch) -> Iterator[gpu_simulator.Simulator]:
+    """Backend "simulated", for the time of a test."""
+    with gpu_simulator.simulated(kernels, monkeypatch):
+        yield kernels

@@ -46,6 +46,9 @@ def missing() -> str | None:
     return None
 
 
+needed = pytest.mark.skipif(missing() is not None, reason=f"GPU kernels cannot be simulated: {missing()}")
+
+
 class Common(ctypes.Structure):
     _fields_ = [
         ("rows", ctypes.c_double * (ROWS * NUMBERS)), ("device_rows", ctypes.c_void_p),
@@ -86,6 +89,14 @@ def compile_ptx(folder: Path, architecture: str = "sm_90", csrc: Path = ROOT / "
     return made
 
 
+def decoded(kernel: str, data: bytes) -> tuple[str, Any]:
+    """The op of a launch, and its arguments."""
+    op = next(name for name in STREAMS if kernel.startswith(f"rst_{name}"))
+    args = args_type(len(STREAMS[op])).from_buffer_copy(data)
+    assert ctypes.sizeof(args) == len(data), "the structures of this file are not those of csrc/cuda/args.h"
+    return op, args
+
+
 class Simulator:
     """Runs launches, and keeps what the interpreter counted and reported."""
 
@@ -101,12 +112,9 @@ class Simulator:
         self.launches: list[tuple[str, int, Any, dict[str, Any]]] = []
 
     def launch(self, kernel: str, blocks: int, threads: int, data: bytes) -> None:
-        op = next(name for name in STREAMS if kernel.startswith(f"rst_{name}"))
-        streams = STREAMS[op]
-        args = args_type(len(streams)).from_buffer_copy(data)
-        assert ctypes.sizeof(args) == len(data), "the structures of this file are not those of csrc/cuda/args.h"
+        op, args = decoded(kernel, data)
         result = self.modules[self.kernels[kernel]].launch(
-            kernel, blocks, threads, [data], bufs=self._memory(op, kernel, streams, args), **self.options
+            kernel, blocks, threads, [data], bufs=self._memory(op, kernel, STREAMS[op], args), **self.options
         )
         self.launches.append((kernel, blocks, args, result))
         assert not result["reports"], result["reports"]

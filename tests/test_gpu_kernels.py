@@ -5,8 +5,6 @@ Bounds are those of every single tensor, so guard bytes are everywhere; races, m
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import gpu_simulator
 import op_db
 import oracle
@@ -16,22 +14,7 @@ from test_ops import CASES, check_lists
 
 from rst_fused import ops
 
-MISSING = gpu_simulator.missing()
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    pytest.mark.skipif(MISSING is not None, reason=f"GPU kernels cannot be simulated: {MISSING}"),
-]
-
-
-@pytest.fixture(scope="session")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> gpu_simulator.Simulator:
-    return gpu_simulator.Simulator(gpu_simulator.compile_ptx(tmp_path_factory.mktemp("ptx")))
-
-
-@pytest.fixture
-def simulator(kernels: gpu_simulator.Simulator, monkeypatch: pytest.MonkeyPatch) -> Iterator[gpu_simulator.Simulator]:
-    with gpu_simulator.simulated(kernels, monkeypatch):
-        yield kernels
+pytestmark = [pytest.mark.usefixtures("one_thread"), gpu_simulator.needed]
 
 
 def test_every_instruction_is_known(kernels: gpu_simulator.Simulator) -> None:

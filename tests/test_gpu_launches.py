@@ -11,27 +11,14 @@ import gpu_simulator
 import op_db
 import pytest
 import torch
-from test_gpu_kernels import MISSING, kernels  # noqa: F401
 from torch import Tensor
 
 from rst_fused import _backends, ops
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    pytest.mark.skipif(MISSING is not None, reason=f"GPU kernels cannot be simulated: {MISSING}"),
-]
+pytestmark = [pytest.mark.usefixtures("one_thread"), gpu_simulator.needed]
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 HALVES = (BF16, F16)
 N = 40_000  # elements: two whole chunks and a part
-
-
-@pytest.fixture
-def simulator(
-    kernels: gpu_simulator.Simulator,  # noqa: F811
-    monkeypatch: pytest.MonkeyPatch,
-) -> Iterator[gpu_simulator.Simulator]:
-    with gpu_simulator.simulated(kernels, monkeypatch):
-        yield kernels
 
 
 @pytest.fixture
@@ -43,9 +30,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, int, A
         launches: list[Any] = []
 
         def launch(self, kernel: str, blocks: int, threads: int, data: bytes) -> None:
-            op = next(name for name in gpu_simulator.STREAMS if kernel.startswith(f"rst_{name}"))
-            args = gpu_simulator.args_type(len(gpu_simulator.STREAMS[op])).from_buffer_copy(data)
-            launches.append((kernel, blocks, args))
+            launches.append((kernel, blocks, gpu_simulator.decoded(kernel, data)[1]))
 
     with gpu_simulator.simulated(Recorder(), monkeypatch):  # type: ignore[arg-type]
         yield launches
@@ -176,7 +161,7 @@ def test_a_billion_elements(recorded: list[tuple[str, int, Any]]) -> None:
 
 @pytest.mark.parametrize("device_numbers", [False, True])
 def test_rows_of_hyperparameters(
-    device_numbers: bool, kernels: gpu_simulator.Simulator, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+    device_numbers: bool, kernels: gpu_simulator.Simulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """More groups than one launch holds; numbers by value, or read by the kernel as from the device."""
     rates = [0.1 * (i + 1) for i in range(20)]

@@ -10,16 +10,12 @@ import gpu_simulator
 import op_db
 import pytest
 import torch
-from test_gpu_kernels import MISSING, kernels  # noqa: F401
 from test_gpu_launches import aligned, tensors
 from torch import Tensor
 
 from rst_fused import ops
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    pytest.mark.skipif(MISSING is not None, reason=f"GPU kernels cannot be simulated: {MISSING}"),
-]
+pytestmark = [pytest.mark.usefixtures("one_thread"), gpu_simulator.needed]
 F64, BF16 = torch.float64, torch.bfloat16
 
 # (what is wrong, file, what stands there, what is put there, the kernels that show it)
@@ -92,7 +88,7 @@ def agrees(op: str, simulator: Any, monkeypatch: pytest.MonkeyPatch) -> bool:
 @pytest.mark.parametrize("op", ["grad_norm", "perturb", "restore", "sgd_step", "adam_step"])
 def test_kernels_as_they_are(
     op: str,
-    kernels: gpu_simulator.Simulator,  # noqa: F811
+    kernels: gpu_simulator.Simulator,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert agrees(op, kernels, monkeypatch)

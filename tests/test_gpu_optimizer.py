@@ -2,33 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import gpu_simulator
 import op_db
 import pytest
 import torch
-from test_gpu_kernels import MISSING, kernels  # noqa: F401
 
 from rst_fused import RST
 from rst_fused._backends import covers
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    pytest.mark.skipif(MISSING is not None, reason=f"GPU kernels cannot be simulated: {MISSING}"),
-]
+pytestmark = [pytest.mark.usefixtures("one_thread"), gpu_simulator.needed]
 F32, BF16 = torch.float32, torch.bfloat16
 SHAPES = ((5, 7), (300,), (2, 3, 4, 4), ())
-
-
-@pytest.fixture
-def simulator(
-    kernels: gpu_simulator.Simulator,  # noqa: F811
-    monkeypatch: pytest.MonkeyPatch,
-) -> Iterator[gpu_simulator.Simulator]:
-    with gpu_simulator.simulated(kernels, monkeypatch):
-        yield kernels
 
 
 def parameters(dtype: torch.dtype) -> list[torch.nn.Parameter]:
