@@ -161,11 +161,7 @@ void perturb_(TensorList params, TensorList grads, TensorList backups, TensorLis
   check_numbers(op, "stats", target.where, stats, ScalarType::Double, kStats);
   check_length(op, "grads", grads.size(), params.size());
   if (masters.empty()) check_length(op, "backups", backups.size(), params.size());
-  const TensorList none;
-  const std::vector<Companion> companions{{kParam, "params", params, true},
-                                          {kGrad, "grads", grads, false},
-                                          {kBackup, "backups", masters.empty() ? backups : none, true},
-                                          {kMaster, "masters", masters, false}};
+  const Companions companions = perturb_lists(params, grads, backups, masters);
   Table table = make_table(op, target.where, params, companions, group_sizes);
   for (Tensor& tensor : table.tensors) tensor.index += first_index;
   Copies copies(table, params, companions);
@@ -194,12 +190,7 @@ void restore_(TensorList params, TensorList backups, TensorList masters, TensorL
   const Target target = target_of(op, params[0]);
   if (masters.empty()) check_length(op, "backups", backups.size(), params.size());
   if (!first_grads.empty()) check_length(op, "grads", grads.size(), params.size());
-  const TensorList none;
-  const std::vector<Companion> companions{{kParam, "params", params, true},
-                                          {kGrad, "grads", first_grads.empty() ? none : grads, true},
-                                          {kBackup, "backups", masters.empty() ? backups : none, false},
-                                          {kFirstGrad, "first_grads", first_grads, false},
-                                          {kMaster, "masters", masters, false}};
+  const Companions companions = restore_lists(params, backups, masters, grads, first_grads);
   Table table = make_table(op, target.where, params, companions, group_sizes);
   Copies copies(table, params, companions);
   DeviceNumbers device;
@@ -216,13 +207,7 @@ void restore_sgd_step_(TensorList params, TensorList grads, TensorList backups, 
   if (params.empty()) return;
   const Target target = target_of(op, params[0]);
   check_length(op, "grads", grads.size(), params.size());
-  const TensorList none;
-  const std::vector<Companion> companions{{kParam, "params", params, true},
-                                          {kGrad, "grads", grads, false},
-                                          {kBackup, "backups", masters.empty() ? backups : none, false},
-                                          {kFirstGrad, "first_grads", first_grads, false},
-                                          {kBuffer, "momentum_buffers", momentum_buffers, true},
-                                          {kMaster, "masters", masters, true}};
+  const Companions companions = sgd_lists(params, grads, backups, first_grads, momentum_buffers, masters);
   Table table = make_table(op, target.where, params, companions, group_sizes);
   Copies copies(table, params, companions);
   DeviceNumbers device;
@@ -259,14 +244,7 @@ void restore_adam_step_(TensorList params, TensorList grads, TensorList backups,
   check_length(op, "grads", grads.size(), params.size());
   check_length(op, "exp_avgs", exp_avgs.size(), params.size());
   check_length(op, "exp_avg_sqs", exp_avg_sqs.size(), params.size());
-  const TensorList none;
-  const std::vector<Companion> companions{{kParam, "params", params, true},
-                                          {kGrad, "grads", grads, false},
-                                          {kBackup, "backups", masters.empty() ? backups : none, false},
-                                          {kFirstGrad, "first_grads", first_grads, false},
-                                          {kBuffer, "exp_avgs", exp_avgs, true},
-                                          {kBuffer2, "exp_avg_sqs", exp_avg_sqs, true},
-                                          {kMaster, "masters", masters, true}};
+  const Companions companions = adam_lists(params, grads, backups, first_grads, exp_avgs, exp_avg_sqs, masters);
   Table table = make_table(op, target.where, params, companions, group_sizes);
   Copies copies(table, params, companions);
   DeviceNumbers device, counts;

@@ -52,13 +52,7 @@ void perturb_(TensorList params, TensorList grads, TensorList backups, TensorLis
   const double* rhos = numbers(op, "rho", rho, group_sizes.size());
   check_length(op, "grads", grads.size(), params.size());
   if (masters.empty()) check_length(op, "backups", backups.size(), params.size());
-  const TensorList none;
-  Table table = make_table(op, kCpu, params,
-                           {{kParam, "params", params, true},
-                            {kGrad, "grads", grads, false},
-                            {kBackup, "backups", masters.empty() ? backups : none, true},
-                            {kMaster, "masters", masters, false}},
-                           group_sizes);
+  Table table = make_table(op, kCpu, params, perturb_lists(params, grads, backups, masters), group_sizes);
   Call call;
   call.adaptive = adaptive;
   call.eta = eta;
@@ -75,14 +69,8 @@ void restore_(TensorList params, TensorList backups, TensorList masters, TensorL
   const char* op = "restore_";
   if (masters.empty()) check_length(op, "backups", backups.size(), params.size());
   if (!first_grads.empty()) check_length(op, "grads", grads.size(), params.size());
-  const TensorList none;
-  const Table table = make_table(op, kCpu, params,
-                                 {{kParam, "params", params, true},
-                                  {kGrad, "grads", first_grads.empty() ? none : grads, true},
-                                  {kBackup, "backups", masters.empty() ? backups : none, false},
-                                  {kFirstGrad, "first_grads", first_grads, false},
-                                  {kMaster, "masters", masters, false}},
-                                 group_sizes);
+  const Companions lists = restore_lists(params, backups, masters, grads, first_grads);
+  const Table table = make_table(op, kCpu, params, lists, group_sizes);
   Call call;
   if (!first_grads.empty()) call.gammas = numbers(op, "gamma", gamma, group_sizes.size());
   restore(table, call, torch_threads());
@@ -90,11 +78,7 @@ void restore_(TensorList params, TensorList backups, TensorList masters, TensorL
 
 void undo_only(const char* op, const TensorList& params, const TensorList& backups, const TensorList& masters) {
   if (backups.empty() && masters.empty()) return;
-  const TensorList none;
-  const Table table = make_table(op, kCpu, params,
-                                 {{kParam, "params", params, true},
-                                  {kBackup, "backups", masters.empty() ? backups : none, false},
-                                  {kMaster, "masters", masters, false}},
+  const Table table = make_table(op, kCpu, params, restore_lists(params, backups, masters, kNoTensors, kNoTensors),
                                  {static_cast<int64_t>(params.size())});
   restore(table, Call{}, torch_threads());
 }
@@ -104,15 +88,8 @@ void restore_sgd_step_(TensorList params, TensorList grads, TensorList backups, 
                        bool nesterov, bool maximize, OptionalTensor grad_scale, OptionalTensor found_inf) {
   const char* op = "restore_sgd_step_";
   check_length(op, "grads", grads.size(), params.size());
-  const TensorList none;
-  const Table table = make_table(op, kCpu, params,
-                                 {{kParam, "params", params, true},
-                                  {kGrad, "grads", grads, false},
-                                  {kBackup, "backups", masters.empty() ? backups : none, false},
-                                  {kFirstGrad, "first_grads", first_grads, false},
-                                  {kBuffer, "momentum_buffers", momentum_buffers, true},
-                                  {kMaster, "masters", masters, true}},
-                                 group_sizes);
+  const Companions lists = sgd_lists(params, grads, backups, first_grads, momentum_buffers, masters);
+  const Table table = make_table(op, kCpu, params, lists, group_sizes);
   Call call;
   const double* row = numbers(op, "hyper", hyper, 5 * group_sizes.size());
   std::vector<SgdRow> rows;
@@ -141,16 +118,8 @@ void restore_adam_step_(TensorList params, TensorList grads, TensorList backups,
   check_length(op, "grads", grads.size(), params.size());
   check_length(op, "exp_avgs", exp_avgs.size(), params.size());
   check_length(op, "exp_avg_sqs", exp_avg_sqs.size(), params.size());
-  const TensorList none;
-  const Table table = make_table(op, kCpu, params,
-                                 {{kParam, "params", params, true},
-                                  {kGrad, "grads", grads, false},
-                                  {kBackup, "backups", masters.empty() ? backups : none, false},
-                                  {kFirstGrad, "first_grads", first_grads, false},
-                                  {kBuffer, "exp_avgs", exp_avgs, true},
-                                  {kBuffer2, "exp_avg_sqs", exp_avg_sqs, true},
-                                  {kMaster, "masters", masters, true}},
-                                 group_sizes);
+  const Companions lists = adam_lists(params, grads, backups, first_grads, exp_avgs, exp_avg_sqs, masters);
+  const Table table = make_table(op, kCpu, params, lists, group_sizes);
   Call call;
   const double* row = numbers(op, "hyper", hyper, 6 * group_sizes.size());
   const double* step = numbers(op, "steps", steps, group_sizes.size());

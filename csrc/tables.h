@@ -68,4 +68,52 @@ inline Table make_table(const char* op, const Where& where, const TensorList& le
   return table;
 }
 
+// Which lists each op takes, for both faces. A master takes the place of a backup.
+using Companions = std::vector<Companion>;
+inline const TensorList kNoTensors;
+
+inline const TensorList& backups_or_none(const TensorList& backups, const TensorList& masters) {
+  return masters.empty() ? backups : kNoTensors;
+}
+
+inline Companions perturb_lists(const TensorList& params, const TensorList& grads, const TensorList& backups,
+                                const TensorList& masters) {
+  return {{kParam, "params", params, true},
+          {kGrad, "grads", grads, false},
+          {kBackup, "backups", backups_or_none(backups, masters), true},
+          {kMaster, "masters", masters, false}};
+}
+
+inline Companions restore_lists(const TensorList& params, const TensorList& backups, const TensorList& masters,
+                                const TensorList& grads, const TensorList& first_grads) {
+  return {{kParam, "params", params, true},
+          {kGrad, "grads", first_grads.empty() ? kNoTensors : grads, true},
+          {kBackup, "backups", backups_or_none(backups, masters), false},
+          {kFirstGrad, "first_grads", first_grads, false},
+          {kMaster, "masters", masters, false}};
+}
+
+inline Companions sgd_lists(const TensorList& params, const TensorList& grads, const TensorList& backups,
+                            const TensorList& first_grads, const TensorList& momentum_buffers,
+                            const TensorList& masters) {
+  return {{kParam, "params", params, true},
+          {kGrad, "grads", grads, false},
+          {kBackup, "backups", backups_or_none(backups, masters), false},
+          {kFirstGrad, "first_grads", first_grads, false},
+          {kBuffer, "momentum_buffers", momentum_buffers, true},
+          {kMaster, "masters", masters, true}};
+}
+
+inline Companions adam_lists(const TensorList& params, const TensorList& grads, const TensorList& backups,
+                             const TensorList& first_grads, const TensorList& exp_avgs, const TensorList& exp_avg_sqs,
+                             const TensorList& masters) {
+  return {{kParam, "params", params, true},
+          {kGrad, "grads", grads, false},
+          {kBackup, "backups", backups_or_none(backups, masters), false},
+          {kFirstGrad, "first_grads", first_grads, false},
+          {kBuffer, "exp_avgs", exp_avgs, true},
+          {kBuffer2, "exp_avg_sqs", exp_avg_sqs, true},
+          {kMaster, "masters", masters, true}};
+}
+
 }  // namespace rst
