@@ -33,26 +33,36 @@ Plan::Plan(bool gpu, py::list everything, py::list active, std::vector<int64_t> 
   grads_.resize(n);
   grad_handles_.resize(n);
   table_.tensors.resize(n);
+  std::vector<TensorFacts> facts(n);
+  size_t dims = 0;
+  for (size_t i = 0; i < n; ++i) {
+    if (!core().held_facts(held_, static_cast<int64_t>(i), facts[i]) || !core().describe(facts[i].dtype, table_.tensors[i])) {
+      throw py::value_error("a parameter is not an ordinary tensor");
+    }
+    dims += facts[i].ndim;
+  }
+  shapes_.resize(3 * dims);
+  int64_t* shape = shapes_.data();
   size_t row = 0;
   int64_t left = 0;
   for (size_t i = 0; i < n; ++i) {
     for (; left == 0; ++row) left = sizes.at(row);
     --left;
+    const TensorFacts& p = facts[i];
     Entry& entry = entries_[i];
-    TensorFacts p;
     Tensor& t = table_.tensors[i];
-    if (!core().held_facts(held_, static_cast<int64_t>(i), p) || !core().describe(p.dtype, t)) {
-      throw py::value_error("a parameter is not an ordinary tensor");
-    }
     device_ = p.device;
     entry.dtype = p.dtype;
-    entry.sizes.assign(p.sizes, p.sizes + p.ndim);
-    entry.strides.assign(p.strides, p.strides + p.ndim);
+    entry.ndim = p.ndim;
+    entry.shape = shape;
+    std::copy(p.sizes, p.sizes + p.ndim, shape);
+    std::copy(p.strides, p.strides + p.ndim, shape + p.ndim);
+    shape += 3 * p.ndim;
     t.state_dtype = masters[i] < 0 ? t.dtype : DType::Float;
     t.row = static_cast<int>(row) - 1;
     t.index = static_cast<int64_t>(i);
-    views_[i][kParam] = {p.data, p.ndim, entry.sizes.data(), entry.strides.data()};
-    places_.push_back({p.data, p.ndim, entry.strides.data()});
+    views_[i][kParam] = {p.data, p.ndim, entry.sizes(), entry.strides()};
+    places_.push_back({p.data, p.ndim, entry.strides()});
   }
   add(masters, kMaster);
   masters_ = static_cast<int64_t>(places_.size()) - count();
@@ -119,7 +129,7 @@ void Plan::add(const Positions& positions, Stream stream) {
     std::copy(t.sizes, t.sizes + t.ndim, shape.get());
     std::copy(t.strides, t.strides + t.ndim, shape.get() + t.ndim);
     views_[i][stream] = {t.data, t.ndim, shape.get(), shape.get() + t.ndim};
-    shapes_.push_back(std::move(shape));
+    copies_.push_back(std::move(shape));
     if (positions[i] < watched_) places_.push_back({t.data, 0, nullptr});
   }
 }
@@ -127,16 +137,16 @@ void Plan::add(const Positions& positions, Stream stream) {
 bool Plan::fits(size_t index) {
   Entry& entry = entries_[index];
   const TensorFacts& grad = grads_[index];
-  const int ndim = static_cast<int>(entry.sizes.size());
+  const int ndim = entry.ndim;
   if (grad.dtype != entry.dtype || grad.device != device_ || grad.ndim != ndim ||
-      !equal(grad.sizes, entry.sizes.data(), ndim)) {
+      !equal(grad.sizes, entry.sizes(), ndim)) {
     return false;
   }
-  const bool known = entry.placed && equal(grad.strides, entry.grad_strides.data(), ndim);
+  const bool known = entry.placed && equal(grad.strides, entry.grad_strides(), ndim);
   if (known && !table_.chunks.empty()) {
     table_.tensors[index].data[kGrad] = grad.data;
   } else {
-    entry.grad_strides.assign(grad.strides, grad.strides + ndim);
+    std::copy(grad.strides, grad.strides + ndim, entry.grad_strides());
     entry.placed = true;
     // torch gives the imaginary part of a conjugated tensor as a view that is negated when it is read. Such a view
     // never fills its memory, unless it has one element.
@@ -153,7 +163,7 @@ void Plan::place_all() {
     View views[kStreams];
     for (int s = 0; s < kStreams; ++s) views[s] = views_[i][s];
     const Entry& entry = entries_[i];
-    views[kGrad] = {entry.grad, static_cast<int>(entry.sizes.size()), entry.sizes.data(), entry.grad_strides.data()};
+    views[kGrad] = {entry.grad, entry.ndim, entry.sizes(), entry.grad_strides()};
     if (first_grads_ != 0) {
       TensorFacts first;
       core().held_facts(first_grads_, static_cast<int64_t>(i), first);  // it was one of ours
@@ -171,13 +181,18 @@ void Plan::cut() {
 }
 
 bool Plan::same_parameters(const py::list& groups) const {
+  static PyObject* const name = PyUnicode_InternFromString("params");
   size_t next = 0;
   for (const py::handle& group : groups) {
-    if (!PyList_Check(group.ptr())) return false;
-    const size_t size = static_cast<size_t>(PyList_GET_SIZE(group.ptr()));
+    PyObject* const params = PyDict_Check(group.ptr()) ? PyDict_GetItemWithError(group.ptr(), name) : nullptr;
+    if (params == nullptr || !PyList_Check(params)) {
+      PyErr_Clear();
+      return false;
+    }
+    const size_t size = static_cast<size_t>(PyList_GET_SIZE(params));
     if (next + size > everything_.size()) return false;
     for (size_t i = 0; i < size; ++i, ++next) {
-      if (PyList_GET_ITEM(group.ptr(), i) != PyList_GET_ITEM(everything_.ptr(), next)) return false;
+      if (PyList_GET_ITEM(params, i) != PyList_GET_ITEM(everything_.ptr(), next)) return false;
     }
   }
   return next == everything_.size();

@@ -42,7 +42,7 @@ class Plan {
        const Positions& masters, const Positions& buffers, const Positions& buffers2, const Positions& backups,
        py::dict state);
 
-  // Whether these lists, one after another, still hold the parameters of the plan.
+  // Whether these parameter groups, one after another, still hold the parameters of the plan.
   bool same_parameters(const py::list& groups) const;
   // Looks at the gradients: for a step (`updating`) the state must be in place too. False, with nothing changed, if
   // anything is not as it was when the plan was made: then make another one.
@@ -63,10 +63,15 @@ class Plan {
  private:
   struct Entry {
     int32_t dtype;  // torch's number
-    std::vector<int64_t> sizes, strides, grad_strides;
+    int ndim;
+    int64_t* shape;  // in shapes_: sizes, strides of the parameter, strides of its gradient
     void* grad = nullptr;
-    bool placed = false;  // grad_strides are those of a gradient
+    bool placed = false;  // the last of them are those of a gradient
     bool may_be_negated = false;
+
+    const int64_t* sizes() const { return shape; }
+    const int64_t* strides() const { return shape + ndim; }
+    int64_t* grad_strides() const { return shape + 2 * ndim; }
   };
   void add(const Positions& positions, Stream stream);
   template <class Visit>
@@ -96,11 +101,12 @@ class Plan {
   std::vector<PyObject*> state_seen_;  // keys and values of the optimizer's state, and the values of each value
   std::vector<std::pair<PyObject*, uint64_t>> state_dicts_;  // and their versions when last looked at
   std::vector<Entry> entries_;
+  std::vector<int64_t> shapes_;        // of all entries, side by side, for every step reads them
   std::vector<Place> places_;          // of all watched tensors
   std::vector<TensorFacts> grads_;     // as last collected
   std::vector<void*> grad_handles_;
   HeldTensors first_grads_;            // from a perturb that keeps them until the update
-  std::vector<std::unique_ptr<int64_t[]>> shapes_;  // copies: a tensor may free its own when it is resized
+  std::vector<std::unique_ptr<int64_t[]>> copies_;  // of the shapes of state: a tensor may free its own when it is resized
   std::vector<std::array<View, kStreams>> views_;
   Table table_;
   bool alike_ = true;  // false: the kernels of a GPU would need tensors to lie alike that do not

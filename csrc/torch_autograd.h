@@ -19,9 +19,12 @@ inline const auto torch_bump_version =
 
 inline bool knows_autograd() { return torch_grad != nullptr && torch_bump_version != nullptr; }
 
+// The TensorImpl that a handle, which is a reference to a tensor, points to.
+inline const void* impl_of(AtenTensorHandle tensor) { return *reinterpret_cast<const void* const*>(tensor); }
+
 // The handle of p.grad, which belongs to p, or null.
 inline AtenTensorHandle grad_of(const StableTensor& param) {
-  AtenTensorHandle grad = torch_grad(*reinterpret_cast<void**>(param.get()));  // a handle points to a TensorImpl*
+  AtenTensorHandle grad = torch_grad(impl_of(param.get()));
   bool defined = false;
   TORCH_ERROR_CODE_CHECK(aoti_torch_is_defined(grad, &defined));
   return defined ? grad : nullptr;

@@ -27,6 +27,11 @@ def scaling(opt: Core) -> tuple[Tensor | None, Tensor | None]:
     return grad_scale, found_inf
 
 
+def given(opt: Core) -> bool:
+    """Whether a scaler has left anything: the attributes are there, or not at all."""
+    return "found_inf" in opt.__dict__ or "grad_scale" in opt.__dict__
+
+
 def active(opt: Core) -> bool:
     return getattr(opt, "found_inf", None) is not None
 

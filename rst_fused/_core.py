@@ -26,6 +26,7 @@ class Core(Optimizer):
     stochastic_rounding: bool
     _rounds: bool  # whether any parameter is bfloat16 or float16
     _run: Run
+    _on_gpu: bool
     _stats: Tensor  # float64, see rst_fused._schemas
     _rng: Tensor  # int64 [seed, step]
     _backups: dict[Tensor, Tensor]
@@ -44,7 +45,7 @@ class Core(Optimizer):
     @property
     def capturing(self) -> bool:
         """Whether a CUDA graph is being captured, to which calls only add kernels."""
-        return self._stats.is_cuda and torch.cuda.is_current_stream_capturing()
+        return self._on_gpu and torch.cuda.is_current_stream_capturing()
 
     @property
     def non_finite_norms(self) -> int:

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rst_fused import _engine
+from rst_fused import _amp, _engine
 from rst_fused._backends import host
 from rst_fused._core import Core
 from rst_fused._schemas import NAMESPACE
 
 Column = Sequence[Tensor | None]
+_FLOATS = {float}
 _PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
 _CAN_PLAN = host() is not None and host().can_plan()
 
@@ -39,11 +40,11 @@ class Plans:
         """Norm and perturbation; False if the plan path does not serve this case, with nothing done."""
         if not self._ready(opt, with_backups=True, updating=False):
             return False
-        rho = _numbers([_engine.signed_rho(group) for group, _ in self._lists.rows])
+        rho = _on_host([_engine.signed_rho(group) for group, _ in self._lists.rows])
         if rho is None:
             return False
         self._plan.perturb(
-            opt._stats.data_ptr(), rho, opt.adaptive, opt.eta, opt.stochastic_rounding, opt.seed, opt.steps,
+            opt._stats.data_ptr(), rho, opt.adaptive, opt.eta, opt.stochastic_rounding, opt.seed, opt._run.steps,
             opt._run.mixing,
         )  # fmt: skip
         return True
@@ -59,12 +60,12 @@ class Plans:
         gamma = opt._run.gamma if mixing else 1.0
         rows = []
         for group, new in self._lists.rows:
-            row = _numbers(rule.row(group, new, gamma))
+            row = _on_host(rule.row(group, new, gamma))
             if row is None:
                 self.hand_over(opt)
                 return False
             rows.append(row)
-        flags = rule.flags(opt.param_groups[0])
+        flags = self._flags[0]  # as of now: it was compared
         if rule.name == "sgd":
             self._plan.sgd_step(rows, flags[1], flags[2], mixing)
         else:
@@ -94,14 +95,14 @@ class Plans:
 
     def _ready_to_update(self, opt: Core) -> bool:
         if self._plan is not None and self._plan.perturbed:
-            return self._serves(opt) and self._unchanged(opt, True) and bool(self._plan.collect(True))
+            return self._serves(opt) and self._unchanged(opt, True, True) and bool(self._plan.collect(True))
         return not opt._run.perturbed and self._ready(opt, with_backups=False, updating=True)
 
     def _ready(self, opt: Core, with_backups: bool, updating: bool) -> bool:
         """Whether there is a plan that fits the gradients of now; makes one if need be."""
         if not self._serves(opt):
             return False
-        if self._unchanged(opt, with_backups) and self._plan.collect(updating):
+        if self._unchanged(opt, with_backups, updating) and self._plan.collect(updating):
             return True
         self._plan = None
         _engine.check_grads(opt)
@@ -114,20 +115,18 @@ class Plans:
             opt.backend.plans != ""
             and _CAN_PLAN
             and torch._C._len_torch_dispatch_stack() == 0
-            and getattr(opt, "grad_scale", None) is None
-            and getattr(opt, "found_inf", None) is None
-            and not opt.capturing  # in a graph, random bits and hyperparameters on the GPU must stay there
+            and not _amp.given(opt)
         )
 
-    def _unchanged(self, opt: Core, with_backups: bool) -> bool:
+    def _unchanged(self, opt: Core, with_backups: bool, updating: bool) -> bool:
         """Whether the optimizer is the one the plan was made for; plan.collect looks at the tensors."""
         return (
             self._plan is not None
             and (self._with_backups or not with_backups)
-            and self._flags == self._flags_of(opt)
+            and (not updating or self._flags == self._flags_of(opt))
             and self._state is opt.state
             and self._state_size == len(opt.state)
-            and bool(self._plan.same_parameters([group["params"] for group in opt.param_groups]))
+            and self._plan.same_parameters(opt.param_groups)
         )
 
     @staticmethod
@@ -177,10 +176,12 @@ class Plans:
         self._state, self._state_size = opt.state, len(opt.state)
 
 
-def _numbers(given: list[Any]) -> list[float] | None:
+def _on_host(given: list[Any]) -> list[float] | None:
     """As floats; None if reading one would wait for the GPU."""
+    if set(map(type, given)) == _FLOATS:
+        return given
     for x in given:
-        if type(x) is not float and isinstance(x, Tensor) and not x.is_cpu:
+        if isinstance(x, Tensor) and not x.is_cpu:
             return None
     return [float(x) for x in given]
 

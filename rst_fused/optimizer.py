@@ -99,6 +99,7 @@ class RST(Core):
         else:
             self._share(params, hyper, rho)
         self.backend: Backend = backend_for(backend, self._device())
+        self._on_gpu = self._device().type == "cuda"
         self._stats = torch.tensor([math.nan, 0, 0, 0, 0], dtype=torch.float64, device=self._device())
         self._rng = torch.tensor([self.seed, 0], dtype=torch.int64, device=self._device())
 
@@ -236,9 +237,10 @@ class RST(Core):
         if compiling:
             _engine.perturb(self)
             return True
-        self._run.captured = self.capturing
+        self._run.captured = capturing = self.capturing
         try:
-            if not self._plans.perturb(self):
+            # In a graph, random bits and hyperparameters on the GPU must stay there, which those of a plan do not.
+            if capturing or not self._plans.perturb(self):
                 _engine.check_grads(self)
                 _engine.perturb(self)
         except BaseException:
@@ -264,7 +266,8 @@ class RST(Core):
             _engine.update(self)
             run.finish()
             return None
-        if run.perturbed and run.captured != self.capturing:
+        capturing = self.capturing
+        if run.perturbed and run.captured != capturing:
             raise RuntimeError("perturb() and step() must both be inside the capture of a CUDA graph, or both outside")
         try:  # around everything: an interrupt may strike anywhere
             loss = None if closure is None else self._passes(closure)
@@ -276,10 +279,10 @@ class RST(Core):
                 self._plans.hand_over(self)
                 _engine.restore(self, run.mixing)
                 _amp.step_base(self)
-            elif not self._plans.update(self):
+            elif capturing or not self._plans.update(self):
                 _engine.check_grads(self)
                 _engine.update(self)
-            run.finish(counts=not self.capturing)
+            run.finish(counts=not capturing)
         except BaseException:
             self.restore()
             _amp.forget(self)
