@@ -23,8 +23,13 @@ def scaling(opt: Core) -> tuple[Tensor | None, Tensor | None]:
                     "scaler.unscale_() with gamma != 1: the gradients of the second pass are unscaled, those of the "
                     "first are not; leave the unscaling to scaler.step()"
                 )
-            found_inf = found_inf + opt._stats[2].to(found_inf)
+            found_inf = found_inf + opt._places[0].stats[2].to(found_inf)
     return grad_scale, found_inf
+
+
+def on_device(device: torch.device, scaling: Tensor | None) -> Tensor | None:
+    """For ops on ``device``: a number on the CPU serves everywhere, one on another GPU is copied."""
+    return scaling if scaling is None or scaling.is_cpu or scaling.device == device else scaling.to(device)
 
 
 def given(opt: Core) -> bool:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from rst_fused._backends import Backend
+from rst_fused._places import Place
 from rst_fused._rules import AdamRule, Group, SgdRule
 from rst_fused._run import Run
 
@@ -18,7 +19,6 @@ class Core(Optimizer):
 
     base: Optimizer | None  # the optimizer instance given as base, or
     rule: SgdRule | AdamRule | None  # the fused one
-    backend: Backend
     adaptive: bool
     eta: float
     seed: int
@@ -26,11 +26,14 @@ class Core(Optimizer):
     stochastic_rounding: bool
     _rounds: bool  # whether any parameter is bfloat16 or float16
     _run: Run
-    _on_gpu: bool
-    _stats: Tensor  # float64, see rst_fused._schemas
-    _rng: Tensor  # int64 [seed, step]
+    _places: list[Place]  # at least one; that of the first parameter leads
     _backups: dict[Tensor, Tensor]
     _perturbed: dict[Tensor, bool]  # what the engine has perturbed; a launch plan keeps its own note
+
+    @property
+    def backend(self) -> Backend:
+        """What serves the parameters; where they are on several devices, those on the device of the first one."""
+        return self._places[0].backend
 
     @property
     def steps(self) -> int:
@@ -45,12 +48,12 @@ class Core(Optimizer):
     @property
     def capturing(self) -> bool:
         """Whether a CUDA graph is being captured, to which calls only add kernels."""
-        return self._on_gpu and torch.cuda.is_current_stream_capturing()
+        return self._places[0].stats.is_cuda and torch.cuda.is_current_stream_capturing()
 
     @property
     def non_finite_norms(self) -> int:
         """SAM steps so far whose gradient norm was not finite, so that nothing was perturbed. Waits for the device."""
-        return int(self._stats[3])
+        return int(self._places[0].stats[3])
 
     def _init_group(self, group: Group, *args: Any) -> None:
         """Dynamo looks for this name; see rst_fused._engine.init_group."""

@@ -5,6 +5,7 @@ The eager CPU path in rst_fused._plan does the same with less work on the host.
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from rst_fused import _amp
 from rst_fused._core import Core
+from rst_fused._places import Place, device_of, share_norm
 from rst_fused._rules import Group, as_rows
 
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
@@ -36,10 +38,10 @@ def check_grad(p: Tensor, where: str) -> None:
 
 
 def check_grads(opt: Core) -> None:
-    made_for = opt._stats.device
     for i, group in enumerate(opt.param_groups):
         for j, p in enumerate(group["params"]):
-            if p.device != made_for:
+            if all(device_of(p) != place.device for place in opt._places):
+                made_for = " and ".join(str(place.device) for place in opt._places)
                 raise RuntimeError(
                     f"parameter {j} of group {i} is on {p.device}, but the optimizer was made for {made_for}: "
                     "make it after the model has been moved"
@@ -64,7 +66,11 @@ def init_state(opt: Core, group: Group, p: Tensor, updating: bool) -> None:
         if name not in state:
             state[name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
     if rule.name != "sgd" and "step" not in state:
-        counters = (opt.state[q]["step"] for q in group["params"] if q in opt.state and "step" in opt.state[q])
+        counters = (
+            opt.state[q]["step"]
+            for q in group["params"]
+            if device_of(q) == device_of(p) and q in opt.state and "step" in opt.state[q]
+        )
         like = next(counters, None)  # torch.compile may have moved them
         # A CUDA graph sees no changes on the CPU.
         device = p.device if group.get("capturable") else None if like is None else like.device
@@ -76,9 +82,8 @@ def init_state(opt: Core, group: Group, p: Tensor, updating: bool) -> None:
         )
 
 
-def share_steps(opt: Core, group: Group, masters_only: bool) -> None:
+def share_steps(opt: Core, group: Group, mine: list[Tensor]) -> None:
     """Lets the parameters of one call that are at the same step count share one counter tensor, and no others."""
-    mine = [p for p in group["params"] if p.grad is not None and has_master(opt, p) == masters_only]
     taken = {id(opt.state[p]["step"]) for p in mine if "step" in opt.state[p]}  # absent before the first step
     members = {id(p) for p in mine}
     for p in group["params"]:
@@ -102,18 +107,22 @@ def backup_of(opt: Core, p: Tensor) -> Tensor:
 
 
 def init_group(
-    opt: Core, group: Group, updating: bool, masters_only: bool,
+    opt: Core, group: Group, updating: bool, masters_only: bool, device: str | None,
     params: list[Tensor], grads: list[Tensor], backups: list[Tensor],
     buffers: list[Tensor], buffers2: list[Tensor], masters: list[Tensor],
     steps: list[Tensor], sizes: list[int], fresh: list[bool],
 ) -> None:  # fmt: skip
     """Appends what the ops need for this group's parameters that have a gradient, one row per step count.
 
+    device: only those on it (None: all).
+
     Dynamo runs this outside the graph and treats the tensors as static inputs, as for the optimizers of torch.
     """
     rule = opt.rule
     names = rule.buffer_names(rule.flags(group)) if rule is not None else ()
     active = [p for p in group["params"] if p.grad is not None and has_master(opt, p) == masters_only]
+    if device is not None:
+        active = [p for p in active if str(device_of(p)) == device]
     rows: dict[Any, list[Tensor]] = {}
     is_fresh: dict[Tensor, bool] = {}
     for p in active:
@@ -121,7 +130,7 @@ def init_group(
             is_fresh[p] = rule.splits_fresh(group) and names[0] not in opt.state[p]
             init_state(opt, group, p, updating)
     if rule is not None and rule.name != "sgd":  # in both phases: it decides the order of the parameters
-        share_steps(opt, group, masters_only)
+        share_steps(opt, group, active)
     for p in active:
         step = opt.state[p].get("step") if rule is not None else None
         rows.setdefault((id(step), is_fresh.get(p, False)), []).append(p)
@@ -173,17 +182,18 @@ class Lists:
         self.rows += other.rows
 
 
-def gather(opt: Core, indices: list[int], updating: bool, masters_only: bool) -> Lists:
-    """The lists of the given groups: parameters with a master copy, or those without."""
+def gather(opt: Core, indices: list[int], updating: bool, masters_only: bool, place: Place) -> Lists:
+    """The lists of the given groups: parameters on one place, with a master copy or those without."""
     out = Lists()
+    device = None if len(opt._places) == 1 else str(place.device)
     for i in indices:
         group = opt.param_groups[i]
         c = Lists()
         fresh: list[bool] = []
         # Dynamo fills the lists of a call to _init_group only if they are empty, so each group has its own.
         opt._init_group(
-            group, updating, masters_only, c.params, c.grads, c.backups, c.buffers, c.buffers2, c.masters, c.steps,
-            c.sizes, fresh,
+            group, updating, masters_only, device, c.params, c.grads, c.backups, c.buffers, c.buffers2, c.masters,
+            c.steps, c.sizes, fresh,
         )  # fmt: skip
         c.rows = [(group, new) for new in fresh]
         out.extend(c)
@@ -222,17 +232,21 @@ def recording(opt: Core) -> bool:
 @torch.no_grad()
 def perturb(opt: Core) -> None:
     """grad_norm and perturb_ over all groups."""
-    ops = opt.backend.ops
     everything = list(range(len(opt.param_groups)))
-    calls = [gather(opt, everything, False, kind) for kind in master_kinds(opt)]
-    calls = [c for c in calls if c.params]
-    grads = [g for c in calls for g in c.grads]
-    sources = [p for c in calls for p in (c.masters or c.params)] if opt.adaptive else []
-    if opt._rounds and not recording(opt):
-        opt._rng[1] = opt._run.steps
-    ops.grad_norm(opt._stats, grads, sources, opt.adaptive, opt.eta)
+    calls: list[tuple[Place, Lists]] = []
+    for place in opt._places:
+        here = [gather(opt, everything, False, kind, place) for kind in master_kinds(opt)]
+        here = [c for c in here if c.params]
+        grads = [g for c in here for g in c.grads]
+        sources = [p for c in here for p in (c.masters or c.params)] if opt.adaptive else []
+        if opt._rounds and not recording(opt):
+            place.rng[1] = opt._run.steps
+        place.backend.ops.grad_norm(place.stats, grads, sources, opt.adaptive, opt.eta)
+        calls += [(place, c) for c in here]
+    if len(opt._places) > 1:
+        share_norm(opt._places)
     first_index = 0
-    for c in calls:
+    for place, c in calls:
         own = [[signed_rho(group)] for group, _ in c.rows]
         rho = as_rows(own, [traced(opt, group) for group, _ in c.rows], c.params[0].device).flatten()
         if not recording(opt):
@@ -241,9 +255,9 @@ def perturb(opt: Core) -> None:
             if not c.masters:
                 torch._foreach_copy_(c.backups, c.params)
             opt._perturbed.update(dict.fromkeys(c.params, True))
-        ops.perturb_(
-            c.params, c.grads, [] if c.masters else c.backups, c.masters, opt._stats, rho, c.sizes, opt.adaptive,
-            opt.eta, opt.stochastic_rounding, opt._rng, first_index,
+        place.backend.ops.perturb_(
+            c.params, c.grads, [] if c.masters else c.backups, c.masters, place.stats, rho, c.sizes, opt.adaptive,
+            opt.eta, opt.stochastic_rounding, place.rng, first_index,
         )  # fmt: skip
         first_index += len(c.params)
         for p, g in zip(c.params, c.grads, strict=True):
@@ -257,20 +271,20 @@ def perturb(opt: Core) -> None:
 @torch.no_grad()
 def update(opt: Core) -> None:
     """Restore, mix and base step, in one op per set of groups that agree in all flags."""
-    rule, ops = opt.rule, opt.backend.ops
+    rule = opt.rule
     perturbed, mixing = opt._run.perturbed, opt._run.mixing
     assert rule is not None
-    amp = _amp.scaling(opt)
+    given = _amp.scaling(opt)
     for indices in partition(opt):
-        for kind in master_kinds(opt):
-            c = gather(opt, indices, True, kind)
+        for place, kind in product(opt._places, master_kinds(opt)):
+            c = gather(opt, indices, True, kind, place)
             if not c.params:
                 continue
             flags = rule.flags(opt.param_groups[indices[0]])
             gamma = opt._run.gamma if mixing else 1.0
             if c.steps and c.steps[0].is_cpu and not torch.compiler.is_compiling() and opt.capturing:
                 raise RuntimeError("Adam in a CUDA graph: its step count must lie on the GPU, pass capturable=True")
-            steps = advanced(c.steps, amp[1])
+            steps = advanced(c.steps, given[1])
             lists: list[Any] = [c.params, c.grads]
             if perturbed:
                 firsts = opt._run.first_grads
@@ -279,8 +293,9 @@ def update(opt: Core) -> None:
             buffers = [b for b in (c.buffers, c.buffers2) if b]
             rows = [rule.row(group, new, gamma) for group, new in c.rows]
             hyper = as_rows(rows, [traced(opt, group) for group, _ in c.rows], c.params[0].device)
-            rule.apply(ops, perturbed, lists, buffers, c.masters, hyper, steps, c.sizes, flags, amp)
-            if amp[1] is not None and any(new for _, new in c.rows) and bool((amp[1] != 0).any()):
+            amp = (_amp.on_device(place.device, given[0]), _amp.on_device(place.device, given[1]))
+            rule.apply(place.backend.ops, perturbed, lists, buffers, c.masters, hyper, steps, c.sizes, flags, amp)
+            if given[1] is not None and any(new for _, new in c.rows) and bool((given[1] != 0).any()):
                 stay_fresh(opt, c)
             forget(opt, c.params)
             touched(c.params)
@@ -317,12 +332,13 @@ def restore(opt: Core, mixing: bool = False) -> None:
 
     With ``mixing`` (a base optimizer that is not fused) p.grad becomes (1 - gamma) g1 + gamma g2 where both exist.
     """
-    for kind in master_kinds(opt):
+    for place, kind in product(opt._places, master_kinds(opt)):
         for mixed in (True, False) if mixing else (False,):
             params = [
                 p
                 for p in opt._perturbed
                 if has_master(opt, p) == kind
+                and (len(opt._places) == 1 or device_of(p) == place.device)
                 and (not mixing or mixed == (p.grad is not None and p in opt._run.first_grads))
             ]
             if not params:
@@ -332,7 +348,7 @@ def restore(opt: Core, mixing: bool = False) -> None:
             grads = [p.grad for p in params] if mixed else []
             firsts = [opt._run.first_grads[p] for p in params] if mixed else []
             gamma = as_rows([[opt._run.gamma]]).flatten()
-            opt.backend.ops.restore_(params, backups, masters, grads, firsts, gamma, [len(params)])
+            place.backend.ops.restore_(params, backups, masters, grads, firsts, gamma, [len(params)])
             forget(opt, params)
             touched(params)
 

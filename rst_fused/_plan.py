@@ -43,10 +43,10 @@ class Plans:
         rho = _on_host([_engine.signed_rho(group) for group, _ in self._lists.rows])
         if rho is None:
             return False
+        run, stats = opt._run, opt._places[0].stats
         self._plan.perturb(
-            opt._stats.data_ptr(), rho, opt.adaptive, opt.eta, opt.stochastic_rounding, opt.seed, opt._run.steps,
-            opt._run.mixing,
-        )  # fmt: skip
+            stats.data_ptr(), rho, opt.adaptive, opt.eta, opt.stochastic_rounding, opt.seed, run.steps, run.mixing
+        )
         return True
 
     def update(self, opt: Core) -> bool:
@@ -112,7 +112,8 @@ class Plans:
     @staticmethod
     def _serves(opt: Core) -> bool:
         return (
-            opt.backend.plans != ""
+            len(opt._places) == 1
+            and opt._places[0].backend.plans != ""
             and _CAN_PLAN
             and torch._C._len_torch_dispatch_stack() == 0
             and not _amp.given(opt)
@@ -147,7 +148,7 @@ class Plans:
             return
         lists = _engine.Lists()
         for kind in _engine.master_kinds(opt):
-            lists.extend(_engine.gather(opt, everything, True, kind))
+            lists.extend(_engine.gather(opt, everything, True, kind, opt._places[0]))
         if not lists.params or any(not step.is_cpu for step in lists.steps):
             return
         masters: list[Tensor | None] = [

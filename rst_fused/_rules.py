@@ -121,18 +121,20 @@ def rule_for(base: Any) -> SgdRule | AdamRule:
 
 
 def as_rows(rows: list[list[Any]], traced: Sequence[list[Any]] = (), device: torch.device | None = None) -> Tensor:
-    """A float64 matrix of the given numbers: on the CPU, or where a number among them is a GPU tensor, on that GPU.
+    """A float64 matrix of the given numbers: on the CPU, or where a number among them is a GPU tensor, on ``device``.
 
     While torch.compile traces, numbers enter as a product with a tensor, so that the graph holds them as inputs: a
     learning rate that changes each step then costs no new graph. Were a number that changes not used in a graph,
     Dynamo would compile for each value of the others: hence ``traced``, more numbers for each row, which enter and
-    are dropped. Then the matrix lies on ``device``, as CUDA graphs want all of theirs to.
+    are dropped. Then too the matrix lies on ``device``, as CUDA graphs want all of theirs to.
     """
     tensors = [x for row in rows for x in row if isinstance(x, Tensor)]
     if not torch.compiler.is_compiling():
         if not tensors:
             return torch.tensor(rows, dtype=torch.float64)
-        device = next((x.device for x in tensors if not x.is_cpu), None)
+        if all(x.is_cpu for x in tensors):
+            device = None
+        rows = [[x.to(device) if isinstance(x, Tensor) else x for x in row] for row in rows]
     one = torch.ones((), dtype=torch.float64, device=device)
     if not torch.compiler.is_compiling() or not traced:
         return torch.stack([torch.stack([one * x for x in row]) for row in rows])

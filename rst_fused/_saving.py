@@ -30,6 +30,13 @@ def completed(opt: Core, saved: dict[str, Any]) -> dict[str, Any]:
     return saved
 
 
+def for_pickle(opt: Core) -> dict[str, Any]:
+    """The attributes that outlive the process, and the first place's stats; backends are chosen anew."""
+    transient = ("_backups", "_perturbed", "_plans", "step", "_warned_capturable_if_run_uncaptured")
+    kept = {k: v for k, v in vars(opt).items() if k not in transient and not k.startswith("_optimizer_")}
+    return {**kept, "_places": opt._places[0].stats}
+
+
 def take_counters(opt: Core) -> None:
     """Moves the counters that were loaded out of the groups; without any, a run of torch.optim goes on, at step 0."""
     counters: dict[str, int] = {}
@@ -37,8 +44,9 @@ def take_counters(opt: Core) -> None:
         counters.update({name: group.pop(name) for name in list(group) if name.startswith("rst_")})
     opt._run = Run(counters.get("rst_steps", 0), counters.get("rst_sam_steps", 0))
     opt.seed = counters.get("rst_seed", opt.seed)
-    opt._rng.copy_(torch.tensor([opt.seed, opt.steps]))
-    opt._stats.copy_(torch.tensor([math.nan, 0, 0, counters.get("rst_non_finite_norms", 0), 0]))
+    for place in opt._places:
+        place.rng.copy_(torch.tensor([opt.seed, opt.steps]))
+        place.stats.copy_(torch.tensor([math.nan, 0, 0, counters.get("rst_non_finite_norms", 0), 0]))
 
 
 def _pairs(opt: Core, saved: dict[str, Any]) -> Iterator[tuple[Tensor, dict[str, Any]]]:

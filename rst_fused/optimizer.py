@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,17 +11,16 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from rst_fused import _amp, _engine, _saving
-from rst_fused._backends import Backend, backend_for
+from rst_fused._backends import backend_for
 from rst_fused._checks import as_integer
 from rst_fused._core import Core
 from rst_fused._hooks import with_hooks
+from rst_fused._places import Place, device_of, settle
 from rst_fused._plan import Plans
 from rst_fused._rules import Group, check_number, rule_for
 from rst_fused._run import Run
 from rst_fused.batch_norm import freeze_batch_norm
 from rst_fused.schedule import as_schedule, draw, match
-
-_TRANSIENT = ("_backups", "_perturbed", "_plans")
 
 
 class RST(Core):
@@ -40,7 +38,7 @@ class RST(Core):
 
     Arguments:
         params: parameters or groups as for torch.optim; a group may set its own rho, lr and so on. May be None when
-            ``base`` is an optimizer instance.
+            ``base`` is an optimizer instance. They may lie on several devices: the norm is over all.
         base: "sgd", "adam", "adamw" (fused: restore, mixing and update are one pass), or a torch.optim.Optimizer,
             whose param_groups are then shared. Hyperparameters of a named base (lr, momentum, betas, weight_decay,
             maximize, ...) are keyword arguments with the meaning and defaults of torch.optim.
@@ -93,15 +91,12 @@ class RST(Core):
         self.requested_backend, self._model = backend, model
         self._rounds = False  # whether any parameter is bfloat16 or float16, so that stochastic rounding needs _rng
         self._run = Run()
+        self._places: list[Place] = []
         self._reset()
         if self.rule is not None:
             super().__init__(self._given(params), {**self._hyper(hyper), "rho": rho})
         else:
             self._share(params, hyper, rho)
-        self.backend: Backend = backend_for(backend, self._device())
-        self._on_gpu = self._device().type == "cuda"
-        self._stats = torch.tensor([math.nan, 0, 0, 0, 0], dtype=torch.float64, device=self._device())
-        self._rng = torch.tensor([self.seed, 0], dtype=torch.int64, device=self._device())
 
     # --- construction -----------------------------------------------------------------------------------------------
     @staticmethod
@@ -143,9 +138,6 @@ class RST(Core):
         for group in self.param_groups:
             group.setdefault("rho", self.defaults["rho"])
 
-    def _device(self) -> torch.device:
-        return next((p.device for group in self.param_groups for p in group["params"]), torch.device("cpu"))
-
     def _checked_gamma(self, gamma: float | Callable[[int], float] | str) -> float | Callable[[int], float]:
         if isinstance(gamma, str):
             if gamma != "match":
@@ -179,20 +171,22 @@ class RST(Core):
         for i, p in enumerate(tensors):
             if not isinstance(p, Tensor):
                 continue  # torch.optim names what is wrong
+            if p.is_meta:
+                raise ValueError(f"params[{i}] is on meta, without data: expected weights, see Module.to_empty")
             if p.layout != torch.strided:
                 raise ValueError(f"params[{i}] has layout {p.layout}: expected a dense tensor")
             if p.dtype not in _engine.SUPPORTED:
                 raise ValueError(f"params[{i}] is {p.dtype}: expected one of {[str(d) for d in _engine.SUPPORTED]}")
             self._rounds = self._rounds or p.dtype in _engine.SIXTEEN_BIT
-            device = self._device() if any(group["params"] for group in self.param_groups) else tensors[0].device
-            if p.device != device:
-                raise ValueError(f"params[{i}] is on {p.device}, the first parameter on {device}: expected one device")
+        for device in {device_of(p) for p in tensors if isinstance(p, Tensor)}:
+            backend_for(self.requested_backend, device)  # which says what is wrong before anything changes
         param_group["params"] = params
         if self.base is not None and self.param_groups is self.base.param_groups:
             self.base.add_param_group(param_group)
             self._adopt()
         else:
             super().add_param_group(param_group)
+        self._places = settle(self._places, self.param_groups, self.requested_backend, self.seed)
 
     # --- the step ---------------------------------------------------------------------------------------------------
     def draw(self) -> bool:
@@ -209,7 +203,8 @@ class RST(Core):
             run.gamma = float(gamma)
             run.mixes = run.gamma != 1.0
             if self._rounds and not self.capturing:
-                self._rng[1] = t
+                for place in self._places:
+                    place.rng[1] = t
             run.drawn_at = -1 if self.capturing else t
         return run.drawn
 
@@ -344,7 +339,7 @@ class RST(Core):
     @property
     def last_grad_norm(self) -> float:
         """||g1|| (ASAM: ||T g1||) of the last SAM step, NaN before the first. Waits for the device."""
-        return float(self._stats[0])
+        return float(self._places[0].stats[0])
 
     # --- saving -----------------------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
@@ -381,22 +376,22 @@ class RST(Core):
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_while_perturbed("pickling or copying")
-        hidden = [name for name in self.__dict__ if name.startswith("_optimizer_")]
-        skipped = {*_TRANSIENT, *hidden, "step", "backend", "_warned_capturable_if_run_uncaptured"}
-        return {name: value for name, value in self.__dict__.items() if name not in skipped}
+        return _saving.for_pickle(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "requested_backend" in state:  # unpickled or copied, rather than loading a state_dict
             self._reset()
-            self.backend = backend_for(self.requested_backend, self._device())
             self._adopt()
+            self._places = settle([], self.param_groups, self.requested_backend, self.seed)
+            self._places[0].stats.copy_(state["_places"])
 
     def __repr__(self) -> str:
         base = self.rule.name if self.rule is not None else repr(self.base)
+        backends = (f"{b.name} ({self.requested_backend}: {b.reason})" for b in (p.backend for p in self._places))
         return (
             f"{type(self).__name__}(base={base}, schedule={self.schedule!r}, gamma={self.gamma!r}, "
-            f"adaptive={self.adaptive}, seed={self.seed}, backend={self.backend.name} "
-            f"({self.requested_backend}: {self.backend.reason}), steps={self.steps}, cost={self.cost:.3f})\n"
+            f"adaptive={self.adaptive}, seed={self.seed}, backend={' and '.join(dict.fromkeys(backends))}, "
+            f"steps={self.steps}, cost={self.cost:.3f})\n"
             + super().__repr__()
         )

@@ -156,7 +156,11 @@ def grad_norm(stats: Tensor, grads: Sequence[Tensor], params: Sequence[Tensor], 
         else:
             terms = squared_norm(g)
         total = total + terms.sum().to(stats.device)
-    norm = total.sqrt()
+    leave_norm(stats, total.sqrt())
+
+
+def leave_norm(stats: Tensor, norm: Tensor) -> None:
+    """Fills stats, as rst_fused._schemas has it, for a norm that was found."""
     finite = norm.isfinite()
     stats[0] = norm
     stats[1] = torch.where(finite & (norm > 0), 1 / (norm + NORM_EPS), 0)

@@ -146,6 +146,33 @@ def test_runs_on_the_current_stream(backend: str) -> None:
     assert not torch.equal(params[1], before)
 
 
+@pytest.mark.parametrize("options", [{"base": "sgd", "momentum": 0.9}, {"base": "adamw", "gamma": 2.0}], ids=str)
+def test_parameters_on_the_cpu_and_on_a_gpu(options: dict[str, Any]) -> None:
+    """One optimizer over both against one over the same parameters on the CPU."""
+    runs = []
+    for devices in (("cpu", "cuda"), ("cpu", "cpu")):
+        torch.manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(1001, dtype=torch.float64).to(d)) for d in devices]
+        opt = RST(params, lr=0.1, rho=0.5, schedule=1.0, **options)
+        for step in range(5):
+            for scale in (1.0, 0.5):
+                for p in params:
+                    p.grad = (scale * p + step).detach()
+                if scale == 1.0:
+                    opt.perturb()
+            opt.step()
+        runs.append([p.detach().cpu() for p in params])
+        for p in params:
+            p.grad = torch.ones_like(p)
+        opt.perturb()
+        opt.restore()
+        assert all(torch.equal(p.detach().cpu(), w) for p, w in zip(params, runs[-1], strict=True))
+        if devices[1] == "cuda":
+            assert [place.backend.name for place in opt._places] == ["cpu", ON_GPU[0]]
+    for here, there in zip(*runs, strict=True):
+        torch.testing.assert_close(here, there, rtol=1e-12, atol=1e-12)  # the order of the norm's sum differs
+
+
 # --- CUDA graphs ----------------------------------------------------------------------------------------------------
 def captured(opt: RST, loss: Callable[[], torch.Tensor], sam: bool) -> torch.cuda.CUDAGraph:
     """A graph of one whole step: forward and backward once or twice, perturbation and update."""

@@ -183,7 +183,7 @@ def test_a_launch_that_fails_halfway_through_the_perturbation(
 def test_a_model_that_moved_is_named() -> None:
     p = torch.nn.Parameter(torch.randn(5))
     opt = RST([p], lr=0.1)
-    opt._stats = opt._stats.to("meta")  # as if the parameter had been there
+    opt._places[0].device = torch.device("meta")  # as if the parameter had been there
     p.grad = torch.ones(5)
     with pytest.raises(RuntimeError, match="parameter 0 of group 0 is on cpu, but the optimizer was made for meta"):
         opt.step()

@@ -22,7 +22,7 @@ LAYERS = (
     ("_C", "_host", "kernels", "reference", "_draws"),
     ("_backends",),
     ("ops", "schedule"),
-    ("_rules", "_run", "_hooks", "batch_norm"),
+    ("_rules", "_run", "_hooks", "_places", "batch_norm"),
     ("_core",),
     ("_amp",),
     ("_engine",),
