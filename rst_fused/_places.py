@@ -29,6 +29,9 @@ class Place:
         backend = backend_for(requested, device)
         stats = torch.zeros(len(STATS), dtype=torch.float64, device=device)
         stats[0] = math.nan
+        # To torch.compile parameters and state of an optimizer stay where they are; the stats must be named, or
+        # mode="reduce-overhead" makes no CUDA graph of a perturbation, which writes them.
+        torch._dynamo.mark_static_address(stats)
         return cls(device, backend, stats, torch.tensor([seed, 0], dtype=torch.int64, device=device))
 
 

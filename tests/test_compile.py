@@ -12,6 +12,7 @@ import torch
 import torch._dynamo.testing
 from oracle_optimizer import BACKENDS, bits
 from torch import nn
+from torch._inductor import compile_fx
 from torch.optim import lr_scheduler
 
 from rst_fused import RST
@@ -178,6 +179,29 @@ def test_graphs_hold_one_op_each_and_no_copy_of_a_parameter(base: str, gamma: fl
     graphs = [[n.target for n in g.graph.nodes if n.op == "call_function"] for g in run.counter.graphs]
     names = [getattr(t, "__name__", str(t)) for g in graphs for t in g]
     assert not [n for n in names if "clone" in n or "copy" in n]
+
+
+@every_backend
+@pytest.mark.parametrize("base, gamma", [("sgd", 1.0), ("adamw", 2.0)])
+def test_all_that_a_graph_writes_stays_where_it_is(base: str, gamma: float, backend: str) -> None:
+    """Inductor makes a CUDA graph (mode="reduce-overhead") of nothing that writes an input which may move."""
+    written = []
+
+    def inner(graph: Any, inputs: Any, **options: Any) -> Any:
+        compiled = compile_fx.compile_fx_inner(graph, inputs, **options)
+        written.append((set(compiled.mutated_input_idxs), set(options["static_input_idxs"])))
+        return compiled
+
+    run = Run({**BASES[base], "lr": 0.1, "gamma": gamma, "backend": backend}, None)
+    how: dict[str, Any] = {
+        "backend": lambda graph, inputs: compile_fx.compile_fx(graph, inputs, inner_compile=inner), "fullgraph": True,
+    }  # fmt: skip
+    run.perturb = torch.compile(lambda fire: run.opt.perturb(fire), **how)
+    run.update = torch.compile(lambda: RST.step(run.opt), **how)
+    for _ in range(4):
+        run.step()
+    assert 0 < run.opt.sam_steps < 4
+    assert len(written) >= 3 and all(mutated and mutated <= static for mutated, static in written), written
 
 
 @every_backend
