@@ -40,8 +40,9 @@ struct CoreOps {
   void (*grad_norm)(const Table& table, const Call& call, double* stats, int32_t device);
   void (*perturb)(const Table& table, const Call& call, double* stats, const double* rho, int rows, int32_t device);
   void (*restore)(const Table& table, const Call& call, int32_t device);
-  void (*sgd_step)(const Table& table, const Call& call, int32_t device);
-  void (*adam_step)(const Table& table, const Call& call, int32_t device);
+  // `there`: the numbers of AMP, where they lie on the GPU.
+  void (*sgd_step)(const Table& table, const Call& call, const cuda::DeviceNumbers& there, int32_t device);
+  void (*adam_step)(const Table& table, const Call& call, const cuda::DeviceNumbers& there, int32_t device);
 };
 
 struct CoreApi {

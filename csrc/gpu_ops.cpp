@@ -304,11 +304,11 @@ const CoreOps& gpu_ops() {
       [](const Table& t, const Call& c, int32_t device) {
         cuda::restore(t, c, {}, target_of("restore_", device).launcher);
       },
-      [](const Table& t, const Call& c, int32_t device) {
-        cuda::sgd_step(t, c, {}, target_of("sgd_step_", device).launcher);
+      [](const Table& t, const Call& c, const DeviceNumbers& there, int32_t device) {
+        cuda::sgd_step(t, c, there, target_of("sgd_step_", device).launcher);
       },
-      [](const Table& t, const Call& c, int32_t device) {
-        cuda::adam_step(t, c, {}, target_of("adam_step_", device).launcher);
+      [](const Table& t, const Call& c, const DeviceNumbers& there, int32_t device) {
+        cuda::adam_step(t, c, there, target_of("adam_step_", device).launcher);
       }};
   return ops;
 }

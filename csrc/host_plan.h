@@ -50,9 +50,13 @@ class Plan {
   // Norm and perturbation with the gradients seen, which are taken out of p.grad and kept inside if `keep`.
   void perturb(uintptr_t stats, std::vector<double> rho, bool adaptive, double eta, bool stochastic, uint64_t seed,
                uint64_t step, bool keep);
-  // One update of all parameters, restored first if perturbed. `mixing` uses the gradients that perturb kept.
-  void sgd_step(const std::vector<std::array<double, 5>>& rows, bool nesterov, bool maximize, bool mixing);
-  void adam_step(const std::vector<std::array<double, 7>>& rows, bool decoupled, bool maximize, bool mixing);
+  // One update of all parameters, restored first if perturbed. `mixing` uses the gradients that perturb kept. Gradients
+  // are divided by the scale of AMP, a number, or on a GPU by the one at the first address, with found_inf at the second.
+  using Addresses = std::array<uintptr_t, 2>;  // 0: none
+  void sgd_step(const std::vector<std::array<double, 5>>& rows, bool nesterov, bool maximize, bool mixing, double scale,
+                const Addresses& there);
+  void adam_step(const std::vector<std::array<double, 7>>& rows, bool decoupled, bool maximize, bool mixing, double scale,
+                 const Addresses& there);
   bool perturbed() const { return perturbed_; }
   // Undoes a perturbation. False, with nothing done, if a parameter no longer lies where it was.
   bool restore();
@@ -86,7 +90,7 @@ class Plan {
   template <class Run>
   void run(Run run);
   template <class Step>
-  void update(Call& call, bool maximize, bool mixing, Step step);
+  void update(Call& call, bool maximize, bool mixing, double scale, Step step);
 
   int64_t count() const { return static_cast<int64_t>(entries_.size()); }
 

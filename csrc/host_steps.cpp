@@ -41,8 +41,8 @@ void Plan::perturb(uintptr_t stats, std::vector<double> rho, bool adaptive, doub
 }
 
 template <class Step>
-void Plan::update(Call& call, bool maximize, bool mixing, Step step) {
-  call.direction = maximize ? -1 : 1;
+void Plan::update(Call& call, bool maximize, bool mixing, double scale, Step step) {
+  call.direction = (maximize ? -1 : 1) / scale;
   if (!mixing && first_grads_ != 0) {
     first_grads_.reset();
     place_all();
@@ -58,22 +58,33 @@ void Plan::update(Call& call, bool maximize, bool mixing, Step step) {
   }
 }
 
-void Plan::sgd_step(const std::vector<std::array<double, 5>>& rows, bool nesterov, bool maximize, bool mixing) {
+static cuda::DeviceNumbers at(const Plan::Addresses& there) {
+  cuda::DeviceNumbers numbers;
+  numbers.grad_scale = reinterpret_cast<const float*>(there[0]);
+  numbers.found_inf = reinterpret_cast<const float*>(there[1]);
+  return numbers;
+}
+
+void Plan::sgd_step(const std::vector<std::array<double, 5>>& rows, bool nesterov, bool maximize, bool mixing,
+                    double scale, const Addresses& there) {
   std::vector<SgdRow> numbers;
   for (const auto& r : rows) numbers.push_back({r[0], r[1], r[2], r[3], r[4]});
   Call call;
   call.sgd = numbers.data();
   call.nesterov = nesterov;
-  update(call, maximize, mixing, [&] { ops_.sgd_step(table_, call, device_); });
+  const auto numbers_there = at(there);
+  update(call, maximize, mixing, scale, [&] { ops_.sgd_step(table_, call, numbers_there, device_); });
 }
 
-void Plan::adam_step(const std::vector<std::array<double, 7>>& rows, bool decoupled, bool maximize, bool mixing) {
+void Plan::adam_step(const std::vector<std::array<double, 7>>& rows, bool decoupled, bool maximize, bool mixing,
+                     double scale, const Addresses& there) {
   std::vector<AdamRow> numbers;
   for (const auto& r : rows) numbers.push_back({r[0], r[1], r[2], r[3], r[4], r[5], r[6]});
   Call call;
   call.adam = numbers.data();
   call.decoupled = decoupled;
-  update(call, maximize, mixing, [&] { ops_.adam_step(table_, call, device_); });
+  const auto numbers_there = at(there);
+  update(call, maximize, mixing, scale, [&] { ops_.adam_step(table_, call, numbers_there, device_); });
 }
 
 bool Plan::restore() {

@@ -99,8 +99,8 @@ CoreApi make_api() {
     perturb(t, c, torch_threads(), stats, rho, rows);
   };
   api.cpu.restore = [](const Table& t, const Call& c, int32_t) { restore(t, c, torch_threads()); };
-  api.cpu.sgd_step = [](const Table& t, const Call& c, int32_t) { sgd_step(t, c, torch_threads()); };
-  api.cpu.adam_step = [](const Table& t, const Call& c, int32_t) { adam_step(t, c, torch_threads()); };
+  api.cpu.sgd_step = [](const Table& t, const Call& c, const cuda::DeviceNumbers&, int32_t) { sgd_step(t, c, torch_threads()); };
+  api.cpu.adam_step = [](const Table& t, const Call& c, const cuda::DeviceNumbers&, int32_t) { adam_step(t, c, torch_threads()); };
   api.held_facts = [](int64_t handle, int64_t i, TensorFacts& facts) { return read_facts(held(handle)[i].get(), facts); };
   api.describe = [](int32_t dtype, Tensor& t) { return describe(torch::stable::detail::to<ScalarType>(torch::stable::detail::from(dtype)), t); };
   api.in_place = &in_place;

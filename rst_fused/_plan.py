@@ -20,6 +20,7 @@ from rst_fused._schemas import NAMESPACE
 
 Column = Sequence[Tensor | None]
 _FLOATS = {float}
+_UNSCALED = (1.0, (0, 0))
 _PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
 _CAN_PLAN = host() is not None and host().can_plan()
 
@@ -57,6 +58,10 @@ class Plans:
             self.hand_over(opt)
             self._plan = None  # the engine may deal out step counters anew
             return False
+        scaling = self._scaling(opt)
+        if scaling is None:
+            self.hand_over(opt)
+            return False
         gamma = opt._run.gamma if mixing else 1.0
         rows = []
         for group, new in self._lists.rows:
@@ -67,13 +72,27 @@ class Plans:
             rows.append(row)
         flags = self._flags[0]  # as of now: it was compared
         if rule.name == "sgd":
-            self._plan.sgd_step(rows, flags[1], flags[2], mixing)
+            self._plan.sgd_step(rows, flags[1], flags[2], mixing, *scaling)
         else:
             for row, step in zip(rows, self._lists.steps, strict=True):
                 row.append(float(step) + 1)
-            self._plan.adam_step(rows, flags[1], flags[2], mixing)
+            self._plan.adam_step(rows, flags[1], flags[2], mixing, *scaling)
             torch._foreach_add_(self._lists.steps, 1)  # after the step, which may fail
         return True
+
+    def _scaling(self, opt: Core) -> tuple[float, tuple[int, int]] | None:
+        """The scale of AMP, or the addresses of scale and found_inf on the GPU; None if a plan cannot serve this."""
+        if not _amp.given(opt):
+            return _UNSCALED
+        grad_scale, found_inf = scaling = _amp.scaling(opt)
+        if all(t is None or t.is_cpu for t in scaling):
+            overflow = found_inf is not None and bool(found_inf)
+            return None if overflow else (1.0 if grad_scale is None else float(grad_scale), (0, 0))
+        device = opt._places[0].device
+        if self._lists.steps or any(t is not None and (t.device, t.dtype) != (device, torch.float32) for t in scaling):
+            return None  # Adam counts the step only if there was no overflow
+        first, second = (0 if t is None else t.data_ptr() for t in scaling)
+        return 1.0, (first, second)
 
     def restore(self, opt: Core) -> None:
         """Undoes a perturbation of the plan, if there is one."""
@@ -116,7 +135,6 @@ class Plans:
             and opt._places[0].backend.plans != ""
             and _CAN_PLAN
             and torch._C._len_torch_dispatch_stack() == 0
-            and not _amp.given(opt)
         )
 
     def _unchanged(self, opt: Core, with_backups: bool, updating: bool) -> bool:

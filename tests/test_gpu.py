@@ -6,6 +6,7 @@ The op table runs on the device in test_ops.py and its neighbours, for every bac
 from __future__ import annotations
 
 import re
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -171,6 +172,32 @@ def test_parameters_on_the_cpu_and_on_a_gpu(options: dict[str, Any]) -> None:
             assert [place.backend.name for place in opt._places] == ["cpu", ON_GPU[0]]
     for here, there in zip(*runs, strict=True):
         torch.testing.assert_close(here, there, rtol=1e-12, atol=1e-12)  # the order of the norm's sum differs
+
+
+@every_backend
+@pytest.mark.parametrize("options", [OPTIONS["sgd"], OPTIONS["grst"], {"base": "adamw"}], ids=["sgd", "grst", "adamw"])
+def test_grad_scaler(options: dict[str, Any], backend: str) -> None:
+    """A scaled run is the unscaled one bit for bit (the scale is a power of two); an overflow only restores."""
+    scaled, plain = parameters(F32, "cuda"), parameters(F32, "cuda")
+    opt, twin = (RST(ps, lr=0.05, schedule=1.0, backend=backend, **options) for ps in (scaled, plain))
+    scaler = torch.amp.GradScaler("cuda", init_scale=1024.0, growth_interval=10**6)
+    scaler.scale(torch.ones((), device="cuda"))
+    for t in range(4):
+        factor = math.inf if t == 2 else scaler.get_scale()
+        before = [p.detach().clone() for p in scaled]
+        attach(scaled, [g * scaler.get_scale() for g in gradients(scaled, 2 * t)])
+        opt.perturb()
+        attach(scaled, [g * factor for g in gradients(scaled, 2 * t + 1)])
+        scaler.step(opt)
+        scaler.update()
+        if t == 2:
+            assert all(torch.equal(p, w) for p, w in zip(scaled, before, strict=True))
+            continue
+        attach(plain, gradients(plain, 2 * t))
+        twin.perturb()
+        attach(plain, gradients(plain, 2 * t + 1))
+        twin.step()
+    assert all(torch.equal(p, q) for p, q in zip(scaled, plain, strict=True))
 
 
 # --- CUDA graphs ----------------------------------------------------------------------------------------------------

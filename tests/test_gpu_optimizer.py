@@ -196,3 +196,27 @@ def test_a_model_that_moved_is_named() -> None:
 def test_which_gpus_the_code_is_for(capability: tuple[int, int], runs: bool) -> None:
     assert covers("8.0/9.0/10.0+PTX", capability) == runs
     assert covers("9.0a", capability) == (capability[0] == 9)
+
+
+@pytest.mark.parametrize("overflow", [0.0, 2.0])
+def test_a_plan_takes_the_numbers_of_amp_from_the_gpu(overflow: float, simulator: gpu_simulator.Simulator) -> None:
+    """Their addresses go to the kernels: a step is that without a scale (a power of two) bit for bit, or none."""
+    results = []
+    for scale in (1.0, 1024.0):
+        params = parameters(F32)
+        opt = RST(params, lr=0.05, momentum=0.9, schedule=1.0, backend="simulated")
+        take_steps(opt, params, 2)
+        before = [t.detach().clone() for p in params for t in (p, opt.state[p]["momentum_buffer"])]
+        give_grads(params, 7)
+        assert opt.perturb()
+        give_grads(params, 8)
+        for p in params:
+            p.grad.mul_(scale)  # type: ignore[union-attr]
+        numbers = [torch.tensor([scale]), torch.tensor([overflow])]
+        plan = opt._plans._plan
+        assert plan.collect(True)
+        plan.sgd_step([[0.05, 0.9, 0.0, 0.0, 1.0]], False, False, False, 1.0, [t.data_ptr() for t in numbers])
+        results.append([t.detach() for p in params for t in (p, opt.state[p]["momentum_buffer"])])
+        same = [op_db.same_bits(a, b) for a, b in zip(results[-1], before, strict=True)]
+        assert all(same) if overflow else not any(same)
+    assert all(op_db.same_bits(a, b) for a, b in zip(*results, strict=True))
