@@ -5,8 +5,8 @@ The op table runs on the device in test_ops.py and its neighbours, for every bac
 
 from __future__ import annotations
 
-import re
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
