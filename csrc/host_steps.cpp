@@ -3,8 +3,9 @@
 
 namespace rst {
 
-// A table so small that taking turns with other threads of Python would cost more than it lets them do.
-constexpr int64_t kBrief = 1 << 20;
+// Bytes of one stream that take a millisecond or two. Threads of Python take turns every five, so they do not miss the
+// lock for that long, and giving it up would mean to hold every gradient.
+constexpr int64_t kBrief = 8 << 20;
 
 // Runs kernels, without Python's lock unless they are brief; then the gradients are held, for others may drop theirs.
 template <class Run>
