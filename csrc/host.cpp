@@ -62,7 +62,6 @@ PYBIND11_MODULE(_host, m) {
            py::arg("idle"), py::arg("masters"), py::arg("buffers"), py::arg("buffers2"), py::arg("backups"),
            py::arg("state"))
       .def("same_parameters", &Plan::same_parameters)
-      .def("collect", &Plan::collect)
       .def("perturb", &Plan::perturb)
       .def("sgd_step", &Plan::sgd_step)
       .def("adam_step", &Plan::adam_step)

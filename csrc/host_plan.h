@@ -44,18 +44,16 @@ class Plan {
 
   // Whether these parameter groups, one after another, still hold the parameters of the plan.
   bool same_parameters(const py::list& groups) const;
-  // Looks at the gradients: for a step (`updating`) the state must be in place too. False, with nothing changed, if
-  // anything is not as it was when the plan was made: then make another one.
-  bool collect(bool updating);
-  // Norm and perturbation with the gradients seen, which are taken out of p.grad and kept inside if `keep`.
-  void perturb(uintptr_t stats, std::vector<double> rho, bool adaptive, double eta, bool stochastic, uint64_t seed,
+  // Norm and perturbation with the gradients of now, which are taken out of p.grad and kept inside if `keep`. False, with
+  // nothing changed, if anything is not as it was when the plan was made: then make another one.
+  bool perturb(uintptr_t stats, std::vector<double> rho, bool adaptive, double eta, bool stochastic, uint64_t seed,
                uint64_t step, bool keep);
-  // One update of all parameters, restored first if perturbed. `mixing` uses the gradients that perturb kept. Gradients
+  // One update of all parameters, restored first if perturbed; false as above. `mixing` uses the gradients that perturb kept. Gradients
   // are divided by the scale of AMP, a number, or on a GPU by the one at the first address, with found_inf at the second.
   using Addresses = std::array<uintptr_t, 2>;  // 0: none
-  void sgd_step(const std::vector<std::array<double, 5>>& rows, bool nesterov, bool maximize, bool mixing, double scale,
+  bool sgd_step(const std::vector<std::array<double, 5>>& rows, bool nesterov, bool maximize, bool mixing, double scale,
                 const Addresses& there);
-  void adam_step(const std::vector<std::array<double, 7>>& rows, bool decoupled, bool maximize, bool mixing, double scale,
+  bool adam_step(const std::vector<std::array<double, 7>>& rows, bool decoupled, bool maximize, bool mixing, double scale,
                  const Addresses& there);
   bool perturbed() const { return perturbed_; }
   // Undoes a perturbation. False, with nothing done, if a parameter no longer lies where it was.
@@ -78,6 +76,9 @@ class Plan {
     int64_t* grad_strides() const { return shape + 2 * ndim; }
   };
   void add(const Positions& positions, Stream stream);
+  // Looks at the gradients, and for an update at all state. Nobody may run Python from here to the kernels: another thread
+  // may drop a gradient.
+  bool collect(bool updating);
   template <class Visit>
   void walk_state(Visit visit) const;
   bool same_state();
@@ -90,7 +91,7 @@ class Plan {
   template <class Run>
   void run(Run run);
   template <class Step>
-  void update(Call& call, bool maximize, bool mixing, double scale, Step step);
+  bool update(Call& call, bool maximize, bool mixing, double scale, Step step);
 
   int64_t count() const { return static_cast<int64_t>(entries_.size()); }
 

@@ -20,8 +20,9 @@ void Plan::run(Run run) {
   run();
 }
 
-void Plan::perturb(uintptr_t stats, std::vector<double> rho, bool adaptive, double eta, bool stochastic, uint64_t seed,
+bool Plan::perturb(uintptr_t stats, std::vector<double> rho, bool adaptive, double eta, bool stochastic, uint64_t seed,
                    uint64_t step, bool keep) {
+  if (!collect(false)) return false;
   Call call;
   call.adaptive = adaptive;
   call.eta = eta;
@@ -29,20 +30,23 @@ void Plan::perturb(uintptr_t stats, std::vector<double> rho, bool adaptive, doub
   call.seed = seed;
   call.step = step;
   double* numbers = reinterpret_cast<double*>(stats);
+  HeldTensors kept(keep ? core().hold_grads(held_, count()) : 0);
   run([&] {
     ops_.grad_norm(table_, call, numbers, device_);
     ops_.perturb(table_, call, numbers, rho.data(), static_cast<int>(rho.size()), device_);
     perturbed_ = true;
   });
   if (keep) {
-    first_grads_.reset(core().hold_grads(held_, count()));
+    first_grads_.reset(kept.give_away());
     table_.chunks.clear();
   }
   core().clear_grads(grad_handles_.data(), count());
+  return true;
 }
 
 template <class Step>
-void Plan::update(Call& call, bool maximize, bool mixing, double scale, Step step) {
+bool Plan::update(Call& call, bool maximize, bool mixing, double scale, Step step) {
+  if (!collect(true)) return false;
   call.direction = (maximize ? -1 : 1) / scale;
   if (!mixing && first_grads_ != 0) {
     first_grads_.reset();
@@ -57,6 +61,7 @@ void Plan::update(Call& call, bool maximize, bool mixing, double scale, Step ste
     first_grads_.reset();
     table_.chunks.clear();
   }
+  return true;
 }
 
 static cuda::DeviceNumbers at(const Plan::Addresses& there) {
@@ -66,7 +71,7 @@ static cuda::DeviceNumbers at(const Plan::Addresses& there) {
   return numbers;
 }
 
-void Plan::sgd_step(const std::vector<std::array<double, 5>>& rows, bool nesterov, bool maximize, bool mixing,
+bool Plan::sgd_step(const std::vector<std::array<double, 5>>& rows, bool nesterov, bool maximize, bool mixing,
                     double scale, const Addresses& there) {
   std::vector<SgdRow> numbers;
   for (const auto& r : rows) numbers.push_back({r[0], r[1], r[2], r[3], r[4]});
@@ -74,10 +79,10 @@ void Plan::sgd_step(const std::vector<std::array<double, 5>>& rows, bool nestero
   call.sgd = numbers.data();
   call.nesterov = nesterov;
   const auto numbers_there = at(there);
-  update(call, maximize, mixing, scale, [&] { ops_.sgd_step(table_, call, numbers_there, device_); });
+  return update(call, maximize, mixing, scale, [&] { ops_.sgd_step(table_, call, numbers_there, device_); });
 }
 
-void Plan::adam_step(const std::vector<std::array<double, 7>>& rows, bool decoupled, bool maximize, bool mixing,
+bool Plan::adam_step(const std::vector<std::array<double, 7>>& rows, bool decoupled, bool maximize, bool mixing,
                      double scale, const Addresses& there) {
   std::vector<AdamRow> numbers;
   for (const auto& r : rows) numbers.push_back({r[0], r[1], r[2], r[3], r[4], r[5], r[6]});
@@ -85,7 +90,7 @@ void Plan::adam_step(const std::vector<std::array<double, 7>>& rows, bool decoup
   call.adam = numbers.data();
   call.decoupled = decoupled;
   const auto numbers_there = at(there);
-  update(call, maximize, mixing, scale, [&] { ops_.adam_step(table_, call, numbers_there, device_); });
+  return update(call, maximize, mixing, scale, [&] { ops_.adam_step(table_, call, numbers_there, device_); });
 }
 
 bool Plan::restore() {

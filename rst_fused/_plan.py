@@ -7,7 +7,7 @@ time, storage that moved) makes a new plan; whatever a plan cannot express goes 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -39,46 +39,71 @@ class Plans:
 
     def perturb(self, opt: Core) -> bool:
         """Norm and perturbation; False if the plan path does not serve this case, with nothing done."""
-        if not self._ready(opt, with_backups=True, updating=False):
-            return False
-        rho = _on_host([_engine.signed_rho(group) for group, _ in self._lists.rows])
-        if rho is None:
-            return False
-        run, stats = opt._run, opt._places[0].stats
-        self._plan.perturb(
-            stats.data_ptr(), rho, opt.adaptive, opt.eta, opt.stochastic_rounding, opt.seed, run.steps, run.mixing
-        )
-        return True
+        return bool(self._serves(opt) and self._attempt(opt, self._perturb, with_backups=True, updating=False))
 
     def update(self, opt: Core) -> bool:
         """Restore, mixing and base step; False if the plan path does not serve this case."""
+        done: bool | None = False
+        if self._plan is not None and self._plan.perturbed:
+            if self._serves(opt) and self._unchanged(opt, with_backups=True, updating=True):
+                done = self._step(opt)
+        elif not opt._run.perturbed and self._serves(opt):
+            done = self._attempt(opt, self._step, with_backups=False, updating=True)
+        if not done:
+            self.hand_over(opt)
+        if done is False:
+            self._plan = None  # the engine may deal out step counters anew
+        return bool(done)
+
+    def _attempt(
+        self, opt: Core, act: Callable[[Core], bool | None], with_backups: bool, updating: bool
+    ) -> bool | None:
+        """Acts, with a new plan if there is none or it no longer fits. False if no plan does, None as ``act``."""
+        if self._unchanged(opt, with_backups, updating):
+            done = act(opt)
+            if done is not False:
+                return done
+        self._plan = None
+        _engine.check_grads(opt)
+        self._build(opt, with_backups or bool(opt._backups))
+        return self._plan is not None and act(opt)
+
+    def _perturb(self, opt: Core) -> bool | None:
+        """False if the plan does not fit the tensors of now; None if it cannot serve the numbers of now."""
+        rho = _on_host([_engine.signed_rho(group) for group, _ in self._lists.rows])
+        if rho is None:
+            return None
+        run, stats = opt._run, opt._places[0].stats
+        done: bool = self._plan.perturb(
+            stats.data_ptr(), rho, opt.adaptive, opt.eta, opt.stochastic_rounding, opt.seed, run.steps, run.mixing
+        )
+        return done
+
+    def _step(self, opt: Core) -> bool | None:
+        """As _perturb."""
         rule, mixing = opt.rule, opt._run.mixing
         assert rule is not None
-        if not self._ready_to_update(opt):
-            self.hand_over(opt)
-            self._plan = None  # the engine may deal out step counters anew
-            return False
         scaling = self._scaling(opt)
         if scaling is None:
-            self.hand_over(opt)
-            return False
+            return None
         gamma = opt._run.gamma if mixing else 1.0
         rows = []
         for group, new in self._lists.rows:
             row = _on_host(rule.row(group, new, gamma))
             if row is None:
-                self.hand_over(opt)
-                return False
+                return None
             rows.append(row)
         flags = self._flags[0]  # as of now: it was compared
+        done: bool
         if rule.name == "sgd":
-            self._plan.sgd_step(rows, flags[1], flags[2], mixing, *scaling)
+            done = self._plan.sgd_step(rows, flags[1], flags[2], mixing, *scaling)
         else:
             for row, step in zip(rows, self._lists.steps, strict=True):
                 row.append(float(step) + 1)
-            self._plan.adam_step(rows, flags[1], flags[2], mixing, *scaling)
-            torch._foreach_add_(self._lists.steps, 1)  # after the step, which may fail
-        return True
+            done = self._plan.adam_step(rows, flags[1], flags[2], mixing, *scaling)
+            if done:
+                torch._foreach_add_(self._lists.steps, 1)  # after the step, which may fail
+        return done
 
     def _scaling(self, opt: Core) -> tuple[float, tuple[int, int]] | None:
         """The scale of AMP, or the addresses of scale and found_inf on the GPU; None if a plan cannot serve this."""
@@ -112,22 +137,6 @@ class Plans:
             tensors = getattr(torch.ops, NAMESPACE)._unhold(first_grads)
             opt._run.first_grads.update(zip(self._lists.params, tensors, strict=True))
 
-    def _ready_to_update(self, opt: Core) -> bool:
-        if self._plan is not None and self._plan.perturbed:
-            return self._serves(opt) and self._unchanged(opt, True, True) and bool(self._plan.collect(True))
-        return not opt._run.perturbed and self._ready(opt, with_backups=False, updating=True)
-
-    def _ready(self, opt: Core, with_backups: bool, updating: bool) -> bool:
-        """Whether there is a plan that fits the gradients of now; makes one if need be."""
-        if not self._serves(opt):
-            return False
-        if self._unchanged(opt, with_backups, updating) and self._plan.collect(updating):
-            return True
-        self._plan = None
-        _engine.check_grads(opt)
-        self._build(opt, with_backups or bool(opt._backups))
-        return self._plan is not None and bool(self._plan.collect(updating))
-
     @staticmethod
     def _serves(opt: Core) -> bool:
         return (
@@ -138,7 +147,7 @@ class Plans:
         )
 
     def _unchanged(self, opt: Core, with_backups: bool, updating: bool) -> bool:
-        """Whether the optimizer is the one the plan was made for; plan.collect looks at the tensors."""
+        """Whether the optimizer is the one the plan was made for; the plan itself looks at the tensors."""
         return (
             self._plan is not None
             and (self._with_backups or not with_backups)
