@@ -45,8 +45,8 @@ def flat(t: Tensor) -> Tensor:
     return t.as_strided((t.numel(),), (1,))
 
 
-def prepare(streams: Sequence[Any], indices: Sequence[int]) -> Any:
-    used, back = _prepare(streams, indices)
+def prepare(streams: Sequence[Any], layout: Any) -> Any:
+    used, back = _prepare(streams, layout)
     by_address: dict[int, tuple[Tensor, bool]] = {}
     for stream, tensors in zip(streams, used, strict=True):
         for t in tensors:

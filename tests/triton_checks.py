@@ -16,10 +16,10 @@ from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 
 from rst_fused import ops
-from rst_fused.kernels import multi_tensor
+from rst_fused.kernels import traversal
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-CHUNK = multi_tensor.CHUNK.value
+CHUNK = traversal.CHUNK.value
 HEADER = 24 * 8 * 128  # bytes a program may read of tables and numbers: 24 of them, by each of its threads
 of_dtypes = pytest.mark.parametrize("dtype", op_db.DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 
