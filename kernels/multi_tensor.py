@@ -25,17 +25,15 @@ from .checks import (
     dense,
     runs_on,
 )
+from .sizes import BUILT_IN, sizes
 from .tables import Table
 
 # C++ of torch.compile: it compares tensors with what they were in the time that Python takes to ask each one thing.
 _guards: Any = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
 TensorGuards: Any = getattr(_guards, "TensorGuards", None)
 
-_WARPS = 4
-_BLOCK = 8 * 32 * _WARPS  # scalars at a time: 8 for each thread, in 16-byte accesses
-_TAIL = 32 * _WARPS  # with masks
 # Without fusion a * b + c rounds twice unless the formula says fma.
-OPTIONS = {"num_warps": _WARPS, "enable_fp_fusion": False}
+OPTIONS = {"enable_fp_fusion": False}
 _REAL = {torch.complex64: torch.float32, torch.complex128: torch.float64}
 _LOOKS = 16  # calls whose lists are remembered; a training step makes about three
 
@@ -249,15 +247,17 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
     return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
 
 
-def run(function: Any, device: torch.device, programs: int, args: Sequence[Any], constants: dict[str, Any]) -> None:
-    key = (function.__name__, device, *constants.values())
+def run(
+    function: Any, device: torch.device, programs: int, args: Sequence[Any], constants: dict[str, Any], warps: int
+) -> None:
+    key = (function.__name__, device, warps, *constants.values())
     known = _binaries.get(key)
     with _on(device):
         if known is not None:
             binary, fixed = known
             binary[(programs, 1, 1)](*args, *fixed)
             return
-        binary = function[(programs,)](*args, **constants, **OPTIONS)
+        binary = function[(programs,)](*args, **constants, **OPTIONS, num_warps=warps)
     if isinstance(binary, CompiledKernel):  # Triton's interpreter has none
         _binaries[key] = binary, tuple(constants[name] for name in function.arg_names if name in constants)
 
@@ -267,13 +267,13 @@ def launch(
 ) -> None:
     """Runs a kernel with one program for each chunk of a part, or with one program on a device.
 
-    ``wide_state``: float32 is stored beside 16-bit numbers. With 8 scalars for each thread its 16-byte stores would
-    leave gaps, and Triton would have threads exchange numbers to close them; 4 need none.
+    ``wide_state``: float32 is stored beside 16-bit numbers.
     """
     if isinstance(where, torch.device):
-        run(function, where, 1, args, constants)
+        run(function, where, 1, args, constants, BUILT_IN.warps)
     elif where.chunks:
         types = {"T": TRITON_DTYPE[where.dtype], "STATE": TRITON_DTYPE[where.state]}
-        blocks = {"BLOCK": _BLOCK // 2 if wide_state else _BLOCK, "TAIL": _TAIL}
+        chosen = sizes(function.__name__, where.device, types["T"], types["STATE"], wide_state)
+        blocks = {"BLOCK": chosen.block, "TAIL": chosen.tail}
         table = (where.table.on_device, where.table.tensors)
-        run(function, where.device, where.chunks, (*table, *args), {**types, **blocks, **constants})
+        run(function, where.device, where.chunks, (*table, *args), {**types, **blocks, **constants}, chosen.warps)

@@ -52,7 +52,7 @@ def step(kernels: Any, given: Lists) -> list[list[int]]:
     """The record of each tensor in the table that the launch was given."""
     params, grads, buffers = given["params"], given["grads"], given["buffers"]
     kernels.sgd_step.sgd_step_(params, grads, buffers, [], HYPER, [len(params)], False, False, None, None)
-    _, _, _, (table, tensors, *_), _ = kernels.launches[-1]
+    _, _, _, (table, tensors, *_), *_ = kernels.launches[-1]
     width = kernels.tables.HEADER.value + kernels.sgd_step._SLOTS.value
     return table[: tensors * width].view(tensors, width).tolist()
 
@@ -210,8 +210,9 @@ def test_triton_is_asked_for_a_binary_once(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(multi_tensor, "_binaries", {})
     cpu, function = torch.device("cpu"), Function()
     for programs in (3, 4):
-        multi_tensor.run(function, cpu, programs, ("table", 7), {"BLOCK": 64, "T": "fp32"})
-    assert asked == [((3,), ("table", 7), {"BLOCK": 64, "T": "fp32", **multi_tensor.OPTIONS})]
+        multi_tensor.run(function, cpu, programs, ("table", 7), {"BLOCK": 64, "T": "fp32"}, 4)
+    assert asked == [((3,), ("table", 7), {"BLOCK": 64, "T": "fp32", "num_warps": 4, **multi_tensor.OPTIONS})]
     assert direct == [((4, 1, 1), ("table", 7, "fp32", 64))]
-    multi_tensor.run(function, cpu, 3, ("table", 7), {"BLOCK": 32, "T": "fp32"})
-    assert len(asked) == 2, "another binary"
+    multi_tensor.run(function, cpu, 3, ("table", 7), {"BLOCK": 32, "T": "fp32"}, 4)
+    multi_tensor.run(function, cpu, 3, ("table", 7), {"BLOCK": 32, "T": "fp32"}, 8)
+    assert len(asked) == 3, "other constants or warps are another binary"
