@@ -110,6 +110,17 @@ def test_what_does_not_fit_is_refused_at_any_call(
         step(kernels, given)
 
 
+def test_lists_of_another_length_are_noticed_at_any_call(kernels: Any) -> None:
+    given = lists()
+    buffers = given["buffers"]
+    step(kernels, given)
+    given["buffers"] = []
+    assert [r[-1] for r in step(kernels, given)] == [0, 0], "no buffers"
+    given["buffers"] = buffers[:1]
+    with pytest.raises(RuntimeError, match="buffers has 1 entries, expected 2"):
+        step(kernels, given)
+
+
 def test_written_tensors_with_shared_elements_are_refused_at_any_call(kernels: Any) -> None:
     given = lists()
     step(kernels, given)
