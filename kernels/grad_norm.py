@@ -75,7 +75,7 @@ def grad_norm(stats: Tensor, grads: Sequence[Tensor], params: Sequence[Tensor], 
     known = look(op, streams, [len(grads)])
     partials = [torch.empty(0, dtype=torch.float64, device=stats.device)]
     for part in each_part(known, streams, split_complex=adaptive):
-        (eta_there,) = on_device(part.device, torch.tensor([eta], dtype=torch.float64))
+        (eta_there,) = on_device(part.device, torch.tensor([eta], dtype=torch.float64, device="cpu"))
         sums = torch.empty(part.chunks, dtype=torch.float64, device=part.device)
         launch(grad_norm_kernel, part, sums, eta_there, ADAPTIVE=adaptive, COMPLEX=part.complex)
         partials.append(sums.to(stats.device, non_blocking=True))

@@ -224,7 +224,7 @@ def update_streams(
     ]  # fmt: skip
 
 
-_NEUTRAL = (("grad_scale", torch.ones(1)), ("found_inf", torch.zeros(1)))
+_NEUTRAL = (("grad_scale", torch.ones(1, device="cpu")), ("found_inf", torch.zeros(1, device="cpu")))
 
 
 def scaling(op: str, grad_scale: Tensor | None, found_inf: Tensor | None) -> list[Tensor]:

@@ -99,7 +99,7 @@ def perturb_(
         Stream("backups", [] if masters else backups, written=True, read=False),
     ]  # fmt: skip
     known = look(op, streams, group_sizes)
-    etas = torch.tensor([eta], dtype=torch.float64)
+    etas = torch.tensor([eta], dtype=torch.float64, device="cpu")
     for part in each_part(known, streams, first_index, split_complex=adaptive):
         numbers = on_device(part.device, stats, rho, etas, rng)
         launch(

@@ -48,7 +48,7 @@ def _upload(host: Tensor, device: torch.device) -> Tensor:
         return host
     if not _capturing(device):
         if not _spare or _spare[0].numel() < _ROOM // 2:
-            _spare[:] = [torch.empty(_ROOM, dtype=torch.uint8, pin_memory=True)]
+            _spare[:] = [torch.empty(_ROOM, dtype=torch.uint8, device="cpu", pin_memory=True)]
         pinned = host.pin_memory()
     else:
         if _spare and _spare[0].numel() >= host.nbytes:
@@ -80,12 +80,12 @@ def _find(kept: OrderedDict[Any, Any], device: torch.device, key: Any) -> Any:
 # --- addresses ------------------------------------------------------------------------------------------------------
 def make_table(lengths: Sequence[int], rows: Sequence[int], indices: Sequence[int], slots: Sequence[Any]) -> Tensor:
     """One record for each tensor, then for each chunk the number of its tensor; see .traversal."""
-    length, addresses = torch.tensor(lengths), torch.tensor(slots)
+    length, row, index, addresses = (torch.tensor(x, device="cpu") for x in (lengths, rows, indices, slots))
     chunks = (length + (CHUNK.value - 1)) // CHUNK.value
     aligned = (addresses % _ALIGNMENT == 0).all(0)
-    header = (length, length * aligned, torch.tensor(rows), torch.tensor(indices), chunks.cumsum(0) - chunks)
+    header = (length, length * aligned, row, index, chunks.cumsum(0) - chunks)
     records = torch.stack([*header, *addresses], 1).flatten()
-    return torch.cat([records, torch.arange(len(lengths)).repeat_interleave(chunks)])
+    return torch.cat([records, torch.arange(len(lengths), device="cpu").repeat_interleave(chunks)])
 
 
 def table(device: torch.device, lengths: tuple[int, ...], rows: tuple[int, ...], indices: tuple[int, ...],

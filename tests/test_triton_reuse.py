@@ -174,6 +174,15 @@ def test_without_the_comparison_of_torch_every_call_is_checked(kernels: Any, mon
     assert kernels.checked == 3
 
 
+def test_the_default_device_of_torch_does_not_matter(kernels: Any) -> None:
+    """torch.set_default_device("cuda") must not put on a GPU what is to be sent there."""
+    given = lists()
+    with torch.device("meta"):
+        assert [r[5:] for r in step(kernels, given)] == addresses(given)
+    _, _, _, args, *_ = kernels.launches[-1]
+    assert {x.device.type for x in args if isinstance(x, Tensor)} == {"cpu"}
+
+
 # --- numbers --------------------------------------------------------------------------------------------------------
 def test_the_same_numbers_are_sent_once(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     tables, sent, meta = kernels.tables, [], torch.device("meta")
