@@ -16,7 +16,9 @@ from .grad_norm import grad_norm
 from .perturb import perturb_
 from .restore import restore_
 from .sgd_step import restore_sgd_step_, sgd_step_
+from .tuning import autotune
 
 __all__ = [
-    "adam_step_", "grad_norm", "perturb_", "restore_", "restore_adam_step_", "restore_sgd_step_", "sgd_step_",
+    "adam_step_", "autotune", "grad_norm", "perturb_", "restore_", "restore_adam_step_", "restore_sgd_step_",
+    "sgd_step_",
 ]  # fmt: skip

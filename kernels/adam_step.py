@@ -9,17 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .multi_tensor import (
-    check_length,
-    check_lists,
-    check_numbers,
-    each_part,
-    launch,
-    on_device,
-    scaling,
-    update_streams,
-)
+from .checks import check_length, check_numbers
+from .multi_tensor import each_part, launch, look, scaling, update_streams
 from .sam_math import adam_decayed, adam_exp_avg, adam_exp_avg_sq, adam_shrunk, adam_update, mix
+from .tables import on_device
 from .traversal import ROW, address, kernel, load, locate, store
 
 _PARAM, _SOURCE, _GRAD, _FIRST_GRAD, _BUFFER, _BUFFER2, _SLOTS = (tl.constexpr(i) for i in range(7))
@@ -98,12 +91,12 @@ def restore_adam_step_(
     amp = scaling(op, grad_scale, found_inf)
     state = {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
     streams = update_streams(op, params, grads, backups, first_grads, masters, state)
-    check_lists(op, streams, group_sizes)
+    known = look(op, streams, group_sizes)
     there = next((x.device for x in (hyper, steps) if x.device.type != "cpu"), hyper.device)
     hyper, steps = on_device(there, hyper, steps)
     given, counts = hyper.reshape(-1)[: _GIVEN * groups].view(groups, _GIVEN), steps.reshape(-1)[:groups, None]
     full = torch.cat([given, 1 - given[:, 1:3] ** counts], 1)
-    for part in each_part(streams, group_sizes):
+    for part in each_part(known, streams):
         rows, *amp_there = on_device(part.device, full, *amp)
         launch(
             adam_step_kernel, part, rows, -1 if maximize else 1, *amp_there, V=part.arithmetic, DECOUPLED=decoupled,

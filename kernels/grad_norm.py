@@ -11,18 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .multi_tensor import (
-    KEPT,
-    Stream,
-    check_length,
-    check_lists,
-    check_numbers,
-    each_part,
-    launch,
-    on_device,
-    runs_on,
-)
+from .checks import KEPT, Stream, check_length, check_numbers, runs_on
+from .multi_tensor import each_part, launch, look
 from .sam_math import asam_scale, asam_squared_norm, squared_norm
+from .tables import on_device
 from .traversal import address, kernel, load, locate, magnitude
 
 NORM_EPS = tl.constexpr(1e-12)
@@ -80,10 +72,10 @@ def grad_norm(stats: Tensor, grads: Sequence[Tensor], params: Sequence[Tensor], 
     if adaptive:
         check_length(op, "params", params, grads)
     streams = [Stream("grads", grads), Stream("params", params if adaptive else [], dtype=KEPT)]
-    check_lists(op, streams, [len(grads)])
+    known = look(op, streams, [len(grads)])
     partials = [torch.empty(0, dtype=torch.float64, device=stats.device)]
-    for part in each_part(streams, [len(grads)], split_complex=adaptive):
-        (eta_there,) = on_device(part.device, torch.tensor([eta], dtype=torch.float64))
+    for part in each_part(known, streams, split_complex=adaptive):
+        (eta_there,) = on_device(part.device, torch.tensor([eta], dtype=torch.float64, device="cpu"))
         sums = torch.empty(part.chunks, dtype=torch.float64, device=part.device)
         launch(grad_norm_kernel, part, sums, eta_there, ADAPTIVE=adaptive, COMPLEX=part.complex)
         partials.append(sums.to(stats.device, non_blocking=True))

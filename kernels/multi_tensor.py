@@ -1,241 +1,158 @@
-"""The host's side of the traversal: lists of tensors are checked, grouped by dtype and device, and turned into tables.
+"""The host's side of the traversal: lists of tensors are checked, grouped by dtype and device, and made into launches.
 
 Tensors that do not lie alike in memory pass through dense copies, in the order of the parameter's strides.
 """
 
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
-from operator import attrgetter
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
+from triton.compiler import CompiledKernel
 
-from .traversal import CHUNK, HEADER
+from . import tables
+from .checks import (
+    TRITON_DTYPE,
+    Stream,
+    alike,
+    check_length,
+    check_lists,
+    check_masters,
+    check_numbers,
+    dense,
+    runs_on,
+)
+from .sizes import BUILT_IN, sizes
+from .tables import Table
 
-_ALIGNMENT = 16
-_WARPS = 4
-_BLOCK = 8 * 32 * _WARPS  # scalars at a time: 8 for each thread, in 16-byte accesses
-_TAIL = 32 * _WARPS  # with masks
+# C++ of torch.compile: it compares tensors with what they were in the time that Python takes to ask each one thing.
+_guards: Any = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
+TensorGuards: Any = getattr(_guards, "TensorGuards", None)
+
 # Without fusion a * b + c rounds twice unless the formula says fma.
-OPTIONS = {"num_warps": _WARPS, "enable_fp_fusion": False}
-_ROOM = 8 << 20  # bytes that captures may take: a table needs 8 for every chunk, and some for every tensor
-_TABLES = 64  # tables kept on devices; a training step uses about three
-
-SIXTEEN_BIT = (torch.bfloat16, torch.float16)
-_TRITON_DTYPE = {
-    torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16,
-    torch.complex64: tl.float32, torch.complex128: tl.float64,
-}  # fmt: skip
+OPTIONS = {"enable_fp_fusion": False}
 _REAL = {torch.complex64: torch.float32, torch.complex128: torch.float64}
-KEPT = "kept"  # dtype of weights: the parameter's, or float32 where they are the masters of a 16-bit one
+_LOOKS = 16  # calls whose lists are remembered; a training step makes about three
 
 
-# --- checks ---------------------------------------------------------------------------------------------------------
-def _require(condition: bool, op: str, complaint: str) -> None:
-    if not condition:
-        raise RuntimeError(f"rst_fused::{op}: {complaint}")
-
-
-def check_length(op: str, name: str, given: Sequence[Tensor], lead: Sequence[Tensor]) -> None:
-    _require(
-        len(given) == len(lead), op, f"{name} has {len(given)} entries, expected {len(lead)}, one per parameter"
-    )
-
-
-def check_masters(op: str, masters: Sequence[Tensor], params: Sequence[Tensor]) -> None:
-    for i, p in enumerate(params if masters else ()):
-        _require(
-            p.dtype in SIXTEEN_BIT, op,
-            f"masters go with bfloat16 and float16 parameters, but parameter {i} has dtype {p.dtype}",
-        )  # fmt: skip
-
-
-def check_numbers(
-    op: str, name: str, given: Tensor, dtype: torch.dtype, least: int, on: torch.device | None = None
-) -> None:
-    """``given`` may be on the CPU or on a device; ``on``: where it has to be."""
-    good = given.dtype == dtype and given.is_contiguous() and (on is None or given.device.type == on.type)
-    where = "" if on is None else f" on {on.type}"
-    got = f"got {given.dtype} on {given.device}"
-    _require(good, op, f"{name} must be a contiguous tensor of dtype {dtype}{where}, {got}")
-    _require(given.numel() >= least, op, f"{name} has {given.numel()} elements, expected at least {least}")
-
-
-def runs_on(op: str, name: str, given: Tensor) -> None:
-    _require(
-        given.device.type != "cpu" or triton.knobs.runtime.interpret, op,
-        f"{name} is on the CPU, where Triton does not run: move the tensors to a GPU, or use backend='cpu'",
-    )  # fmt: skip
-
-
-def _check_rows(op: str, group_sizes: Sequence[int], count: int) -> None:
-    _require(all(size >= 0 for size in group_sizes), op, f"group_sizes holds {group_sizes}, expected counts >= 0")
-    total = sum(group_sizes)
-    _require(total == count, op, f"group_sizes sum to {total}, expected the number of parameters, {count}")
-
-
-# --- how tensors lie ------------------------------------------------------------------------------------------------
+# --- lists of tensors -----------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class Stream:
-    """One list of a call. Empty: absent. ``dtype``: None for the parameter's own."""
+class Layout:
+    """The tensors of a call that one launch serves: all of a table but the addresses."""
 
-    name: str
-    tensors: Sequence[Tensor]
-    written: bool = False
-    read: bool = True
-    dtype: torch.dtype | str | None = None
-
-
-def _order(shape: Sequence[int], stride: Sequence[int]) -> list[int]:
-    """The dimensions from the outermost inwards."""
-    return sorted((d for d in range(len(shape)) if shape[d] > 1), key=lambda d: -stride[d])
+    device: torch.device
+    dtype: torch.dtype  # of the parameters
+    state: torch.dtype  # of what is kept beside them: dtype, or float32 beside masters
+    members: list[int]
+    lengths: tuple[int, ...]
+    rows: tuple[int, ...]
+    indices: tuple[int, ...]
+    in_place: bool  # whether all tensors can be worked on where they are
 
 
-@lru_cache(maxsize=4096)
-def _dense(shape: torch.Size, stride: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides without gaps in the same order of dimensions; those of dimensions of size 1 stay."""
-    out, step = list(stride), 1
-    for d in reversed(_order(shape, stride)):
-        out[d], step = step, step * shape[d]
-    return tuple(out)
+class Look:
+    """What was found out about the lists of a call: that they can be served, and how they are to be laid out.
+
+    It holds for all lists of tensors of the same types, dtypes, devices, shapes and strides, with the same pending conj
+    and neg. Addresses are no part of it: every call reads them anew.
+    """
+
+    def __init__(self, call: Any, streams: Sequence[Stream], group_sizes: Sequence[int]) -> None:
+        self.call = call
+        self.group_sizes = list(group_sizes)
+        self.layouts: dict[Any, list[Layout]] = {}
+        self.guards = [_guard(s, streams[0]) for s in streams] if TensorGuards else []
+
+    def fits(self, call: Any, streams: Sequence[Stream]) -> bool:
+        return self.call == call and all(
+            fits is None or fits(*s.tensors) for fits, s in zip(self.guards, streams, strict=True)
+        )
 
 
-def _alike(shape: torch.Size, a: tuple[int, ...], b: tuple[int, ...]) -> bool:
-    return all(x == y or size == 1 for size, x, y in zip(shape, a, b, strict=True)) or 0 in shape
+_looks: list[Look] = []  # the latest first
 
 
-def _overlaps(shape: torch.Size, stride: tuple[int, ...]) -> bool:
-    """True if two indices may reach the same element."""
-    if 0 in shape:
-        return False
-    reached = 0
-    for d in reversed(_order(shape, stride)):
-        if stride[d] <= reached:
-            return True
-        reached += (shape[d] - 1) * stride[d]
-    return False
+def _guard(stream: Stream, lead: Stream) -> Callable[..., bool] | None:
+    """Compares tensors with those of ``stream``, which it does not keep. None: there is nothing to compare."""
+    if not stream.tensors or (stream is not lead and stream.tensors is lead.tensors):
+        return None
+    return TensorGuards(*stream.tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
 
 
-@lru_cache(maxsize=4096)
-def _writable(shape: torch.Size, stride: tuple[int, ...]) -> bool:
-    return not _overlaps(shape, stride)
+def look(op: str, streams: Sequence[Stream], group_sizes: Sequence[int]) -> Look:
+    """Checks the lists of a call, the first of which leads, unless an earlier call had such lists.
+
+    Raises for whatever would be read or written out of bounds.
+    """
+    lead = streams[0].tensors
+    if lead:
+        runs_on(op, f"{streams[0].name}[0]", lead[0])
+    call = (op, tuple(group_sizes), tuple((s.name, len(s.tensors), s.tensors is lead) for s in streams))
+    known = next((known for known in _looks if known.fits(call, streams)), None)
+    if known is None:
+        check_lists(op, streams, group_sizes)
+        known = Look(call, streams, group_sizes)
+    if TensorGuards and known is not next(iter(_looks), None):
+        _looks[:] = [known, *(other for other in _looks if other is not known)][:_LOOKS]
+    return known
 
 
-_facts = attrgetter("dtype", "shape", "device", "layout")
+def _prepare(
+    streams: Sequence[Stream], layout: Layout
+) -> tuple[list[Sequence[Tensor]], list[tuple[Tensor, Tensor]]]:
+    """The dense tensors to work on, all lying like the parameter, and (original, copy) of those to write back."""
+    members = layout.members
+    if layout.in_place and len(members) == len(streams[0].tensors):
+        return [s.tensors for s in streams], []
+    used: list[Sequence[Tensor]] = [[s.tensors[i] for i in members] if s.tensors else [] for s in streams]
+    back: list[tuple[Tensor, Tensor]] = []
+    if layout.in_place:
+        return used, back
+    wanted = [dense(p.shape, p.stride()) for p in used[0]]
+    for n, s in enumerate(streams):
+        mine = list(used[n])
+        for k, t in enumerate(mine):
+            if _lies(t, wanted[k]):
+                continue
+            mine[k] = torch.empty_strided(t.shape, dense(t.shape, wanted[k]), dtype=t.dtype, device=t.device)
+            if s.read:
+                mine[k].copy_(t)
+            if s.written:
+                back.append((t, mine[k]))
+        used[n] = mine
+    return used, back
 
 
-def _check_stream(op: str, s: Stream, lead: Sequence[Tensor], facts: Sequence[Any]) -> None:
-    """Whatever would be read or written out of bounds raises."""
-    check_length(op, s.name, s.tensors, lead)
-    theirs = list(map(_facts, s.tensors))
-    if s.dtype is not None or theirs != facts:
-        for i, ((dtype, shape, device, layout), (own, *like)) in enumerate(zip(theirs, facts, strict=True)):
-            expected = own if s.dtype is None else s.dtype
-            if s.dtype == KEPT:
-                expected = torch.float32 if dtype == torch.float32 and own in SIXTEEN_BIT else own
-            if dtype != expected or [device, layout] != like[1:]:
-                raise RuntimeError(
-                    f"rst_fused::{op}: {s.name}[{i}] is {layout} of dtype {dtype} on {device}, expected {expected} on "
-                    f"{like[1]}"
-                )
-            _require(shape == like[0], op, f"{s.name}[{i}] does not have the shape of the parameter")
-    for i, t in enumerate(s.tensors if s.written else ()):
-        if not _writable(t.shape, t.stride()):
-            raise RuntimeError(
-                f"rst_fused::{op}: {s.name}[{i}] is written, but several of its elements share memory (an expanded "
-                "tensor?); clone it first"
-            )
+def _lies(t: Tensor, wanted: tuple[int, ...]) -> bool:
+    """Whether a kernel can work on ``t`` where it is, among tensors of such strides."""
+    return alike(t.shape, t.stride(), wanted) and not (t.is_conj() or t.is_neg())
 
 
-# --- tables ---------------------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Table:
-    on_device: Tensor
-    tensors: int
-    chunks: int
-
-
-_tables: OrderedDict[Any, Table] = OrderedDict()
-_captured: list[Any] = []  # what a CUDA graph reads at every replay must never be freed
-_spare: list[Tensor] = []  # pinned memory for captures, during which none should be allocated
-
-
-def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-def _stream(device: torch.device) -> int:
-    return 0 if device.type == "cpu" else torch.get_device_module(device).current_stream(device).stream_id
-
-
-def _upload(host: Tensor, device: torch.device) -> Tensor:
-    """A copy that the host does not wait for; torch keeps the pinned memory until it is done."""
-    if device.type == "cpu":
-        return host
-    if not _capturing(device):
-        if not _spare or _spare[0].numel() < _ROOM // 2:
-            _spare[:] = [torch.empty(_ROOM, dtype=torch.uint8, pin_memory=True)]
-        pinned = host.pin_memory()
-    else:
-        if _spare and _spare[0].numel() >= host.nbytes:
-            mine, _spare[0] = _spare[0][: host.nbytes], _spare[0][host.nbytes :]
-            pinned = mine.view(host.dtype).copy_(host)
-        else:
-            pinned = host.pin_memory()
-        _captured.append(pinned)
-    return pinned.to(device, non_blocking=True)
-
-
-def _make_table(lengths: Sequence[int], rows: Sequence[int], indices: Sequence[int], slots: Sequence[Any]) -> Tensor:
-    first, records, counts = 0, [], []
-    for length, row, index, *addresses in zip(lengths, rows, indices, *slots, strict=True):
-        aligned = not any(a % _ALIGNMENT for a in addresses)
-        records += [length, length if aligned else 0, row, index, first, *addresses]
-        counts.append(-(-length // CHUNK.value))
-        first += counts[-1]
-    return torch.cat([torch.tensor(records), torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))])
-
-
-def _table(device: torch.device, lengths: tuple[int, ...], rows: tuple[int, ...], indices: tuple[int, ...],
-           slots: tuple[tuple[int, ...], ...]) -> Table:  # fmt: skip
-    """The one of an earlier call with these addresses, or a new one. Another stream would not wait for its copy."""
-    key = (device, _stream(device), lengths, rows, indices, slots)
-    found = _tables.get(key)
-    if found is None:
-        host = _make_table(lengths, rows, indices, slots)
-        chunks = host.numel() - len(lengths) * (HEADER.value + len(slots))
-        found = Table(_upload(host, device), len(lengths), chunks)
-        if _capturing(device):  # what this copy leaves lies in the graph's own memory
-            return found
-        _tables[key] = found
-        if len(_tables) > _TABLES:
-            _tables.popitem(last=False)
-    elif _capturing(device):
-        _captured.append(found)
-    _tables.move_to_end(key)
-    return found
-
-
-def on_device(device: torch.device, *numbers: Tensor) -> list[Tensor]:
-    """``numbers`` on ``device``; those on the CPU travel together, in one copy."""
-    if device.type == "cpu":
-        return list(numbers)
-    travelling = [n for n in numbers if n.device.type == "cpu"]
-    sizes = [-(-n.nbytes // 8) * 8 for n in travelling]
-    packed = torch.zeros(sum(sizes), dtype=torch.uint8)
-    for slot, n in zip(packed.split(sizes), travelling, strict=True):
-        slot[: n.nbytes].copy_(n.reshape(-1).view(torch.uint8))
-    arrived = iter(_upload(packed, device).split(sizes) if travelling else ())
+def _layouts(
+    streams: Sequence[Stream], group_sizes: Sequence[int], first_index: int, split_complex: bool
+) -> list[Layout]:
+    lead = streams[0].tensors
+    rows = [row for row, size in enumerate(group_sizes) for _ in range(size)]
+    # The state's dtype is the parameter's unless some stream is fixed to float32.
+    fixed = next((s.tensors for s in streams if s.dtype is not None and s.tensors), lead)
+    parts: dict[Any, list[int]] = {}
+    for i, (p, kept) in enumerate(zip(lead, fixed, strict=True)):
+        kind = p.dtype if split_complex else _REAL.get(p.dtype, p.dtype)
+        parts.setdefault((p.device, kind, _REAL.get(kept.dtype, kept.dtype)), []).append(i)
+    wanted = [dense(p.shape, p.stride()) for p in lead]
     return [
-        next(arrived)[: n.nbytes].view(n.dtype) if n.device.type == "cpu" else n.to(device, non_blocking=True)
-        for n in numbers
-    ]
+        Layout(
+            device, lead[members[0]].dtype, fixed[members[0]].dtype, members,
+            lengths=tuple(lead[i].numel() * (2 if lead[i].is_complex() else 1) for i in members),
+            rows=tuple(rows[i] for i in members),
+            indices=tuple(first_index + i for i in members),
+            in_place=all(_lies(s.tensors[i], wanted[i]) for s in streams if s.tensors for i in members),
+        )
+        for (device, *_), members in parts.items()
+    ]  # fmt: skip
 
 
 # --- calls ----------------------------------------------------------------------------------------------------------
@@ -262,71 +179,28 @@ class Part:
         return tl.float64 if self.dtype in (torch.float64, torch.complex128) else tl.float32
 
 
-def _prepare(
-    streams: Sequence[Stream], indices: Sequence[int]
-) -> tuple[list[list[Tensor]], list[tuple[Tensor, Tensor]]]:
-    """The dense tensors to work on, all lying like the parameter, and (original, copy) of those to write back."""
-    lead = [streams[0].tensors[i] for i in indices]
-    wanted = [_dense(p.shape, p.stride()) for p in lead]
-    used, back = [], []
-    for s in streams:
-        mine = [s.tensors[i] for i in indices] if s.tensors else []
-        strides = [t.stride() for t in mine]
-        lazy = any(map(Tensor.is_conj, mine)) or any(map(Tensor.is_neg, mine))
-        for k, t in enumerate(mine if strides != wanted or lazy else ()):
-            if _alike(t.shape, strides[k], wanted[k]) and not (t.is_conj() or t.is_neg()):
-                continue
-            mine[k] = torch.empty_strided(t.shape, _dense(t.shape, wanted[k]), dtype=t.dtype, device=t.device)
-            if s.read:
-                mine[k].copy_(t)
-            if s.written:
-                back.append((t, mine[k]))
-        used.append(mine)
-    return used, back
-
-
-def check_lists(op: str, streams: Sequence[Stream], group_sizes: Sequence[int]) -> None:
-    """Raises for whatever would be read or written out of bounds. The first stream leads."""
-    lead = streams[0].tensors
-    _check_rows(op, group_sizes, len(lead))
-    if lead:
-        runs_on(op, f"{streams[0].name}[0]", lead[0])
-    facts = list(map(_facts, lead))
-    for i, (dtype, _, _, layout) in enumerate(facts):
-        if dtype not in _TRITON_DTYPE or layout != torch.strided:
-            raise RuntimeError(
-                f"rst_fused::{op}: {streams[0].name}[{i}] is {layout} of dtype {dtype}, which no kernel serves"
-            )
-    for s in streams:
-        if s.tensors:
-            _check_stream(op, s, lead, facts)
+def _slots(used: Sequence[Sequence[Tensor]]) -> tuple[tuple[int, ...], ...]:
+    """The addresses in each list."""
+    lead = tuple(map(Tensor.data_ptr, used[0]))
+    absent = (0,) * len(lead)
+    return tuple(
+        lead if tensors is used[0] else tuple(map(Tensor.data_ptr, tensors)) if tensors else absent for tensors in used
+    )
 
 
 def each_part(
-    streams: Sequence[Stream], group_sizes: Sequence[int], first_index: int = 0, split_complex: bool = False
+    known: Look, streams: Sequence[Stream], first_index: int = 0, split_complex: bool = False
 ) -> Iterator[Part]:
     """The parts of a call. When the next is asked for, the results of the last one that went to a dense copy are copied
-    to where they belong."""
-    lead = streams[0].tensors
-    rows = [row for row, size in enumerate(group_sizes) for _ in range(size)]
-    # The state's dtype is the parameter's unless some stream is fixed to float32.
-    fixed = next((s.tensors for s in streams if s.dtype is not None and s.tensors), lead)
-    parts: dict[Any, list[int]] = {}
-    for i, (p, kept) in enumerate(zip(lead, fixed, strict=True)):
-        kind = p.dtype if split_complex else _REAL.get(p.dtype, p.dtype)
-        parts.setdefault((p.device, kind, _REAL.get(kept.dtype, kept.dtype)), []).append(i)
-    for (device, *_), members in parts.items():
-        used, back = _prepare(streams, members)
-        first = lead[members[0]]
-        absent = (0,) * len(members)
-        table = _table(
-            device,
-            tuple(p.numel() * (2 if p.is_complex() else 1) for p in used[0]),
-            tuple(rows[i] for i in members),
-            tuple(first_index + i for i in members),
-            tuple(tuple(map(Tensor.data_ptr, tensors)) if tensors else absent for tensors in used),
-        )
-        yield Part(device, first.dtype, fixed[members[0]].dtype, table)
+    to where they belong. ``streams`` are those that were looked at, or some of them."""
+    which = (streams[0].name, first_index, split_complex)
+    layouts = known.layouts.get(which)
+    if layouts is None:
+        layouts = known.layouts[which] = _layouts(streams, known.group_sizes, first_index, split_complex)
+    for layout in layouts:
+        used, back = _prepare(streams, layout)
+        found = tables.table(layout.device, layout.lengths, layout.rows, layout.indices, _slots(used))
+        yield Part(layout.device, layout.dtype, layout.state, found)
         for original, copy in back:
             original.copy_(copy)
 
@@ -350,22 +224,42 @@ def update_streams(
     ]  # fmt: skip
 
 
+_NEUTRAL = (("grad_scale", torch.ones(1, device="cpu")), ("found_inf", torch.zeros(1, device="cpu")))
+
+
 def scaling(op: str, grad_scale: Tensor | None, found_inf: Tensor | None) -> list[Tensor]:
     """Both as tensors: 1 and 0 where AMP is not in use."""
     numbers = []
-    for name, given, neutral in (("grad_scale", grad_scale, 1.0), ("found_inf", found_inf, 0.0)):
-        numbers.append(torch.tensor([neutral]) if given is None else given)
-        check_numbers(op, name, numbers[-1], torch.float32, 1)
+    for (name, neutral), given in zip(_NEUTRAL, (grad_scale, found_inf), strict=True):
+        if given is not None:
+            check_numbers(op, name, given, torch.float32, 1)
+        numbers.append(neutral if given is None else given)
     return numbers
+
+
+# --- launches -------------------------------------------------------------------------------------------------------
+# What Triton compiled, and the constants it wants again: its own way to a binary takes several times as long, for it
+# asks each argument what it would compile for. Nothing but the constants decides that here, see .traversal.kernel.
+_binaries: dict[Any, tuple[CompiledKernel, tuple[Any, ...]]] = {}
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
     return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
 
 
-def run(function: Any, device: torch.device, programs: int, args: Sequence[Any], constants: dict[str, Any]) -> None:
+def run(
+    function: Any, device: torch.device, programs: int, args: Sequence[Any], constants: dict[str, Any], warps: int
+) -> None:
+    key = (function.__name__, device, warps, *constants.values())
+    known = _binaries.get(key)
     with _on(device):
-        function[(programs,)](*args, **constants, **OPTIONS)
+        if known is not None:
+            binary, fixed = known
+            binary[(programs, 1, 1)](*args, *fixed)
+            return
+        binary = function[(programs,)](*args, **constants, **OPTIONS, num_warps=warps)
+    if isinstance(binary, CompiledKernel):  # Triton's interpreter has none
+        _binaries[key] = binary, tuple(constants[name] for name in function.arg_names if name in constants)
 
 
 def launch(
@@ -373,13 +267,13 @@ def launch(
 ) -> None:
     """Runs a kernel with one program for each chunk of a part, or with one program on a device.
 
-    ``wide_state``: float32 is stored beside 16-bit numbers. With 8 scalars for each thread its 16-byte stores would
-    leave gaps, and Triton would have threads exchange numbers to close them; 4 need none.
+    ``wide_state``: float32 is stored beside 16-bit numbers.
     """
     if isinstance(where, torch.device):
-        run(function, where, 1, args, constants)
+        run(function, where, 1, args, constants, BUILT_IN.warps)
     elif where.chunks:
-        types = {"T": _TRITON_DTYPE[where.dtype], "STATE": _TRITON_DTYPE[where.state]}
-        blocks = {"BLOCK": _BLOCK // 2 if wide_state else _BLOCK, "TAIL": _TAIL}
+        types = {"T": TRITON_DTYPE[where.dtype], "STATE": TRITON_DTYPE[where.state]}
+        chosen = sizes(function.__name__, where.device, types["T"], types["STATE"], wide_state)
+        blocks = {"BLOCK": chosen.block, "TAIL": chosen.tail}
         table = (where.table.on_device, where.table.tensors)
-        run(function, where.device, where.chunks, (*table, *args), {**types, **blocks, **constants})
+        run(function, where.device, where.chunks, (*table, *args), {**types, **blocks, **constants}, chosen.warps)

@@ -10,18 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .multi_tensor import (
-    SIXTEEN_BIT,
-    Stream,
-    check_length,
-    check_lists,
-    check_masters,
-    check_numbers,
-    each_part,
-    launch,
-    on_device,
-)
+from .checks import SIXTEEN_BIT, Stream, check_length, check_masters, check_numbers
+from .multi_tensor import each_part, launch, look
 from .sam_math import asam_perturb, asam_scale, perturb, random_bits, random_key, random_pair, to_bfloat16, to_float16
+from .tables import on_device
 from .traversal import INDEX, ROW, address, kernel, load, locate, magnitude, store
 
 _PARAM, _SOURCE, _GRAD, _BACKUP, _SLOTS = (tl.constexpr(i) for i in range(5))
@@ -106,9 +98,9 @@ def perturb_(
         Stream("params", params, written=True, read=False), source, Stream("grads", grads),
         Stream("backups", [] if masters else backups, written=True, read=False),
     ]  # fmt: skip
-    check_lists(op, streams, group_sizes)
-    etas = torch.tensor([eta], dtype=torch.float64)
-    for part in each_part(streams, group_sizes, first_index, split_complex=adaptive):
+    known = look(op, streams, group_sizes)
+    etas = torch.tensor([eta], dtype=torch.float64, device="cpu")
+    for part in each_part(known, streams, first_index, split_complex=adaptive):
         numbers = on_device(part.device, stats, rho, etas, rng)
         launch(
             perturb_kernel, part, *numbers, V=part.arithmetic, ADAPTIVE=adaptive, COMPLEX=part.complex,

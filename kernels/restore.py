@@ -10,17 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .multi_tensor import (
-    Stream,
-    check_length,
-    check_lists,
-    check_masters,
-    check_numbers,
-    each_part,
-    launch,
-    on_device,
-)
+from .checks import Stream, check_length, check_masters, check_numbers
+from .multi_tensor import each_part, launch, look
 from .sam_math import mix
+from .tables import on_device
 from .traversal import ROW, address, kernel, load, locate, store
 
 _PARAM, _SOURCE, _RESTORE_SLOTS = (tl.constexpr(i) for i in range(3))
@@ -79,9 +72,9 @@ def restore_(
     source = Stream("masters", masters, dtype=torch.float32) if masters else Stream("backups", backups)
     restored = [Stream("params", params, written=True, read=False), source]
     mixed = [Stream("grads", grads, written=True), Stream("first_grads", first_grads)]
-    check_lists(op, [*restored, *(mixed if first_grads else ())], group_sizes)
-    for part in each_part(restored, group_sizes):
+    known = look(op, [*restored, *(mixed if first_grads else ())], group_sizes)
+    for part in each_part(known, restored):
         launch(restore_kernel, part)
-    for part in each_part(mixed, group_sizes) if first_grads else ():
+    for part in each_part(known, mixed) if first_grads else ():
         (gammas,) = on_device(part.device, gamma)
         launch(mix_kernel, part, gammas, V=part.arithmetic)

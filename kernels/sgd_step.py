@@ -9,16 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .multi_tensor import (
-    check_lists,
-    check_numbers,
-    each_part,
-    launch,
-    on_device,
-    scaling,
-    update_streams,
-)
+from .checks import check_numbers
+from .multi_tensor import each_part, launch, look, scaling, update_streams
 from .sam_math import mix, sgd_buffer, sgd_decayed, sgd_nesterov, sgd_update
+from .tables import on_device
 from .traversal import ROW, address, kernel, load, locate, store
 
 _PARAM, _SOURCE, _GRAD, _FIRST_GRAD, _BUFFER, _SLOTS = (tl.constexpr(i) for i in range(6))
@@ -88,8 +82,8 @@ def restore_sgd_step_(
     check_numbers(op, "hyper", hyper, torch.float64, _COLUMNS.value * len(group_sizes))
     amp = scaling(op, grad_scale, found_inf)
     streams = update_streams(op, params, grads, backups, first_grads, masters, {"momentum_buffers": momentum_buffers})
-    check_lists(op, streams, group_sizes)
-    for part in each_part(streams, group_sizes):
+    known = look(op, streams, group_sizes)
+    for part in each_part(known, streams):
         rows, *amp_there = on_device(part.device, hyper, *amp)
         launch(
             sgd_step_kernel, part, rows, -1 if maximize else 1, *amp_there, V=part.arithmetic,

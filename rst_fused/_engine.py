@@ -5,8 +5,9 @@ The eager CPU path in rst_fused._plan does the same with less work on the host.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from itertools import product
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -20,37 +21,45 @@ SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 SUPPORTED = (torch.float32, torch.float64, *SIXTEEN_BIT, torch.complex64, torch.complex128)
 
 
-def check_grad(p: Tensor, where: str) -> None:
-    """Raises unless p.grad fits p, before anything is changed."""
-    g = p.grad
-    if g is None:
-        return
+def refuse_grad(p: Tensor, g: Tensor, where: str) -> NoReturn:
     if g.layout != torch.strided:
         raise RuntimeError(
             f"the gradient of {where} has layout {g.layout}: only dense gradients are supported; "
             "build the layer with sparse=False"
         )
-    if g.dtype != p.dtype or g.device != p.device or g.shape != p.shape:
-        raise RuntimeError(
-            f"the gradient of {where} is {tuple(g.shape)} {g.dtype} on {g.device}, but the parameter is "
-            f"{tuple(p.shape)} {p.dtype} on {p.device}; they must agree"
-        )
+    raise RuntimeError(
+        f"the gradient of {where} is {tuple(g.shape)} {g.dtype} on {g.device}, but the parameter is "
+        f"{tuple(p.shape)} {p.dtype} on {p.device}; they must agree"
+    )
 
 
 def check_grads(opt: Core) -> None:
+    """Raises unless every gradient fits its parameter, before anything is changed."""
+    devices, strided = [place.device for place in opt._places], torch.strided
     for i, group in enumerate(opt.param_groups):
         for j, p in enumerate(group["params"]):
-            if all(device_of(p) != place.device for place in opt._places):
-                made_for = " and ".join(str(place.device) for place in opt._places)
+            device = device_of(p)
+            if device not in devices:
+                made_for = " and ".join(map(str, devices))
                 raise RuntimeError(
                     f"parameter {j} of group {i} is on {p.device}, but the optimizer was made for {made_for}: "
                     "make it after the model has been moved"
                 )
-            check_grad(p, f"parameter {j} of group {i}")
+            g = p.grad
+            if g is None:
+                continue
+            if g.layout != strided or g.dtype != p.dtype or g.device != p.device or g.shape != p.shape:
+                refuse_grad(p, g, f"parameter {j} of group {i}")
 
 
 def has_master(opt: Core, p: Tensor) -> bool:
     return opt.master_weights and p.dtype in SIXTEEN_BIT
+
+
+def with_gradients(opt: Core, group: Group, masters_only: bool) -> list[Tensor]:
+    """The parameters of a group that have a gradient, and those of them with a master copy or without."""
+    found = [p for p in group["params"] if p.grad is not None]
+    return [p for p in found if has_master(opt, p) == masters_only] if opt.master_weights else found
 
 
 def init_state(opt: Core, group: Group, p: Tensor, updating: bool) -> None:
@@ -84,8 +93,8 @@ def init_state(opt: Core, group: Group, p: Tensor, updating: bool) -> None:
 
 def share_steps(opt: Core, group: Group, mine: list[Tensor]) -> None:
     """Lets the parameters of one call that are at the same step count share one counter tensor, and no others."""
-    taken = {id(opt.state[p]["step"]) for p in mine if "step" in opt.state[p]}  # absent before the first step
-    members = {id(p) for p in mine}
+    taken = {id(state["step"]) for state in map(opt.state.__getitem__, mine) if "step" in state}  # none before a step
+    members = set(map(id, mine))
     for p in group["params"]:
         if id(p) not in members and p in opt.state and id(opt.state[p].get("step")) in taken:
             opt.state[p]["step"] = opt.state[p]["step"].clone()
@@ -100,7 +109,7 @@ def share_steps(opt: Core, group: Group, mine: list[Tensor]) -> None:
 def backup_of(opt: Core, p: Tensor) -> Tensor:
     """The tensor that keeps p's weights while they are perturbed; allocated once (anew if the model was converted)."""
     backup = opt._backups.get(p)
-    stale = backup is not None and p not in opt._perturbed and (backup.dtype != p.dtype or backup.shape != p.shape)
+    stale = backup is not None and (backup.dtype != p.dtype or backup.shape != p.shape) and p not in opt._perturbed
     if backup is None or stale:
         backup = opt._backups[p] = torch.empty_like(p, requires_grad=False, memory_format=torch.preserve_format)
     return backup
@@ -120,39 +129,46 @@ def init_group(
     """
     rule = opt.rule
     names = rule.buffer_names(rule.flags(group)) if rule is not None else ()
-    active = [p for p in group["params"] if p.grad is not None and has_master(opt, p) == masters_only]
+    active = with_gradients(opt, group, masters_only)
     if device is not None:
         active = [p for p in active if str(device_of(p)) == device]
-    rows: dict[Any, list[Tensor]] = {}
-    is_fresh: dict[Tensor, bool] = {}
-    for p in active:
-        if rule is not None:
-            is_fresh[p] = rule.splits_fresh(group) and names[0] not in opt.state[p]
-            init_state(opt, group, p, updating)
-    if rule is not None and rule.name != "sgd":  # in both phases: it decides the order of the parameters
-        share_steps(opt, group, active)
-    for p in active:
-        step = opt.state[p].get("step") if rule is not None else None
-        rows.setdefault((id(step), is_fresh.get(p, False)), []).append(p)
-    for (_, new), members in rows.items():
+    states: list[dict[str, Any]] = [{}] * len(active)
+    is_fresh = [False] * len(active)
+    if rule is not None:
+        needed = {"master"} if masters_only else set()
+        if updating:
+            needed.update(names, () if rule.name == "sgd" else ("step",))
+        states = [opt.state[p] for p in active]
+        if rule.splits_fresh(group):
+            is_fresh = [names[0] not in state for state in states]
+        for p, state in zip(active, states, strict=True):
+            if not needed <= state.keys():
+                init_state(opt, group, p, updating)
+        if rule.name != "sgd":  # in both phases: it decides the order of the parameters
+            share_steps(opt, group, active)
+    rows: dict[Any, tuple[list[Tensor], list[dict[str, Any]]]] = defaultdict(lambda: ([], []))
+    for p, state, new in zip(active, states, is_fresh, strict=True):
+        members, kept = rows[id(state.get("step")), new]
+        members.append(p)
+        kept.append(state)
+    for (_, new), (members, kept) in rows.items():
         sizes.append(len(members))
         fresh.append(new)
+        params += members
         for p in members:
-            state = opt.state[p] if rule is not None else {}
-            params.append(p)
             assert p.grad is not None
             grads.append(p.grad.resolve_conj().resolve_neg() if p.is_complex() else p.grad)
-            if masters_only:
-                masters.append(state["master"])
-            elif not updating or p in opt._perturbed:
-                backups.append(backup_of(opt, p))
-            else:
-                backups.append(p)
-            if updating:
-                for out, name in zip((buffers, buffers2), names, strict=False):
-                    out.append(state[name])
-        if updating and "step" in state:
-            steps.append(state["step"])
+        if masters_only:
+            masters += [state["master"] for state in kept]
+        elif updating:
+            backups += [opt._backups[p] if p in opt._perturbed else p for p in members]
+        else:
+            backups += [backup_of(opt, p) for p in members]
+        if updating:
+            for out, name in zip((buffers, buffers2), names, strict=False):
+                out += [state[name] for state in kept]
+            if "step" in kept[0]:
+                steps.append(kept[0]["step"])
 
 
 class Lists:
@@ -233,13 +249,14 @@ def recording(opt: Core) -> bool:
 def perturb(opt: Core) -> None:
     """grad_norm and perturb_ over all groups."""
     everything = list(range(len(opt.param_groups)))
+    recorded = recording(opt)
     calls: list[tuple[Place, Lists]] = []
     for place in opt._places:
         here = [gather(opt, everything, False, kind, place) for kind in master_kinds(opt)]
         here = [c for c in here if c.params]
         grads = [g for c in here for g in c.grads]
         sources = [p for c in here for p in (c.masters or c.params)] if opt.adaptive else []
-        if opt._rounds and not recording(opt):
+        if opt._rounds and not recorded:
             place.rng[1] = opt._run.steps
         place.backend.ops.grad_norm(place.stats, grads, sources, opt.adaptive, opt.eta)
         calls += [(place, c) for c in here]
@@ -249,7 +266,7 @@ def perturb(opt: Core) -> None:
     for place, c in calls:
         own = [[signed_rho(group)] for group, _ in c.rows]
         rho = as_rows(own, [traced(opt, group) for group, _ in c.rows], c.params[0].device).flatten()
-        if not recording(opt):
+        if not recorded:
             # An interrupt may strike between the op and the note that it ran, or (in plain torch) inside the op: with
             # backups written beforehand, restoring is right in every case.
             if not c.masters:
@@ -261,7 +278,8 @@ def perturb(opt: Core) -> None:
         )  # fmt: skip
         first_index += len(c.params)
         for p, g in zip(c.params, c.grads, strict=True):
-            opt._perturbed[p] = True
+            if recorded:
+                opt._perturbed[p] = True
             if opt._run.mixing:
                 opt._run.first_grads[p] = g
             p.grad = None
@@ -355,9 +373,9 @@ def restore(opt: Core, mixing: bool = False) -> None:
 
 def forget(opt: Core, params: list[Tensor]) -> None:
     """These parameters are back at their weights."""
-    for p in params:
-        opt._perturbed.pop(p, None)
-        opt._run.first_grads.pop(p, None)
+    for notes in (opt._perturbed, opt._run.first_grads):
+        for p in params if notes else ():
+            notes.pop(p, None)
 
 
 def touched(params: list[Tensor]) -> None:

@@ -45,8 +45,8 @@ def flat(t: Tensor) -> Tensor:
     return t.as_strided((t.numel(),), (1,))
 
 
-def prepare(streams: Sequence[Any], indices: Sequence[int]) -> Any:
-    used, back = _prepare(streams, indices)
+def prepare(streams: Sequence[Any], layout: Any) -> Any:
+    used, back = _prepare(streams, layout)
     by_address: dict[int, tuple[Tensor, bool]] = {}
     for stream, tensors in zip(streams, used, strict=True):
         for t in tensors:
@@ -75,25 +75,27 @@ def binder(kernel: Any) -> Any:
     return kernel.create_binder()[-1]
 
 
-def check_specialization(kernel: Any, args: Sequence[Any], constants: dict[str, Any]) -> None:
+def check_specialization(kernel: Any, args: Sequence[Any], constants: dict[str, Any], warps: int) -> None:
     """A launch with these arguments would use the binary that is executed here: none of them is special to it."""
-    _, specialization, _ = binder(kernel)(*args, **constants, **multi_tensor.OPTIONS)
+    _, specialization, _ = binder(kernel)(*args, **constants, **multi_tensor.OPTIONS, num_warps=warps)
     given = [name for name in kernel.arg_names if name not in constants]
     found = [what for what in specialization if what[0] != "constexpr"]
     assert found == [(triton_offline.ARGUMENTS[name], None) for name in given], dict(zip(given, found, strict=True))
 
 
 @functools.cache
-def module(kernel: Any, constants: tuple[tuple[str, Any], ...]) -> tuple[Any, int]:
-    binary = triton_offline.compiled(kernel, dict(constants), ARCHITECTURE)
+def module(kernel: Any, constants: tuple[tuple[str, Any], ...], warps: int) -> tuple[Any, int]:
+    binary = triton_offline.compiled(kernel, dict(constants), ARCHITECTURE, warps)
     loaded = Module(binary.asm["ptx"])
     assert not loaded.unsupported(), loaded.unsupported()
     return loaded, binary.metadata.shared
 
 
-def run(kernel: Any, device: torch.device, programs: int, args: Sequence[Any], constants: dict[str, Any]) -> None:
-    check_specialization(kernel, args, constants)
-    loaded, shared = module(kernel, tuple(sorted(constants.items())))
+def run(
+    kernel: Any, device: torch.device, programs: int, args: Sequence[Any], constants: dict[str, Any], warps: int
+) -> None:
+    check_specialization(kernel, args, constants, warps)
+    loaded, shared = module(kernel, tuple(sorted(constants.items())), warps)
     (name,) = loaded.names()
     parameters = len(loaded.info(name)["params"])
     writable = "stats" if kernel.__name__ == "finish_kernel" else "partials"
@@ -101,11 +103,11 @@ def run(kernel: Any, device: torch.device, programs: int, args: Sequence[Any], c
         (arg, label == writable) for label, arg in zip(kernel.arg_names, args, strict=False) if isinstance(arg, Tensor)
     ]
     statistics = loaded.launch(
-        name, programs, 32 * multi_tensor.OPTIONS["num_warps"], [*args, *[None] * (parameters - len(args))],
+        name, programs, 32 * warps, [*args, *[None] * (parameters - len(args))],
         bufs=[*_memory, *own], dyn=shared, check=2,
     )  # fmt: skip
     assert not statistics["reports"], statistics["reports"]
-    launches.append({"kernel": name, **statistics})
+    launches.append({"kernel": name, "threads": 32 * warps, **statistics})
 
 
 multi_tensor._prepare = prepare

@@ -65,8 +65,8 @@ interpreter._patch_lang = patch_once
 
 import op_db  # noqa: E402
 
-from rst_fused.kernels import multi_tensor  # noqa: E402
+from rst_fused.kernels import sizes  # noqa: E402
 
 # NumPy is quick in few large blocks; a whole chunk still takes two, and a tail too.
-multi_tensor._BLOCK, multi_tensor._TAIL = 4096, 2048
+sizes.BUILT_IN, sizes.WIDE_STATE = sizes.Sizes(2, 64), sizes.Sizes(1, 64)
 op_db.SIZES = (0, 1, 3, 15, 16, 17, 1023, 4097, 8191, 8192, 8193, 16401)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,7 +15,7 @@ import pytest
 
 from benchmarks import record
 from benchmarks.__main__ import main
-from benchmarks.gpu import counts, environment, gathered, goals, race, report, sanitizer
+from benchmarks.gpu import add_arguments, counts, environment, gathered, goals, planned, race, report, sanitizer
 from benchmarks.gpu.stages import FAILED, NOT_RUN, PASSED, TIMED_OUT, Stage, run_stages
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -99,6 +101,26 @@ def test_results_are_there_while_later_stages_run(tmp_path: Path, monkeypatch: p
     assert "a finding" in (out / "gpu.md").read_text()
     assert main(["gpu", "--device", "cpu", "--out", str(out)]) == 2, "results are append-only"
     assert main(["report", str(out / "gpu.json")]) == 0
+
+
+def test_tuning_is_a_stage_only_where_it_is_asked_for(tmp_path: Path) -> None:
+    """It changes what later processes do."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+
+    def names(*arguments: str) -> list[str]:
+        return [s.name for s in planned(parser.parse_args(["--out", str(tmp_path), *arguments]), tmp_path)]
+
+    assert names() == ["build", "tests", "sanitizer", "kernels", "end_to_end"]
+    assert names("--stage", "kernels", "tune") == ["tune", "kernels"], "what is measured then uses what it found"
+
+
+def test_the_tuning_stage_has_nothing_to_do_on_the_cpu(tmp_path: Path) -> None:
+    out = tmp_path / "tune.json"
+    command = [sys.executable, "-m", "benchmarks.gpu.tune", "--device", "cpu", "--out", str(out)]
+    subprocess.run(command, check=True, capture_output=True)
+    data = json.loads(out.read_text())
+    assert data["errors"] == [] and data["notes"][-1] == "tune: there is nothing to tune on the CPU"
 
 
 def test_junit_counts(tmp_path: Path) -> None:
@@ -193,6 +215,14 @@ def test_a_rehearsal_says_so_and_judges_nothing() -> None:
     text = report.markdown(data)
     assert "Rehearsal on the CPU" in text.splitlines()[0] and "no goal is judged" in text.splitlines()[0]
     assert "not judged" in text and "NO |" not in text
+
+
+def test_the_fastest_block_sizes_are_listed() -> None:
+    times = [{"per_thread": p, "warps": w, "seconds": 1e-3 * p} for p, w in ((4, 2), (8, 4), (16, 2), (16, 8))]
+    part = {"backends": [], "notes": ["a note"], "errors": ["an error"]}
+    text = report.markdown(result(tune={**part, "sizes": [{"what": "x bf16 fp32", "times": times}]}))
+    assert "| x bf16 fp32" in text and "4 x 2: 4.00 ms, 8 x 4: 8.00 ms, 16 x 2: 16.00 ms |" in text
+    assert "* a note" in text and "tune: an error" in text
 
 
 def test_errors_and_stages_are_in_the_overview() -> None:

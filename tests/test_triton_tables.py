@@ -20,6 +20,11 @@ def multi_tensor() -> Any:
     return importlib.import_module("rst_fused.kernels.multi_tensor")
 
 
+@pytest.fixture
+def tables() -> Any:
+    return importlib.import_module("rst_fused.kernels.tables")
+
+
 # --- the backend ----------------------------------------------------------------------------------------------------
 def test_importing_the_package_needs_no_triton() -> None:
     code = "import sys; sys.modules['triton'] = None; import rst_fused; print('kernels' in str(list(sys.modules)))"
@@ -68,17 +73,17 @@ def test_cpu_tensors_are_refused_by_the_kernels_too() -> None:
 
 
 # --- tables ---------------------------------------------------------------------------------------------------------
-def records(multi_tensor: Any, table: torch.Tensor, tensors: int, slots: int) -> list[list[int]]:
-    width = multi_tensor.HEADER.value + slots
+def records(tables: Any, table: torch.Tensor, tensors: int, slots: int) -> list[list[int]]:
+    width = tables.HEADER.value + slots
     return table[: tensors * width].view(tensors, width).tolist()
 
 
 @needs_triton
-def test_table(multi_tensor: Any) -> None:
-    chunk = multi_tensor.CHUNK.value
+def test_table(tables: Any) -> None:
+    chunk = tables.CHUNK.value
     lengths, slots = (3, 0, 2 * chunk, chunk + 1), ((0, 0, 256, 512), (16, 0, 1024, 516))
-    table = multi_tensor._make_table(lengths, (0, 0, 1, 2), (5, 6, 7, 8), slots)
-    assert records(multi_tensor, table, 4, 2) == [
+    table = tables.make_table(lengths, (0, 0, 1, 2), (5, 6, 7, 8), slots)
+    assert records(tables, table, 4, 2) == [
         [3, 3, 0, 5, 0, 0, 16],
         [0, 0, 0, 6, 1, 0, 0],
         [2 * chunk, 2 * chunk, 1, 7, 1, 256, 1024],
@@ -88,57 +93,57 @@ def test_table(multi_tensor: Any) -> None:
 
 
 @needs_triton
-def test_tables_of_large_models(multi_tensor: Any) -> None:
+def test_tables_of_large_models(tables: Any) -> None:
     """Lengths and places beyond 2^32."""
-    chunk, n = multi_tensor.CHUNK.value, 5 * 2**30
+    chunk, n = tables.CHUNK.value, 5 * 2**30
     lengths = (n + 1, *[7] * 5000)
-    table = multi_tensor._make_table(lengths, (0,) * 5001, tuple(range(5001)), ((2**47,) * 5001,))
-    first = records(multi_tensor, table, 5001, 1)
+    table = tables.make_table(lengths, (0,) * 5001, tuple(range(5001)), ((2**47,) * 5001,))
+    first = records(tables, table, 5001, 1)
     assert first[0][:2] == [n + 1, n + 1] and first[1][4] == n // chunk + 1 and first[-1][4] == n // chunk + 5000
     assert table.numel() == 5001 * 6 + n // chunk + 5001
 
 
 @needs_triton
-def test_a_table_is_made_once_for_the_same_addresses(multi_tensor: Any) -> None:
+def test_a_table_is_made_once_for_the_same_addresses(tables: Any) -> None:
     t, cpu = torch.zeros(40), torch.device("cpu")
 
     def table(address: int) -> Any:
-        return multi_tensor._table(cpu, (40,), (0,), (0,), ((address,),))
+        return tables.table(cpu, (40,), (0,), (0,), ((address,),))
 
     first = table(t.data_ptr())
     assert table(t.data_ptr()) is first and table(t.data_ptr() + 16) is not first
-    for k in range(multi_tensor._TABLES):
+    for k in range(tables._TABLES):
         table(16 * k)
-    assert len(multi_tensor._tables) == multi_tensor._TABLES and table(t.data_ptr()) is not first
+    assert len(tables._tables) == tables._TABLES and table(t.data_ptr()) is not first
 
 
 @needs_triton
-def test_streams_do_not_share_tables(multi_tensor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu, tables = torch.device("cpu"), []
+def test_streams_do_not_share_tables(tables: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, made = torch.device("cpu"), []
     for stream in (1, 2, 1):
-        monkeypatch.setattr(multi_tensor, "_stream", lambda _, stream=stream: stream)
-        tables.append(multi_tensor._table(cpu, (40,), (0,), (0,), ((64,),)))
-    assert tables[0] is tables[2] and tables[0] is not tables[1]
+        monkeypatch.setattr(tables, "_stream", lambda _, stream=stream: stream)
+        made.append(tables.table(cpu, (40,), (0,), (0,), ((64,),)))
+    assert made[0] is made[2] and made[0] is not made[1]
 
 
 @needs_triton
-def test_what_a_capture_reads_is_kept(multi_tensor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_capture_reads_is_kept(tables: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A replay copies tables and numbers again, from memory that nothing else may have got in the meantime."""
     device, captured = torch.device("meta"), []
-    monkeypatch.setattr(multi_tensor, "_capturing", lambda _: True)
-    monkeypatch.setattr(multi_tensor, "_captured", captured)
-    monkeypatch.setattr(multi_tensor, "_stream", lambda _: 0)
-    monkeypatch.setattr(multi_tensor, "_spare", [torch.empty(1 << 16, dtype=torch.uint8)])
-    monkeypatch.setattr(multi_tensor, "_tables", type(multi_tensor._tables)())
-    table = multi_tensor._table(device, (40,), (0,), (0,), ((64,),))
+    monkeypatch.setattr(tables, "_capturing", lambda _: True)
+    monkeypatch.setattr(tables, "_captured", captured)
+    monkeypatch.setattr(tables, "_stream", lambda _: 0)
+    monkeypatch.setattr(tables, "_spare", [torch.empty(1 << 16, dtype=torch.uint8)])
+    monkeypatch.setattr(tables, "_tables", type(tables._tables)())
+    table = tables.table(device, (40,), (0,), (0,), ((64,),))
     rho, rng = torch.tensor([0.5], dtype=torch.float64), torch.tensor([3, 1])
-    there = multi_tensor.on_device(device, rho, rng, torch.tensor([1.0]))
+    there = tables.on_device(device, rho, rng, torch.tensor([1.0]))
     assert [t.device.type for t in (table.on_device, *there)] == ["meta"] * 4
     assert [(t.dtype, t.numel()) for t in there] == [(torch.float64, 1), (torch.int64, 2), (torch.float32, 1)]
-    assert torch.equal(captured[0], multi_tensor._make_table((40,), (0,), (0,), ((64,),)))
+    assert torch.equal(captured[0], tables.make_table((40,), (0,), (0,), ((64,),)))
     assert torch.equal(captured[1][8:24].view(torch.int64), rng) and captured[1][:8].view(torch.float64) == 0.5
     assert captured[0].data_ptr() + captured[0].nbytes <= captured[1].data_ptr()
-    assert not multi_tensor._tables, "its device memory is the graph's"
+    assert not tables._tables, "its device memory is the graph's"
 
 
 @needs_triton
@@ -150,11 +155,10 @@ def test_what_a_capture_reads_is_kept(multi_tensor: Any, monkeypatch: pytest.Mon
         ((), (), (), False), ((0, 3), (0, 0), (0, 1), False), ((4, 4), (2, 1), (4, 1), True),
     ],
 )  # fmt: skip
-def test_layouts(
-    multi_tensor: Any, shape: tuple[int, ...], stride: tuple[int, ...], dense: tuple[int, ...], overlaps: bool
-) -> None:
-    assert multi_tensor._dense(torch.Size(shape), stride) == dense
-    assert multi_tensor._overlaps(torch.Size(shape), stride) == overlaps
+def test_layouts(shape: tuple[int, ...], stride: tuple[int, ...], dense: tuple[int, ...], overlaps: bool) -> None:
+    checks = importlib.import_module("rst_fused.kernels.checks")
+    assert checks.dense(torch.Size(shape), stride) == dense
+    assert checks.overlaps(torch.Size(shape), stride) == overlaps
 
 
 @needs_triton
@@ -163,6 +167,8 @@ def test_only_tensors_that_lie_otherwise_are_copied(multi_tensor: Any) -> None:
     streams = [
         multi_tensor.Stream("params", [p, turned], written=True), multi_tensor.Stream("grads", [turned, turned.clone()])
     ]
-    used, back = multi_tensor._prepare(streams, [0, 1])
+    (layout,) = multi_tensor._layouts(streams, [2], 0, False)
+    assert not layout.in_place
+    used, back = multi_tensor._prepare(streams, layout)
     assert used[0][0] is p and used[0][1] is turned and used[1][1] is streams[1].tensors[1] and back == []
     assert used[1][0] is not turned and used[1][0].is_contiguous() and torch.equal(used[1][0], turned)

@@ -16,10 +16,10 @@ from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 
 from rst_fused import ops
-from rst_fused.kernels import multi_tensor
+from rst_fused.kernels import sizes, traversal
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-CHUNK = multi_tensor.CHUNK.value
+CHUNK = traversal.CHUNK.value
 HEADER = 24 * 8 * 128  # bytes a program may read of tables and numbers: 24 of them, by each of its threads
 of_dtypes = pytest.mark.parametrize("dtype", op_db.DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 
@@ -117,6 +117,27 @@ def test_norm_is_that_of_the_cpu_kernels(dtype: torch.dtype) -> None:
     ours = [ops.grad_norm(g, backend="triton") for _ in range(2)]
     assert op_db.same_bits(*ours)
     torch.testing.assert_close(ours[0], ops.grad_norm(g), rtol=2.0**-24, atol=0)
+
+
+@pytest.mark.parametrize("chosen", [(4, 2), (16, 8)], ids=str)
+@pytest.mark.parametrize(
+    ("op", "name", "kind"),
+    [("perturb_", "stochastic", "bfloat16"), ("perturb_", "asam_sizes", "complex64"), ("restore_", "gaps", "float16"),
+     ("restore_sgd_step_", "nesterov", "float32"), ("restore_adam_step_", "masters", "bfloat16")],
+)  # fmt: skip
+def test_bits_do_not_depend_on_block_sizes(
+    monkeypatch: pytest.MonkeyPatch, op: str, name: str, kind: str, chosen: tuple[int, int]
+) -> None:
+    sample = op_db.build(OPS[op], op_db.spec_of(op, name), kind)
+    built_in, tuned = sample.copied(), sample.copied()
+    built_in.run(op, "triton")
+    monkeypatch.setattr(sizes, "forced", [sizes.Sizes(*chosen)])
+    executed_ptx.launches.clear()
+    tuned.run(op, "triton")
+    assert {launch["threads"] for launch in executed_ptx.launches} == {32 * chosen[1]}
+    for list_name in sample.lists:
+        for i, (a, b) in enumerate(zip(built_in.lists[list_name], tuned.lists[list_name], strict=True)):
+            assert op_db.same_bits(a, b), f"{list_name}[{i}]"
 
 
 # --- torch.compile --------------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from rst_fused.kernels.grad_norm import SUMS, finish_kernel, grad_norm_kernel
 from rst_fused.kernels.perturb import perturb_kernel
 from rst_fused.kernels.restore import mix_kernel, restore_kernel
 from rst_fused.kernels.sgd_step import sgd_step_kernel
+from rst_fused.kernels.sizes import BUILT_IN, WIDE_STATE
 
 ARCHITECTURES = (80, 90, 100)
 ARGUMENTS = {
@@ -37,19 +38,20 @@ ARGUMENTS = {
 }  # fmt: skip
 
 
-def compiled(kernel: Any, constants: dict[str, Any], architecture: int) -> Any:
+def compiled(kernel: Any, constants: dict[str, Any], architecture: int, warps: int = BUILT_IN.warps) -> Any:
     signature = {name: "constexpr" if name in constants else ARGUMENTS[name] for name in kernel.arg_names}
+    options = {**multi_tensor.OPTIONS, "num_warps": warps}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=multi_tensor.OPTIONS)
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
 
 # --- what is reported -----------------------------------------------------------------------------------------------
 F32, F64, BF16, F16 = tl.float32, tl.float64, tl.bfloat16, tl.float16
-SIZES = {"BLOCK": multi_tensor._BLOCK, "TAIL": multi_tensor._TAIL}
+SIZES = {"BLOCK": BUILT_IN.block, "TAIL": BUILT_IN.tail}
 
 
 def _updating(state: Any) -> dict[str, Any]:
-    return {"MASTER": state is not None, "BLOCK": SIZES["BLOCK"] // (1 if state is None else 2)}
+    return {"MASTER": state is not None, "BLOCK": (BUILT_IN if state is None else WIDE_STATE).block}
 
 
 def _types(t: Any, state: Any = None, arithmetic: bool = True) -> dict[str, Any]:

@@ -9,6 +9,10 @@ limit, with its output in DIR/<stage>.log:
   kernels     the ops and the optimizer against other implementations and against a copy
   end_to_end  training steps of ResNet-50 and ViT-B/16
 
+One more runs only if --stage names it, before the kernels are measured:
+
+  tune        times block sizes and warps of the Triton kernels, which are kept and used from then on
+
 DIR/gpu.json and DIR/gpu.md hold what is known so far at any time. With --device cpu all of it is rehearsed at tiny
 sizes, which says nothing about speed. The exit status is 1 if any stage failed.
 """
@@ -29,7 +33,8 @@ from . import environment, report
 from .stages import LIMIT, PASSED, TAIL_LINES, Stage, read_part, run_stages, tail, write_atomically, write_part
 
 NAMES = ("build", "tests", "sanitizer", "kernels", "end_to_end")
-PARTS = ("sanitizer", "kernels", "end_to_end")  # stages that write what they find to DIR/<stage>.json
+ON_REQUEST = ("tune",)
+PARTS = ("sanitizer", "tune", "kernels", "end_to_end")  # stages that write what they find to DIR/<stage>.json
 COUNTS = ("tests", "failures", "errors", "skipped")
 NO_TESTS = 5  # pytest's exit status when no test is selected
 
@@ -39,7 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="where logs and results go")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: rehearse; default: cuda")
     parser.add_argument("--budget", metavar="SECONDS", type=float, default=480.0, help="for all stages; default: 480")
-    parser.add_argument("--stage", nargs="+", choices=NAMES, default=list(NAMES), metavar="STAGE", help="default: all")
+    parser.add_argument("--stage", nargs="+", choices=(*NAMES, *ON_REQUEST), default=list(NAMES), metavar="STAGE",
+                        help=f"default: {' '.join(NAMES)}")  # fmt: skip
     parser.add_argument("--backend", nargs="+", metavar="NAME", help="which to measure; default: cuda and triton")
     parser.add_argument("--commit", metavar="TEXT", help="what is measured, where this is no git repository")
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes long")
@@ -65,6 +71,7 @@ def planned(args: argparse.Namespace, folder: Path) -> list[Stage]:
         Stage("tests", pytest, 0.35, accepted=(0, NO_TESTS) if rehearses else (0,),
               meanings={NO_TESTS: "no test was selected"}),
         Stage("sanitizer", measuring("sanitizer", "--seconds", LIMIT), 0.25),
+        Stage("tune", measuring("tune"), 0.75),
         Stage("kernels", measuring("kernels", *["--no-compile"] * args.no_compile), 0.65),
         Stage("end_to_end", measuring("end_to_end"), 1.0),
     ]  # fmt: skip

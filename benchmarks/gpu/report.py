@@ -8,6 +8,8 @@ from ..record import seconds, table
 from . import goals
 from .race import COPY_WORDS, WORDS
 
+MEASURING = ("tune", "kernels", "end_to_end")  # stages with errors and notes
+MOST_SIZES = 3  # of the candidates that were timed, those that are listed
 MOST_LAUNCHES = 8  # names of launched kernels that are listed for one step
 
 
@@ -43,7 +45,7 @@ def _stages(data: dict[str, Any]) -> str:
 
 
 def _errors(data: dict[str, Any]) -> str:
-    found = [f"{name}: {error}" for name in ("kernels", "end_to_end") for error in data.get(name, {}).get("errors", [])]
+    found = [f"{name}: {error}" for name in MEASURING for error in data.get(name, {}).get("errors", [])]
     return "\n## Errors\n" + "".join(f"\n* {error}" for error in found) + "\n" if found else ""
 
 
@@ -142,6 +144,17 @@ def _launches(found: list[dict[str, Any]], rehearsal: bool) -> str:
     return head + table(["perturb + update", "count", "of"], rows)
 
 
+def _sizes(found: list[dict[str, Any]]) -> str:
+    if not found:
+        return ""
+    rows = []
+    for f in found:
+        best = [f"{t['per_thread']} x {t['warps']}: {seconds(t['seconds'])}" for t in f["times"][:MOST_SIZES]]
+        rows.append([f["what"], ", ".join(best)])
+    head = "\n## Block sizes of the Triton kernels\n\n"
+    return head + table(["kernel, dtype, dtype of the state", "scalars per thread x warps: time, the fastest"], rows)
+
+
 def _graphs(g: dict[str, Any]) -> str:
     parts = [_heading(g, ", CUDA graphs"), " (back to back; with a graph, one replay is one step).\n\n"]
     parts.append(_times(g["results"]))
@@ -169,13 +182,13 @@ def overview(data: dict[str, Any]) -> str:
 def markdown(data: dict[str, Any]) -> str:
     """The whole summary, of whatever is there so far."""
     kernels, trainings = data.get("kernels", {}), data.get("end_to_end", {}).get("trainings", [])
-    parts = [overview(data), _method(), _host(kernels.get("host", []))]
+    parts = [overview(data), _method(), _sizes(data.get("tune", {}).get("sizes", [])), _host(kernels.get("host", []))]
     parts.append(_launches(kernels.get("launches", []), data["rehearsal"]))
     parts += [_race(r) for r in kernels.get("races", [])]
     parts += [_graphs(g) for g in kernels.get("graphs", [])]
     parts += [_training(t) for t in trainings]
     notes = dict.fromkeys(
-        note for name in ("kernels", "end_to_end") for note in data.get(name, {}).get("notes", [])
+        note for name in MEASURING for note in data.get(name, {}).get("notes", [])
     )  # both stages may say the same
     parts += ["\n## Notes\n" if notes else "", *(f"\n* {note}" for note in notes)]
     return "".join(parts).rstrip() + "\n"

@@ -1,0 +1,154 @@
+"""What a call may be given: everything that would be read or written out of bounds raises here.
+
+The first list of a call leads: every other one has a tensor of the same shape and device for each of its tensors.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from operator import attrgetter
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+SIXTEEN_BIT = (torch.bfloat16, torch.float16)
+TRITON_DTYPE = {
+    torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16,
+    torch.complex64: tl.float32, torch.complex128: tl.float64,
+}  # fmt: skip
+KEPT = "kept"  # dtype of weights: the parameter's, or float32 where they are the masters of a 16-bit one
+
+
+# --- lists -----------------------------------------------------------------------------------------------------------
+def _require(condition: bool, op: str, complaint: str) -> None:
+    if not condition:
+        raise RuntimeError(f"rst_fused::{op}: {complaint}")
+
+
+def check_length(op: str, name: str, given: Sequence[Tensor], lead: Sequence[Tensor]) -> None:
+    _require(
+        len(given) == len(lead), op, f"{name} has {len(given)} entries, expected {len(lead)}, one per parameter"
+    )
+
+
+def check_masters(op: str, masters: Sequence[Tensor], params: Sequence[Tensor]) -> None:
+    for i, p in enumerate(params if masters else ()):
+        _require(
+            p.dtype in SIXTEEN_BIT, op,
+            f"masters go with bfloat16 and float16 parameters, but parameter {i} has dtype {p.dtype}",
+        )  # fmt: skip
+
+
+def check_numbers(
+    op: str, name: str, given: Tensor, dtype: torch.dtype, least: int, on: torch.device | None = None
+) -> None:
+    """``given`` may be on the CPU or on a device; ``on``: where it has to be."""
+    good = given.dtype == dtype and given.is_contiguous() and (on is None or given.device.type == on.type)
+    where = "" if on is None else f" on {on.type}"
+    got = f"got {given.dtype} on {given.device}"
+    _require(good, op, f"{name} must be a contiguous tensor of dtype {dtype}{where}, {got}")
+    _require(given.numel() >= least, op, f"{name} has {given.numel()} elements, expected at least {least}")
+
+
+def runs_on(op: str, name: str, given: Tensor) -> None:
+    _require(
+        given.device.type != "cpu" or triton.knobs.runtime.interpret, op,
+        f"{name} is on the CPU, where Triton does not run: move the tensors to a GPU, or use backend='cpu'",
+    )  # fmt: skip
+
+
+def _check_rows(op: str, group_sizes: Sequence[int], count: int) -> None:
+    _require(all(size >= 0 for size in group_sizes), op, f"group_sizes holds {group_sizes}, expected counts >= 0")
+    total = sum(group_sizes)
+    _require(total == count, op, f"group_sizes sum to {total}, expected the number of parameters, {count}")
+
+
+# --- how tensors lie ------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Stream:
+    """One list of a call. Empty: absent. ``dtype``: None for the parameter's own."""
+
+    name: str
+    tensors: Sequence[Tensor]
+    written: bool = False
+    read: bool = True
+    dtype: torch.dtype | str | None = None
+
+
+def _order(shape: Sequence[int], stride: Sequence[int]) -> list[int]:
+    """The dimensions from the outermost inwards."""
+    return sorted((d for d in range(len(shape)) if shape[d] > 1), key=lambda d: -stride[d])
+
+
+@lru_cache(maxsize=4096)
+def dense(shape: torch.Size, stride: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides without gaps in the same order of dimensions; those of dimensions of size 1 stay."""
+    out, step = list(stride), 1
+    for d in reversed(_order(shape, stride)):
+        out[d], step = step, step * shape[d]
+    return tuple(out)
+
+
+def alike(shape: torch.Size, a: tuple[int, ...], b: tuple[int, ...]) -> bool:
+    return all(x == y or size == 1 for size, x, y in zip(shape, a, b, strict=True)) or 0 in shape
+
+
+def overlaps(shape: torch.Size, stride: tuple[int, ...]) -> bool:
+    """True if two indices may reach the same element."""
+    if 0 in shape:
+        return False
+    reached = 0
+    for d in reversed(_order(shape, stride)):
+        if stride[d] <= reached:
+            return True
+        reached += (shape[d] - 1) * stride[d]
+    return False
+
+
+@lru_cache(maxsize=4096)
+def _writable(shape: torch.Size, stride: tuple[int, ...]) -> bool:
+    return not overlaps(shape, stride)
+
+
+_facts = attrgetter("dtype", "shape", "device", "layout")
+
+
+def _check_stream(op: str, s: Stream, lead: Sequence[Tensor], facts: Sequence[Any]) -> None:
+    """Whatever would be read or written out of bounds raises."""
+    check_length(op, s.name, s.tensors, lead)
+    theirs = list(map(_facts, s.tensors))
+    if s.dtype is not None or theirs != facts:
+        for i, ((dtype, shape, device, layout), (own, *like)) in enumerate(zip(theirs, facts, strict=True)):
+            expected = own if s.dtype is None else s.dtype
+            if s.dtype == KEPT:
+                expected = torch.float32 if dtype == torch.float32 and own in SIXTEEN_BIT else own
+            if dtype != expected or [device, layout] != like[1:]:
+                raise RuntimeError(
+                    f"rst_fused::{op}: {s.name}[{i}] is {layout} of dtype {dtype} on {device}, expected {expected} on "
+                    f"{like[1]}"
+                )
+            _require(shape == like[0], op, f"{s.name}[{i}] does not have the shape of the parameter")
+    for i, t in enumerate(s.tensors if s.written else ()):
+        if not _writable(t.shape, t.stride()):
+            raise RuntimeError(
+                f"rst_fused::{op}: {s.name}[{i}] is written, but several of its elements share memory (an expanded "
+                "tensor?); clone it first"
+            )
+
+
+def check_lists(op: str, streams: Sequence[Stream], group_sizes: Sequence[int]) -> None:
+    """Raises for whatever would be read or written out of bounds. The first stream leads."""
+    lead = streams[0].tensors
+    _check_rows(op, group_sizes, len(lead))
+    facts = list(map(_facts, lead))
+    for i, (dtype, _, _, layout) in enumerate(facts):
+        if dtype not in TRITON_DTYPE or layout != torch.strided:
+            raise RuntimeError(
+                f"rst_fused::{op}: {streams[0].name}[{i}] is {layout} of dtype {dtype}, which no kernel serves"
+            )
+    for s in streams:
+        if s.tensors:
+            _check_stream(op, s, lead, facts)

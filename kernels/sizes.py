@@ -1,0 +1,148 @@
+"""How many scalars a program takes at a time, and with how many warps: a built-in table, and above it what
+``rst_fused.kernels.autotune`` once measured on such a device and left in a file.
+
+What a kernel computes for an element does not depend on either, so neither do its results. The order in which the norm
+is summed does, so the norm has fixed ones.
+"""
+
+import json
+import os
+import re
+import tempfile
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+FORMAT = 1
+FOLDER_VARIABLE = "RST_FUSED_CACHE_DIR"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    per_thread: int  # scalars of a whole block
+    warps: int
+
+    @property
+    def block(self) -> int:
+        return 32 * self.warps * self.per_thread
+
+    @property
+    def tail(self) -> int:
+        """With masks, one for each thread."""
+        return 32 * self.warps
+
+
+BUILT_IN = Sizes(8, 4)  # 16-byte accesses of 16-bit numbers
+# float32 stored beside 16-bit numbers: with 8 scalars for each thread its 16-byte stores would leave gaps, and Triton
+# would have threads exchange numbers to close them; 4 need none.
+WIDE_STATE = Sizes(4, 4)
+CANDIDATES = tuple(Sizes(per_thread, warps) for per_thread in (4, 8, 16) for warps in (2, 4, 8))
+TUNED = ("perturb_kernel", "restore_kernel", "sgd_step_kernel", "adam_step_kernel")
+
+Winners = dict[str, Sizes]  # by kernel and dtypes
+_loaded: dict[torch.device, Winners] = {}
+forced: list[Sizes] = []  # what is being timed
+
+
+def key_of(kernel: str, dtype: Any, state: Any) -> str:
+    """``dtype`` and ``state`` as Triton names them: "sgd_step_kernel bf16 fp32"."""
+    return f"{kernel} {dtype} {state}"
+
+
+def sizes(kernel: str, device: torch.device, dtype: Any, state: Any, wide_state: bool) -> Sizes:
+    built_in = WIDE_STATE if wide_state else BUILT_IN
+    if kernel not in TUNED:
+        return built_in
+    if forced:
+        return forced[0]
+    winners = _loaded.get(device)
+    if winners is None:
+        winners = _loaded[device] = {} if device.type == "cpu" else read(device)
+    return winners.get(key_of(kernel, dtype, state), built_in) if winners else built_in
+
+
+# --- the file -------------------------------------------------------------------------------------------------------
+def identity(device: torch.device) -> dict[str, str]:
+    """What the winners hold for."""
+    module = torch.get_device_module(device)
+    with module.device(device):
+        target = triton.runtime.driver.active.get_current_target()
+    return {
+        "device": module.get_device_name(device), "target": f"{target.backend}:{target.arch}",
+        "triton": triton.__version__,
+    }  # fmt: skip
+
+
+def path_of(made_for: dict[str, str]) -> Path:
+    """Raises RuntimeError where there is neither a folder named nor a home."""
+    named = os.environ.get(FOLDER_VARIABLE)
+    base = os.environ.get("XDG_CACHE_HOME")
+    folder = Path(named) if named else (Path(base) if base else Path.home() / ".cache") / "rst_fused"
+    return folder / ("triton-" + re.sub(r"[^A-Za-z0-9.]+", "-", "-".join(made_for.values())) + ".json")
+
+
+def _parsed(text: str, made_for: dict[str, str]) -> Winners:
+    """ValueError where this is no such file."""
+    data = json.loads(text)
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise ValueError(f"it is not of format {FORMAT}")
+    for name, here in made_for.items():
+        if data.get(name) != here:
+            raise ValueError(f"it was made for {name} {data.get(name)!r}, and this is {here!r}")
+    winners = {}
+    for key, entry in data["sizes"].items():
+        winners[key] = Sizes(entry["per_thread"], entry["warps"])
+        if winners[key] not in CANDIDATES:
+            raise ValueError(f"{key} has {entry}, which autotune never chooses")
+    return winners
+
+
+def read(device: torch.device) -> Winners:
+    """The winners in the file for this device, none without one. A file that cannot be used is ignored, with a warning.
+    """
+    made_for = identity(device)
+    try:
+        path = path_of(made_for)
+    except RuntimeError:  # no home: then there is no file either
+        return {}
+    try:
+        return _parsed(path.read_text(encoding="utf-8"), made_for)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        warnings.warn(
+            f"{path} is ignored, and built-in block sizes are used ({type(error).__name__}: {error}): remove it, or "
+            "call rst_fused.kernels.autotune() again",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return {}
+
+
+def writable(made_for: dict[str, str]) -> Path:
+    """The path of the file, whose folder was seen to take one; RuntimeError where it does not."""
+    try:
+        path = path_of(made_for)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except (OSError, RuntimeError) as error:
+        raise RuntimeError(
+            f"autotune has nowhere to keep its results ({error}): set {FOLDER_VARIABLE} to a folder that can be written"
+        ) from error
+    return path
+
+
+def write(path: Path, made_for: dict[str, str], winners: Winners) -> None:
+    """At once, so that no process ever reads half of it."""
+    data = {"format": FORMAT, **made_for, "sizes": {key: asdict(winner) for key, winner in sorted(winners.items())}}
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
+        file.write(json.dumps(data, indent=1) + "\n")
+    os.replace(file.name, path)
+
+
+def use(device: torch.device, winners: Winners) -> None:
+    _loaded[device] = winners

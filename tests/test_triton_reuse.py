@@ -1,0 +1,238 @@
+"""What the Triton backend reuses from one call to the next, and what it must notice: no kernel runs here."""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import weakref
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from triton_processes import MISSING
+
+pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+HYPER = torch.tensor([[0.1, 0.9, 0.0, 0.01, 1.0]], dtype=torch.float64)
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The modules, the launches that were asked for, and how often lists were checked; nothing is remembered."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # CPU tensors are taken
+    found = SimpleNamespace(launches=[], checked=0)
+    for name in ("multi_tensor", "tables", "sgd_step"):
+        setattr(found, name, importlib.import_module(f"rst_fused.kernels.{name}"))
+    check_lists = found.multi_tensor.check_lists
+
+    def counted(*args: Any) -> None:
+        found.checked += 1
+        check_lists(*args)
+
+    monkeypatch.setattr(found.multi_tensor, "run", lambda *args: found.launches.append(args))
+    monkeypatch.setattr(found.multi_tensor, "check_lists", counted)
+    for module, name in ((found.multi_tensor, "_looks"), (found.tables, "_tables"), (found.tables, "_numbers")):
+        monkeypatch.setattr(module, name, type(getattr(module, name))())
+    return found
+
+
+Lists = dict[str, list[Tensor]]
+
+
+def lists(repeat: int = 1) -> Lists:
+    def tensors() -> list[Tensor]:
+        return [torch.randn(shape) for shape in ((4, 6), (8,)) * repeat]
+
+    return {"params": tensors(), "grads": tensors(), "buffers": tensors()}
+
+
+def step(kernels: Any, given: Lists) -> list[list[int]]:
+    """The record of each tensor in the table that the launch was given."""
+    params, grads, buffers = given["params"], given["grads"], given["buffers"]
+    kernels.sgd_step.sgd_step_(params, grads, buffers, [], HYPER, [len(params)], False, False, None, None)
+    _, _, _, (table, tensors, *_), *_ = kernels.launches[-1]
+    width = kernels.tables.HEADER.value + kernels.sgd_step._SLOTS.value
+    return table[: tensors * width].view(tensors, width).tolist()
+
+
+def addresses(given: Lists) -> list[list[int]]:
+    return [
+        [p.data_ptr(), p.data_ptr(), g.data_ptr(), 0, b.data_ptr()]
+        for p, g, b in zip(given["params"], given["grads"], given["buffers"], strict=True)
+    ]
+
+
+def test_other_tensors_of_the_same_kind_are_not_checked_again_but_always_found(kernels: Any) -> None:
+    held = [lists() for _ in range(3)]
+    for given in (*held, *held):
+        records = step(kernels, given)
+        assert [r[5:] for r in records] == addresses(given)
+        assert [r[:5] for r in records] == [[24, 24, 0, 0, 0], [8, 8, 0, 1, 1]]
+    assert kernels.checked == 1 and len(kernels.tables._tables) == 3
+
+
+def test_a_tensor_that_moved_is_noticed(kernels: Any) -> None:
+    given = lists()
+    step(kernels, given)
+    given["grads"][1].data = torch.zeros(8)  # the same Python object
+    assert [r[5:] for r in step(kernels, given)] == addresses(given)
+
+
+def test_calls_that_take_turns_are_all_remembered(kernels: Any) -> None:
+    """Such as those of two models, or of steps in which some gradients are missing."""
+    few, many = lists(), lists(3)
+    for given in (few, many) * 3:
+        assert [r[5:] for r in step(kernels, given)] == addresses(given)
+    assert kernels.checked == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda g: g.double(), r"grads\[0\] is torch.strided of dtype torch.float64 on cpu"),
+        (lambda g: g.to("meta"), r"grads\[0\] is torch.strided of dtype torch.float32 on meta"),
+        (lambda g: g.to_sparse(), r"grads\[0\] is torch.sparse_coo"),
+        (lambda g: g.view(6, 4), r"grads\[0\] does not have the shape of the parameter"),
+        (lambda g: g.flatten(), r"grads\[0\] does not have the shape of the parameter"),
+        (lambda g: g[:2], r"grads\[0\] does not have the shape of the parameter"),
+    ],
+    ids=["dtype", "device", "layout", "shape", "dimensions", "numel"],
+)
+def test_what_does_not_fit_is_refused_at_any_call(
+    kernels: Any, change: Callable[[Tensor], Tensor], complaint: str
+) -> None:
+    given = lists()
+    step(kernels, given)
+    given["grads"][0] = change(given["grads"][0])
+    with pytest.raises(RuntimeError, match=complaint):
+        step(kernels, given)
+
+
+def test_lists_of_another_length_are_noticed_at_any_call(kernels: Any) -> None:
+    given = lists()
+    buffers = given["buffers"]
+    step(kernels, given)
+    given["buffers"] = []
+    assert [r[-1] for r in step(kernels, given)] == [0, 0], "no buffers"
+    given["buffers"] = buffers[:1]
+    with pytest.raises(RuntimeError, match="buffers has 1 entries, expected 2"):
+        step(kernels, given)
+
+
+def test_written_tensors_with_shared_elements_are_refused_at_any_call(kernels: Any) -> None:
+    given = lists()
+    step(kernels, given)
+    given["buffers"][0] = torch.randn(4, 1).expand(4, 6)
+    with pytest.raises(RuntimeError, match=r"buffers\[0\] is written, but several of its elements share memory"):
+        step(kernels, given)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda g: g.copy_(g.clone()).as_strided_((4, 6), (1, 4)),  # the same object at the same address
+        lambda g: torch._neg_view(g),
+        lambda g: torch.randn(4, 12)[:, ::2],
+    ],
+    ids=["strides", "neg", "gaps"],
+)
+def test_tensors_that_lie_otherwise_pass_through_copies_at_any_call(
+    kernels: Any, change: Callable[[Tensor], Tensor]
+) -> None:
+    given = lists()
+    plain = addresses(given)
+    assert [r[5:] for r in step(kernels, given)] == plain
+    given["grads"][0] = change(given["grads"][0])
+    first, second = [r[5:] for r in step(kernels, given)]
+    assert first[2] != given["grads"][0].data_ptr() and second == plain[1]
+    assert [first[i] for i in (0, 1, 3, 4)] == [plain[0][i] for i in (0, 1, 3, 4)]
+
+
+def test_conjugate_views_pass_through_copies_at_any_call(kernels: Any) -> None:
+    given = {name: [torch.randn(5, dtype=torch.complex64) for _ in range(2)] for name in lists()}
+    assert [r[5:] for r in step(kernels, given)] == addresses(given)
+    given["grads"][0] = given["grads"][0].conj()
+    assert step(kernels, given)[0][7] != given["grads"][0].data_ptr()
+
+
+def test_nothing_keeps_tensors_alive(kernels: Any) -> None:
+    given = lists()
+    step(kernels, given)
+    watched = [weakref.ref(t) for tensors in given.values() for t in tensors]
+    given.clear()
+    gc.collect()
+    assert [w() for w in watched] == [None] * 6
+
+
+def test_without_the_comparison_of_torch_every_call_is_checked(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels.multi_tensor, "TensorGuards", None)
+    given = lists()
+    for _ in range(3):
+        assert [r[5:] for r in step(kernels, given)] == addresses(given)
+    assert kernels.checked == 3
+
+
+def test_the_default_device_of_torch_does_not_matter(kernels: Any) -> None:
+    """torch.set_default_device("cuda") must not put on a GPU what is to be sent there."""
+    given = lists()
+    with torch.device("meta"):
+        assert [r[5:] for r in step(kernels, given)] == addresses(given)
+    _, _, _, args, *_ = kernels.launches[-1]
+    assert {x.device.type for x in args if isinstance(x, Tensor)} == {"cpu"}
+
+
+# --- numbers --------------------------------------------------------------------------------------------------------
+def test_the_same_numbers_are_sent_once(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    tables, sent, meta = kernels.tables, [], torch.device("meta")
+    monkeypatch.setattr(tables, "_upload", lambda host, device: sent.append(host) or host.to(device))
+    monkeypatch.setattr(tables, "_stream", lambda _: 0)
+    rho, rng = torch.tensor([0.5], dtype=torch.float64), torch.tensor([3, 1])
+    first = tables.on_device(meta, rho, rng)
+    again = tables.on_device(meta, rho.clone(), rng.clone())
+    assert len(sent) == 1 and all(a is b for a, b in zip(first, again, strict=True))
+    rho[0] = 0.25  # the same tensor, another number
+    tables.on_device(meta, rho, rng)
+    for other in (0.0, -0.0):  # equal as numbers, not as bits
+        tables.on_device(meta, torch.tensor([other], dtype=torch.float64), rng)
+    tables.on_device(meta, rho)
+    assert len(sent) == 5
+    monkeypatch.setattr(tables, "_stream", lambda _: 1)  # would not wait for a copy on another stream
+    tables.on_device(meta, rho)
+    assert len(sent) == 6
+    for k in range(tables._NUMBERS + 5):
+        tables.on_device(meta, torch.tensor([k]))
+    assert len(tables._numbers) == tables._NUMBERS
+
+
+# --- launches -------------------------------------------------------------------------------------------------------
+def test_triton_is_asked_for_a_binary_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next launches go to the binary, with all constants in the order of the kernel's arguments."""
+    multi_tensor = importlib.import_module("rst_fused.kernels.multi_tensor")
+    direct: list[Any] = []
+    asked: list[Any] = []
+
+    class Binary(multi_tensor.CompiledKernel):
+        def __init__(self) -> None:
+            pass
+
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda *args: direct.append((grid, args))
+
+    class Function:
+        __name__ = "a_kernel"
+        arg_names = ("table", "count", "T", "BLOCK")
+
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda *args, **constants: asked.append((grid, args, constants)) or Binary()
+
+    monkeypatch.setattr(multi_tensor, "_binaries", {})
+    cpu, function = torch.device("cpu"), Function()
+    for programs in (3, 4):
+        multi_tensor.run(function, cpu, programs, ("table", 7), {"BLOCK": 64, "T": "fp32"}, 4)
+    assert asked == [((3,), ("table", 7), {"BLOCK": 64, "T": "fp32", "num_warps": 4, **multi_tensor.OPTIONS})]
+    assert direct == [((4, 1, 1), ("table", 7, "fp32", 64))]
+    multi_tensor.run(function, cpu, 3, ("table", 7), {"BLOCK": 32, "T": "fp32"}, 4)
+    multi_tensor.run(function, cpu, 3, ("table", 7), {"BLOCK": 32, "T": "fp32"}, 8)
+    assert len(asked) == 3, "other constants or warps are another binary"
