@@ -80,7 +80,6 @@ int64_t hold_grads(int64_t handle, int64_t count) {
 }
 
 void clear_grads(void* const* grads, int64_t count) {
-  static const StableTensor undefined;
   for (int64_t i = 0; i < count; ++i) {
     if (i + kAhead < count) fetch(impl_of(static_cast<AtenTensorHandle>(grads[i + kAhead])));
     TORCH_ERROR_CODE_CHECK(aoti_torch_assign_tensors(undefined.get(), static_cast<AtenTensorHandle>(grads[i])));

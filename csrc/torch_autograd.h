@@ -22,12 +22,13 @@ inline bool knows_autograd() { return torch_grad != nullptr && torch_bump_versio
 // The TensorImpl that a handle, which is a reference to a tensor, points to.
 inline const void* impl_of(AtenTensorHandle tensor) { return *reinterpret_cast<const void* const*>(tensor); }
 
+// Undefined tensors all point to the same TensorImpl.
+inline const StableTensor undefined;
+
 // The handle of p.grad, which belongs to p, or null.
 inline AtenTensorHandle grad_of(const StableTensor& param) {
   AtenTensorHandle grad = torch_grad(impl_of(param.get()));
-  bool defined = false;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_is_defined(grad, &defined));
-  return defined ? grad : nullptr;
+  return impl_of(grad) == impl_of(undefined.get()) ? nullptr : grad;
 }
 
 inline StableTensor shared(AtenTensorHandle tensor) {

@@ -30,8 +30,10 @@ def uniform(seed: int, step: int) -> float:
     splitmix64: integers only, so it is the same on every machine and rank, and a run resumes from its step
     count. Raises ValueError unless seed and step are integers from 0 to 2^64 - 1.
     """
-    seed = as_integer("seed", seed, 0, _MASK)
-    step = as_integer("step", step, 0, _MASK)
+    return _uniform(as_integer("seed", seed, 0, _MASK), as_integer("step", step, 0, _MASK))
+
+
+def _uniform(seed: int, step: int) -> float:
     return (_mix((_key(seed) + (step + 1) * _GOLDEN) & _MASK) >> 11) * 2.0**-53
 
 
@@ -40,6 +42,12 @@ def draw(seed: int, step: int, p: float) -> bool:
 
     p = 0 never fires and p = 1 always does. Raises ValueError as ``uniform`` does, and unless p is in [0, 1].
     """
+    seed, step = as_integer("seed", seed, 0, _MASK), as_integer("step", step, 0, _MASK)
+    return draw_at(seed, step, p)
+
+
+def draw_at(seed: int, step: int, p: float) -> bool:
+    """``draw`` for a seed and a step that are known to be integers in range."""
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"p={p!r}: expected a probability in [0, 1]")
-    return uniform(seed, step) < p
+    return _uniform(seed, step) < p

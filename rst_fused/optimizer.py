@@ -14,13 +14,14 @@ from rst_fused import _amp, _engine, _saving
 from rst_fused._backends import backend_for
 from rst_fused._checks import as_integer
 from rst_fused._core import Core
+from rst_fused._draws import draw_at
 from rst_fused._hooks import with_hooks
 from rst_fused._places import Place, device_of, settle
 from rst_fused._plan import Plans
 from rst_fused._rules import Group, check_number, rule_for
 from rst_fused._run import Run
 from rst_fused.batch_norm import freeze_batch_norm
-from rst_fused.schedule import as_schedule, draw, match
+from rst_fused.schedule import as_schedule, match
 
 
 class RST(Core):
@@ -195,7 +196,7 @@ class RST(Core):
         run.count()
         t = run.steps
         if run.drawn_at != t:
-            run.drawn = draw(self.seed, t, self.schedule(t))
+            run.drawn = draw_at(self.seed, t, self.schedule(t))
             gamma = self.gamma
             if callable(gamma):
                 gamma = gamma(t)
