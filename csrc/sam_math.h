@@ -144,7 +144,16 @@ struct RandomBits {
   // For elements 2 * index (the low 16 bits) and 2 * index + 1 (the high ones).
   template <class U>
   RST_HD U pair(U index) const {
-    return mixed((index * 0x9e3779b9u) ^ key);
+    return at(place(index));
+  }
+  // pair in two steps: place(i + k) = place(i) + place(k).
+  template <class U>
+  static RST_HD U place(U index) {
+    return index * 0x9e3779b9u;
+  }
+  template <class U>
+  RST_HD U at(U place) const {
+    return mixed(place ^ key);
   }
   // 16 bits. `element` counts within its block of 2^32.
   template <class U>
@@ -158,10 +167,9 @@ struct RandomBits {
 // `random` holds 16 bits. V is float and U uint32_t, or vectors of them; to_bits and from_bits reinterpret one as the other.
 template <class V, class U>
 struct StochasticRound {
-  static RST_HD V to_bfloat16(V x, U random) {
-    U bits = (to_bits(x) + random) & 0xffff0000u;
-    return x == x ? from_bits(bits) : x;
-  }
+  static RST_HD V to_bfloat16(V x, U random) { return x == x ? own_to_bfloat16(x, random) : x; }
+  // For an x whose NaNs have nothing below the cut.
+  static RST_HD V own_to_bfloat16(V x, U random) { return from_bits((to_bits(x) + random) & 0xffff0000u); }
   // Below 2^-14 a float16 has the fixed quantum 2^-24: there x is rounded as 2^-14 + |x|, which has that quantum.
   static RST_HD V to_float16(V x, U random) {
     V magnitude = abs(x);

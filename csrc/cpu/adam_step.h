@@ -34,11 +34,11 @@ void adam_step_chunk(const ChunkCall& c) {
     w = adam.shrunk(w);
     const V m = adam.exp_avg(at.template load<S>(buffer), g);
     const V v = adam.exp_avg_sq(at.template load<S>(buffer2), g);
-    at.template store<S>(buffer, m);
-    at.template store<S>(buffer2, v);
+    at.template store<S, !Master>(buffer, m);
+    at.template store<S, !Master>(buffer2, v);
     const V updated = adam.update(w, m, v);
-    if constexpr (Master) at.template store<S>(master, updated);
-    at.template store_only<T>(param, updated);
+    if constexpr (Master) at.template store<S, false>(master, updated);
+    at.template store_only<T, !Master>(param, updated);
   });
 }
 

@@ -57,9 +57,10 @@ struct At {
     }
     return Convert<V, T>::widen(raw);
   }
-  template <class T>
+  // Own: v was computed from elements of T and finite numbers alone, see Convert.
+  template <class T, bool Own>
   RST_INLINE void store(void* base, V v) const {
-    put<T>(base, Convert<V, T>::narrow(v));
+    put<T>(base, narrow<T, Own>(v));
   }
   // For a v that T can hold exactly.
   template <class T>
@@ -78,12 +79,20 @@ struct At {
     write_only<T>(to, raw);
   }
   // For outputs that the kernel does not read: no line is fetched to be overwritten.
-  template <class T>
+  template <class T, bool Own>
   RST_INLINE void store_only(void* base, V v) const {
-    write_only<T>(base, Convert<V, T>::narrow(v));
+    write_only<T>(base, narrow<T, Own>(v));
   }
 
  private:
+  template <class T, bool Own>
+  RST_INLINE auto narrow(V v) const {
+    if constexpr (Own) {
+      return Convert<V, T>::narrow_own(v);
+    } else {
+      return Convert<V, T>::narrow(v);
+    }
+  }
   template <class T>
   RST_INLINE size_t bytes() const {
     return part == Part::Some ? lanes * sizeof(T) : kLanes<V> * sizeof(T);

@@ -6,14 +6,20 @@
 
 namespace rst::RST_LEVEL {
 
-template <class T>
-RST_INLINE Twin stochastic_round(Twin v, RandomBits random, TwinBits element) {
+// `bits`: those of the pairs of neighbours in v, in order.
+template <class T, bool Own>
+RST_INLINE Twin stochastic_round(Twin v, UintV bits) {
   using Round = StochasticRound<FloatV, UintV>;
   if constexpr (std::is_same<T, BFloat16>::value) {
-    const UintV bits = random.pair(element.a >> 1);  // element.b is the odd neighbour: see `each`
-    return {Round::to_bfloat16(v.a, bits & 0xffffu), Round::to_bfloat16(v.b, bits >> 16)};
+    const UintV even = bits & 0xffffu, odd = bits >> 16;
+    if constexpr (Own) return {Round::own_to_bfloat16(v.a, even), Round::own_to_bfloat16(v.b, odd)};
+    return {Round::to_bfloat16(v.a, even), Round::to_bfloat16(v.b, odd)};
   } else {
-    return {Round::to_float16(v.a, random(element.a)), Round::to_float16(v.b, random(element.b))};
+    Vector<uint16_t, kFloatLanes> first, second;
+    std::memcpy(&first, &bits, sizeof(first));
+    std::memcpy(&second, reinterpret_cast<const char*>(&bits) + sizeof(first), sizeof(second));
+    return {Round::to_float16(v.a, __builtin_convertvector(first, UintV)),
+            Round::to_float16(v.b, __builtin_convertvector(second, UintV))};
   }
 }
 
@@ -31,14 +37,13 @@ RST_INLINE void perturb_each(const ChunkCall& c) {
   const void* const source = c.data[Master ? kMaster : kParam];
   const void* const grad = c.data[kGrad];
   [[maybe_unused]] RandomBits random{0};
-  [[maybe_unused]] TwinBits first{};
+  [[maybe_unused]] UintV first{};
   if constexpr (Stochastic) {
     // A chunk never straddles a multiple of 2^32 elements: both are powers of two.
     random = RandomBits::of(c.call->seed, c.call->step, static_cast<uint64_t>(c.tensor->index),
                             static_cast<uint64_t>(c.begin) >> 32);
-    first = Beside<T>::positions();
-    first.a += static_cast<uint32_t>(c.begin);
-    first.b += static_cast<uint32_t>(c.begin);
+    for (int k = 0; k < kFloatLanes; ++k) first[k] = static_cast<uint32_t>(c.begin) / 2 + k;
+    first = RandomBits::place(first);
   }
 
   each<T, V>(c, Master ? param : backup, RST_BODY(at) {
@@ -51,17 +56,18 @@ RST_INLINE void perturb_each(const ChunkCall& c) {
     }
     if constexpr (!Master) at.template copy<T>(backup, param);
     if constexpr (Stochastic) {
-      const uint32_t i = static_cast<uint32_t>(at.i);
-      moved = stochastic_round<T>(moved, random, {first.a + i, first.b + i});
+      // Every `at` starts at an even element, see `each`.
+      const UintV bits = random.at(first + RandomBits::place(static_cast<uint32_t>(at.i / 2)));
+      moved = stochastic_round<T, !Master>(moved, bits);
       if constexpr (Master) {
         at.template store_only_exact<T>(param, moved);
       } else {
         at.template store_exact<T>(param, moved);
       }
     } else if constexpr (Master) {
-      at.template store_only<T>(param, moved);
+      at.template store_only<T, false>(param, moved);
     } else {
-      at.template store<T>(param, moved);
+      at.template store<T, true>(param, moved);
     }
   });
 }

@@ -31,12 +31,12 @@ void sgd_step_chunk(const ChunkCall& c) {
     V d = sgd.decayed(w, g);
     if constexpr (Momentum) {
       const V buf = sgd.buffer(at.template load<S>(buffer), d);
-      at.template store<S>(buffer, buf);
+      at.template store<S, !Master>(buffer, buf);
       d = nesterov ? sgd.nesterov(buf, d) : buf;
     }
     const V updated = sgd.update(w, d);
-    if constexpr (Master) at.template store<S>(master, updated);
-    at.template store_only<T>(param, updated);
+    if constexpr (Master) at.template store<S, false>(master, updated);
+    at.template store_only<T, !Master>(param, updated);
   });
 }
 

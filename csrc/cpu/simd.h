@@ -143,13 +143,17 @@ RST_INLINE UintV nearest_bfloat16(FloatV x) {
   return x == x ? bits + 0x7fffu + ((bits >> 16) & 1u) : UintV{} + 0x7fc00000u;
 }
 
+// The same for what was computed from bfloat16 alone: a NaN among it has nothing in its lower half, so rounding does not
+// carry into its upper one.
+RST_INLINE UintV nearest_own_bfloat16(FloatV x) {
+  const UintV bits = to_bits(x);
+  return bits + 0x7fffu + ((bits >> 16) & 1u);
+}
+
 // Two vectors side by side: the arithmetic of 16-bit dtypes, so that one whole vector of them is worked on at a time.
 // Which element is where is up to Convert.
 struct Twin {
   FloatV a, b;
-};
-struct TwinBits {
-  UintV a, b;
 };
 RST_INLINE Twin operator+(Twin x, Twin y) { return {x.a + y.a, x.b + y.b}; }
 RST_INLINE Twin operator-(Twin x, Twin y) { return {x.a - y.a, x.b - y.b}; }
@@ -171,7 +175,8 @@ struct Shape<Twin> {
 };
 
 // Storage format of T in vectors of Shape<V>::kLanes elements: the raw bits, and the conversion to and from arithmetic.
-// Where T is narrower than V, truncate is narrow for values that T holds exactly.
+// Where T is narrower than V, truncate is narrow for values that T holds exactly, and narrow_own for values computed from
+// elements of T and finite numbers alone.
 template <class V, class T>
 struct Convert;
 template <class V>
@@ -179,12 +184,14 @@ struct Convert<V, float> {
   using Raw = Vector<float, Shape<V>::kLanes>;
   static RST_INLINE V widen(Raw raw) { return __builtin_convertvector(raw, V); }
   static RST_INLINE Raw narrow(V v) { return __builtin_convertvector(v, Raw); }
+  static RST_INLINE Raw narrow_own(V v) { return narrow(v); }
 };
 template <>
 struct Convert<DoubleV, double> {
   using Raw = DoubleV;
   static RST_INLINE DoubleV widen(Raw raw) { return raw; }
   static RST_INLINE Raw narrow(DoubleV v) { return v; }
+  static RST_INLINE Raw narrow_own(DoubleV v) { return v; }
 };
 template <>
 struct Convert<DoubleV, BFloat16> {
@@ -209,6 +216,7 @@ struct Convert<Twin, BFloat16> {
   }
   static RST_INLINE Raw join(UintV even, UintV odd) { return reinterpret<Raw>((even >> 16) | (odd & 0xffff0000u)); }
   static RST_INLINE Raw narrow(Twin v) { return join(nearest_bfloat16(v.a), nearest_bfloat16(v.b)); }
+  static RST_INLINE Raw narrow_own(Twin v) { return join(nearest_own_bfloat16(v.a), nearest_own_bfloat16(v.b)); }
   static RST_INLINE Raw truncate(Twin v) { return join(to_bits(v.a), to_bits(v.b)); }
 };
 // float16 in a Twin: the first elements in a, the rest in b. Formats in two vectors are read and written in halves:
@@ -231,6 +239,7 @@ struct Convert<Twin, Half> {
   static RST_INLINE Twin widen(Raw raw) { return {half_to_float(raw.first), half_to_float(raw.second)}; }
   static RST_INLINE Raw narrow(Twin v) { return {float_to_half(v.a), float_to_half(v.b)}; }
   static RST_INLINE Raw truncate(Twin v) { return narrow(v); }
+  static RST_INLINE Raw narrow_own(Twin v) { return narrow(v); }
 };
 
 // fp32 state beside T in a Twin: in the order that Convert<Twin, T> has.
@@ -240,14 +249,6 @@ template <>
 struct Beside<Half> {
   static RST_INLINE Twin arrange(Twin v) { return v; }
   static RST_INLINE Twin restore(Twin v) { return v; }
-  static RST_INLINE TwinBits positions() {
-    TwinBits p;
-    for (int k = 0; k < kFloatLanes; ++k) {
-      p.a[k] = static_cast<uint32_t>(k);
-      p.b[k] = static_cast<uint32_t>(k + kFloatLanes);
-    }
-    return p;
-  }
 };
 template <>
 struct Beside<BFloat16> {
@@ -277,14 +278,6 @@ struct Beside<BFloat16> {
     return {__builtin_shufflevector(v.a, v.b, 0, 4, 1, 5), __builtin_shufflevector(v.a, v.b, 2, 6, 3, 7)};
   }
 #endif
-  static RST_INLINE TwinBits positions() {
-    TwinBits p;
-    for (int k = 0; k < kFloatLanes; ++k) {
-      p.a[k] = static_cast<uint32_t>(2 * k);
-      p.b[k] = static_cast<uint32_t>(2 * k + 1);
-    }
-    return p;
-  }
 };
 // An fp32 companion of T, as a format of its own.
 template <class T>
@@ -299,6 +292,7 @@ struct Convert<Twin, Float32Beside<T>> {
     const Twin ordered = Beside<T>::restore(v);
     return {ordered.a, ordered.b};
   }
+  static RST_INLINE Raw narrow_own(Twin v) { return narrow(v); }
 };
 
 // Exchanges the two halves of every (real, imaginary) pair.
