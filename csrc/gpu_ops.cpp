@@ -281,20 +281,6 @@ void adam_step_(TensorList params, TensorList grads, TensorList exp_avgs, Tensor
                      maximize, grad_scale, found_inf);
 }
 
-void ema_(TensorList averages, TensorList params, double decay) {
-  const char* op = "ema_";
-  check_length(op, "averages", averages.size(), params.size());
-  if (params.empty()) return;
-  const Target target = target_of(op, params[0]);
-  const Companions companions = ema_lists(averages, params);
-  Table table = make_table(op, target.where, params, companions, {static_cast<int64_t>(params.size())});
-  Copies copies(table, params, companions);
-  Call call;
-  call.decay = decay;
-  cuda::ema(table, call, target.launcher);
-  copies.copy_back();
-}
-
 }  // namespace
 
 bool knows_streams() { return stream_getter() != nullptr; }
@@ -335,8 +321,7 @@ const CoreOps& gpu_ops() {
   m.impl("sgd_step_", TORCH_BOX(&sgd_step_));                                                                   \
   m.impl("restore_sgd_step_", TORCH_BOX(&restore_sgd_step_));                                                   \
   m.impl("adam_step_", TORCH_BOX(&adam_step_));                                                                 \
-  m.impl("restore_adam_step_", TORCH_BOX(&restore_adam_step_));                                                 \
-  m.impl("ema_", TORCH_BOX(&ema_))
+  m.impl("restore_adam_step_", TORCH_BOX(&restore_adam_step_))
 
 STABLE_TORCH_LIBRARY_IMPL(rst_fused, CUDA, m) { RST_GPU_OPS(m); }
 STABLE_TORCH_LIBRARY_IMPL(rst_fused_gpu, CompositeExplicitAutograd, m) { RST_GPU_OPS(m); }

@@ -144,15 +144,6 @@ void adam_step_(TensorList params, TensorList grads, TensorList exp_avgs, Tensor
                      maximize, grad_scale, found_inf);
 }
 
-void ema_(TensorList averages, TensorList params, double decay) {
-  const char* op = "ema_";
-  check_length(op, "averages", averages.size(), params.size());
-  const Table table = make_table(op, kCpu, params, ema_lists(averages, params), {static_cast<int64_t>(params.size())});
-  Call call;
-  call.decay = decay;
-  ema(table, call, torch_threads());
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(rst_fused, CPU, m) {
@@ -163,7 +154,6 @@ STABLE_TORCH_LIBRARY_IMPL(rst_fused, CPU, m) {
   m.impl("restore_sgd_step_", TORCH_BOX(&restore_sgd_step_));
   m.impl("adam_step_", TORCH_BOX(&adam_step_));
   m.impl("restore_adam_step_", TORCH_BOX(&restore_adam_step_));
-  m.impl("ema_", TORCH_BOX(&ema_));
 }
 
 }  // namespace rst

@@ -81,13 +81,6 @@ struct Mix {
   RST_HD V operator()(V g1, V g2) const { return fma(gamma, g2, one_minus_gamma * g1); }
 };
 
-// The exponential moving average of the weights (Polyak & Juditsky 1992): decay * average + (1 - decay) * w.
-template <class V>
-struct Ema {
-  V decay, one_minus_decay;
-  RST_HD V operator()(V average, V w) const { return fma(decay, average, one_minus_decay * w); }
-};
-
 // SGD as torch.optim.SGD: decay, momentum with dampening, Nesterov. `direction` is -1 to maximize, else 1.
 template <class V>
 struct Sgd {

@@ -116,8 +116,4 @@ inline Companions adam_lists(const TensorList& params, const TensorList& grads, 
           {kMaster, "masters", masters, true}};
 }
 
-inline Companions ema_lists(const TensorList& averages, const TensorList& params) {
-  return {{kParam, "params", params, false}, {kBuffer, "averages", averages, true}};
-}
-
 }  // namespace rst

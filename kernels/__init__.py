@@ -12,12 +12,11 @@ except ImportError as error:
     ) from error
 
 from .adam_step import adam_step_, restore_adam_step_
-from .ema import ema_
 from .grad_norm import grad_norm
 from .perturb import perturb_
 from .restore import restore_
 from .sgd_step import restore_sgd_step_, sgd_step_
 
 __all__ = [
-    "adam_step_", "ema_", "grad_norm", "perturb_", "restore_", "restore_adam_step_", "restore_sgd_step_", "sgd_step_",
+    "adam_step_", "grad_norm", "perturb_", "restore_", "restore_adam_step_", "restore_sgd_step_", "sgd_step_",
 ]  # fmt: skip

@@ -66,12 +66,6 @@ def mix(gamma, one_minus_gamma, g1, g2):
 
 
 @triton.jit
-def ema(decay, one_minus_decay, average, w):
-    """The exponential moving average of the weights (Polyak & Juditsky 1992): decay average + (1 - decay) w."""
-    return tl.fma(decay, average, one_minus_decay * w)
-
-
-@triton.jit
 def sgd_decayed(weight_decay, direction, w, g):
     return tl.fma(weight_decay, w, direction * g)
 

@@ -46,7 +46,6 @@ SCHEMAS = {
     "restore_sgd_step_": _PARAMS + _RESTORE + _SGD,
     "adam_step_": _PARAMS + _ADAM,
     "restore_adam_step_": _PARAMS + _RESTORE + _ADAM,
-    "ema_": "(Tensor(a!)[] averages, Tensor[] params, float decay) -> ()",
 }
 
 OPAQUE_NAMESPACE = "rst_fused_reference"  # the same ops in plain torch: see rst_fused._backends

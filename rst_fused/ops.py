@@ -198,19 +198,6 @@ def restore_adam_step_(
     _touch(params, *state.values(), masters)
 
 
-@torch.no_grad()
-def ema_(averages: Tensors, params: Tensors, *, decay: float, backend: str = "auto") -> None:
-    """average <- decay average + (1 - decay) w: the exponential moving average of the weights (Polyak & Juditsky 1992).
-
-    ``averages`` have the shape, dtype and device of the parameters, which are only read; ``decay`` may be any number,
-    for all parameters the same: 1 leaves the averages as they are, 0 copies the weights. Traffic: 12.
-    """
-    _check("params", params, {"averages": averages}, needed=["averages"])
-    if params:  # without a tensor there is no device whose kernel could be chosen
-        _ops(backend, params).ema_(list(averages), list(params), decay)
-    _touch(averages)
-
-
 # --- arguments ------------------------------------------------------------------------------------------------------
 def _ops(backend: str, params: Tensors) -> Any:
     return backend_for(backend, params[0].device if params else torch.device("cpu")).ops

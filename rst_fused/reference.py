@@ -46,11 +46,6 @@ def mix(g1: Tensor, g2: Tensor, gamma: Tensor) -> Tensor:
     return gamma * g2 + (1 - gamma) * g1
 
 
-def ema(average: Tensor, w: Tensor, decay: float) -> Tensor:
-    """decay average + (1 - decay) w: the exponential moving average of the weights."""
-    return decay * average + (1 - decay) * w
-
-
 def sgd(
     w: Tensor, g: Tensor, buf: Tensor | None, hyper: Sequence[Tensor], nesterov: bool
 ) -> tuple[Tensor, Tensor | None]:
@@ -316,9 +311,3 @@ def sgd_step_(params: Sequence[Tensor], grads: Sequence[Tensor], *args: object) 
 
 def adam_step_(params: Sequence[Tensor], grads: Sequence[Tensor], *args: object) -> None:
     restore_adam_step_(params, grads, [], [], *args)  # type: ignore[arg-type]
-
-
-@torch.no_grad()
-def ema_(averages: Sequence[Tensor], params: Sequence[Tensor], decay: float) -> None:
-    for average, p in zip(averages, params, strict=True):
-        _write(average, ema(_wide(average), _wide(p), decay))

@@ -102,7 +102,6 @@ def dense(size: Sequence[int], order: Sequence[int] | None = None, offset: int =
 SIZES = (0, 1, 3, 15, 16, 17, 1023, 1024, 1025, 16383, 16384, 16385, 40000)
 LISTS = (
     "params", "grads", "backups", "first_grads", "masters", "momentum_buffers", "exp_avgs", "exp_avg_sqs",
-    "averages",
 )  # fmt: skip
 
 
@@ -347,10 +346,6 @@ _RESTORE = (
     Spec("gamma_apart", "apart", ("grads", *_FIRST), {"gamma": 0.5}),
     Spec("gamma_masters", "gaps", ("grads", *_FIRST, *_MASTERS), {"gamma": 2.0}),
 )
-_EMA = (
-    *_everywhere(),
-    *(Spec(f"decay_{decay:g}", options={"decay": decay}) for decay in (0.0, 0.5, 1.0, 2.0)),
-)
 _SGD_LISTS, _ADAM_LISTS = ("params", "grads"), ("params", "grads", "exp_avgs", "exp_avg_sqs")
 _SGD_WRITTEN = ("params", "momentum_buffers", "masters")
 _ADAM_WRITTEN = ("params", "exp_avgs", "exp_avg_sqs", "masters")
@@ -372,7 +367,6 @@ OPS = {
             "restore_adam_step_", (*_ADAM_LISTS, "backups"), _ADAM_WRITTEN,
             _with_restore(_ADAM, weight_decay=0.1), _STEP, oracle.restore_adam_step_, True,
         ),
-        OpInfo("ema_", ("averages", "params"), ("averages",), _EMA, {"decay": 0.9}, oracle.ema_),
     )
 }  # fmt: skip
 

@@ -103,13 +103,6 @@ def restore_(
     return {"grads": [mixed(first_grads[i], exact(grads[i]), gammas[i]) for i in range(len(params))]}
 
 
-def ema_(params: Any, averages: Any, decay: float, **_: Any) -> Results:
-    """decay average + (1 - decay) w."""
-    kept = [decay * numbers(average) for average in averages]
-    new = [(1 - decay) * numbers(p) for p in params]
-    return {"averages": [Bounded(a + b, np.abs(a) + np.abs(b)) for a, b in zip(kept, new, strict=True)]}
-
-
 def _inputs(
     i: int, gamma: float, lists: dict[str, Any], maximize: bool, grad_scale: Any
 ) -> tuple[Array, Bounded]:

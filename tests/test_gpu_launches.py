@@ -55,7 +55,6 @@ TRAFFIC = {
     "grad_norm": lambda b, s: (b, 0), "perturb_": lambda b, s: (2 * b, 2 * b), "restore_": lambda b, s: (b, b),
     "restore_sgd_step_": lambda b, s: (3 * b, 2 * b), "sgd_step_": lambda b, s: (3 * b, 2 * b),
     "restore_adam_step_": lambda b, s: (4 * b, 3 * b), "adam_step_": lambda b, s: (4 * b, 3 * b),
-    "ema_": lambda b, s: (2 * b, b),
 }  # fmt: skip
 WITH_MASTERS = {
     "perturb_": lambda b, s: (s + b, b), "restore_": lambda b, s: (s, b),
@@ -82,8 +81,6 @@ def run_op(op: str, dtype: torch.dtype, masters: bool, n: int = N) -> None:
         ops.restore_sgd_step_([p], [g], [b], momentum_buffers=[m], lr=0.1, momentum=0.9, **options)
     elif op == "adam_step_":
         ops.adam_step_([p], [g], [m], [v], lr=0.1, step=1, **given, **options)
-    elif op == "ema_":
-        ops.ema_([m], [p], decay=0.9, **options)
     else:
         ops.restore_adam_step_([p], [g], [b], [m], [v], lr=0.1, step=1, **options)
 

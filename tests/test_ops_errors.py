@@ -23,8 +23,7 @@ STEPS = ("sgd_step_", "restore_sgd_step_", "adam_step_", "restore_adam_step_")
 SGD, ADAM = STEPS[:2], STEPS[2:]
 RESTORING = ("restore_", "restore_sgd_step_", "restore_adam_step_")
 WITH_PARAMS = tuple(op for op in OPS if op != "grad_norm")
-WITH_GRADS = tuple(op for op in OPS if "grads" in OPS[op].lists)
-WITH_GROUPS = tuple(op for op in OPS if "group_sizes" in SCHEMAS[op])
+WITH_GRADS = tuple(op for op in OPS if op != "restore_")
 
 Change = Callable[[Sample], Any]
 
@@ -104,7 +103,6 @@ ERRORS = [
     *_companion("momentum_buffers", SGD),
     *_companion("exp_avgs", ADAM),
     *_companion("exp_avg_sqs", ADAM),
-    *_companion("averages", ("ema_",)),
     *_companion("masters", ("perturb_", "restore_", *STEPS), "bfloat16"),
     Wrong("integers", WITH_GRADS, replace("grads", lambda t: t.long()), r"\[1\] is .*int64"),
     Wrong("integer_params", WITH_PARAMS, replace("params", lambda t: t.long()), r"params\[1\] is .*torch.int64"),
@@ -120,8 +118,8 @@ ERRORS = [
     Wrong("adaptive_without_params", ("grad_norm",), option(adaptive=True), "params=None with adaptive=True"),
     Wrong("mixing_without_grads", ("restore_",), remove("grads"), "grads=None with first_grads",
           lists=("grads", "first_grads")),
-    Wrong("groups_too_few", WITH_GROUPS, option(group_sizes=[1]), r"group_sizes=\[1\].* 2, one per parameter"),
-    Wrong("groups_negative", WITH_GROUPS, option(group_sizes=[3, -1]), r"group_sizes=\[3, -1\]: expected counts >= 0"),
+    Wrong("groups_too_few", WITH_PARAMS, option(group_sizes=[1]), r"group_sizes=\[1\].* 2, one per parameter"),
+    Wrong("groups_negative", WITH_PARAMS, option(group_sizes=[3, -1]), r"group_sizes=\[3, -1\]: expected counts >= 0"),
     *(
         Wrong(f"{name}_by_group", of, option(**{name: [0.1] * 3, "group_sizes": [1, 1]}), f"{name}=.* has 3 values")
         for name, of in (
@@ -241,8 +239,6 @@ RAW: list[tuple[str, tuple[Any, ...], str]] = [
     ("restore_adam_step_", (W(), W(), [], [], W(), B(), [], D6, D1, [2], False, False, *AMP), r"exp_avg_sqs\[1\] does"),
     ("adam_step_", (W(), W(), W(), W(), [], D6, D1[:0], [2], False, False, *AMP), "steps has 0 elements"),
     ("adam_step_", (W(), W(), W(), W(), [], D5, D1, [2], False, False, *AMP), "hyper has 5 elements, expected at"),
-    ("ema_", (W()[:1], W(), 0.9), "averages has 1 entries, expected 2"),
-    ("ema_", (B(), W(), 0.9), r"averages\[1\] does not have the shape"),
 ]
 
 

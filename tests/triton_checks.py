@@ -42,8 +42,6 @@ TRAFFIC = [
     ("restore_sgd_step_", torch.bfloat16, ("momentum_buffers",), {"momentum": 0.9}, 6, 4),
     ("restore_adam_step_", torch.float32, (), {}, 16, 12),
     ("restore_adam_step_", torch.float32, ("first_grads",), {"gamma": 2.0}, 20, 12),
-    ("ema_", torch.float32, (), {}, 8, 4),
-    ("ema_", torch.bfloat16, (), {}, 4, 2),
 ]  # fmt: skip
 
 
@@ -95,7 +93,6 @@ BITWISE = [
         "restore_": ("gaps", "gamma_groups"),
         "restore_sgd_step_": ("sizes", "nesterov", "gamma_amp"),
         "restore_adam_step_": ("sizes", "groups_adamw", "gamma_amp"),
-        "ema_": ("sizes", "decay_2"),
     }.items()
     for name in names for kind in ("float32", "float64", "bfloat16", "float16", "complex64")
 ]  # fmt: skip

@@ -24,7 +24,6 @@ from triton.compiler import ASTSource
 import rst_fused  # noqa: F401  (makes rst_fused.kernels importable in a checkout)
 from rst_fused.kernels import multi_tensor
 from rst_fused.kernels.adam_step import adam_step_kernel
-from rst_fused.kernels.ema import ema_kernel
 from rst_fused.kernels.grad_norm import SUMS, finish_kernel, grad_norm_kernel
 from rst_fused.kernels.perturb import perturb_kernel
 from rst_fused.kernels.restore import mix_kernel, restore_kernel
@@ -34,7 +33,7 @@ ARCHITECTURES = (80, 90, 100)
 ARGUMENTS = {
     "table": "*i64", "tensors": "i32", "partials": "*fp64", "count": "i32", "stats": "*fp64", "rho": "*fp64",
     "eta": "*fp64", "rng": "*i64", "gammas": "*fp64", "rows": "*fp64", "maximize_sign": "i32", "grad_scale": "*fp32",
-    "found_inf": "*fp32", "decays": "*fp64",
+    "found_inf": "*fp32",
 }  # fmt: skip
 
 
@@ -90,8 +89,6 @@ VARIANTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "adam fp32": (adam_step_kernel, _adam(F32)),
     "adam fp64 mixing": (adam_step_kernel, _adam(F64, None, True)),
     "adam bf16 master mixing": (adam_step_kernel, _adam(BF16, F32, True)),
-    "ema fp32": (ema_kernel, _types(F32)),
-    "ema bf16": (ema_kernel, _types(BF16)),
 }
 
 

@@ -37,7 +37,6 @@ def inputs(dtype: torch.dtype, masters: bool, shift: int = 0) -> Lists:
     lists = {
         "params": tensors(dtype), "grads": tensors(dtype), "first_grads": tensors(dtype), "backups": tensors(dtype),
         "momentum_buffers": tensors(state), "exp_avgs": tensors(state), "exp_avg_sqs": tensors(state, positive=True),
-        "averages": tensors(dtype),
     }  # fmt: skip
     if masters:
         lists["masters"] = [p.float() for p in lists["params"]]
@@ -68,7 +67,6 @@ def run_op(op: str, lists: Lists, backend: str, adaptive: bool) -> list[Tensor]:
         "adam_step_": lambda: ops.adam_step_(params, grads, **adam, **amp, **own),
         "restore_adam_step_": lambda: ops.restore_adam_step_(
             params, grads, lists["backups"], **adam, **mixing, **own),
-        "ema_": lambda: ops.ema_(lists["averages"], params, decay=0.9, backend=backend),
         "restore_": lambda: ops.restore_(params, lists["backups"], grads=grads, **mixing, **own),
     }  # fmt: skip
     changed = [t for tensors in lists.values() for t in tensors]
@@ -85,7 +83,6 @@ def run_op(op: str, lists: Lists, backend: str, adaptive: bool) -> list[Tensor]:
 
 OPS = (
     "grad_norm", "perturb_", "restore_", "sgd_step_", "restore_sgd_step_", "adam_step_", "restore_adam_step_",
-    "ema_",
 )  # fmt: skip
 
 

@@ -19,7 +19,6 @@ struct Call {
   bool adaptive = false, stochastic = false, nesterov = false, decoupled = false;
   bool restoring = true;  // updates read w from the backup, where there is one
   double eta = 0;
-  double decay = 0;                 // ema
   double direction = 1;             // -1 to maximize; divided by the gradient scale of AMP
   const double* scales = nullptr;   // perturb: per row, rho / (norm + eps)
   const double* gammas = nullptr;   // restore with mixing: per row
@@ -51,7 +50,6 @@ struct KernelTable {
   Kernel mix[kDTypes];
   Kernel sgd_step[kDTypes][2][2][2];    // [momentum][mix][master]
   Kernel adam_step[kDTypes][2][2];      // [mix][master]
-  Kernel ema[kDTypes];
 };
 
 const KernelTable& plain_kernels();

@@ -4,7 +4,6 @@
 #pragma once
 
 #include "cpu/adam_step.h"
-#include "cpu/ema.h"
 #include "cpu/grad_norm.h"
 #include "cpu/perturb.h"
 #include "cpu/restore.h"
@@ -31,7 +30,6 @@ inline void fill(KernelTable& table, DType dtype) {
   table.sgd_step[d][1][1][0] = sgd_step_chunk<T, true, true, false>;
   table.adam_step[d][0][0] = adam_step_chunk<T, false, false>;
   table.adam_step[d][1][0] = adam_step_chunk<T, true, false>;
-  table.ema[d] = ema_chunk<T>;
   if constexpr (kIs16Bit<T>) {
     table.grad_norm[d][0][1] = grad_norm_chunk<T, false, false>;
     table.grad_norm[d][1][1] = grad_norm_chunk<T, true, true>;

@@ -190,9 +190,4 @@ void adam_step(const Table& table, const Call& call, const Threads& threads) {
   run(table, call, pick, update_reads(call) | state, bit(kParam) | state, threads);
 }
 
-void ema(const Table& table, const Call& call, const Threads& threads) {
-  auto pick = [](const KernelTable& k, const Tensor& t, const Call&) { return k.ema[d(t)]; };
-  run(table, call, pick, bit(kParam) | bit(kBuffer), bit(kBuffer), threads);
-}
-
 }  // namespace rst

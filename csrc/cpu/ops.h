@@ -19,7 +19,5 @@ void restore(const Table& table, const Call& call, const Threads& threads);
 // One step of SGD, Adam or AdamW. Restores w first (folded into the same pass) where a backup or master is present.
 void sgd_step(const Table& table, const Call& call, const Threads& threads);
 void adam_step(const Table& table, const Call& call, const Threads& threads);
-// average <- decay average + (1 - decay) w; the averages lie in kBuffer.
-void ema(const Table& table, const Call& call, const Threads& threads);
 
 }  // namespace rst

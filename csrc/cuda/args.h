@@ -56,12 +56,11 @@ enum MixStream : int { kMixGrad, kMixFirst, kMixStreams };
 // source: where w is read, the backup, the master or the parameter itself.
 enum SgdStream : int { kSgdParam, kSgdGrad, kSgdSource, kSgdFirst, kSgdBuffer, kSgdStreams };
 enum AdamStream : int { kAdamParam, kAdamGrad, kAdamSource, kAdamFirst, kAdamBuffer, kAdamBuffer2, kAdamStreams };
-enum EmaStream : int { kEmaAverage, kEmaParam, kEmaStreams };
 
 template <int Streams>
 constexpr bool kFits = sizeof(Args<Streams>) <= kArgumentBytes;
 static_assert(kFits<kNormStreams> && kFits<kPerturbStreams> && kFits<kRestoreStreams> && kFits<kSgdStreams> &&
-                  kFits<kAdamStreams> && kFits<kEmaStreams>,
+                  kFits<kAdamStreams>,
               "a launch must fit into the arguments of a kernel");
 
 struct GpuKernel {

@@ -13,6 +13,5 @@ extern const GpuKernel restore_kernels[kDTypes][2];            // master
 extern const GpuKernel mix_kernels[kDTypes];
 extern const GpuKernel sgd_step_kernels[kDTypes][2][2][2];     // momentum, mixing, master
 extern const GpuKernel adam_step_kernels[kDTypes][2][2];       // mixing, master
-extern const GpuKernel ema_kernels[kDTypes];
 
 }  // namespace rst::cuda

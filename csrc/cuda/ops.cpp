@@ -287,16 +287,4 @@ void adam_step(const Table& table, const Call& call, const DeviceNumbers& device
       device.rows == nullptr || device.steps == nullptr);
 }
 
-void ema(const Table& table, const Call& call, const Launcher& launcher) {
-  const Common common = common_of(table, call, {});
-  for_each_kernel<kEmaStreams>(
-      table, common, call, [](const Call& c, int, double (&numbers)[kNumbers]) { numbers[0] = c.decay; }, launcher,
-      [](const Tensor& t) -> const GpuKernel& { return ema_kernels[d(t)]; },
-      [](const Tensor& t, void* (&data)[kEmaStreams]) {
-        data[kEmaAverage] = t.data[kBuffer];
-        data[kEmaParam] = t.data[kParam];
-      },
-      true);
-}
-
 }  // namespace rst::cuda

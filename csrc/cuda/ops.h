@@ -34,6 +34,5 @@ void perturb(const Table& table, const Call& call, const DeviceNumbers& device, 
 void restore(const Table& table, const Call& call, const DeviceNumbers& device, const Launcher& launcher);
 void sgd_step(const Table& table, const Call& call, const DeviceNumbers& device, const Launcher& launcher);
 void adam_step(const Table& table, const Call& call, const DeviceNumbers& device, const Launcher& launcher);
-void ema(const Table& table, const Call& call, const Launcher& launcher);
 
 }  // namespace rst::cuda

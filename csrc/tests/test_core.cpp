@@ -129,11 +129,6 @@ std::vector<std::vector<std::vector<char>>> run_everything(bool masters, const T
   call.gammas = gammas;
   restore(model.table, call, threads);
   seen.push_back(model.bytes(kGrad));
-  if (!masters) {  // averages have the dtype of the parameter
-    call.decay = 0.9;
-    ema(model.table, call, threads);
-    seen.push_back(model.bytes(kBuffer));
-  }
   return seen;
 }
 
