@@ -91,7 +91,8 @@ def compile_ptx(folder: Path, architecture: str = "sm_90", csrc: Path = ROOT / "
 
 def decoded(kernel: str, data: bytes) -> tuple[str, Any]:
     """The op of a launch, and its arguments."""
-    op = next(name for name in STREAMS if kernel.startswith(f"rst_{name}"))
+    op = next((name for name in STREAMS if kernel.startswith(f"rst_{name}_")), "")
+    assert op, f"{kernel} is of no op in STREAMS of {Path(__file__).name}: kernels are called rst_<op>_<dtype>"
     args = args_type(len(STREAMS[op])).from_buffer_copy(data)
     assert ctypes.sizeof(args) == len(data), "the structures of this file are not those of csrc/cuda/args.h"
     return op, args

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from rst_fused import ops
 from rst_fused._backends import backends
+from rst_fused._schemas import SCHEMAS
 
 # --- backends -------------------------------------------------------------------------------------------------------
 # (name, device) of all that can run here; the reference runs on every device there is.
@@ -100,9 +102,8 @@ def dense(size: Sequence[int], order: Sequence[int] | None = None, offset: int =
 
 # Around the widths of vectors, of gathered pieces (1024) and of chunks (16384).
 SIZES = (0, 1, 3, 15, 16, 17, 1023, 1024, 1025, 16383, 16384, 16385, 40000)
-LISTS = (
-    "params", "grads", "backups", "first_grads", "masters", "momentum_buffers", "exp_avgs", "exp_avg_sqs",
-)  # fmt: skip
+# The names of all lists that ops take.
+LISTS = tuple(dict.fromkeys(re.findall(r"Tensor(?:\(\w!\))?\[\] (\w+)", " ".join(SCHEMAS.values()))))
 
 
 def _apart(name: str) -> list[Place]:

@@ -16,6 +16,7 @@ from benchmarks.gpu.device import Gpu, Rehearsal, available_backends, launched
 from benchmarks.gpu.race import Entrant, Plan, traffic
 from benchmarks.gpu.stages import read_part
 from benchmarks.peers import Competitor, Foreach, make
+from rst_fused._schemas import SCHEMAS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -302,6 +303,8 @@ def test_backends_that_are_missing_are_noted() -> None:
 
 
 def test_every_op_is_exercised_and_a_wrong_one_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    for op in SCHEMAS:
+        assert exercise.compare(op, "reference", "cpu", "fp32", 0, False) is None
     assert exercise.compare("restore_sgd_step_", "reference", "cpu", "bf16, fp32 masters", 1, False) is None
     assert exercise.compare("perturb_", "reference", "cpu", "fp32", 1, True) is None
     genuine = exercise.ops.adam_step_

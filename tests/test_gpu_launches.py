@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rst_fused import _backends, ops
+from rst_fused._schemas import SCHEMAS
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), gpu_simulator.needed]
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -60,6 +61,10 @@ WITH_MASTERS = {
     "perturb_": lambda b, s: (s + b, b), "restore_": lambda b, s: (s, b),
     "sgd_step_": lambda b, s: (b + 2 * s, b + 2 * s), "adam_step_": lambda b, s: (b + 3 * s, b + 3 * s),
 }  # fmt: skip
+
+
+def test_every_op_has_its_traffic() -> None:
+    assert set(TRAFFIC) == set(SCHEMAS)
 
 
 def run_op(op: str, dtype: torch.dtype, masters: bool, n: int = N) -> None:

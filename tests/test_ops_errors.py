@@ -23,7 +23,8 @@ STEPS = ("sgd_step_", "restore_sgd_step_", "adam_step_", "restore_adam_step_")
 SGD, ADAM = STEPS[:2], STEPS[2:]
 RESTORING = ("restore_", "restore_sgd_step_", "restore_adam_step_")
 WITH_PARAMS = tuple(op for op in OPS if op != "grad_norm")
-WITH_GRADS = tuple(op for op in OPS if op != "restore_")
+WITH_GRADS = tuple(op for op in OPS if "grads" in OPS[op].lists)
+WITH_GROUPS = tuple(op for op in OPS if "group_sizes" in SCHEMAS[op])
 
 Change = Callable[[Sample], Any]
 
@@ -118,8 +119,8 @@ ERRORS = [
     Wrong("adaptive_without_params", ("grad_norm",), option(adaptive=True), "params=None with adaptive=True"),
     Wrong("mixing_without_grads", ("restore_",), remove("grads"), "grads=None with first_grads",
           lists=("grads", "first_grads")),
-    Wrong("groups_too_few", WITH_PARAMS, option(group_sizes=[1]), r"group_sizes=\[1\].* 2, one per parameter"),
-    Wrong("groups_negative", WITH_PARAMS, option(group_sizes=[3, -1]), r"group_sizes=\[3, -1\]: expected counts >= 0"),
+    Wrong("groups_too_few", WITH_GROUPS, option(group_sizes=[1]), r"group_sizes=\[1\].* 2, one per parameter"),
+    Wrong("groups_negative", WITH_GROUPS, option(group_sizes=[3, -1]), r"group_sizes=\[3, -1\]: expected counts >= 0"),
     *(
         Wrong(f"{name}_by_group", of, option(**{name: [0.1] * 3, "group_sizes": [1, 1]}), f"{name}=.* has 3 values")
         for name, of in (

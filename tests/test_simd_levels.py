@@ -14,6 +14,7 @@ from op_db import OPS, Sample
 from torch import Tensor
 
 from rst_fused import _backends, ops
+from rst_fused._schemas import SCHEMAS
 
 host = _backends.host()
 LEVELS = [] if host is None else list(host.simd_levels())
@@ -78,7 +79,7 @@ def rough(t: Tensor) -> None:
 
 def rough_specs(op: op_db.OpInfo) -> Iterator[op_db.Spec]:
     yield op_db.Spec("plain", "sizes")
-    if op.name != "grad_norm":
+    if "masters" in SCHEMAS[op.name]:
         yield op_db.Spec("masters", "sizes", ("masters",))
     if op.restores:
         grads = () if "grads" in op.lists else ("grads",)

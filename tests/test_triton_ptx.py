@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,12 @@ def report(cache: str, tmp_path_factory: pytest.TempPathFactory) -> list[dict[st
     assert done.returncode == 0, done.stderr
     print(done.stdout)
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_every_kernel_is_compiled(report: list[dict[str, Any]]) -> None:
+    """VARIANTS of triton_offline has a row for each."""
+    sources = "".join(path.read_text(encoding="utf-8") for path in (TESTS.parent / "kernels").glob("*.py"))
+    assert {row["function"] for row in report} == set(re.findall(r"^def (\w+_kernel)\(", sources, re.MULTILINE))
 
 
 def test_every_architecture_compiles_without_spills(report: list[dict[str, Any]]) -> None:

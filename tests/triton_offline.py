@@ -125,7 +125,7 @@ def report() -> list[dict[str, Any]]:
             seconds = round(time.perf_counter() - start, 2)
             ptx = binary.asm["ptx"]
             found = {**resources(ptx, architecture), "shared": binary.metadata.shared, **widths(ptx)}
-            rows.append({"kernel": name, "sm": architecture, **found, "seconds": seconds})
+            rows.append({"kernel": name, "function": kernel.__name__, "sm": architecture, **found, "seconds": seconds})
     return rows
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rst_fused import ops
+from rst_fused._schemas import SCHEMAS
 
 from .device import available_backends, device_of
 
@@ -22,6 +23,7 @@ MODES = {"fp32": (torch.float32, False), "bf16": (torch.bfloat16, False), "bf16,
 CLOSE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # |difference| <= this * (1 + |expected|)
 SGD: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
 ADAM: dict[str, Any] = {"lr": 0.1, "step": 3, "weight_decay": 0.01, "decoupled": True}
+WITH_NORM = ("grad_norm", "perturb_")
 Lists = dict[str, list[Tensor]]
 
 
@@ -70,7 +72,7 @@ def run_op(op: str, lists: Lists, backend: str, adaptive: bool) -> list[Tensor]:
         "restore_": lambda: ops.restore_(params, lists["backups"], grads=grads, **mixing, **own),
     }  # fmt: skip
     changed = [t for tensors in lists.values() for t in tensors]
-    if op in calls:
+    if op not in WITH_NORM:
         calls[op]()
         return changed
     scaled: dict[str, Any] = {"adaptive": adaptive, "eta": 0.01}
@@ -79,11 +81,6 @@ def run_op(op: str, lists: Lists, backend: str, adaptive: bool) -> list[Tensor]:
     if op == "perturb_":
         ops.perturb_(params, grads, lists["backups"], stats, rho=0.05, seed=1, step=2, **scaled, **own)
     return [*changed, stats]
-
-
-OPS = (
-    "grad_norm", "perturb_", "restore_", "sgd_step_", "restore_sgd_step_", "adam_step_", "restore_adam_step_",
-)  # fmt: skip
 
 
 def compare(op: str, backend: str, device: str, mode: str, shift: int, adaptive: bool) -> str | None:
@@ -102,11 +99,11 @@ def compare(op: str, backend: str, device: str, mode: str, shift: int, adaptive:
 def exercise(backend: str, device: str) -> list[str]:
     """All ops in all modes; what is wrong."""
     found = []
-    for op in OPS:
+    for op in SCHEMAS:
         print(f"{backend}: {op}", flush=True)  # so that a crash or a hang has a place
         for mode in MODES:
             for shift in (0, 1):
-                for adaptive in (False, True) if op in ("grad_norm", "perturb_") else (False,):
+                for adaptive in (False, True) if op in WITH_NORM else (False,):
                     words = compare(op, backend, device, mode, shift, adaptive)
                     found += [] if words is None else [words]
     return found
@@ -124,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device.synchronize()
     for line in (*notes, *wrong):
         print(line)
-    print(f"{len(OPS)} ops on {names}: {len(wrong)} calls are wrong")
+    print(f"{len(SCHEMAS)} ops on {names}: {len(wrong)} calls are wrong")
     return 1 if wrong or not names else 0
 
 

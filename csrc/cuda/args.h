@@ -57,12 +57,6 @@ enum MixStream : int { kMixGrad, kMixFirst, kMixStreams };
 enum SgdStream : int { kSgdParam, kSgdGrad, kSgdSource, kSgdFirst, kSgdBuffer, kSgdStreams };
 enum AdamStream : int { kAdamParam, kAdamGrad, kAdamSource, kAdamFirst, kAdamBuffer, kAdamBuffer2, kAdamStreams };
 
-template <int Streams>
-constexpr bool kFits = sizeof(Args<Streams>) <= kArgumentBytes;
-static_assert(kFits<kNormStreams> && kFits<kPerturbStreams> && kFits<kRestoreStreams> && kFits<kSgdStreams> &&
-                  kFits<kAdamStreams>,
-              "a launch must fit into the arguments of a kernel");
-
 struct GpuKernel {
   const char* name;      // as in the PTX
   const void* function;  // what cudaLaunchKernel wants

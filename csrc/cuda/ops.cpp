@@ -24,6 +24,8 @@ int64_t chunks_in(const Tensor& tensor, int32_t chunk) { return (tensor.numel + 
 // Collects tensors into launches of one kernel and starts each when it is full.
 template <int Streams>
 class Launches {
+  static_assert(sizeof(Args<Streams>) <= kArgumentBytes, "a launch must fit into the arguments of a kernel");
+
  public:
   // fill(common, row): writes the numbers of `row` of the op to common.rows[0], and so on for kRows rows.
   using Fill = void (*)(const Call& call, int row, double (&numbers)[kNumbers]);

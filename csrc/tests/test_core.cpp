@@ -92,6 +92,8 @@ struct Model {
 
 constexpr unsigned kAll = 1u << kParam | 1u << kGrad | 1u << kBackup | 1u << kFirstGrad | 1u << kBuffer | 1u << kBuffer2;
 
+static_assert(sizeof(KernelTable) / sizeof(Kernel) == 97, "run the new kernel in run_everything, then count it here");
+
 std::vector<std::vector<std::vector<char>>> run_everything(bool masters, const Threads& threads) {
   Model model(kAll, masters, 5);
   const auto before = model.bytes(kParam);
