@@ -208,8 +208,16 @@ bool Plan::collect(bool updating) {
       !companions_in_place(updating) || core().has_grads(held_, idle_)) {
     return false;
   }
+  bool asked = false;  // Python, which may have run what drops a gradient
   for (size_t i = 0; i < entries_.size(); ++i) {
     if (!fits(i)) return false;
+    asked = asked || entries_[i].may_be_negated;
+  }
+  if (asked) {
+    if (!core().read_grads(held_, count(), places_.data(), grads_.data(), grad_handles_.data())) return false;
+    for (size_t i = 0; i < entries_.size(); ++i) {
+      if (grads_[i].data != entries_[i].grad) return false;
+    }
   }
   if (table_.chunks.empty()) place_all();
   return alike_;

@@ -3,7 +3,7 @@
 
 namespace rst {
 
-// Bytes of one stream that take a millisecond or two. Threads of Python take turns every five, so they do not miss the
+// Bytes of one stream that take a few milliseconds at most. Threads of Python take turns every five, so they do not miss the
 // lock for that long, and giving it up would mean to hold every gradient.
 constexpr int64_t kBrief = 8 << 20;
 

@@ -224,7 +224,10 @@ def update_streams(
     ]  # fmt: skip
 
 
-_NEUTRAL = (("grad_scale", torch.ones(1, device="cpu")), ("found_inf", torch.zeros(1, device="cpu")))
+_NEUTRAL = (
+    ("grad_scale", torch.ones(1, dtype=torch.float32, device="cpu")),
+    ("found_inf", torch.zeros(1, dtype=torch.float32, device="cpu")),
+)
 
 
 def scaling(op: str, grad_scale: Tensor | None, found_inf: Tensor | None) -> list[Tensor]:

@@ -139,9 +139,10 @@ def writable(made_for: dict[str, str]) -> Path:
 def write(path: Path, made_for: dict[str, str], winners: Winners) -> None:
     """At once, so that no process ever reads half of it."""
     data = {"format": FORMAT, **made_for, "sizes": {key: asdict(winner) for key, winner in sorted(winners.items())}}
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-        file.write(json.dumps(data, indent=1) + "\n")
-    os.replace(file.name, path)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        whole = Path(folder) / path.name
+        whole.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")  # with the permissions of any new file
+        os.replace(whole, path)
 
 
 def use(device: torch.device, winners: Winners) -> None:

@@ -108,6 +108,7 @@ def autotune(
             state = torch.float32 if masters else dtype
             for kernel, call in _calls(there, dtype, elements, masters).items():
                 found[sizes.key_of(kernel, TRITON_DTYPE[dtype], TRITON_DTYPE[state])] = _times(call)
+            del call  # and with it the tensors
     winners = {**sizes.read(there), **{key: next(iter(times)) for key, times in found.items()}}
     sizes.write(path, made_for, winners)
     sizes.use(there, winners)

@@ -48,7 +48,9 @@ class Core(Optimizer):
     @property
     def capturing(self) -> bool:
         """Whether a CUDA graph is being captured, to which calls only add kernels."""
-        return self._places[0].stats.is_cuda and torch.cuda.is_current_stream_capturing()
+        places = self._places
+        on_gpu = places[0].stats.is_cuda or (len(places) > 1 and any(place.stats.is_cuda for place in places))
+        return on_gpu and torch.cuda.is_current_stream_capturing()
 
     @property
     def non_finite_norms(self) -> int:

@@ -1,6 +1,6 @@
 """The two phases of a step over lists of tensors: what runs under torch.compile and on every backend.
 
-The eager CPU path in rst_fused._plan does the same with less work on the host.
+The eager path in rst_fused._plan does the same with less work on the host.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def init_state(opt: Core, group: Group, p: Tensor, updating: bool) -> None:
         )
         like = next(counters, None)  # torch.compile may have moved them
         # A CUDA graph sees no changes on the CPU.
-        device = p.device if group.get("capturable") else None if like is None else like.device
+        device = p.device if group.get("capturable") else "cpu" if like is None else like.device
         state["step"] = torch.zeros((), dtype=torch.float32, device=device)
     if set(state) != known and not torch.compiler.is_compiling() and opt.capturing:
         raise RuntimeError(
@@ -185,7 +185,6 @@ class Lists:
         self.sizes: list[int] = []
         self.rows: list[tuple[Group, bool]] = []
 
-
     def extend(self, other: Lists) -> None:
         self.params += other.params
         self.grads += other.grads
@@ -261,6 +260,9 @@ def perturb(opt: Core) -> None:
         place.backend.ops.grad_norm(place.stats, grads, sources, opt.adaptive, opt.eta)
         calls += [(place, c) for c in here]
     if len(opt._places) > 1:
+        if opt.capturing:
+            devices = " and ".join(str(place.device) for place in opt._places)
+            raise RuntimeError(f"a CUDA graph holds the work of one GPU, but parameters are on {devices}")
         share_norm(opt._places)
     first_index = 0
     for place, c in calls:
@@ -356,7 +358,7 @@ def restore(opt: Core, mixing: bool = False) -> None:
                 p
                 for p in opt._perturbed
                 if has_master(opt, p) == kind
-                and (len(opt._places) == 1 or device_of(p) == place.device)
+                and device_of(p) == place.device
                 and (not mixing or mixed == (p.grad is not None and p in opt._run.first_grads))
             ]
             if not params:
@@ -369,6 +371,9 @@ def restore(opt: Core, mixing: bool = False) -> None:
             place.backend.ops.restore_(params, backups, masters, grads, firsts, gamma, [len(params)])
             forget(opt, params)
             touched(params)
+    for p in list(opt._perturbed):  # moved to another device meanwhile
+        p.copy_(opt.state[p]["master"] if has_master(opt, p) else opt._backups[p])
+        forget(opt, [p])
 
 
 def forget(opt: Core, params: list[Tensor]) -> None:

@@ -19,8 +19,8 @@ from rst_fused._core import Core
 from rst_fused._schemas import NAMESPACE
 
 Column = Sequence[Tensor | None]
+_UNSCALED: tuple[float, Column] = (1.0, (None, None))
 _FLOATS = {float}
-_UNSCALED = (1.0, (0, 0))
 _PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
 _CAN_PLAN = host() is not None and host().can_plan()
 
@@ -86,6 +86,8 @@ class Plans:
         scaling = self._scaling(opt)
         if scaling is None:
             return None
+        scale, on_gpu = scaling  # held until the kernels are under way
+        there = (0, 0) if scaling is _UNSCALED else tuple(0 if t is None else t.data_ptr() for t in on_gpu)
         gamma = opt._run.gamma if mixing else 1.0
         rows = []
         for group, new in self._lists.rows:
@@ -96,28 +98,27 @@ class Plans:
         flags = self._flags[0]  # as of now: it was compared
         done: bool
         if rule.name == "sgd":
-            done = self._plan.sgd_step(rows, flags[1], flags[2], mixing, *scaling)
+            done = self._plan.sgd_step(rows, flags[1], flags[2], mixing, scale, there)
         else:
             for row, step in zip(rows, self._lists.steps, strict=True):
                 row.append(float(step) + 1)
-            done = self._plan.adam_step(rows, flags[1], flags[2], mixing, *scaling)
+            done = self._plan.adam_step(rows, flags[1], flags[2], mixing, scale, there)
             if done:
                 torch._foreach_add_(self._lists.steps, 1)  # after the step, which may fail
         return done
 
-    def _scaling(self, opt: Core) -> tuple[float, tuple[int, int]] | None:
-        """The scale of AMP, or the addresses of scale and found_inf on the GPU; None if a plan cannot serve this."""
+    def _scaling(self, opt: Core) -> tuple[float, Column] | None:
+        """The scale of AMP, or scale and found_inf on the GPU; None if a plan cannot serve this."""
         if not _amp.given(opt):
             return _UNSCALED
         grad_scale, found_inf = scaling = _amp.scaling(opt)
         if all(t is None or t.is_cpu for t in scaling):
             overflow = found_inf is not None and bool(found_inf)
-            return None if overflow else (1.0 if grad_scale is None else float(grad_scale), (0, 0))
+            return None if overflow else (1.0 if grad_scale is None else float(grad_scale), (None, None))
         device = opt._places[0].device
         if self._lists.steps or any(t is not None and (t.device, t.dtype) != (device, torch.float32) for t in scaling):
             return None  # Adam counts the step only if there was no overflow
-        first, second = (0 if t is None else t.data_ptr() for t in scaling)
-        return 1.0, (first, second)
+        return 1.0, scaling
 
     def restore(self, opt: Core) -> None:
         """Undoes a perturbation of the plan, if there is one."""

@@ -131,9 +131,9 @@ def as_rows(rows: list[list[Any]], traced: Sequence[list[Any]] = (), device: tor
     tensors = [x for row in rows for x in row if isinstance(x, Tensor)]
     if not torch.compiler.is_compiling():
         if not tensors:
-            return torch.tensor(rows, dtype=torch.float64)
+            return torch.tensor(rows, dtype=torch.float64, device="cpu")
         if all(x.is_cpu for x in tensors):
-            device = None
+            device = torch.device("cpu")
         rows = [[x.to(device) if isinstance(x, Tensor) else x for x in row] for row in rows]
     one = torch.ones((), dtype=torch.float64, device=device)
     if not torch.compiler.is_compiling() or not traced:

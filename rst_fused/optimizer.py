@@ -90,7 +90,7 @@ class RST(Core):
         self.seed = as_integer("seed", seed, 0, 2**63 - 1)
         self.master_weights, self.stochastic_rounding = bool(master_weights), bool(stochastic_rounding)
         self.requested_backend, self._model = backend, model
-        self._rounds = False  # whether any parameter is bfloat16 or float16, so that stochastic rounding needs _rng
+        self._rounds = False  # whether any parameter is bfloat16 or float16, so that stochastic rounding needs rng
         self._run = Run()
         self._places: list[Place] = []
         self._reset()

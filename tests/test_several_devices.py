@@ -111,6 +111,22 @@ def test_an_error_on_the_second_device_brings_back_the_first(away: set[int]) -> 
     assert bits(params) != before
 
 
+def test_a_parameter_that_moves_between_the_passes_comes_back(
+    away: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opt, params = pair(away)
+    before = bits(params)
+    give(params, 1.0, 1.0)
+    opt.perturb()
+    assert bits(params) != before
+    elsewhere = torch.device("cpu", 2)
+    monkeypatch.setattr(_engine, "device_of", lambda p: elsewhere if p is params[1] else p.device)
+    give(params, 1.0, 1.0)
+    with pytest.raises(RuntimeError, match="parameter 1 of group 0 is on .*made for cpu and cpu:1"):
+        opt.step()
+    assert bits(params) == before and not opt._perturbed
+
+
 def test_random_bits_differ_between_the_devices_and_stay_between_runs(away: set[int]) -> None:
     """bfloat16 with stochastic rounding: two equal parameters must not get equal noise."""
     results = []

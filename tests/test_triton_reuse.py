@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import importlib.util
 import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -236,3 +237,18 @@ def test_triton_is_asked_for_a_binary_once(monkeypatch: pytest.MonkeyPatch) -> N
     multi_tensor.run(function, cpu, 3, ("table", 7), {"BLOCK": 32, "T": "fp32"}, 4)
     multi_tensor.run(function, cpu, 3, ("table", 7), {"BLOCK": 32, "T": "fp32"}, 8)
     assert len(asked) == 3, "other constants or warps are another binary"
+
+
+def test_the_default_dtype_of_torch_does_not_matter(kernels: Any) -> None:
+    """What stands for AMP where it is not in use has the dtype of what AMP gives: one binary serves both."""
+    path = kernels.multi_tensor.__file__
+    spec = importlib.util.spec_from_file_location("rst_fused.kernels.loaded_again", path)
+    assert spec is not None and spec.loader is not None
+    again = importlib.util.module_from_spec(spec)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        spec.loader.exec_module(again)
+        assert [t.dtype for t in again.scaling("sgd_step_", None, None)] == [torch.float32] * 2
+    finally:
+        torch.set_default_dtype(default)
