@@ -36,11 +36,12 @@ class Plan {
   // everything: all parameters in the order of their groups. active: those with a gradient, in the order of the ops;
   // sizes: how many of them share each row of numbers. `handle` holds the tensors of the plan: active, masters and
   // buffers, which must stay where they are (`watched` tensors in all), then backups, then from position `idle` on the
-  // parameters without a gradient. masters, buffers, buffers2, backups: the position of each active parameter's companion among them, or -1.
+  // parameters without a gradient. masters, buffers, buffers2, backups: the position of each active parameter's companion
+  // among them, or -1.
   // `state` is the optimizer's state: a step must find the same tensors in it. `gpu`: which kernels run.
-  Plan(bool gpu, py::list everything, py::list active, std::vector<int64_t> sizes, int64_t handle, int64_t watched, int64_t idle,
-       const Positions& masters, const Positions& buffers, const Positions& buffers2, const Positions& backups,
-       py::dict state);
+  Plan(bool gpu, py::list everything, py::list active, std::vector<int64_t> sizes, int64_t handle, int64_t watched,
+       int64_t idle, const Positions& masters, const Positions& buffers, const Positions& buffers2,
+       const Positions& backups, py::dict state);
 
   // Whether these parameter groups, one after another, still hold the parameters of the plan.
   bool same_parameters(const py::list& groups) const;
@@ -48,8 +49,9 @@ class Plan {
   // nothing changed, if anything is not as it was when the plan was made: then make another one.
   bool perturb(uintptr_t stats, std::vector<double> rho, bool adaptive, double eta, bool stochastic, uint64_t seed,
                uint64_t step, bool keep);
-  // One update of all parameters, restored first if perturbed; false as above. `mixing` uses the gradients that perturb kept. Gradients
-  // are divided by the scale of AMP, a number, or on a GPU by the one at the first address, with found_inf at the second.
+  // One update of all parameters, restored first if perturbed; false as above. `mixing` uses the gradients that perturb
+  // kept. Gradients are divided by the scale of AMP, a number, or on a GPU by the one at the first address, with
+  // found_inf at the second.
   using Addresses = std::array<uintptr_t, 2>;  // 0: none
   bool sgd_step(const std::vector<std::array<double, 5>>& rows, bool nesterov, bool maximize, bool mixing, double scale,
                 const Addresses& there);
