@@ -66,8 +66,8 @@ def test_a_stage_that_hangs_is_ended_with_all_it_started_and_leaves_its_log(tmp_
 
 def test_a_stage_that_hangs_may_end_by_itself(tmp_path: Path) -> None:
     code = (
-        "import time\nprint('here', flush=True)\n"
-        "try:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('interrupted')"
+        "import signal, time\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job ignores it
+        "try:\n    print('here', flush=True)\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('interrupted')"
     )
     outcomes, _ = run([script("slow", code, 0.5)], tmp_path, budget=6.0)
     assert outcomes["slow"]["status"] == TIMED_OUT
