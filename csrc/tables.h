@@ -93,27 +93,32 @@ inline Companions restore_lists(const TensorList& params, const TensorList& back
           {kMaster, "masters", masters, false}};
 }
 
-inline Companions sgd_lists(const TensorList& params, const TensorList& grads, const TensorList& backups,
-                            const TensorList& first_grads, const TensorList& momentum_buffers,
-                            const TensorList& masters) {
+// What every update takes, but for its state and the masters.
+inline Companions update_lists(const TensorList& params, const TensorList& grads, const TensorList& backups,
+                               const TensorList& first_grads, const TensorList& masters) {
   return {{kParam, "params", params, true},
           {kGrad, "grads", grads, false},
           {kBackup, "backups", backups_or_none(backups, masters), false},
-          {kFirstGrad, "first_grads", first_grads, false},
-          {kBuffer, "momentum_buffers", momentum_buffers, true},
-          {kMaster, "masters", masters, true}};
+          {kFirstGrad, "first_grads", first_grads, false}};
+}
+
+inline Companions sgd_lists(const TensorList& params, const TensorList& grads, const TensorList& backups,
+                            const TensorList& first_grads, const TensorList& momentum_buffers,
+                            const TensorList& masters) {
+  Companions lists = update_lists(params, grads, backups, first_grads, masters);
+  lists.push_back({kBuffer, "momentum_buffers", momentum_buffers, true});
+  lists.push_back({kMaster, "masters", masters, true});
+  return lists;
 }
 
 inline Companions adam_lists(const TensorList& params, const TensorList& grads, const TensorList& backups,
                              const TensorList& first_grads, const TensorList& exp_avgs, const TensorList& exp_avg_sqs,
                              const TensorList& masters) {
-  return {{kParam, "params", params, true},
-          {kGrad, "grads", grads, false},
-          {kBackup, "backups", backups_or_none(backups, masters), false},
-          {kFirstGrad, "first_grads", first_grads, false},
-          {kBuffer, "exp_avgs", exp_avgs, true},
-          {kBuffer2, "exp_avg_sqs", exp_avg_sqs, true},
-          {kMaster, "masters", masters, true}};
+  Companions lists = update_lists(params, grads, backups, first_grads, masters);
+  lists.push_back({kBuffer, "exp_avgs", exp_avgs, true});
+  lists.push_back({kBuffer2, "exp_avg_sqs", exp_avg_sqs, true});
+  lists.push_back({kMaster, "masters", masters, true});
+  return lists;
 }
 
 }  // namespace rst

@@ -136,19 +136,16 @@ RST_INLINE void finish_streaming() {
 #endif
 }
 
-// Nearest even, NaN kept quiet, as torch rounds float32 to bfloat16. The result is in the upper halves; the lower ones
-// are undefined.
-RST_INLINE UintV nearest_bfloat16(FloatV x) {
-  const UintV bits = to_bits(x);
-  return x == x ? bits + 0x7fffu + ((bits >> 16) & 1u) : UintV{} + 0x7fc00000u;
-}
-
-// The same for what was computed from bfloat16 alone: a NaN among it has nothing in its lower half, so rounding does not
-// carry into its upper one.
+// Nearest even, as torch rounds float32 to bfloat16, of what was computed from bfloat16 alone: a NaN among it has nothing in
+// its lower half, so rounding does not carry into its upper one. The result is in the upper halves; the lower ones are
+// undefined.
 RST_INLINE UintV nearest_own_bfloat16(FloatV x) {
   const UintV bits = to_bits(x);
   return bits + 0x7fffu + ((bits >> 16) & 1u);
 }
+
+// The same for any x, NaN kept quiet.
+RST_INLINE UintV nearest_bfloat16(FloatV x) { return x == x ? nearest_own_bfloat16(x) : UintV{} + 0x7fc00000u; }
 
 // Two vectors side by side: the arithmetic of 16-bit dtypes, so that one whole vector of them is worked on at a time.
 // Which element is where is up to Convert.
