@@ -10,7 +10,7 @@ import torch
 
 from . import record
 from .cases import CASES, DTYPES, LARGE, Hyper
-from .peers import PEERS, Unavailable, make
+from .peers import PEERS, Ours, Unavailable, attach, make
 from .probe import Probe
 from .runner import OURS, Plan, Race, entry
 
@@ -58,10 +58,13 @@ def measure(case_name: str, dtype: str, names: list[str], args: argparse.Namespa
         if not distance <= AGREEMENT[dtype]:
             notes.append(f"{case_name}, {dtype}: weights of {name} are {distance:.1e} away from those of {first}")
     ours = {name: c for name, c in competitors.items() if name in OURS}
-    if ours and not args.no_probe:
+    if "ours" in ours and not args.no_probe:
         del competitors, race  # the memory of the others
+        mine = ours["ours"]
+        assert isinstance(mine, Ours)
+        attach(mine.params, grads[0])
+        probe = Probe(mine.streams(), torch.get_num_threads())
         # Many short rounds: the fraction of a ceiling needs more precision than a ratio of 2 or 10.
-        probe = Probe(case.elements, DTYPES[dtype].itemsize, torch.get_num_threads())
         race = Race(ours, grads, probe)
         race.run(Plan(5 * rounds, calls))
         races.append(entry(race, case, f"{dtype}, beside the bandwidth probe"))

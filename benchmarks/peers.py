@@ -224,6 +224,16 @@ class Ours(Competitor):
     def base(self) -> None:
         self.optimizer.step()
 
+    def streams(self) -> dict[str, list[torch.Tensor]]:
+        """What a step with SGD reads and writes, once one was taken; the gradients are those attached last."""
+        optimizer = self.optimizer
+        return {
+            "w": [p.detach() for p in self.params],
+            "g": self.grads(),
+            "m": [optimizer.state[p]["momentum_buffer"] for p in self.params],
+            "backup": [optimizer._backups[p] for p in self.params],
+        }
+
 
 class OursMaster(Ours):
     """rst_fused with fp32 master weights beside low-precision parameters: no backup is needed."""

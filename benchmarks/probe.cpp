@@ -1,7 +1,8 @@
 // A plain read/write probe: the memory-bandwidth ceiling that the kernels are compared with.
 //
-// Each mix moves the bytes of one op, one contiguous array per stream, with next to no arithmetic (an exclusive
-// or, so that no byte pattern is slow and the element type does not matter). It knows nothing of torch.
+// Each mix moves the bytes of one op over the very tensors that the op works on, with next to no arithmetic. It knows
+// nothing of torch. With keep = 0 every write stores what was there (in w after update: what lies in backup), so that
+// the optimizer goes on as if nothing had happened; any other mask lets a test see what was read and written.
 //   norm     reads g
 //   perturb  reads w, g              writes w (read-modify-write) and backup (write only)
 //   update   reads backup, g, m      writes w (write only) and m (read-modify-write)
@@ -10,111 +11,122 @@
 #include <immintrin.h>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <thread>
 #include <vector>
 
-namespace {
-
-constexpr size_t kStep = 128;  // bytes per loop turn: two cache lines
-
-inline __m256i load(const uint8_t* p) { return _mm256_load_si256(reinterpret_cast<const __m256i*>(p)); }
-
-template <bool Stream>
-inline void store(uint8_t* p, __m256i v) {
-  if constexpr (Stream) _mm256_stream_si256(reinterpret_cast<__m256i*>(p), v);
-  else _mm256_store_si256(reinterpret_cast<__m256i*>(p), v);
-}
-
-struct Arrays {
+// A stretch of one parameter and its companions, with the thread that takes it. Matches Piece of probe.py.
+struct Piece {
   uint8_t *w, *g, *m, *backup;
+  size_t bytes;
+  size_t owner;
 };
 
-uint64_t norm(const Arrays& a, size_t begin, size_t end) {
-  __m256i s0 = _mm256_setzero_si256(), s1 = s0, s2 = s0, s3 = s0;
-  for (size_t i = begin; i < end; i += kStep) {
-    s0 = _mm256_xor_si256(s0, load(a.g + i));
-    s1 = _mm256_xor_si256(s1, load(a.g + i + 32));
-    s2 = _mm256_xor_si256(s2, load(a.g + i + 64));
-    s3 = _mm256_xor_si256(s3, load(a.g + i + 96));
-  }
-  const __m256i s = _mm256_xor_si256(_mm256_xor_si256(s0, s1), _mm256_xor_si256(s2, s3));
-  alignas(32) uint64_t lane[4];
-  _mm256_store_si256(reinterpret_cast<__m256i*>(lane), s);
-  return lane[0] ^ lane[1] ^ lane[2] ^ lane[3];
+namespace {
+
+typedef uint64_t Wide __attribute__((vector_size(32)));
+constexpr size_t kStep = 128;  // bytes per loop turn: two cache lines
+
+template <class U>
+inline U load(const uint8_t* p) {
+  U u;
+  std::memcpy(&u, p, sizeof(u));
+  return u;
 }
 
-// StreamOnly: the write-only stream bypasses the cache; StreamBoth: the read-modify-write streams do too.
-template <bool StreamOnly, bool StreamBoth>
-void perturb(const Arrays& a, size_t begin, size_t end) {
-  for (size_t i = begin; i < end; i += kStep) {
-    for (size_t j = i; j < i + kStep; j += 32) {
-      const __m256i w = load(a.w + j), g = load(a.g + j);
-      store<StreamOnly>(a.backup + j, w);
-      store<StreamBoth>(a.w + j, _mm256_xor_si256(w, g));
-    }
-  }
+template <bool Stream>
+inline void store(uint8_t* p, Wide v) {
+  if constexpr (Stream) _mm256_stream_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(v));
+  else std::memcpy(p, &v, sizeof(v));
 }
+template <bool>
+inline void store(uint8_t* p, uint8_t v) { *p = v; }
+
+// Each mix at one offset. StreamOnly: the write-only stream bypasses the cache; StreamBoth: the others do too.
+struct Norm {
+  template <class U>
+  static U at(const Piece& a, size_t i, U) { return load<U>(a.g + i); }
+};
 
 template <bool StreamOnly, bool StreamBoth>
-void update(const Arrays& a, size_t begin, size_t end) {
-  for (size_t i = begin; i < end; i += kStep) {
-    for (size_t j = i; j < i + kStep; j += 32) {
-      const __m256i m = _mm256_xor_si256(load(a.m + j), load(a.g + j));
-      const __m256i b = load(a.backup + j);
-      store<StreamBoth>(a.m + j, m);
-      store<StreamOnly>(a.w + j, _mm256_xor_si256(b, m));
-    }
+struct Perturb {
+  template <class U>
+  static U at(const Piece& a, size_t i, U keep) {
+    const U w = load<U>(a.w + i), g = load<U>(a.g + i);
+    store<StreamOnly>(a.backup + i, w);
+    store<StreamBoth>(a.w + i, static_cast<U>(w ^ (g & keep)));
+    return U{};
   }
-}
+};
+
+template <bool StreamOnly, bool StreamBoth>
+struct Update {
+  template <class U>
+  static U at(const Piece& a, size_t i, U keep) {
+    const U m = load<U>(a.m + i) ^ (load<U>(a.g + i) & keep), b = load<U>(a.backup + i);
+    store<StreamBoth>(a.m + i, m);
+    store<StreamOnly>(a.w + i, static_cast<U>(b ^ (m & keep)));
+    return U{};
+  }
+};
 
 template <bool StreamBoth>
-void base(const Arrays& a, size_t begin, size_t end) {
-  for (size_t i = begin; i < end; i += kStep) {
-    for (size_t j = i; j < i + kStep; j += 32) {
-      const __m256i m = _mm256_xor_si256(load(a.m + j), load(a.g + j));
-      const __m256i w = load(a.w + j);
-      store<StreamBoth>(a.m + j, m);
-      store<StreamBoth>(a.w + j, _mm256_xor_si256(w, m));
-    }
+struct Base {
+  template <class U>
+  static U at(const Piece& a, size_t i, U keep) {
+    const U m = load<U>(a.m + i) ^ (load<U>(a.g + i) & keep), w = load<U>(a.w + i);
+    store<StreamBoth>(a.m + i, m);
+    store<StreamBoth>(a.w + i, static_cast<U>(w ^ (m & keep)));
+    return U{};
   }
+};
+
+template <class Mix>
+uint64_t sweep(const Piece& a, uint64_t keep) {
+  const Wide wide = Wide{} + keep;
+  Wide seen[kStep / sizeof(Wide)] = {};
+  size_t i = 0;
+  for (; i + kStep <= a.bytes; i += kStep) {
+    for (size_t k = 0; k < kStep / sizeof(Wide); ++k) seen[k] ^= Mix::template at<Wide>(a, i + k * sizeof(Wide), wide);
+  }
+  for (; i + sizeof(Wide) <= a.bytes; i += sizeof(Wide)) seen[0] ^= Mix::template at<Wide>(a, i, wide);
+  uint64_t all = 0;
+  for (; i < a.bytes; ++i) all ^= uint64_t{Mix::template at<uint8_t>(a, i, static_cast<uint8_t>(keep))} << 8 * (i % 8);
+  for (const Wide& s : seen) all ^= s[0] ^ s[1] ^ s[2] ^ s[3];
+  return all;
 }
 
-uint64_t part(const Arrays& a, int mix, int variant, size_t begin, size_t end) {
-  uint64_t seen = 0;
+uint64_t part(const Piece& a, int mix, int variant, uint64_t keep) {
   switch (mix * 3 + variant) {
-    case 0: case 1: case 2: seen = norm(a, begin, end); break;
-    case 3: perturb<false, false>(a, begin, end); break;
-    case 4: perturb<true, false>(a, begin, end); break;
-    case 5: perturb<true, true>(a, begin, end); break;
-    case 6: update<false, false>(a, begin, end); break;
-    case 7: update<true, false>(a, begin, end); break;
-    case 8: update<true, true>(a, begin, end); break;
-    case 9: case 10: base<false>(a, begin, end); break;
-    case 11: base<true>(a, begin, end); break;
-    default: break;
+    case 0: case 1: case 2: return sweep<Norm>(a, keep);
+    case 3: return sweep<Perturb<false, false>>(a, keep);
+    case 4: return sweep<Perturb<true, false>>(a, keep);
+    case 5: return sweep<Perturb<true, true>>(a, keep);
+    case 6: return sweep<Update<false, false>>(a, keep);
+    case 7: return sweep<Update<true, false>>(a, keep);
+    case 8: return sweep<Update<true, true>>(a, keep);
+    case 9: case 10: return sweep<Base<false>>(a, keep);
+    case 11: return sweep<Base<true>>(a, keep);
+    default: return 0;
   }
-  _mm_sfence();
-  return seen;
 }
 
 }  // namespace
 
-// Runs one pass of a mix over `bytes` (a multiple of kStep) per array; the arrays are 64-byte aligned. Every thread
-// takes every threads-th block of `block` bytes, or one contiguous piece when block is 0. The calling thread takes part.
-extern "C" uint64_t probe_run(int mix, int variant, uint8_t* w, uint8_t* g, uint8_t* m, uint8_t* backup, size_t bytes,
-                              size_t block, int threads) {
-  const Arrays a{w, g, m, backup};
-  const size_t count = static_cast<size_t>(threads);
-  if (block == 0) block = (bytes / count + kStep - 1) / kStep * kStep;
-  std::vector<uint64_t> seen(count, 0);
+// Runs one pass of a mix over all pieces, whose addresses are multiples of 32. The calling thread takes part. Returns
+// what the norm read, folded into 8 bytes.
+extern "C" uint64_t probe_run(int mix, int variant, const Piece* pieces, size_t count, size_t threads, uint64_t keep) {
+  std::vector<uint64_t> seen(threads, 0);
   const auto work = [&](size_t t) {
-    for (size_t begin = t * block; begin < bytes; begin += count * block) {
-      const size_t end = begin + block < bytes ? begin + block : bytes;
-      seen[t] ^= part(a, mix, variant, begin, end);
+    uint64_t mine = 0;
+    for (size_t i = 0; i < count; ++i) {
+      if (pieces[i].owner == t) mine ^= part(pieces[i], mix, variant, keep);
     }
+    _mm_sfence();
+    seen[t] = mine;
   };
   std::vector<std::thread> pool;
-  for (size_t t = 1; t < count; ++t) pool.emplace_back(work, t);
+  for (size_t t = 1; t < threads; ++t) pool.emplace_back(work, t);
   work(0);
   for (std::thread& thread : pool) thread.join();
   uint64_t all = 0;

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -26,8 +27,15 @@ CEILING = {
 STREAMS = {"norm": 1, "perturb": 4, "update": 5, "base": 5}  # arrays read plus arrays written
 VARIANTS = {0: "plain stores", 1: "non-temporal write-only stream", 2: "non-temporal stores everywhere"}
 DISTINCT = {"norm": (0,), "perturb": (0, 1, 2), "update": (0, 1, 2), "base": (0, 2)}  # variants that differ
-BLOCKS = (0, 1 << 16, 1 << 20)
-STEP_BYTES = 128
+BLOCKS = (0, 1 << 16, 1 << 20)  # bytes of one stream that a thread takes in turn; 0: one stretch per thread
+ALIGNMENT = 32  # of every tensor: the width of a non-temporal store
+KEEP = 0  # mask under which a pass leaves weights and state as they are
+
+
+class Piece(ctypes.Structure):
+    """A stretch of one parameter and its companions, with the thread that takes it. Matches Piece of probe.cpp."""
+
+    _fields_ = (*((name, ctypes.c_void_p) for name in ARRAYS), ("bytes", ctypes.c_size_t), ("owner", ctypes.c_size_t))
 
 
 @functools.cache
@@ -46,28 +54,62 @@ def _library() -> ctypes.CDLL:
     finally:
         shutil.rmtree(folder)  # a loaded library stays mapped without its file
     loaded.probe_run.restype = ctypes.c_uint64
-    loaded.probe_run.argtypes = [ctypes.c_int] * 2 + [ctypes.c_void_p] * 4 + [ctypes.c_size_t] * 2 + [ctypes.c_int]
+    loaded.probe_run.argtypes = [
+        ctypes.c_int, ctypes.c_int, ctypes.POINTER(Piece), ctypes.c_size_t, ctypes.c_size_t, ctypes.c_uint64
+    ]  # fmt: skip
     return loaded
 
 
-class Probe:
-    """One array per stream, each ``elements * element_size`` bytes, swept by ``threads`` threads.
+def cut(sizes: Sequence[int], block: int, threads: int) -> list[tuple[int, int, int, int]]:
+    """(tensor, first byte, bytes, thread) of every stretch: blocks in turn, or one share of all bytes per thread."""
+    share = -(-sum(sizes) // threads // ALIGNMENT) * ALIGNMENT
+    cuts, before = [], 0  # before: bytes of earlier tensors, each rounded up to ALIGNMENT
+    for tensor, size in enumerate(sizes):
+        begin = 0
+        while begin < size:
+            if block:
+                owner, room = len(cuts) % threads, block
+            else:
+                owner = min((before + begin) // share, threads - 1)
+                room = (owner + 1) * share - before - begin if owner < threads - 1 else size
+            count = min(size - begin, room)
+            cuts.append((tensor, begin, count, owner))
+            begin += count
+        before += -(-size // ALIGNMENT) * ALIGNMENT
+    return cuts
 
-    The arrays come from torch's allocator, so that the probe meets the same kind of pages as the ops.
+
+class Probe:
+    """Sweeps the tensors of an optimizer: ``streams`` holds lists of weights, gradients, momentum and backups.
+
+    They must be the very tensors that the op works on: how fast a stretch of memory is depends on where the system
+    placed it, by a quarter from one allocation to the next on a virtual machine.
     """
 
-    def __init__(self, elements: int, element_size: int, threads: int) -> None:
-        self.bytes = -(-elements * element_size // STEP_BYTES) * STEP_BYTES
+    def __init__(self, streams: Mapping[str, Sequence[torch.Tensor]], threads: int) -> None:
+        self.streams = {name: list(streams[name]) for name in ARRAYS}
+        sizes = [t.nbytes for t in self.streams["w"]]
+        for name, tensors in self.streams.items():
+            if [t.nbytes for t in tensors] != sizes or any(t.data_ptr() % ALIGNMENT for t in tensors):
+                raise ValueError(f"{name} must be as large as w, tensor by tensor, and aligned to {ALIGNMENT} bytes")
+        self.bytes = sum(sizes)
         self.threads = threads
         self._library = _library()
-        # Written once, so that every page is real memory: pages never written all share one page of zeros.
-        self.arrays = {name: torch.full((self.bytes,), 7, dtype=torch.uint8) for name in ARRAYS}
-        self._addresses = [array.data_ptr() for array in self.arrays.values()]
+        self._pieces: dict[int, ctypes.Array[Piece]] = {}
+        for block in BLOCKS:
+            cuts = cut(sizes, block, threads)
+            self._pieces[block] = (Piece * len(cuts))(
+                *(
+                    Piece(*(self.streams[name][tensor].data_ptr() + begin for name in ARRAYS), count, owner)
+                    for tensor, begin, count, owner in cuts
+                )
+            )
         self.choice: dict[str, tuple[int, int]] = dict.fromkeys(MIXES, (0, 0))
 
-    def run(self, mix: str, variant: int, block: int) -> int:
-        """One pass of ``mix`` over all arrays. The norm returns what it read, 8 bytes folded into 8."""
-        return self._library.probe_run(MIXES.index(mix), variant, *self._addresses, self.bytes, block, self.threads)
+    def run(self, mix: str, variant: int, block: int, keep: int = KEEP) -> int:
+        """One pass of ``mix`` over all tensors. The norm returns what it read, folded into 8 bytes."""
+        pieces = self._pieces[block]
+        return self._library.probe_run(MIXES.index(mix), variant, pieces, len(pieces), self.threads, keep)
 
     def call(self, mix: str) -> None:
         """One pass of ``mix`` in the variant that :meth:`calibrate` found fastest."""

@@ -15,8 +15,8 @@ import torch
 from benchmarks import memory, record
 from benchmarks.__main__ import main
 from benchmarks.cases import CASES, Hyper, many
-from benchmarks.peers import Competitor, Unavailable, attach, make
-from benchmarks.probe import ARRAYS, BLOCKS, DISTINCT, Probe
+from benchmarks.peers import Competitor, Ours, Unavailable, attach, make
+from benchmarks.probe import ALIGNMENT, ARRAYS, BLOCKS, DISTINCT, KEEP, Probe, cut
 from benchmarks.runner import Plan, Race, entry, ratios
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="the bandwidth probe needs g++")
@@ -152,43 +152,87 @@ def test_a_competitor_that_does_other_work_is_noticed() -> None:
     assert distances["b"] == pytest.approx(1.5**3 - 1)
 
 
+PROBED = (3 * (1 << 19) + 77, 40, 0, 4096, 1, 100_000)  # bytes of tensors
+
+
+def probed(threads: int) -> Probe:
+    return Probe({name: [torch.zeros(n, dtype=torch.uint8) for n in PROBED] for name in ARRAYS}, threads)
+
+
 @needs_compiler
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_the_probe_touches_every_byte_once(threads: int) -> None:
-    size = 3 * (1 << 20) // 8 + 77
-    probe = Probe(size, 4, threads)
-    assert size * 4 <= probe.bytes < size * 4 + 128
+@pytest.mark.parametrize("keep", [KEEP, (1 << 64) - 1], ids=["as in a benchmark", "showing what it moves"])
+def test_the_probe_touches_every_byte_once(threads: int, keep: int) -> None:
+    probe = probed(threads)
+    assert probe.bytes == sum(PROBED)
     for mix, variants in DISTINCT.items():
         for variant, block in itertools.product(variants, BLOCKS):
-            before = {}
-            for i, name in enumerate(ARRAYS):
-                generator = torch.Generator().manual_seed(i)
-                values = torch.randint(0, 256, (probe.bytes,), generator=generator, dtype=torch.uint8)
-                before[name] = values
-                probe.arrays[name].copy_(values)
-            expected = dict(before)
-            if mix == "perturb":
-                expected["backup"], expected["w"] = before["w"], before["w"] ^ before["g"]
-            if mix in ("update", "base"):
-                expected["m"] = before["m"] ^ before["g"]
-                source = before["backup"] if mix == "update" else before["w"]
-                expected["w"] = source ^ expected["m"]
-            probe.run(mix, variant, block)
-            for name in ARRAYS:
-                assert torch.equal(probe.arrays[name], expected[name]), (mix, variant, block, name)
+            generator = torch.Generator().manual_seed(variant)
+            for tensors in probe.streams.values():
+                for t in tensors:
+                    t.random_(0, 256, generator=generator)
+            before = {name: [t.clone() for t in tensors] for name, tensors in probe.streams.items()}
+            probe.run(mix, variant, block, keep)
+            mask = keep & 0xFF
+            for i in range(len(PROBED)):
+                expected = {name: before[name][i] for name in ARRAYS}
+                w, g, m, backup = expected.values()
+                if mix == "perturb":
+                    expected["backup"], expected["w"] = w, w ^ (g & mask)
+                if mix in ("update", "base"):
+                    expected["m"] = m ^ (g & mask)
+                    expected["w"] = (backup if mix == "update" else w) ^ (expected["m"] & mask)
+                for name in ARRAYS:
+                    assert torch.equal(probe.streams[name][i], expected[name]), (mix, variant, block, name, i)
 
 
 @needs_compiler
-def test_the_norm_probe_reads_all_of_its_array() -> None:
-    probe = Probe(100_000, 4, 2)
-    g = probe.arrays["g"]
+def test_the_norm_probe_reads_all_of_its_tensors() -> None:
+    probe = probed(2)
     for block in BLOCKS:
-        g.zero_()
         assert probe.run("norm", 0, block) == 0
-        for i in (0, 12_345, probe.bytes - 1):
-            g.zero_()
-            g[i] = 1
-            assert probe.run("norm", 0, block) == 1 << 8 * (i % 8)
+        for g in probe.streams["g"]:
+            for i in {0, g.numel() // 3, g.numel() - 1} if g.numel() else ():
+                g[i] = 1
+                assert probe.run("norm", 0, block) == 1 << 8 * (i % 8)
+                g[i] = 0
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("block", BLOCKS)
+def test_the_probe_shares_the_bytes_among_its_threads(block: int, threads: int) -> None:
+    cuts = cut(PROBED, block, threads)
+    for tensor, size in enumerate(PROBED):
+        ends = [0]
+        for _, begin, count, _ in (c for c in cuts if c[0] == tensor):
+            assert begin == ends[-1]
+            assert begin % ALIGNMENT == 0
+            assert count > 0
+            ends.append(begin + count)
+        assert ends[-1] == size
+    load = [sum(count for _, _, count, owner in cuts if owner == t) for t in range(threads)]
+    assert max(load) - min(load) <= max(block, 2 * ALIGNMENT * len(PROBED))
+
+
+@needs_compiler
+def test_the_probe_runs_over_the_optimizer_s_own_memory_and_leaves_it_as_it_is() -> None:
+    case = many(5, 1000)
+    ours = make("ours", case, torch.float32, Hyper())
+    assert isinstance(ours, Ours)
+    attach(ours.params, case.tensors(torch.float32, seed=1))
+    ours.perturb()
+    attach(ours.params, case.tensors(torch.float32, seed=2))
+    ours.update()
+    attach(ours.params, case.tensors(torch.float32, seed=3))
+    before = {name: [t.clone() for t in tensors] for name, tensors in ours.streams().items()}
+    probe = Probe(ours.streams(), 2)
+    assert [t.data_ptr() for t in probe.streams["w"]] == [p.data_ptr() for p in ours.params]
+    probe.calibrate()
+    probe.seconds()
+    for name in ("w", "g", "m"):
+        assert all(map(torch.equal, probe.streams[name], before[name])), name
+    with pytest.raises(ValueError, match="m must be as large as w"):
+        Probe({**ours.streams(), "m": before["m"][:-1]}, 2)
 
 
 @needs_linux
