@@ -81,10 +81,19 @@ struct Mix {
   RST_HD V operator()(V g1, V g2) const { return fma(gamma, g2, one_minus_gamma * g1); }
 };
 
-// SGD as torch.optim.SGD: decay, momentum with dampening, Nesterov. `direction` is -1 to maximize, else 1.
+// A factor that is known to be 1, at no cost.
+struct One {};
 template <class V>
+RST_HD V operator*(One, V x) {
+  return x;
+}
+
+// SGD as torch.optim.SGD: decay, momentum with dampening, Nesterov. `direction` is -1 to maximize, else 1, over the scale of
+// AMP.
+template <class V, class Direction = V>
 struct Sgd {
-  V minus_lr, momentum, one_minus_dampening, weight_decay, direction;
+  V minus_lr, momentum, one_minus_dampening, weight_decay;
+  Direction direction;
 
   RST_HD V decayed(V w, V g) const { return fma(weight_decay, w, direction * g); }
   RST_HD V buffer(V buf, V g) const { return fma(one_minus_dampening, g, momentum * buf); }

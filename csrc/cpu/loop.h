@@ -131,7 +131,6 @@ RST_INLINE void each(const ChunkCall& c, const void* streamed, Body body) {
     if (past % static_cast<int64_t>(sizeof(T)) == 0 && head <= n && !parts_pairs) {
       if (head > 0) body(At<V, Part::Some>{0, static_cast<int>(head)});
       for (i = head; i + kLanes<V> <= n; i += kLanes<V>) body(At<V, Part::WholeStreaming>{i, kLanes<V>});
-      finish_streaming();
     }
   }
   for (; i + kLanes<V> <= n; i += kLanes<V>) body(At<V, Part::Whole>{i, kLanes<V>});

@@ -1,5 +1,8 @@
 #include "cpu/ops.h"
 
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
 #include <unistd.h>
 
 #include <algorithm>
@@ -32,6 +35,7 @@ struct Job {
   Pick pick;
   unsigned reads, writes;  // bit s: stream s is read, written
   double* sums;
+  bool backwards;  // from the last block to the first
   const KernelTable& kernels = rst::kernels();
   bool streaming = false;
   int blocks = 1;
@@ -104,22 +108,31 @@ void run_chunk(const Job& job, int64_t index) {
   if (job.sums != nullptr) job.sums[index] = sum_of(lanes);
 }
 
+// Orders the streaming stores of this thread before whatever it publishes next.
+void finish_streaming() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
 // Threads take the next block as they finish one: all work in one region of memory, which DRAM serves better than
 // regions far apart, and a thread that is held up holds up nobody. Who takes a block does not change its result.
 void run_blocks(int, void* context) {
   Job& job = *static_cast<Job*>(context);
-  for (int b = job.next++; b < job.blocks; b = job.next++) {
+  for (int turn = job.next++; turn < job.blocks; turn = job.next++) {
+    const int b = job.backwards ? job.blocks - 1 - turn : turn;
     const int64_t end = first_chunk(*job.table, b + 1, job.blocks);
     for (int64_t i = first_chunk(*job.table, b, job.blocks); i < end; ++i) run_chunk(job, i);
   }
+  if (job.streaming) finish_streaming();
 }
 
 constexpr unsigned bit(int stream) { return 1u << stream; }
 
 void run(const Table& table, const Call& call, Pick pick, unsigned reads, unsigned writes,
-         const Threads& threads, double* sums = nullptr) {
-  constexpr int64_t kBlockBytes = 1 << 20;  // of one stream
-  Job job{&table, &call, pick, reads, writes, sums};
+         const Threads& threads, double* sums = nullptr, bool backwards = false) {
+  constexpr int64_t kBlockBytes = 512 << 10;  // of one stream
+  Job job{&table, &call, pick, reads, writes, sums, backwards};
   unsigned present = 0;
   for (int s = 0; s < kStreams && !table.chunks.empty(); ++s) {  // of the first tensor that has elements
     if (table.tensors[table.chunks.front().tensor].data[s] != nullptr) present |= 1u << s;
@@ -128,10 +141,10 @@ void run(const Table& table, const Call& call, Pick pick, unsigned reads, unsign
   // Bypassing the cache pays only when the data would not have stayed in it for the next op.
   job.streaming = job.table->bytes.back() * streams > cache_bytes();
   const int parts = threads.parallel == nullptr ? 1 : useful_threads(table, streams, threads.count);
+  job.blocks = static_cast<int>(std::max<int64_t>(parts == 1 ? 1 : 4 * parts, table.bytes.back() / kBlockBytes));
   if (parts == 1) {
     run_blocks(0, &job);
   } else {
-    job.blocks = static_cast<int>(std::max<int64_t>(4 * parts, table.bytes.back() / kBlockBytes));
     threads.parallel(parts, run_blocks, &job);
   }
 }
@@ -169,7 +182,9 @@ void perturb(const Table& table, Call call, const Threads& threads, const double
     run(table, call, keep, bit(kParam), bit(kBackup), threads);
     return;
   }
-  run(table, call, pick, bit(kParam) | bit(kGrad) | bit(kMaster), bit(kParam) | bit(kBackup), threads);
+  // The norm, which went forwards, left the last gradients in the cache. And the forward pass, which comes next, begins
+  // with the first weights.
+  run(table, call, pick, bit(kParam) | bit(kGrad) | bit(kMaster), bit(kParam) | bit(kBackup), threads, nullptr, true);
 }
 
 void restore(const Table& table, const Call& call, const Threads& threads) {

@@ -6,13 +6,13 @@
 
 namespace rst::RST_LEVEL {
 
-template <class T, bool Momentum, bool Mixing, bool Master>
-void sgd_step_chunk(const ChunkCall& c) {
+template <class T, bool Momentum, bool Mixing, bool Master, class Direction>
+RST_INLINE void sgd_step_towards(const ChunkCall& c, Direction direction) {
   using V = Arithmetic<T>;
   using S = State<T, Master>;
   const SgdRow& row = c.call->sgd[c.tensor->row];
-  const Sgd<V> sgd{broadcast<V>(-row.lr), broadcast<V>(row.momentum), broadcast<V>(1 - row.dampening),
-                   broadcast<V>(row.weight_decay), broadcast<V>(c.call->direction)};
+  const Sgd<V, Direction> sgd{broadcast<V>(-row.lr), broadcast<V>(row.momentum), broadcast<V>(1 - row.dampening),
+                              broadcast<V>(row.weight_decay), direction};
   const Mix<V> mix{broadcast<V>(row.gamma), broadcast<V>(1 - row.gamma)};
   const bool nesterov = c.call->nesterov;
   // Local copies: the compiler need not fear that a store changes them.
@@ -38,6 +38,13 @@ void sgd_step_chunk(const ChunkCall& c) {
     if constexpr (Master) at.template store<S, false>(master, updated);
     at.template store_only<T, !Master>(param, updated);
   });
+}
+
+template <class T, bool Momentum, bool Mixing, bool Master>
+void sgd_step_chunk(const ChunkCall& c) {
+  const double direction = c.call->direction;
+  if (direction == 1) return sgd_step_towards<T, Momentum, Mixing, Master>(c, One{});
+  sgd_step_towards<T, Momentum, Mixing, Master>(c, broadcast<Arithmetic<T>>(direction));
 }
 
 }  // namespace rst::RST_LEVEL

@@ -67,6 +67,10 @@ RST_INLINE Vector<uint16_t, 16> float_to_half(FloatV x) {
 RST_INLINE void stream(uint16_t* p, Vector<uint16_t, 16> v) {
   _mm256_stream_si256(reinterpret_cast<__m256i*>(p), reinterpret<__m256i>(v));
 }
+RST_INLINE Vector<uint16_t, 32> blend_neighbours(Vector<uint16_t, 32> even, Vector<uint16_t, 32> odd) {
+  return reinterpret<Vector<uint16_t, 32>>(
+      _mm512_mask_blend_epi16(0xaaaaaaaau, reinterpret<__m512i>(even), reinterpret<__m512i>(odd)));
+}
 RST_INLINE void stream(uint16_t* p, Vector<uint16_t, 32> v) {
   _mm512_stream_si512(reinterpret_cast<__m512i*>(p), reinterpret<__m512i>(v));
 }
@@ -93,7 +97,14 @@ RST_INLINE void stream(uint16_t* p, Vector<uint16_t, 8> v) {
 RST_INLINE void stream(uint16_t* p, Vector<uint16_t, 16> v) {
   _mm256_stream_si256(reinterpret_cast<__m256i*>(p), reinterpret<__m256i>(v));
 }
+RST_INLINE Vector<uint16_t, 16> blend_neighbours(Vector<uint16_t, 16> even, Vector<uint16_t, 16> odd) {
+  return reinterpret<Vector<uint16_t, 16>>(_mm256_blend_epi16(reinterpret<__m256i>(even), reinterpret<__m256i>(odd), 0xaa));
+}
 #else
+RST_INLINE Vector<uint16_t, 8> blend_neighbours(Vector<uint16_t, 8> even, Vector<uint16_t, 8> odd) {
+  const Vector<uint16_t, 8> upper{0, 0xffff, 0, 0xffff, 0, 0xffff, 0, 0xffff};
+  return (even & ~upper) | (odd & upper);
+}
 template <class V>
 RST_INLINE V each_fma(V a, V b, V c) {
   V r{};
@@ -128,13 +139,6 @@ RST_INLINE auto zero_extend(H h) {
 template <class Scalar, class V>
 RST_INLINE void stream(Scalar* p, V v) { std::memcpy(p, &v, sizeof(v)); }
 #endif
-
-// Orders the streaming stores of this thread before whatever it publishes next.
-RST_INLINE void finish_streaming() {
-#if RST_SIMD_LEVEL > 0
-  _mm_sfence();
-#endif
-}
 
 // Nearest even, as torch rounds float32 to bfloat16, of what was computed from bfloat16 alone: a NaN among it has nothing in
 // its lower half, so rounding does not carry into its upper one. The result is in the upper halves; the lower ones are
@@ -211,7 +215,10 @@ struct Convert<Twin, BFloat16> {
     const UintV bits = reinterpret<UintV>(raw);
     return {from_bits(bits << 16), from_bits(bits & 0xffff0000u)};
   }
-  static RST_INLINE Raw join(UintV even, UintV odd) { return reinterpret<Raw>((even >> 16) | (odd & 0xffff0000u)); }
+  // The upper halves, side by side: a shift and a blend, where a shift, a mask and an or would be one operation more.
+  static RST_INLINE Raw join(UintV even, UintV odd) {
+    return blend_neighbours(reinterpret<Raw>(even >> 16), reinterpret<Raw>(odd));
+  }
   static RST_INLINE Raw narrow(Twin v) { return join(nearest_bfloat16(v.a), nearest_bfloat16(v.b)); }
   static RST_INLINE Raw narrow_own(Twin v) { return join(nearest_own_bfloat16(v.a), nearest_own_bfloat16(v.b)); }
   static RST_INLINE Raw truncate(Twin v) { return join(to_bits(v.a), to_bits(v.b)); }
