@@ -63,7 +63,8 @@ def _library() -> ctypes.CDLL:
 def cut(sizes: Sequence[int], block: int, threads: int) -> list[tuple[int, int, int, int]]:
     """(tensor, first byte, bytes, thread) of every stretch: blocks in turn, or one share of all bytes per thread."""
     share = -(-sum(sizes) // threads // ALIGNMENT) * ALIGNMENT
-    cuts, before = [], 0  # before: bytes of earlier tensors, each rounded up to ALIGNMENT
+    cuts: list[tuple[int, int, int, int]] = []
+    before = 0  # bytes of earlier tensors, each rounded up to ALIGNMENT
     for tensor, size in enumerate(sizes):
         begin = 0
         while begin < size:

@@ -61,7 +61,7 @@ PYBIND11_MODULE(_host, m) {
            py::arg("gpu"), py::arg("everything"), py::arg("active"), py::arg("sizes"), py::arg("handle"), py::arg("watched"),
            py::arg("idle"), py::arg("masters"), py::arg("buffers"), py::arg("buffers2"), py::arg("backups"),
            py::arg("state"))
-      .def("same_parameters", &Plan::same_parameters)
+      .def("look", &Plan::look)
       .def("perturb", &Plan::perturb)
       .def("sgd_step", &Plan::sgd_step)
       .def("adam_step", &Plan::adam_step)

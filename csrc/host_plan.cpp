@@ -187,11 +187,64 @@ void Plan::cut() {
   alike_ = !gpu_ || std::none_of(tensors.begin(), tensors.end(), [](const Tensor& t) { return t.strided(); });
 }
 
+static PyObject* interned(const char* name) { return PyUnicode_InternFromString(name); }
+
+static PyObject* params_name() {
+  static PyObject* const name = interned("params");
+  return name;
+}
+
+static bool is_constant(PyObject* x) {
+  if (PyTuple_CheckExact(x)) {
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(x); ++i) {
+      if (!is_constant(PyTuple_GET_ITEM(x, i))) return false;
+    }
+    return true;
+  }
+  return x == Py_None || PyBool_Check(x) || PyFloat_CheckExact(x) || PyLong_CheckExact(x) || PyUnicode_CheckExact(x);
+}
+
+// Visits names and values of all hyperparameters; false as soon as visit says so.
+template <class Visit>
+static bool walk_numbers(const py::list& groups, Visit visit) {
+  static PyObject* const names = interned("param_names");
+  PyObject *key, *value;
+  for (const py::handle& group : groups) {
+    if (!PyDict_Check(group.ptr())) return false;
+    for (Py_ssize_t at = 0; PyDict_Next(group.ptr(), &at, &key, &value);) {
+      if (key != params_name() && key != names && !(visit(key) && visit(value))) return false;
+    }
+  }
+  return true;
+}
+
+bool Plan::same_numbers(const py::list& groups) {
+  size_t next = 0;
+  const size_t size = numbers_seen_.size();
+  if (size > 0 && walk_numbers(groups, [&](PyObject* x) { return next < size && numbers_seen_[next++] == x; }) &&
+      next == size) {
+    return true;
+  }
+  numbers_seen_.clear();
+  numbers_kept_ = py::list();
+  const bool constant = walk_numbers(groups, [&](PyObject* x) {
+    numbers_kept_.append(py::reinterpret_borrow<py::object>(x));
+    numbers_seen_.push_back(x);
+    return is_constant(x);
+  });
+  if (!constant) numbers_seen_.clear();
+  return false;
+}
+
+int64_t Plan::look(const py::list& groups) {
+  if (!same_numbers(groups)) ++numbers_version_;
+  return numbers_version_ << 2 | int64_t{perturbed_} << 1 | int64_t{same_parameters(groups)};
+}
+
 bool Plan::same_parameters(const py::list& groups) const {
-  static PyObject* const name = PyUnicode_InternFromString("params");
   size_t next = 0;
   for (const py::handle& group : groups) {
-    PyObject* const params = PyDict_Check(group.ptr()) ? PyDict_GetItemWithError(group.ptr(), name) : nullptr;
+    PyObject* const params = PyDict_Check(group.ptr()) ? PyDict_GetItemWithError(group.ptr(), params_name()) : nullptr;
     if (params == nullptr || !PyList_Check(params)) {
       PyErr_Clear();
       return false;

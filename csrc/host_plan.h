@@ -43,8 +43,9 @@ class Plan {
        int64_t idle, const Positions& masters, const Positions& buffers, const Positions& buffers2,
        const Positions& backups, py::dict state);
 
-  // Whether these parameter groups, one after another, still hold the parameters of the plan.
-  bool same_parameters(const py::list& groups) const;
+  // Looks at the parameter groups. Bit 0: whether they, one after another, still hold the parameters of the plan; bit 1:
+  // whether the plan has perturbed them; from bit 2 on a number that changes whenever a hyperparameter may have changed.
+  int64_t look(const py::list& groups);
   // Norm and perturbation with the gradients of now, which are taken out of p.grad and kept inside if `keep`. False, with
   // nothing changed, if anything is not as it was when the plan was made: then make another one.
   bool perturb(uintptr_t stats, std::vector<double> rho, bool adaptive, double eta, bool stochastic, uint64_t seed,
@@ -81,6 +82,9 @@ class Plan {
   // Looks at the gradients, and for an update at all state. Nobody may run Python from here to the kernels: another thread
   // may drop a gradient.
   bool collect(bool updating);
+  bool same_parameters(const py::list& groups) const;
+  // Whether every hyperparameter is the object it was at the last look, one that cannot change.
+  bool same_numbers(const py::list& groups);
   template <class Visit>
   void walk_state(Visit visit) const;
   bool same_state();
@@ -107,6 +111,9 @@ class Plan {
   py::list kept_;                      // references that keep the state alive
   std::vector<PyObject*> state_seen_;  // keys and values of the optimizer's state, and the values of each value
   std::vector<std::pair<PyObject*, uint64_t>> state_dicts_;  // and their versions when last looked at
+  std::vector<PyObject*> numbers_seen_;  // names and values of the hyperparameters of all groups
+  py::list numbers_kept_;                // references that keep the values alive
+  int64_t numbers_version_ = 0;
   std::vector<Entry> entries_;
   std::vector<int64_t> shapes_;        // of all entries, side by side, for every step reads them
   std::vector<Place> places_;          // of all watched tensors

@@ -1,8 +1,9 @@
-"""Checks of scalar arguments: each returns a plain Python number or raises ValueError naming the argument."""
+"""Checks of arguments: each returns a plain value or raises an error naming the argument."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from numbers import Real
 from operator import index
 from typing import Any
@@ -27,3 +28,10 @@ def as_real(name: str, value: Any, low: float, high: float) -> float:
     if not isinstance(value, Real) or not low <= float(value) <= high:
         raise ValueError(f"{name}={value!r}: expected a number in [{low:g}, {high:g}]")
     return float(value)
+
+
+def required_params(params: Iterable[Any] | None) -> Iterable[Any]:
+    """``params`` unless it is None; raises TypeError then."""
+    if params is None:
+        raise TypeError("params=None: expected parameters, unless base is an optimizer instance that holds them")
+    return params

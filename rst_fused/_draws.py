@@ -17,7 +17,6 @@ def _mix(z: int) -> int:
     return z ^ (z >> 31)
 
 
-@lru_cache(maxsize=256)
 def _key(seed: int) -> int:
     # Were the bare seed the counter's start, seed + G would be the stream of seed, one step on.
     return _mix((seed + _GOLDEN) & _MASK)
@@ -30,11 +29,15 @@ def uniform(seed: int, step: int) -> float:
     splitmix64: integers only, so it is the same on every machine and rank, and a run resumes from its step
     count. Raises ValueError unless seed and step are integers from 0 to 2^64 - 1.
     """
-    return _uniform(as_integer("seed", seed, 0, _MASK), as_integer("step", step, 0, _MASK))
+    seed, step = as_integer("seed", seed, 0, _MASK), as_integer("step", step, 0, _MASK)
+    return _block(seed, step >> 6)[step & 63]
 
 
-def _uniform(seed: int, step: int) -> float:
-    return (_mix((_key(seed) + (step + 1) * _GOLDEN) & _MASK) >> 11) * 2.0**-53
+@lru_cache(maxsize=64)
+def _block(seed: int, number: int) -> tuple[float, ...]:
+    """uniform for the 64 steps from 64 * number on: made at once, a number costs a training step next to nothing."""
+    key, first = _key(seed), 64 * number + 1
+    return tuple((_mix((key + t * _GOLDEN) & _MASK) >> 11) * 2.0**-53 for t in range(first, first + 64))
 
 
 def draw(seed: int, step: int, p: float) -> bool:
@@ -50,4 +53,4 @@ def draw_at(seed: int, step: int, p: float) -> bool:
     """``draw`` for a seed and a step that are known to be integers in range."""
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"p={p!r}: expected a probability in [0, 1]")
-    return _uniform(seed, step) < p
+    return _block(seed, step >> 6)[step & 63] < p

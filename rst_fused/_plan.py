@@ -7,7 +7,7 @@ time, storage that moved) makes a new plan; whatever a plan cannot express goes 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -36,72 +36,98 @@ class Plans:
         self._state: Any = None
         self._state_size = 0
         self._lists = _engine.Lists()
+        # What was made of the hyperparameters, beside the version of them that it was made of (see Plan.look):
+        self._version = 0
+        self._same_flags = (0, False)
+        self._rho: tuple[int, list[float]] = (0, [])
+        self._rows: tuple[int, float, list[list[float]]] = (0, 1.0, [])
 
     def perturb(self, opt: Core) -> bool:
         """Norm and perturbation; False if the plan path does not serve this case, with nothing done."""
-        return bool(self._serves(opt) and self._attempt(opt, self._perturb, with_backups=True, updating=False))
+        fits, _ = self._look(opt)
+        done = self._perturb(opt) if fits and self._with_backups else False
+        if done is False and self._serves(opt):
+            done = self._renewed(opt, with_backups=True) and self._perturb(opt)
+        return bool(done)
 
     def update(self, opt: Core) -> bool:
         """Restore, mixing and base step; False if the plan path does not serve this case."""
-        done: bool | None = False
-        if self._plan is not None and self._plan.perturbed:
-            if self._serves(opt) and self._unchanged(opt, with_backups=True, updating=True):
-                done = self._step(opt)
-        elif not opt._run.perturbed and self._serves(opt):
-            done = self._attempt(opt, self._step, with_backups=False, updating=True)
+        fits, perturbed = self._look(opt)
+        done = self._step(opt) if fits and (perturbed or not opt._run.perturbed) else False
+        if done is False and not perturbed and not opt._run.perturbed and self._serves(opt):
+            done = self._renewed(opt, with_backups=False) and self._step(opt)
         if not done:
             self.hand_over(opt)
         if done is False:
             self._plan = None  # the engine may deal out step counters anew
         return bool(done)
 
-    def _attempt(
-        self, opt: Core, act: Callable[[Core], bool | None], with_backups: bool, updating: bool
-    ) -> bool | None:
-        """Acts, with a new plan if there is none or it no longer fits. False if no plan does, None as ``act``."""
-        if self._unchanged(opt, with_backups, updating):
-            done = act(opt)
-            if done is not False:
-                return done
+    def _look(self, opt: Core) -> tuple[bool, bool]:
+        """Whether the optimizer is the one the plan was made for, and whether the plan has perturbed it.
+
+        The plan itself looks at the tensors.
+        """
+        if self._plan is None:
+            return False, False
+        seen = self._plan.look(opt.param_groups)
+        version = self._version = seen >> 2
+        if self._same_flags[0] != version:
+            self._same_flags = version, self._flags == self._flags_of(opt)
+        fits = (
+            seen & 1
+            and self._same_flags[1]
+            and self._state is opt.state
+            and self._state_size == len(opt.state)
+            and torch._C._len_torch_dispatch_stack() == 0
+        )
+        return bool(fits), bool(seen & 2)
+
+    def _renewed(self, opt: Core, with_backups: bool) -> bool:
+        """Makes a new plan, if one can serve what is there now."""
         self._plan = None
+        self._same_flags, self._rho, self._rows = (0, False), (0, []), (0, 1.0, [])  # the new one counts from 1
         _engine.check_grads(opt)
         self._build(opt, with_backups or bool(opt._backups))
-        return self._plan is not None and act(opt)
+        return self._look(opt)[0]
 
     def _perturb(self, opt: Core) -> bool | None:
         """False if the plan does not fit the tensors of now; None if it cannot serve the numbers of now."""
-        rho = _on_host([_engine.signed_rho(group) for group, _ in self._lists.rows])
-        if rho is None:
-            return None
-        run, stats = opt._run, opt._places[0].stats
+        version, rho = self._rho
+        if version != self._version:
+            found = _on_host([_engine.signed_rho(group) for group, _ in self._lists.rows])
+            if found is None:
+                return None
+            self._rho = self._version, (rho := found)
+        run = opt._run
         done: bool = self._plan.perturb(
-            stats.data_ptr(), rho, opt.adaptive, opt.eta, opt.stochastic_rounding, opt.seed, run.steps, run.mixing
-        )
+            opt._places[0].stats.data_ptr(), rho, opt.adaptive, opt.eta, opt.stochastic_rounding, opt.seed, run.steps,
+            run.mixing,
+        )  # fmt: skip
         return done
 
     def _step(self, opt: Core) -> bool | None:
         """As _perturb."""
         rule, mixing = opt.rule, opt._run.mixing
         assert rule is not None
-        scaling = self._scaling(opt)
+        scaling = self._scaling(opt) if _amp.given(opt) else _UNSCALED
         if scaling is None:
             return None
         scale, on_gpu = scaling  # held until the kernels are under way
         there = (0, 0) if scaling is _UNSCALED else tuple(0 if t is None else t.data_ptr() for t in on_gpu)
         gamma = opt._run.gamma if mixing else 1.0
-        rows = []
-        for group, new in self._lists.rows:
-            row = _on_host(rule.row(group, new, gamma))
-            if row is None:
+        version, of_gamma, rows = self._rows
+        if version != self._version or of_gamma != gamma:
+            found = [_on_host(rule.row(group, new, gamma)) for group, new in self._lists.rows]
+            if None in found:
                 return None
-            rows.append(row)
+            rows = [row for row in found if row is not None]
+            self._rows = self._version, gamma, rows
         flags = self._flags[0]  # as of now: it was compared
         done: bool
         if rule.name == "sgd":
             done = self._plan.sgd_step(rows, flags[1], flags[2], mixing, scale, there)
         else:
-            for row, step in zip(rows, self._lists.steps, strict=True):
-                row.append(float(step) + 1)
+            rows = [[*row, float(step) + 1] for row, step in zip(rows, self._lists.steps, strict=True)]
             done = self._plan.adam_step(rows, flags[1], flags[2], mixing, scale, there)
             if done:
                 torch._foreach_add_(self._lists.steps, 1)  # after the step, which may fail
@@ -109,8 +135,6 @@ class Plans:
 
     def _scaling(self, opt: Core) -> tuple[float, Column] | None:
         """The scale of AMP, or scale and found_inf on the GPU; None if a plan cannot serve this."""
-        if not _amp.given(opt):
-            return _UNSCALED
         grad_scale, found_inf = scaling = _amp.scaling(opt)
         if all(t is None or t.is_cpu for t in scaling):
             overflow = found_inf is not None and bool(found_inf)
@@ -145,17 +169,6 @@ class Plans:
             and opt._places[0].backend.plans != ""
             and _CAN_PLAN
             and torch._C._len_torch_dispatch_stack() == 0
-        )
-
-    def _unchanged(self, opt: Core, with_backups: bool, updating: bool) -> bool:
-        """Whether the optimizer is the one the plan was made for; the plan itself looks at the tensors."""
-        return (
-            self._plan is not None
-            and (self._with_backups or not with_backups)
-            and (not updating or self._flags == self._flags_of(opt))
-            and self._state is opt.state
-            and self._state_size == len(opt.state)
-            and self._plan.same_parameters(opt.param_groups)
         )
 
     @staticmethod
@@ -196,13 +209,14 @@ class Plans:
         state = {} if opt.rule is None else opt.state  # that of an optimizer instance is its own affair
         handle = getattr(torch.ops, NAMESPACE)._hold(held + idle)
         gpu = opt.backend.plans == "gpu"
-        self._plan = host().Plan(
+        plan = host().Plan(
             gpu, params, lists.params, lists.sizes, handle, len(held) - backed, len(held), *positions, state
         )
         lists.grads, lists.backups = [], []  # a kept gradient would be memory that zero_grad cannot free
         self._lists = lists
         self._with_backups, self._flags = with_backups, self._flags_of(opt)
         self._state, self._state_size = opt.state, len(opt.state)
+        self._plan = plan  # last: an interrupt before leaves no plan, rather than one beside notes of another
 
 
 def _on_host(given: list[Any]) -> list[float] | None:

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from rst_fused import _amp, _engine, _saving
 from rst_fused._backends import backend_for
-from rst_fused._checks import as_integer
+from rst_fused._checks import as_integer, required_params
 from rst_fused._core import Core
 from rst_fused._draws import draw_at
 from rst_fused._hooks import with_hooks
@@ -95,17 +95,11 @@ class RST(Core):
         self._places: list[Place] = []
         self._reset()
         if self.rule is not None:
-            super().__init__(self._given(params), {**self._hyper(hyper), "rho": rho})
+            super().__init__(required_params(params), {**self._hyper(hyper), "rho": rho})
         else:
             self._share(params, hyper, rho)
 
     # --- construction -----------------------------------------------------------------------------------------------
-    @staticmethod
-    def _given(params: Iterable[Any] | None) -> Iterable[Any]:
-        if params is None:
-            raise TypeError("params=None: expected parameters, unless base is an optimizer instance that holds them")
-        return params
-
     def _hyper(self, hyper: Group) -> Group:
         assert self.rule is not None
         unknown = sorted(set(hyper) - set(self.rule.defaults))
@@ -193,9 +187,11 @@ class RST(Core):
     def draw(self) -> bool:
         """Whether the step under way is a SAM step: X_t ~ Bernoulli(p(t)). Asking again gives the same answer."""
         run = self._run
-        run.count()
+        if run.finished:
+            run.count()
         t = run.steps
         if run.drawn_at != t:
+            capturing = self.capturing
             run.drawn = draw_at(self.seed, t, self.schedule(t))
             gamma = self.gamma
             if callable(gamma):
@@ -203,10 +199,10 @@ class RST(Core):
                 check_number(f"gamma({t})", gamma, 0)
             run.gamma = float(gamma)
             run.mixes = run.gamma != 1.0
-            if self._rounds and not self.capturing:
+            if self._rounds and not capturing:
                 for place in self._places:
                     place.rng[1] = t
-            run.drawn_at = -1 if self.capturing else t
+            run.drawn_at = -1 if capturing else t
         return run.drawn
 
     def perturb(self, fire: bool | None = None) -> bool:
@@ -216,7 +212,9 @@ class RST(Core):
         norm gives e = 0. ``fire`` overrides the draw; under torch.compile pass ``fire=opt.draw()``, evaluated outside.
         Raises RuntimeError if already perturbed, or for gradients that are sparse or of another dtype.
         """
-        self._refuse_while_perturbed("perturb")
+        run = self._run
+        if run.perturbed:
+            self._refuse_while_perturbed("perturb")
         if self.base is not None:
             self._adopt()
         compiling = torch.compiler.is_compiling()
@@ -228,12 +226,12 @@ class RST(Core):
             fire = drawn if fire is None else bool(fire)
         if not fire:
             return False
-        self._run.perturbed = True
-        self._run.mixing = self._run.mixes
+        run.perturbed = True
+        run.mixing = run.mixes
         if compiling:
             _engine.perturb(self)
             return True
-        self._run.captured = capturing = self.capturing
+        run.captured = capturing = self.capturing
         try:
             # In a graph, random bits and hyperparameters on the GPU must stay there, which those of a plan do not.
             if capturing or not self._plans.perturb(self):
@@ -267,7 +265,8 @@ class RST(Core):
             raise RuntimeError("perturb() and step() must both be inside the capture of a CUDA graph, or both outside")
         try:  # around everything: an interrupt may strike anywhere
             loss = None if closure is None else self._passes(closure)
-            run.count()
+            if run.finished:
+                run.count()
             if self.base is not None:
                 self._adopt()
                 if run.mixing:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from rst_fused._checks import required_params
 from rst_fused.optimizer import RST
 
 
@@ -21,7 +22,7 @@ class SAM(RST):
         if isinstance(base, type) and issubclass(base, Optimizer):
             own = ("rho", "adaptive", "eta", "seed", "backend", "model", "stochastic_rounding")
             chosen = {name: kwargs.pop(name) for name in own if name in kwargs}
-            base, params, kwargs = base(self._given(params), **kwargs), None, chosen
+            base, params, kwargs = base(required_params(params), **kwargs), None, chosen
         super().__init__(params, base, schedule=1.0, **kwargs)
 
     def first_step(self, zero_grad: bool = False) -> None:

@@ -5,7 +5,10 @@ Each test runs the same steps on the reference backend, which keeps nothing.
 
 from __future__ import annotations
 
+import copy
+import operator
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -36,7 +39,7 @@ def both(specs: list[tuple[tuple[int, ...], torch.dtype]], step: Step, steps: in
     """Takes the steps on both backends and compares all weights and Adam counters after each."""
     ours, theirs = parameters(*specs), parameters(*specs)
     cpu, reference = (
-        RST(params, backend=name, **options)  # type: ignore[arg-type]
+        RST(params, backend=name, **copy.deepcopy(options))  # type: ignore[arg-type]
         for params, name in ((ours, "cpu"), (theirs, "reference"))
     )
     for t in range(steps):
@@ -217,3 +220,57 @@ def test_a_perturbed_parameter_changes_its_version_and_loses_its_gradient() -> N
     before = p._version
     opt.step()
     assert p._version > before
+
+
+SGD = {"base": "sgd", "momentum": 0.9, "weight_decay": 0.01}
+CHANGES = [
+    pytest.param(SGD, lambda g, t: g.update(lr=0.1 / (t + 1)), id="lr"),
+    pytest.param(SGD, lambda g, t: g.update(rho=0.1 * (t + 1)), id="rho"),
+    pytest.param(SGD, lambda g, t: g.update(momentum=0.9 - 0.2 * t), id="momentum"),
+    pytest.param(SGD, lambda g, t: g.update(momentum=0.9 * (t % 2)), id="momentum on and off"),
+    pytest.param(SGD, lambda g, t: g.update(weight_decay=0.1 * t), id="weight decay"),
+    pytest.param(SGD, lambda g, t: g.update(nesterov=t % 2 == 1), id="nesterov"),
+    pytest.param(SGD, lambda g, t: g.update(maximize=t % 2 == 1), id="maximize"),
+    pytest.param({**SGD, "lr": torch.tensor(0.1)}, lambda g, t: g["lr"].mul_(0.5), id="lr in a tensor"),
+    pytest.param({**SGD, "rho": torch.tensor(0.1)}, lambda g, t: g["rho"].mul_(2), id="rho in a tensor"),
+    pytest.param({"base": "adam"}, lambda g, t: g.update(betas=(0.9, 0.99 - 0.1 * t)), id="betas"),
+    pytest.param({"base": "adam", "betas": [0.9, 0.99]}, lambda g, t: operator.setitem(g["betas"], 0, 0.8 - 0.1 * t),
+                 id="betas in a list"),
+    pytest.param({"base": "adamw"}, lambda g, t: g.update(eps=10.0**-t), id="eps"),
+    pytest.param(SGD, lambda g, t: operator.setitem(g, "lr", g.pop("lr") / 2), id="lr in another place"),
+    pytest.param(SGD, lambda g, t: g.update(weight_decay=g["momentum"], momentum=g["weight_decay"]), id="exchanged"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "change"), CHANGES)
+@pytest.mark.parametrize("when", ["before both", "between the phases"])
+def test_a_plan_sees_every_change_of_a_hyperparameter(
+    options: dict[str, Any], change: Callable[[dict[str, Any], int], object], when: str
+) -> None:
+    """Also one that comes twice, or after steps without any."""
+
+    def step(opt: RST, params: list[torch.nn.Parameter], t: int) -> None:
+        changes = t in (2, 3, 6)
+        if changes and when == "before both":
+            change(opt.param_groups[-1], t)
+        give_grads(params, 2 * t)
+        opt.perturb(t % 3 != 1)
+        if changes and when != "before both":
+            change(opt.param_groups[-1], t)
+        give_grads(params, 2 * t + 1)
+        opt.step()
+
+    both([((5,), F32), ((6, 2), F32)], step, 8, **{"lr": 0.1, **options})
+
+
+def test_numbers_of_an_earlier_plan_are_not_taken_for_those_of_a_new_one() -> None:
+    def step(opt: RST, params: list[torch.nn.Parameter], t: int) -> None:
+        give_grads(params, t, missing=(1,) if t > 1 else ())  # a new plan at t = 2, whose first numbers are others
+        if t == 2:
+            opt.param_groups[0]["lr"] = 0.5
+            opt.param_groups[0]["rho"] = 0.5
+        opt.perturb(True)
+        give_grads(params, 10 + t, missing=(1,) if t > 1 else ())
+        opt.step()
+
+    both([((5,), F32), ((6, 2), F32)], step, 4, lr=0.1)
