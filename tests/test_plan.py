@@ -222,6 +222,13 @@ def test_a_perturbed_parameter_changes_its_version_and_loses_its_gradient() -> N
     assert p._version > before
 
 
+def feel_the_weights(params: list[torch.nn.Parameter]) -> None:
+    """Makes gradients depend on where the weights are, so that a wrong perturbation shows in the update."""
+    for p in params:
+        if p.grad is not None:
+            p.grad += p.detach()
+
+
 SGD = {"base": "sgd", "momentum": 0.9, "weight_decay": 0.01}
 CHANGES = [
     pytest.param(SGD, lambda g, t: g.update(lr=0.1 / (t + 1)), id="lr"),
@@ -258,6 +265,7 @@ def test_a_plan_sees_every_change_of_a_hyperparameter(
         if changes and when != "before both":
             change(opt.param_groups[-1], t)
         give_grads(params, 2 * t + 1)
+        feel_the_weights(params)
         opt.step()
 
     both([((5,), F32), ((6, 2), F32)], step, 8, **{"lr": 0.1, **options})
@@ -271,6 +279,7 @@ def test_numbers_of_an_earlier_plan_are_not_taken_for_those_of_a_new_one() -> No
             opt.param_groups[0]["rho"] = 0.5
         opt.perturb(True)
         give_grads(params, 10 + t, missing=(1,) if t > 1 else ())
+        feel_the_weights(params)
         opt.step()
 
     both([((5,), F32), ((6, 2), F32)], step, 4, lr=0.1)
