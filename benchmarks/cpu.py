@@ -12,7 +12,7 @@ from . import record
 from .cases import CASES, DTYPES, LARGE, Hyper
 from .peers import PEERS, Ours, Unavailable, attach, make
 from .probe import Probe
-from .runner import OURS, Plan, Race, entry
+from .runner import OURS, OtherData, Plan, Race, entry
 
 AGREEMENT = {"fp32": 1e-3, "bf16": 0.1}  # largest distance between two competitors' weights, relative
 
@@ -65,9 +65,10 @@ def measure(case_name: str, dtype: str, names: list[str], args: argparse.Namespa
         attach(mine.params, grads[0])
         probe = Probe(mine.streams(), torch.get_num_threads())
         # Many short rounds: the fraction of a ceiling needs more precision than a ratio of 2 or 10.
-        race = Race(ours, grads, probe)
+        race = Race(ours, grads, probe) if small else Race(ours, grads, probe, OtherData())
         race.run(Plan(5 * rounds, calls))
-        races.append(entry(race, case, f"{dtype}, beside the bandwidth probe"))
+        state = "" if small else ", from empty caches"
+        races.append(entry(race, case, f"{dtype}, beside the bandwidth probe{state}"))
         notes += [f"{case_name}, {dtype}: probe {mix}: {words}" for mix, words in probe.describe().items()]
         speeds = {what: probe.bandwidth(what, min(seconds)) / 1e9 for what, seconds in race.times["probe"].items()}
         words = ", ".join(f"{what} {speed:.1f} GB/s" for what, speed in speeds.items())

@@ -9,13 +9,15 @@
 //   base     reads w, g, m           writes w and m (both read-modify-write)
 // Variants say which stores bypass the cache: 0 none, 1 the write-only stream, 2 every written stream.
 #include <immintrin.h>
+#include <atomic>
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <thread>
 #include <vector>
 
-// A stretch of one parameter and its companions, with the thread that takes it. Matches Piece of probe.py.
+// A stretch of one parameter and its companions, with a thread to take it. Matches Piece of probe.py.
 struct Piece {
   uint8_t *w, *g, *m, *backup;
   size_t bytes;
@@ -113,21 +115,36 @@ uint64_t part(const Piece& a, int mix, int variant, uint64_t keep) {
 
 }  // namespace
 
-// Runs one pass of a mix over all pieces, whose addresses are multiples of 32. The calling thread takes part. Returns
-// what the norm read, folded into 8 bytes.
-extern "C" uint64_t probe_run(int mix, int variant, const Piece* pieces, size_t count, size_t threads, uint64_t keep) {
+// Runs one pass of a mix over all pieces, whose addresses are multiples of 32; the calling thread takes part. A piece goes
+// to its owner, or with `in_turn` to the thread that asks next. Leaves in `seconds` the time from the moment when all
+// threads are awake until the last one is done. Returns what the norm read, folded into 8 bytes.
+extern "C" uint64_t probe_run(int mix, int variant, const Piece* pieces, size_t count, bool in_turn, size_t threads,
+                              uint64_t keep, double* seconds) {
   std::vector<uint64_t> seen(threads, 0);
+  std::atomic<size_t> next{0}, awake{0}, done{0};
   const auto work = [&](size_t t) {
     uint64_t mine = 0;
-    for (size_t i = 0; i < count; ++i) {
-      if (pieces[i].owner == t) mine ^= part(pieces[i], mix, variant, keep);
+    for (size_t i = in_turn ? next++ : 0; i < count; i = in_turn ? next++ : i + 1) {
+      if (in_turn || pieces[i].owner == t) mine ^= part(pieces[i], mix, variant, keep);
     }
     _mm_sfence();
     seen[t] = mine;
+    ++done;
   };
   std::vector<std::thread> pool;
-  for (size_t t = 1; t < threads; ++t) pool.emplace_back(work, t);
+  for (size_t t = 1; t < threads; ++t) {
+    pool.emplace_back([&, t] {
+      ++awake;
+      while (awake < threads) {}
+      work(t);
+    });
+  }
+  while (awake < threads - 1) {}
+  const auto start = std::chrono::steady_clock::now();
+  ++awake;
   work(0);
+  while (done < threads) {}
+  *seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   for (std::thread& thread : pool) thread.join();
   uint64_t all = 0;
   for (uint64_t s : seen) all ^= s;

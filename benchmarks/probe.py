@@ -8,8 +8,7 @@ import itertools
 import shutil
 import subprocess
 import tempfile
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -27,13 +26,13 @@ CEILING = {
 STREAMS = {"norm": 1, "perturb": 4, "update": 5, "base": 5}  # arrays read plus arrays written
 VARIANTS = {0: "plain stores", 1: "non-temporal write-only stream", 2: "non-temporal stores everywhere"}
 DISTINCT = {"norm": (0,), "perturb": (0, 1, 2), "update": (0, 1, 2), "base": (0, 2)}  # variants that differ
-BLOCKS = (0, 1 << 16, 1 << 20)  # bytes of one stream that a thread takes in turn; 0: one stretch per thread
+BLOCKS = (0, 1 << 16, 1 << 18, 1 << 20)  # bytes of one stream that a thread takes when it is free; 0: one share each
 ALIGNMENT = 32  # of every tensor: the width of a non-temporal store
 KEEP = 0  # mask under which a pass leaves weights and state as they are
 
 
 class Piece(ctypes.Structure):
-    """A stretch of one parameter and its companions, with the thread that takes it. Matches Piece of probe.cpp."""
+    """A stretch of one parameter and its companions, with a thread to take it. Matches Piece of probe.cpp."""
 
     _fields_ = (*((name, ctypes.c_void_p) for name in ARRAYS), ("bytes", ctypes.c_size_t), ("owner", ctypes.c_size_t))
 
@@ -55,13 +54,14 @@ def _library() -> ctypes.CDLL:
         shutil.rmtree(folder)  # a loaded library stays mapped without its file
     loaded.probe_run.restype = ctypes.c_uint64
     loaded.probe_run.argtypes = [
-        ctypes.c_int, ctypes.c_int, ctypes.POINTER(Piece), ctypes.c_size_t, ctypes.c_size_t, ctypes.c_uint64
+        ctypes.c_int, ctypes.c_int, ctypes.POINTER(Piece), ctypes.c_size_t, ctypes.c_bool, ctypes.c_size_t,
+        ctypes.c_uint64, ctypes.POINTER(ctypes.c_double),
     ]  # fmt: skip
     return loaded
 
 
 def cut(sizes: Sequence[int], block: int, threads: int) -> list[tuple[int, int, int, int]]:
-    """(tensor, first byte, bytes, thread) of every stretch: blocks in turn, or one share of all bytes per thread."""
+    """(tensor, first byte, bytes, thread) of every stretch: blocks, or with block = 0 an equal share for each thread."""
     share = -(-sum(sizes) // threads // ALIGNMENT) * ALIGNMENT
     cuts: list[tuple[int, int, int, int]] = []
     before = 0  # bytes of earlier tensors, each rounded up to ALIGNMENT
@@ -69,7 +69,7 @@ def cut(sizes: Sequence[int], block: int, threads: int) -> list[tuple[int, int, 
         begin = 0
         while begin < size:
             if block:
-                owner, room = len(cuts) % threads, block
+                owner, room = 0, block
             else:
                 owner = min((before + begin) // share, threads - 1)
                 room = (owner + 1) * share - before - begin if owner < threads - 1 else size
@@ -107,34 +107,35 @@ class Probe:
             )
         self.choice: dict[str, tuple[int, int]] = dict.fromkeys(MIXES, (0, 0))
 
-    def run(self, mix: str, variant: int, block: int, keep: int = KEEP) -> int:
-        """One pass of ``mix`` over all tensors. The norm returns what it read, folded into 8 bytes."""
-        pieces = self._pieces[block]
-        return self._library.probe_run(MIXES.index(mix), variant, pieces, len(pieces), self.threads, keep)
+    def run(self, mix: str, variant: int, block: int, keep: int = KEEP) -> tuple[float, int]:
+        """One pass of ``mix`` over all tensors: seconds, and what a norm read, folded into 8 bytes."""
+        pieces, seconds = self._pieces[block], ctypes.c_double()
+        seen = self._library.probe_run(
+            MIXES.index(mix), variant, pieces, len(pieces), block != 0, self.threads, keep, ctypes.byref(seconds)
+        )
+        return seconds.value, seen
 
-    def call(self, mix: str) -> None:
-        """One pass of ``mix`` in the variant that :meth:`calibrate` found fastest."""
-        self.run(mix, *self.choice[mix])
-
-    def calibrate(self, rounds: int = 5) -> dict[str, tuple[int, int]]:
-        """Picks for each mix the fastest kind of stores and split between threads; returns the choice."""
+    def calibrate(self, before: Callable[[], object], rounds: int = 5) -> dict[str, tuple[int, int]]:
+        """Picks for each mix the fastest kind of stores and split between threads; ``before`` runs before each pass."""
         for mix in MIXES:
             best: dict[tuple[int, int], float] = {}
             for _ in range(rounds):
                 for key in itertools.product(DISTINCT[mix], BLOCKS):
-                    start = time.perf_counter()
-                    self.run(mix, *key)
-                    best[key] = min(best.get(key, float("inf")), time.perf_counter() - start)
+                    before()
+                    best[key] = min(best.get(key, float("inf")), self.run(mix, *key)[0])
             self.choice[mix] = min(best, key=best.__getitem__)
         return dict(self.choice)
 
-    def seconds(self) -> dict[str, float]:
-        """One pass of every mix, timed, summed into the ceiling of every part of a step."""
+    def seconds(self, before: Callable[[], object]) -> dict[str, float]:
+        """One pass of every mix as calibrated, summed into the ceiling of every part of a step.
+
+        ``before`` runs before each pass, except that a perturbation follows its norm at once.
+        """
         mixes = {}
         for mix in MIXES:
-            start = time.perf_counter()
-            self.call(mix)
-            mixes[mix] = time.perf_counter() - start
+            if mix != "perturb":
+                before()
+            mixes[mix], _ = self.run(mix, *self.choice[mix])
         return {part: sum(mixes[mix] for mix in sum_of) for part, sum_of in CEILING.items()}
 
     def bandwidth(self, part: str, seconds: float) -> float:
@@ -145,6 +146,6 @@ class Probe:
         """The chosen variant of each mix, in words."""
         words = {}
         for mix, (variant, block) in self.choice.items():
-            split = "one piece per thread" if block == 0 else f"interleaved blocks of {block >> 10} KiB"
+            split = "one share per thread" if block == 0 else f"blocks of {block >> 10} KiB"
             words[mix] = f"{VARIANTS[variant]}, {split}"
         return words

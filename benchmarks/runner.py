@@ -42,6 +42,23 @@ def wall_clock(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+class OtherData:
+    """Data that takes the place of the optimizer's in all caches when called, as a forward and backward do.
+
+    Its threads are then awake and looking for work, as they are after a backward.
+    """
+
+    def __init__(self) -> None:
+        try:
+            last_level = os.sysconf("SC_LEVEL3_CACHE_SIZE")
+        except (ValueError, OSError, AttributeError):
+            last_level = 0
+        self._values = torch.zeros(2 * (last_level if last_level > 0 else 64 << 20) // 4)
+
+    def __call__(self) -> None:
+        self._values.sum()
+
+
 @dataclass(frozen=True)
 class Plan:
     """How long to measure: ``rounds`` rounds, where a competitor's time is ``reduce`` of ``calls`` calls."""
@@ -77,6 +94,7 @@ class Race:
     competitors: Mapping[str, Competitor]
     grads: Sequence[Sequence[torch.Tensor]]
     probe: Probe | None = None
+    before: Callable[[], object] = lambda: None  # before each call that is timed
     clock: Clock = wall_clock
     times: dict[str, Times] = field(default_factory=dict)
     others: float = 0.0  # how many cores other processes kept busy during the rounds, on average
@@ -85,6 +103,7 @@ class Race:
         seconds = {}
         for what in ("perturb", "update", "base"):
             attach(competitor.params, next(sets))
+            self.before()
             seconds[what] = self.clock(getattr(competitor, what))
         seconds["step"] = seconds["perturb"] + seconds["update"]
         return seconds
@@ -100,8 +119,13 @@ class Race:
                 for _ in range(plan.warmup):
                     entry()
             if self.probe is not None:
-                self.probe.calibrate()
-                entries["probe"] = self.probe.seconds
+
+                def alone() -> None:  # the probe has threads of its own, beside which no others may spin
+                    self.before()
+                    time.sleep(plan.settle)
+
+                self.probe.calibrate(alone)
+                entries["probe"] = functools.partial(self.probe.seconds, alone)
             self.times = {name: {what: [] for what in WHATS} for name in entries}
             begun, busy, own = time.perf_counter(), _busy_seconds(), time.process_time()
             for _ in range(plan.rounds):

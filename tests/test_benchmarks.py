@@ -190,11 +190,11 @@ def test_the_probe_touches_every_byte_once(threads: int, keep: int) -> None:
 def test_the_norm_probe_reads_all_of_its_tensors() -> None:
     probe = probed(2)
     for block in BLOCKS:
-        assert probe.run("norm", 0, block) == 0
+        assert probe.run("norm", 0, block)[1] == 0
         for g in probe.streams["g"]:
             for i in {0, g.numel() // 3, g.numel() - 1} if g.numel() else ():
                 g[i] = 1
-                assert probe.run("norm", 0, block) == 1 << 8 * (i % 8)
+                assert probe.run("norm", 0, block)[1] == 1 << 8 * (i % 8)
                 g[i] = 0
 
 
@@ -210,8 +210,11 @@ def test_the_probe_shares_the_bytes_among_its_threads(block: int, threads: int) 
             assert count > 0
             ends.append(begin + count)
         assert ends[-1] == size
-    load = [sum(count for _, _, count, owner in cuts if owner == t) for t in range(threads)]
-    assert max(load) - min(load) <= max(block, 2 * ALIGNMENT * len(PROBED))
+    if block:
+        assert max(count for _, _, count, _ in cuts) <= block
+    else:
+        load = [sum(count for _, _, count, owner in cuts if owner == t) for t in range(threads)]
+        assert max(load) - min(load) <= 2 * ALIGNMENT * len(PROBED)
 
 
 @needs_compiler
@@ -227,8 +230,10 @@ def test_the_probe_runs_over_the_optimizer_s_own_memory_and_leaves_it_as_it_is()
     before = {name: [t.clone() for t in tensors] for name, tensors in ours.streams().items()}
     probe = Probe(ours.streams(), 2)
     assert [t.data_ptr() for t in probe.streams["w"]] == [p.data_ptr() for p in ours.params]
-    probe.calibrate()
-    probe.seconds()
+    calls: list[str] = []
+    probe.calibrate(lambda: calls.append("calibrate"))
+    assert all(seconds > 0 for seconds in probe.seconds(lambda: calls.append("time")).values())
+    assert calls.count("time") == 3  # before norm, update and base
     for name in ("w", "g", "m"):
         assert all(map(torch.equal, probe.streams[name], before[name])), name
     with pytest.raises(ValueError, match="m must be as large as w"):
