@@ -5,34 +5,43 @@
 
 namespace rst::RST_LEVEL {
 
-// Squares of 16-bit numbers are exact in fp32 (8 + 8 and 11 + 11 bits of significand). Eight are added there, each time with
-// an error of at most 2^-24, before their sum is widened: converting to fp64 would cost more than all the rest. A block is
-// 32 elements, and pair k of four blocks in a row goes to lane k at every SIMD level.
-constexpr int kPairBlock = 2 * kNormLanes;
-constexpr int kPairBlocks = 4;
-
+// Eight squares at a time are added in fp32, each addition with an error of at most 2^-24 of the sum, before the sum is
+// widened: converting every number to fp64 would cost more than reading it. Element order is the same at every SIMD level:
+// a block holds one number of 4 bytes, or two of 2 bytes, for each of kNormLanes lanes.
+constexpr int kSquares = 8;
 template <class T>
-RST_INLINE FloatV add_pair_squares(const uint16_t* block, int k, FloatV sum) {
-  using Beside16 = Vector<uint16_t, kFloatLanes>;
-  Twin g;
-  if constexpr (std::is_same<T, BFloat16>::value) {  // neighbours
-    typename Convert<Twin, BFloat16>::Raw raw;
-    std::memcpy(&raw, block + 2 * k, sizeof(raw));
-    g = Convert<Twin, BFloat16>::widen(raw);
-  } else {  // 16 elements apart
-    Beside16 first, second;
-    std::memcpy(&first, block + k, sizeof(first));
-    std::memcpy(&second, block + kNormLanes + k, sizeof(second));
-    g = {half_to_float(first), half_to_float(second)};
+constexpr int kNormBlock = kNormLanes * 4 / sizeof(T);
+template <class T>
+constexpr int kNormBlocks = kSquares * sizeof(T) / 4;  // whose squares are added before widening
+
+// Adds the squares of lanes [k, k + kFloatLanes) of a block.
+template <class T>
+RST_INLINE FloatV add_squares(const T* block, int k, FloatV sum) {
+  if constexpr (std::is_same<T, float>::value) {
+    FloatV g;
+    std::memcpy(&g, block + k, sizeof(g));
+    return fma(g, g, sum);
+  } else {
+    Twin g;
+    if constexpr (std::is_same<T, BFloat16>::value) {  // neighbours
+      typename Convert<Twin, BFloat16>::Raw raw;
+      std::memcpy(&raw, block + 2 * k, sizeof(raw));
+      g = Convert<Twin, BFloat16>::widen(raw);
+    } else {  // 16 elements apart
+      Vector<uint16_t, kFloatLanes> first, second;
+      std::memcpy(&first, block + k, sizeof(first));
+      std::memcpy(&second, block + kNormLanes + k, sizeof(second));
+      g = {half_to_float(first), half_to_float(second)};
+    }
+    return fma(g.a, g.a, fma(g.b, g.b, sum));
   }
-  return fma(g.a, g.a, fma(g.b, g.b, sum));
 }
 
 template <class T>
-RST_INLINE void add_pairs(const uint16_t* blocks, DoubleV* sums) {
+RST_INLINE void add_blocks(const T* blocks, int count, DoubleV* sums) {
   for (int k = 0; k < kNormLanes; k += kFloatLanes) {
     FloatV squares{};
-    for (int b = 0; b < kPairBlocks; ++b) squares = add_pair_squares<T>(blocks + b * kPairBlock, k, squares);
+    for (int b = 0; b < count; ++b) squares = add_squares<T>(blocks + b * kNormBlock<T>, k, squares);
     Vector<float, kDoubleLanes> halves[2];
     std::memcpy(halves, &squares, sizeof(halves));
     sums[k / kDoubleLanes] += __builtin_convertvector(halves[0], DoubleV);
@@ -40,29 +49,34 @@ RST_INLINE void add_pairs(const uint16_t* blocks, DoubleV* sums) {
   }
 }
 
-// True if the pairs were summed into c.lanes; false, with nothing done, where fp32 did not hold their squares: a bfloat16
-// reaches as far as a float.
+// True if the chunk was summed into c.lanes; false, with nothing done, where fp32 did not hold the squares.
 template <class T>
-bool sum_pairs(const ChunkCall& c) {
+bool sum_in_fp32(const ChunkCall& c) {
   constexpr int kSums = kNormLanes / kDoubleLanes;
   DoubleV sums[kSums];
   std::memcpy(sums, c.lanes, sizeof(sums));
-  const uint16_t* g = static_cast<const uint16_t*>(c.data[kGrad]);
+  const T* g = static_cast<const T*>(c.data[kGrad]);
   int64_t i = 0;
-  constexpr int kStride = kPairBlocks * kPairBlock;
-  for (; i + kStride <= c.count; i += kStride) add_pairs<T>(g + i, sums);
+  constexpr int kStride = kNormBlocks<T> * kNormBlock<T>;
+  for (; i + kStride <= c.count; i += kStride) add_blocks<T>(g + i, kNormBlocks<T>, sums);
   if (i < c.count) {
-    uint16_t rest[kStride] = {};
-    std::memcpy(rest, g + i, (c.count - i) * sizeof(uint16_t));
-    add_pairs<T>(rest, sums);
+    T rest[kStride];
+    std::memset(rest, 0, sizeof(rest));
+    std::memcpy(rest, g + i, (c.count - i) * sizeof(T));
+    add_blocks<T>(rest, static_cast<int>((c.count - i + kNormBlock<T> - 1) / kNormBlock<T>), sums);
   }
   double lanes[kNormLanes], total = 0;
   std::memcpy(lanes, sums, sizeof(sums));
   for (double lane : lanes) total += lane;
   // Each of at most 2^14 squares below 2^-126 is off by less than 2^-149.
   if (!(total >= 0x1p-100 && total <= 0x1p120)) {
+    using Bits = typename std::conditional<sizeof(T) == 4, uint32_t, uint16_t>::type;
     bool zero = total == 0;
-    for (i = 0; zero && i < c.count; ++i) zero = (g[i] & 0x7fffu) == 0;
+    for (i = 0; zero && i < c.count; ++i) {
+      Bits bits;
+      std::memcpy(&bits, g + i, sizeof(bits));
+      zero = static_cast<Bits>(bits << 1) == 0;  // without the sign
+    }
     if (!zero) return false;
   }
   std::memcpy(c.lanes, sums, sizeof(sums));
@@ -73,8 +87,8 @@ bool sum_pairs(const ChunkCall& c) {
 // depends neither on the SIMD level nor on the number of threads.
 template <class T, bool Adaptive, bool Master>
 void grad_norm_chunk(const ChunkCall& c) {
-  if constexpr (sizeof(T) == 2 && !Adaptive) {
-    if (sum_pairs<T>(c)) return;
+  if constexpr (sizeof(T) < sizeof(double) && !Adaptive) {
+    if (sum_in_fp32<T>(c)) return;
   }
   constexpr int kSums = kNormLanes / kDoubleLanes;
   DoubleV sums[kSums];
