@@ -61,7 +61,7 @@ def _library() -> ctypes.CDLL:
 
 
 def cut(sizes: Sequence[int], block: int, threads: int) -> list[tuple[int, int, int, int]]:
-    """(tensor, first byte, bytes, thread) of every stretch: blocks, or with block = 0 an equal share for each thread."""
+    """(tensor, first byte, bytes, thread) of every stretch: blocks, or with block = 0 an equal share per thread."""
     share = -(-sum(sizes) // threads // ALIGNMENT) * ALIGNMENT
     cuts: list[tuple[int, int, int, int]] = []
     before = 0  # bytes of earlier tensors, each rounded up to ALIGNMENT
