@@ -116,16 +116,17 @@ uint64_t part(const Piece& a, int mix, int variant, uint64_t keep) {
 }  // namespace
 
 // Runs one pass of a mix over all pieces, whose addresses are multiples of 32; the calling thread takes part. A piece goes
-// to its owner, or with `in_turn` to the thread that asks next. Leaves in `seconds` the time from the moment when all
+// to its owner, or with `in_turn` to the thread that asks next; `backwards`: the last one first. Leaves in `seconds` the time from the moment when all
 // threads are awake until the last one is done. Returns what the norm read, folded into 8 bytes.
-extern "C" uint64_t probe_run(int mix, int variant, const Piece* pieces, size_t count, bool in_turn, size_t threads,
-                              uint64_t keep, double* seconds) {
+extern "C" uint64_t probe_run(int mix, int variant, const Piece* pieces, size_t count, bool in_turn, bool backwards,
+                              size_t threads, uint64_t keep, double* seconds) {
   std::vector<uint64_t> seen(threads, 0);
   std::atomic<size_t> next{0}, awake{0}, done{0};
   const auto work = [&](size_t t) {
     uint64_t mine = 0;
     for (size_t i = in_turn ? next++ : 0; i < count; i = in_turn ? next++ : i + 1) {
-      if (in_turn || pieces[i].owner == t) mine ^= part(pieces[i], mix, variant, keep);
+      const Piece& piece = pieces[backwards ? count - 1 - i : i];
+      if (in_turn || piece.owner == t) mine ^= part(piece, mix, variant, keep);
     }
     _mm_sfence();
     seen[t] = mine;

@@ -27,8 +27,12 @@ STREAMS = {"norm": 1, "perturb": 4, "update": 5, "base": 5}  # arrays read plus 
 VARIANTS = {0: "plain stores", 1: "non-temporal write-only stream", 2: "non-temporal stores everywhere"}
 DISTINCT = {"norm": (0,), "perturb": (0, 1, 2), "update": (0, 1, 2), "base": (0, 2)}  # variants that differ
 BLOCKS = (0, 1 << 16, 1 << 18, 1 << 20)  # bytes of one stream that a thread takes when it is free; 0: one share each
+BACKWARDS = {"perturb": (False, True)}  # which ways to try; backwards meets what the norm left in the cache
 ALIGNMENT = 32  # of every tensor: the width of a non-temporal store
 KEEP = 0  # mask under which a pass leaves weights and state as they are
+
+
+Choice = tuple[int, int, bool]  # variant, block, backwards
 
 
 class Piece(ctypes.Structure):
@@ -54,8 +58,8 @@ def _library() -> ctypes.CDLL:
         shutil.rmtree(folder)  # a loaded library stays mapped without its file
     loaded.probe_run.restype = ctypes.c_uint64
     loaded.probe_run.argtypes = [
-        ctypes.c_int, ctypes.c_int, ctypes.POINTER(Piece), ctypes.c_size_t, ctypes.c_bool, ctypes.c_size_t,
-        ctypes.c_uint64, ctypes.POINTER(ctypes.c_double),
+        ctypes.c_int, ctypes.c_int, ctypes.POINTER(Piece), ctypes.c_size_t, ctypes.c_bool, ctypes.c_bool,
+        ctypes.c_size_t, ctypes.c_uint64, ctypes.POINTER(ctypes.c_double),
     ]  # fmt: skip
     return loaded
 
@@ -105,23 +109,26 @@ class Probe:
                     for tensor, begin, count, owner in cuts
                 )
             )
-        self.choice: dict[str, tuple[int, int]] = dict.fromkeys(MIXES, (0, 0))
+        self.choice: dict[str, Choice] = dict.fromkeys(MIXES, (0, 0, False))
 
-    def run(self, mix: str, variant: int, block: int, keep: int = KEEP) -> tuple[float, int]:
+    def run(self, mix: str, variant: int, block: int, backwards: bool, keep: int = KEEP) -> tuple[float, int]:
         """One pass of ``mix`` over all tensors: seconds, and what a norm read, folded into 8 bytes."""
         pieces, seconds = self._pieces[block], ctypes.c_double()
         seen = self._library.probe_run(
-            MIXES.index(mix), variant, pieces, len(pieces), block != 0, self.threads, keep, ctypes.byref(seconds)
-        )
+            MIXES.index(mix), variant, pieces, len(pieces), block != 0, backwards, self.threads, keep,
+            ctypes.byref(seconds),
+        )  # fmt: skip
         return seconds.value, seen
 
-    def calibrate(self, before: Callable[[], object], rounds: int = 5) -> dict[str, tuple[int, int]]:
-        """Picks for each mix the fastest kind of stores and split between threads; ``before`` runs before each pass."""
+    def calibrate(self, before: Callable[[], object], rounds: int = 5) -> dict[str, Choice]:
+        """Picks for each mix the fastest kind of stores, split between threads, and direction, timed as by seconds."""
         for mix in MIXES:
-            best: dict[tuple[int, int], float] = {}
+            best: dict[Choice, float] = {}
             for _ in range(rounds):
-                for key in itertools.product(DISTINCT[mix], BLOCKS):
+                for key in itertools.product(DISTINCT[mix], BLOCKS, BACKWARDS.get(mix, (False,))):
                     before()
+                    if mix == "perturb":
+                        self.run("norm", *self.choice["norm"])
                     best[key] = min(best.get(key, float("inf")), self.run(mix, *key)[0])
             self.choice[mix] = min(best, key=best.__getitem__)
         return dict(self.choice)
@@ -145,7 +152,7 @@ class Probe:
     def describe(self) -> dict[str, str]:
         """The chosen variant of each mix, in words."""
         words = {}
-        for mix, (variant, block) in self.choice.items():
+        for mix, (variant, block, backwards) in self.choice.items():
             split = "one share per thread" if block == 0 else f"blocks of {block >> 10} KiB"
-            words[mix] = f"{VARIANTS[variant]}, {split}"
+            words[mix] = f"{VARIANTS[variant]}, {split}{', backwards' if backwards else ''}"
         return words

@@ -43,7 +43,7 @@ def _cpu_model() -> str:
     return found[1].strip() if found else platform.processor() or platform.machine()
 
 
-def _cache_bytes() -> int | None:
+def cache_bytes() -> int | None:
     """Bytes of the last-level cache of the first core, or None where the system does not say."""
     sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
     return max((int(size.rstrip("K")) * 1024 for size in sizes), default=None)
@@ -78,7 +78,7 @@ def environment(
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "device": device,
         "machine": {
-            "cpu": _cpu_model(), "cores": os.cpu_count(), "last_level_cache_bytes": _cache_bytes(),
+            "cpu": _cpu_model(), "cores": os.cpu_count(), "last_level_cache_bytes": cache_bytes(),
             "threads": torch.get_num_threads(), "load_average": list(os.getloadavg()),
             "system": f"{platform.system()} {platform.release()}",
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),

@@ -19,6 +19,7 @@ import torch
 from .cases import GOALS, Case
 from .peers import Competitor, attach
 from .probe import Probe
+from .record import cache_bytes
 
 OURS = ("ours", "ours-master")
 WHATS = ("perturb", "update", "step", "base")  # step = perturb + update, of the same call
@@ -49,11 +50,7 @@ class OtherData:
     """
 
     def __init__(self) -> None:
-        try:
-            last_level = os.sysconf("SC_LEVEL3_CACHE_SIZE")
-        except (ValueError, OSError, AttributeError):
-            last_level = 0
-        self._values = torch.zeros(2 * (last_level if last_level > 0 else 64 << 20) // 4)
+        self._values = torch.zeros(2 * (cache_bytes() or 64 << 20) // 4)
 
     def __call__(self) -> None:
         self._values.sum()

@@ -67,6 +67,7 @@ struct CoreApi {
   std::vector<const KernelTable*> (*runnable_kernels)();
   bool (*select_kernels)(const char* name);
   const KernelTable& (*kernels)();
+  int64_t (*cache_bytes)();
 
   // Null where the extension was built without CUDA.
   const char* (*cuda_description)();

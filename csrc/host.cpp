@@ -52,13 +52,14 @@ PYBIND11_MODULE(_host, m) {
   m.def("build_info", &build_info);
   m.def("knows_streams", [] { return core().knows_streams != nullptr && core().knows_streams(); });
   m.def("simulate_gpu", &simulate_gpu, py::arg("callback"), py::arg("device_numbers") = false);
+  m.def("cache_bytes", [] { return core().cache_bytes(); });
   m.def("simd_levels", &simd_levels);
   m.def("simd_level", [] { return std::string(core().kernels().name); });
   m.def("select_simd", [](const std::string& name) { return core().select_kernels(name.c_str()); }, py::arg("name"));
   py::class_<Plan>(m, "Plan")
-      .def(py::init<bool, py::list, py::list, std::vector<int64_t>, int64_t, int64_t, int64_t, const Plan::Positions&,
+      .def(py::init<bool, py::list, py::list, py::list, std::vector<int64_t>, int64_t, int64_t, int64_t, const Plan::Positions&,
                     const Plan::Positions&, const Plan::Positions&, const Plan::Positions&, py::dict>(),
-           py::arg("gpu"), py::arg("everything"), py::arg("active"), py::arg("sizes"), py::arg("handle"), py::arg("watched"),
+           py::arg("gpu"), py::arg("groups"), py::arg("everything"), py::arg("active"), py::arg("sizes"), py::arg("handle"), py::arg("watched"),
            py::arg("idle"), py::arg("masters"), py::arg("buffers"), py::arg("buffers2"), py::arg("backups"),
            py::arg("state"))
       .def("look", &Plan::look)

@@ -23,7 +23,7 @@ void HeldTensors::reset(int64_t handle) {
   if (before != 0) core().release(before);
 }
 
-Plan::Plan(bool gpu, py::list everything, py::list active, std::vector<int64_t> sizes, int64_t handle, int64_t watched,
+Plan::Plan(bool gpu, py::list groups, py::list everything, py::list active, std::vector<int64_t> sizes, int64_t handle, int64_t watched,
            int64_t idle, const Positions& masters, const Positions& buffers, const Positions& buffers2,
            const Positions& backups, py::dict state)
     : ops_(gpu ? *core().gpu : core().cpu),
@@ -31,6 +31,7 @@ Plan::Plan(bool gpu, py::list everything, py::list active, std::vector<int64_t> 
       held_(handle),
       watched_(watched),
       idle_(idle),
+      groups_(py::cast<std::vector<py::object>>(groups)),
       everything_(everything),
       active_(active),
       state_(state) {
@@ -187,13 +188,6 @@ void Plan::cut() {
   alike_ = !gpu_ || std::none_of(tensors.begin(), tensors.end(), [](const Tensor& t) { return t.strided(); });
 }
 
-static PyObject* interned(const char* name) { return PyUnicode_InternFromString(name); }
-
-static PyObject* params_name() {
-  static PyObject* const name = interned("params");
-  return name;
-}
-
 static bool is_constant(PyObject* x) {
   if (PyTuple_CheckExact(x)) {
     for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(x); ++i) {
@@ -204,15 +198,19 @@ static bool is_constant(PyObject* x) {
   return x == Py_None || PyBool_Check(x) || PyFloat_CheckExact(x) || PyLong_CheckExact(x) || PyUnicode_CheckExact(x);
 }
 
-// Visits names and values of all hyperparameters; false as soon as visit says so.
+static bool is_named(PyObject* key, const char* name) {
+  return PyUnicode_Check(key) && PyUnicode_CompareWithASCIIString(key, name) == 0;
+}
+
+// Visits names and values of all hyperparameters; false as soon as visit says so, or if a group may not say what it holds.
 template <class Visit>
 static bool walk_numbers(const py::list& groups, Visit visit) {
-  static PyObject* const names = interned("param_names");
   PyObject *key, *value;
   for (const py::handle& group : groups) {
-    if (!PyDict_Check(group.ptr())) return false;
+    if (!PyDict_CheckExact(group.ptr())) return false;
     for (Py_ssize_t at = 0; PyDict_Next(group.ptr(), &at, &key, &value);) {
-      if (key != params_name() && key != names && !(visit(key) && visit(value))) return false;
+      if (PyList_CheckExact(value) && (is_named(key, "params") || is_named(key, "param_names"))) continue;
+      if (!visit(key) || !visit(value)) return false;
     }
   }
   return true;
@@ -232,7 +230,10 @@ bool Plan::same_numbers(const py::list& groups) {
     numbers_seen_.push_back(x);
     return is_constant(x);
   });
-  if (!constant) numbers_seen_.clear();
+  if (!constant) {
+    numbers_seen_.clear();
+    numbers_kept_ = py::list();
+  }
   return false;
 }
 
@@ -242,9 +243,11 @@ int64_t Plan::look(const py::list& groups) {
 }
 
 bool Plan::same_parameters(const py::list& groups) const {
-  size_t next = 0;
+  static PyObject* const name = PyUnicode_InternFromString("params");
+  size_t next = 0, position = 0;
   for (const py::handle& group : groups) {
-    PyObject* const params = PyDict_Check(group.ptr()) ? PyDict_GetItemWithError(group.ptr(), params_name()) : nullptr;
+    if (position >= groups_.size() || group.ptr() != groups_[position++].ptr()) return false;
+    PyObject* const params = PyDict_Check(group.ptr()) ? PyDict_GetItemWithError(group.ptr(), name) : nullptr;
     if (params == nullptr || !PyList_Check(params)) {
       PyErr_Clear();
       return false;
@@ -255,7 +258,7 @@ bool Plan::same_parameters(const py::list& groups) const {
       if (PyList_GET_ITEM(params, i) != PyList_GET_ITEM(everything_.ptr(), next)) return false;
     }
   }
-  return next == everything_.size();
+  return next == everything_.size() && position == groups_.size();
 }
 
 bool Plan::companions_in_place(bool updating) {

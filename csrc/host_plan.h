@@ -33,17 +33,17 @@ class HeldTensors {
 class Plan {
  public:
   using Positions = std::vector<int64_t>;
-  // everything: all parameters in the order of their groups. active: those with a gradient, in the order of the ops;
+  // groups: the parameter groups. everything: all parameters in their order. active: those with a gradient, in the order of the ops;
   // sizes: how many of them share each row of numbers. `handle` holds the tensors of the plan: active, masters and
   // buffers, which must stay where they are (`watched` tensors in all), then backups, then from position `idle` on the
   // parameters without a gradient. masters, buffers, buffers2, backups: the position of each active parameter's companion
   // among them, or -1.
   // `state` is the optimizer's state: a step must find the same tensors in it. `gpu`: which kernels run.
-  Plan(bool gpu, py::list everything, py::list active, std::vector<int64_t> sizes, int64_t handle, int64_t watched,
+  Plan(bool gpu, py::list groups, py::list everything, py::list active, std::vector<int64_t> sizes, int64_t handle, int64_t watched,
        int64_t idle, const Positions& masters, const Positions& buffers, const Positions& buffers2,
        const Positions& backups, py::dict state);
 
-  // Looks at the parameter groups. Bit 0: whether they, one after another, still hold the parameters of the plan; bit 1:
+  // Looks at the parameter groups. Bit 0: whether they are those of the plan and still hold its parameters; bit 1:
   // whether the plan has perturbed them; from bit 2 on a number that changes whenever a hyperparameter may have changed.
   int64_t look(const py::list& groups);
   // Norm and perturbation with the gradients of now, which are taken out of p.grad and kept inside if `keep`. False, with
@@ -106,6 +106,7 @@ class Plan {
   int32_t device_ = kOnCpu;
   HeldTensors held_;
   int64_t watched_, idle_, masters_ = 0;
+  std::vector<py::object> groups_;
   py::list everything_, active_;
   py::dict state_;
   py::list kept_;                      // references that keep the state alive

@@ -112,6 +112,7 @@ CoreApi make_api() {
   api.bump_versions = &bump_versions;
   api.release = [](int64_t handle) { delete &held(handle); };
   api.runnable_kernels = &runnable_kernels;
+  api.cache_bytes = &cache_bytes;
   api.select_kernels = &select_kernels;
   api.kernels = &kernels;
 #ifdef RST_CUDA_VERSION

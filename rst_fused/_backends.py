@@ -214,6 +214,11 @@ def build_info() -> dict[str, str]:
     return {} if _host is None else dict(_host.build_info())
 
 
+def cache_bytes() -> int | None:
+    """Bytes of the last-level cache, past which the CPU kernels write larger data; None without the extension."""
+    return None if _host is None else int(_host.cache_bytes())
+
+
 def simd_level() -> str:
     """The SIMD level of the CPU kernels in use: plain, avx2 or avx512; "none" without the extension."""
     return "none" if _host is None else str(_host.simd_level())

@@ -210,8 +210,9 @@ class Plans:
         handle = getattr(torch.ops, NAMESPACE)._hold(held + idle)
         gpu = opt.backend.plans == "gpu"
         plan = host().Plan(
-            gpu, params, lists.params, lists.sizes, handle, len(held) - backed, len(held), *positions, state
-        )
+            gpu, opt.param_groups, params, lists.params, lists.sizes, handle, len(held) - backed, len(held), *positions,
+            state,
+        )  # fmt: skip
         lists.grads, lists.backups = [], []  # a kept gradient would be memory that zero_grad cannot free
         self._lists = lists
         self._with_backups, self._flags = with_backups, self._flags_of(opt)

@@ -34,6 +34,7 @@ def collect() -> dict[str, Any]:
             for backend in _backends.backends()
         ],
         "simd": _backends.simd_level(),
+        "last_level_cache_bytes": _backends.cache_bytes(),
         "torch": str(torch.__version__),
         "cuda": {
             "available": torch.cuda.is_available(),
@@ -57,6 +58,7 @@ def as_text(facts: dict[str, Any]) -> str:
         rows.append((f"backend: {backend['name']}", f"{state}: {backend['reason']}"))
     rows += [
         ("SIMD", facts["simd"]),
+        *([("cache", f"{cache / 2**20:g} MiB, last level")] if (cache := facts["last_level_cache_bytes"]) else []),
         ("torch", facts["torch"]),
         ("CUDA", cuda_line(facts["cuda"])),
         ("threads", str(facts["threads"])),

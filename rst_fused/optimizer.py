@@ -224,6 +224,7 @@ class RST(Core):
         else:
             drawn = self.draw()
             fire = drawn if fire is None else bool(fire)
+            run = self._run  # anew: a schedule is the user's, and may have loaded a state
         if not fire:
             return False
         run.perturbed = True

@@ -166,13 +166,13 @@ def test_the_probe_touches_every_byte_once(threads: int, keep: int) -> None:
     probe = probed(threads)
     assert probe.bytes == sum(PROBED)
     for mix, variants in DISTINCT.items():
-        for variant, block in itertools.product(variants, BLOCKS):
+        for variant, block, backwards in itertools.product(variants, BLOCKS, (False, True)):
             generator = torch.Generator().manual_seed(variant)
             for tensors in probe.streams.values():
                 for t in tensors:
                     t.random_(0, 256, generator=generator)
             before = {name: [t.clone() for t in tensors] for name, tensors in probe.streams.items()}
-            probe.run(mix, variant, block, keep)
+            probe.run(mix, variant, block, backwards, keep)
             mask = keep & 0xFF
             for i in range(len(PROBED)):
                 expected = {name: before[name][i] for name in ARRAYS}
@@ -190,11 +190,11 @@ def test_the_probe_touches_every_byte_once(threads: int, keep: int) -> None:
 def test_the_norm_probe_reads_all_of_its_tensors() -> None:
     probe = probed(2)
     for block in BLOCKS:
-        assert probe.run("norm", 0, block)[1] == 0
+        assert probe.run("norm", 0, block, False)[1] == 0
         for g in probe.streams["g"]:
             for i in {0, g.numel() // 3, g.numel() - 1} if g.numel() else ():
                 g[i] = 1
-                assert probe.run("norm", 0, block)[1] == 1 << 8 * (i % 8)
+                assert probe.run("norm", 0, block, False)[1] == 1 << 8 * (i % 8)
                 g[i] = 0
 
 

@@ -62,6 +62,7 @@ def test_info_json_states_the_facts(capsys):
     assert facts["cuda"]["available"] == torch.cuda.is_available()
     assert facts["build"] == _backends.build_info()
     assert facts["simd"] == _backends.simd_level()
+    assert facts["last_level_cache_bytes"] == _backends.cache_bytes()
     shown = [(backend["name"], backend["available"]) for backend in facts["backends"]]
     assert shown == [(backend.name, backend.available) for backend in _backends.backends()]
     assert ("reference", True) in shown

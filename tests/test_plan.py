@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import operator
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -283,3 +284,94 @@ def test_numbers_of_an_earlier_plan_are_not_taken_for_those_of_a_new_one() -> No
         opt.step()
 
     both([((5,), F32), ((6, 2), F32)], step, 4, lr=0.1)
+
+
+class Asked(dict[str, Any]):
+    """A parameter group that computes its learning rate when asked."""
+
+    def __getitem__(self, name: str) -> Any:
+        return 0.1 / (1 + self["asked"]) if name == "lr" else super().__getitem__(name)
+
+
+@pytest.mark.parametrize("when", ["before both", "between the phases"])
+@pytest.mark.parametrize("kind", [dict, Asked])
+def test_a_plan_sees_that_a_group_was_replaced(kind: type[dict[str, Any]], when: str) -> None:
+    def step(opt: RST, params: list[torch.nn.Parameter], t: int) -> None:
+        def change() -> None:
+            group = opt.param_groups[0]
+            if kind is dict:
+                opt.param_groups[0] = {**group, "lr": 0.1 / (t + 1), "rho": 0.1 * t}
+            elif t == 1:
+                opt.param_groups[0] = Asked(group, asked=t)
+            else:
+                group["asked"] = t
+
+        give_grads(params, 2 * t)
+        if t > 0 and when == "before both":
+            change()
+        opt.perturb(True)
+        if t > 0 and when != "before both":
+            change()
+        give_grads(params, 2 * t + 1)
+        feel_the_weights(params)
+        opt.step()
+
+    both([((5,), F32), ((6, 2), F32)], step, 5, lr=0.1, momentum=0.9)
+
+
+def test_a_plan_sees_that_a_group_of_a_shared_optimizer_was_replaced() -> None:
+    results = []
+    for backend in ("cpu", "reference"):
+        params = parameters(((5,), F32))
+        base = torch.optim.SGD(params, lr=0.1)
+        opt = RST(base=base, schedule=1.0, backend=backend)
+        for t in range(3):
+            if t == 2:
+                base.param_groups[0] = {**base.param_groups[0], "rho": 2.0}
+            give_grads(params, 2 * t)
+            opt.perturb()
+            give_grads(params, 2 * t + 1)
+            feel_the_weights(params)
+            opt.step()
+        results.append(params[0].detach())
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("way", ["saved and loaded", "pickled", "copied"])
+def test_hyperparameters_are_known_again_after_a_resume(way: str) -> None:
+    params = parameters(((5,), F32))
+    opt = RST([("weight", params[0])], lr=0.1, backend="cpu")
+    if way == "saved and loaded":
+        opt.load_state_dict(pickle.loads(pickle.dumps(opt.state_dict())))  # names that are not interned
+    elif way == "pickled":
+        opt = pickle.loads(pickle.dumps(opt))
+    else:
+        opt = copy.deepcopy(opt)
+    versions = []
+    for t in range(4):
+        give_grads(opt.param_groups[0]["params"], t)
+        opt.step()
+        versions.append(opt._plans._version)
+    assert versions[1:] == [versions[0]] * 3
+
+
+def test_a_schedule_may_load_a_state() -> None:
+    def schedule(t: int) -> float:
+        if t == 1:
+            opt.load_state_dict(saved)
+        return 1.0
+
+    (p,) = parameters(((5,), F32))
+    opt = RST([p], lr=0.1, schedule=schedule, backend="cpu")
+    saved = opt.state_dict()
+    before = p.detach().clone()
+    give_grads([p], 0)
+    opt.step()
+    give_grads([p], 1)
+    opt.perturb()
+    with pytest.raises(RuntimeError, match="perturbed"):
+        opt.state_dict()
+    perturbed = p.detach().clone()
+    opt.restore()
+    assert not torch.equal(p.detach(), perturbed)
+    assert not torch.equal(p.detach(), before)

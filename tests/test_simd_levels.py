@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import op_db
@@ -181,3 +182,25 @@ def test_large_data_is_computed_as_small_data(
             Sample({name: [t[begin : begin + (1 << 20)]] for name, t in parts.items()}, options).run(op, "cpu")
         for name, t in whole.items():
             assert op_db.same_bits(t, parts[name]), f"{name} at level {level}"
+
+
+def test_a_norm_that_flushes_denormal_numbers() -> None:
+    """Squares too small for fp32 count where they make up the norm, even if the processor takes them for zero."""
+    g = torch.full((16384,), 0.9e-19)
+    g[5] = 1e-15
+    expected = g.double().norm().item()
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush denormal numbers")
+    try:
+        norms = [host.select_simd(level) and float(ops.grad_norm([g], backend="cpu")[0]) for level in LEVELS]
+    finally:
+        torch.set_flush_denormal(False)
+    assert norms == pytest.approx([expected] * len(LEVELS), rel=1e-6)
+
+
+@pytest.mark.skipif(not Path("/sys/devices/system/cpu/cpu0/cache/index0/size").exists(), reason="no cache is listed")
+def test_the_cache_is_no_larger_than_the_system_says() -> None:
+    """A C library may know only what the hypervisor's host has; writing past a cache that is not there is slow."""
+    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    listed = max(int(size.rstrip("KM")) << (20 if size.endswith("M") else 10) for size in sizes)
+    assert 0 < _backends.cache_bytes() <= listed

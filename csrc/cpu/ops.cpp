@@ -3,7 +3,6 @@
 #if defined(__SSE2__)
 #include <emmintrin.h>
 #endif
-#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
@@ -14,17 +13,6 @@
 namespace rst {
 
 namespace {
-
-int64_t cache_bytes() {
-  static const int64_t bytes = [] {
-#if defined(_SC_LEVEL3_CACHE_SIZE)
-    const int64_t found = sysconf(_SC_LEVEL3_CACHE_SIZE);
-    if (found > 0) return found;
-#endif
-    return int64_t{32} << 20;
-  }();
-  return bytes;
-}
 
 using Pick = Kernel (*)(const KernelTable& kernels, const Tensor& tensor, const Call& call);
 

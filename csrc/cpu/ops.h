@@ -20,4 +20,8 @@ void restore(const Table& table, const Call& call, const Threads& threads);
 void sgd_step(const Table& table, const Call& call, const Threads& threads);
 void adam_step(const Table& table, const Call& call, const Threads& threads);
 
+
+// Bytes of the last-level cache. Ops on more data than that write past it.
+int64_t cache_bytes();
+
 }  // namespace rst
