@@ -6,13 +6,16 @@
 
 namespace rst::RST_LEVEL {
 
-// `bits`: those of the pairs of neighbours in v, in order.
+// `bits`: those of the pairs of neighbours in v, in order. To be stored by store_exact, which for bfloat16 takes the upper
+// halves alone.
 template <class T, bool Own>
 RST_INLINE Twin stochastic_round(Twin v, UintV bits) {
   using Round = StochasticRound<FloatV, UintV>;
   if constexpr (std::is_same<T, BFloat16>::value) {
     const UintV even = bits & 0xffffu, odd = bits >> 16;
-    if constexpr (Own) return {Round::own_to_bfloat16(v.a, even), Round::own_to_bfloat16(v.b, odd)};
+    if constexpr (Own) {
+      return {from_bits(Round::own_upper_half(v.a, even)), from_bits(Round::own_upper_half(v.b, odd))};
+    }
     return {Round::to_bfloat16(v.a, even), Round::to_bfloat16(v.b, odd)};
   } else {
     Vector<uint16_t, kFloatLanes> first, second;
@@ -37,13 +40,13 @@ RST_INLINE void perturb_each(const ChunkCall& c) {
   const void* const source = c.data[Master ? kMaster : kParam];
   const void* const grad = c.data[kGrad];
   [[maybe_unused]] RandomBits random{0};
-  [[maybe_unused]] UintV first{};
+  [[maybe_unused]] UintV place{};  // of the pairs that come next
   if constexpr (Stochastic) {
     // A chunk never straddles a multiple of 2^32 elements: both are powers of two.
     random = RandomBits::of(c.call->seed, c.call->step, static_cast<uint64_t>(c.tensor->index),
                             static_cast<uint64_t>(c.begin) >> 32);
-    for (int k = 0; k < kFloatLanes; ++k) first[k] = static_cast<uint32_t>(c.begin) / 2 + k;
-    first = RandomBits::place(first);
+    for (int k = 0; k < kFloatLanes; ++k) place[k] = static_cast<uint32_t>(c.begin) / 2 + k;
+    place = RandomBits::place(place);
   }
 
   each<T, V>(c, Master ? param : backup, RST_BODY(at) {
@@ -56,8 +59,8 @@ RST_INLINE void perturb_each(const ChunkCall& c) {
     }
     if constexpr (!Master) at.template copy<T>(backup, param);
     if constexpr (Stochastic) {
-      // Every `at` starts at an even element, see `each`.
-      const UintV bits = random.at(first + RandomBits::place(static_cast<uint32_t>(at.i / 2)));
+      const UintV bits = random.at(place);
+      place += RandomBits::place(static_cast<uint32_t>(at.lanes / 2));  // `each` begins at even elements, one after another
       moved = stochastic_round<T, !Master>(moved, bits);
       if constexpr (Master) {
         at.template store_only_exact<T>(param, moved);
