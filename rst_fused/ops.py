@@ -38,7 +38,8 @@ def grad_norm(
     Returns ``stats``, float64 of shape (5,): the norm, 1 / (norm + 1e-12) or 0 where the norm is zero or not finite,
     whether it was not finite (0 or 1), the count of such calls on this tensor, and 0, which kernels use. Sums in fp64
     (backend "cpu" first adds squares of up to four bytes in fp32, eight at a time: at most 2^-22 off, relatively) in a
-    fixed order: two runs are bit-identical for any number of threads. ``params`` is needed only when adaptive. Traffic: 4 (8).
+    fixed order: two runs are bit-identical for any number of threads. ``params`` is needed only when adaptive.
+    Traffic: 4 (8).
     """
     if adaptive and params is None:
         raise ValueError("params=None with adaptive=True: ASAM scales gradients by |w|, pass the parameters")
