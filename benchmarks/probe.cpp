@@ -61,24 +61,14 @@ struct Perturb {
   }
 };
 
-template <bool StreamOnly, bool StreamBoth>
+// From the backup, w is write only; from w itself, as in a base step, it is read too.
+template <bool FromBackup, bool StreamW, bool StreamM>
 struct Update {
   template <class U>
   static U at(const Piece& a, size_t i, U keep) {
-    const U m = load<U>(a.m + i) ^ (load<U>(a.g + i) & keep), b = load<U>(a.backup + i);
-    store<StreamBoth>(a.m + i, m);
-    store<StreamOnly>(a.w + i, static_cast<U>(b ^ (m & keep)));
-    return U{};
-  }
-};
-
-template <bool StreamBoth>
-struct Base {
-  template <class U>
-  static U at(const Piece& a, size_t i, U keep) {
-    const U m = load<U>(a.m + i) ^ (load<U>(a.g + i) & keep), w = load<U>(a.w + i);
-    store<StreamBoth>(a.m + i, m);
-    store<StreamBoth>(a.w + i, static_cast<U>(w ^ (m & keep)));
+    const U m = load<U>(a.m + i) ^ (load<U>(a.g + i) & keep), from = load<U>((FromBackup ? a.backup : a.w) + i);
+    store<StreamM>(a.m + i, m);
+    store<StreamW>(a.w + i, static_cast<U>(from ^ (m & keep)));
     return U{};
   }
 };
@@ -104,11 +94,11 @@ uint64_t part(const Piece& a, int mix, int variant, uint64_t keep) {
     case 3: return sweep<Perturb<false, false>>(a, keep);
     case 4: return sweep<Perturb<true, false>>(a, keep);
     case 5: return sweep<Perturb<true, true>>(a, keep);
-    case 6: return sweep<Update<false, false>>(a, keep);
-    case 7: return sweep<Update<true, false>>(a, keep);
-    case 8: return sweep<Update<true, true>>(a, keep);
-    case 9: case 10: return sweep<Base<false>>(a, keep);
-    case 11: return sweep<Base<true>>(a, keep);
+    case 6: return sweep<Update<true, false, false>>(a, keep);
+    case 7: return sweep<Update<true, true, false>>(a, keep);
+    case 8: return sweep<Update<true, true, true>>(a, keep);
+    case 9: case 10: return sweep<Update<false, false, false>>(a, keep);
+    case 11: return sweep<Update<false, true, true>>(a, keep);
     default: return 0;
   }
 }
@@ -116,8 +106,8 @@ uint64_t part(const Piece& a, int mix, int variant, uint64_t keep) {
 }  // namespace
 
 // Runs one pass of a mix over all pieces, whose addresses are multiples of 32; the calling thread takes part. A piece goes
-// to its owner, or with `in_turn` to the thread that asks next; `backwards`: the last one first. Leaves in `seconds` the time from the moment when all
-// threads are awake until the last one is done. Returns what the norm read, folded into 8 bytes.
+// to its owner, or with `in_turn` to the thread that asks next; `backwards`: the last one first. Leaves in `seconds` the time
+// from the moment when all threads are awake until the last one is done. Returns what the norm read, folded into 8 bytes.
 extern "C" uint64_t probe_run(int mix, int variant, const Piece* pieces, size_t count, bool in_turn, bool backwards,
                               size_t threads, uint64_t keep, double* seconds) {
   std::vector<uint64_t> seen(threads, 0);

@@ -46,7 +46,7 @@ def _cpu_model() -> str:
 def cache_bytes() -> int | None:
     """Bytes of the last-level cache of the first core, or None where the system does not say."""
     sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
-    return max((int(size.rstrip("K")) * 1024 for size in sizes), default=None)
+    return max((int(size.rstrip("KM")) << (20 if size.endswith("M") else 10) for size in sizes), default=None)
 
 
 def _version(package: str) -> str | None:

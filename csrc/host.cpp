@@ -59,8 +59,8 @@ PYBIND11_MODULE(_host, m) {
   py::class_<Plan>(m, "Plan")
       .def(py::init<bool, py::list, py::list, py::list, std::vector<int64_t>, int64_t, int64_t, int64_t, const Plan::Positions&,
                     const Plan::Positions&, const Plan::Positions&, const Plan::Positions&, py::dict>(),
-           py::arg("gpu"), py::arg("groups"), py::arg("everything"), py::arg("active"), py::arg("sizes"), py::arg("handle"), py::arg("watched"),
-           py::arg("idle"), py::arg("masters"), py::arg("buffers"), py::arg("buffers2"), py::arg("backups"),
+           py::arg("gpu"), py::arg("groups"), py::arg("everything"), py::arg("active"), py::arg("sizes"),
+           py::arg("handle"), py::arg("watched"), py::arg("idle"), py::arg("masters"), py::arg("buffers"), py::arg("buffers2"), py::arg("backups"),
            py::arg("state"))
       .def("look", &Plan::look)
       .def("perturb", &Plan::perturb)

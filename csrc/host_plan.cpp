@@ -23,8 +23,8 @@ void HeldTensors::reset(int64_t handle) {
   if (before != 0) core().release(before);
 }
 
-Plan::Plan(bool gpu, py::list groups, py::list everything, py::list active, std::vector<int64_t> sizes, int64_t handle, int64_t watched,
-           int64_t idle, const Positions& masters, const Positions& buffers, const Positions& buffers2,
+Plan::Plan(bool gpu, py::list groups, py::list everything, py::list active, std::vector<int64_t> sizes, int64_t handle,
+           int64_t watched, int64_t idle, const Positions& masters, const Positions& buffers, const Positions& buffers2,
            const Positions& backups, py::dict state)
     : ops_(gpu ? *core().gpu : core().cpu),
       gpu_(gpu),

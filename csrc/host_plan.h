@@ -33,14 +33,14 @@ class HeldTensors {
 class Plan {
  public:
   using Positions = std::vector<int64_t>;
-  // groups: the parameter groups. everything: all parameters in their order. active: those with a gradient, in the order of the ops;
-  // sizes: how many of them share each row of numbers. `handle` holds the tensors of the plan: active, masters and
+  // groups: the parameter groups. everything: all parameters in their order. active: those with a gradient, in the order
+  // of the ops; sizes: how many of them share each row of numbers. `handle` holds the tensors of the plan: active, masters and
   // buffers, which must stay where they are (`watched` tensors in all), then backups, then from position `idle` on the
   // parameters without a gradient. masters, buffers, buffers2, backups: the position of each active parameter's companion
   // among them, or -1.
   // `state` is the optimizer's state: a step must find the same tensors in it. `gpu`: which kernels run.
-  Plan(bool gpu, py::list groups, py::list everything, py::list active, std::vector<int64_t> sizes, int64_t handle, int64_t watched,
-       int64_t idle, const Positions& masters, const Positions& buffers, const Positions& buffers2,
+  Plan(bool gpu, py::list groups, py::list everything, py::list active, std::vector<int64_t> sizes, int64_t handle,
+       int64_t watched, int64_t idle, const Positions& masters, const Positions& buffers, const Positions& buffers2,
        const Positions& backups, py::dict state);
 
   // Looks at the parameter groups. Bit 0: whether they are those of the plan and still hold its parameters; bit 1:

@@ -21,7 +21,6 @@ class Place:
 
     device: torch.device
     backend: Backend
-    on_gpu: bool  # on CUDA: asking a tensor costs more
     stats: Tensor  # float64
     rng: Tensor  # int64 [seed, step]
 
@@ -33,7 +32,7 @@ class Place:
         # To torch.compile parameters and state of an optimizer stay where they are; the stats must be named, or
         # mode="reduce-overhead" makes no CUDA graph of a perturbation, which writes them.
         torch._dynamo.mark_static_address(stats)
-        return cls(device, backend, stats.is_cuda, stats, torch.tensor([seed, 0], dtype=torch.int64, device=device))
+        return cls(device, backend, stats, torch.tensor([seed, 0], dtype=torch.int64, device=device))
 
 
 def device_of(p: Tensor) -> torch.device:

@@ -8,6 +8,7 @@ time, storage that moved) makes a new plan; whatever a plan cannot express goes 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,6 +26,16 @@ _PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
 _CAN_PLAN = host() is not None and host().can_plan()
 
 
+@dataclass
+class _Made:
+    """What was made of the hyperparameters while none of them changed."""
+
+    version: int = 0  # see Plan.look; a plan counts from 1
+    same_flags: bool = False  # those of the plan
+    rho: list[float] | None = None
+    rows: tuple[float, list[list[float]]] | None = None  # with the gamma among them
+
+
 class Plans:
     """The plan of one optimizer, or none yet."""
 
@@ -36,11 +47,7 @@ class Plans:
         self._state: Any = None
         self._state_size = 0
         self._lists = _engine.Lists()
-        # What was made of the hyperparameters, beside the version of them that it was made of (see Plan.look):
-        self._version = 0
-        self._same_flags = (0, False)
-        self._rho: tuple[int, list[float]] = (0, [])
-        self._rows: tuple[int, float, list[list[float]]] = (0, 1.0, [])
+        self._made = _Made()
 
     def perturb(self, opt: Core) -> bool:
         """Norm and perturbation; False if the plan path does not serve this case, with nothing done."""
@@ -70,12 +77,11 @@ class Plans:
         if self._plan is None:
             return False, False
         seen = self._plan.look(opt.param_groups)
-        version = self._version = seen >> 2
-        if self._same_flags[0] != version:
-            self._same_flags = version, self._flags == self._flags_of(opt)
+        if self._made.version != seen >> 2:
+            self._made = _Made(seen >> 2, self._flags == self._flags_of(opt))
         fits = (
             seen & 1
-            and self._same_flags[1]
+            and self._made.same_flags
             and self._state is opt.state
             and self._state_size == len(opt.state)
             and torch._C._len_torch_dispatch_stack() == 0
@@ -85,19 +91,18 @@ class Plans:
     def _renewed(self, opt: Core, with_backups: bool) -> bool:
         """Makes a new plan, if one can serve what is there now."""
         self._plan = None
-        self._same_flags, self._rho, self._rows = (0, False), (0, []), (0, 1.0, [])  # the new one counts from 1
+        self._made = _Made()
         _engine.check_grads(opt)
         self._build(opt, with_backups or bool(opt._backups))
         return self._look(opt)[0]
 
     def _perturb(self, opt: Core) -> bool | None:
         """False if the plan does not fit the tensors of now; None if it cannot serve the numbers of now."""
-        version, rho = self._rho
-        if version != self._version:
-            found = _on_host([_engine.signed_rho(group) for group, _ in self._lists.rows])
-            if found is None:
+        rho = self._made.rho
+        if rho is None:
+            rho = self._made.rho = _on_host([_engine.signed_rho(group) for group, _ in self._lists.rows])
+            if rho is None:
                 return None
-            self._rho = self._version, (rho := found)
         run = opt._run
         done: bool = self._plan.perturb(
             opt._places[0].stats.data_ptr(), rho, opt.adaptive, opt.eta, opt.stochastic_rounding, opt.seed, run.steps,
@@ -115,13 +120,12 @@ class Plans:
         scale, on_gpu = scaling  # held until the kernels are under way
         there = (0, 0) if scaling is _UNSCALED else tuple(0 if t is None else t.data_ptr() for t in on_gpu)
         gamma = opt._run.gamma if mixing else 1.0
-        version, of_gamma, rows = self._rows
-        if version != self._version or of_gamma != gamma:
+        if self._made.rows is None or self._made.rows[0] != gamma:
             found = [_on_host(rule.row(group, new, gamma)) for group, new in self._lists.rows]
             if None in found:
                 return None
-            rows = [row for row in found if row is not None]
-            self._rows = self._version, gamma, rows
+            self._made.rows = gamma, [row for row in found if row is not None]
+        rows = self._made.rows[1]
         flags = self._flags[0]  # as of now: it was compared
         done: bool
         if rule.name == "sgd":

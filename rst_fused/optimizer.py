@@ -187,8 +187,7 @@ class RST(Core):
     def draw(self) -> bool:
         """Whether the step under way is a SAM step: X_t ~ Bernoulli(p(t)). Asking again gives the same answer."""
         run = self._run
-        if run.finished:
-            run.count()
+        run.count()
         t = run.steps
         if run.drawn_at != t:
             capturing = self.capturing
@@ -212,9 +211,7 @@ class RST(Core):
         norm gives e = 0. ``fire`` overrides the draw; under torch.compile pass ``fire=opt.draw()``, evaluated outside.
         Raises RuntimeError if already perturbed, or for gradients that are sparse or of another dtype.
         """
-        run = self._run
-        if run.perturbed:
-            self._refuse_while_perturbed("perturb")
+        self._refuse_while_perturbed("perturb")
         if self.base is not None:
             self._adopt()
         compiling = torch.compiler.is_compiling()
@@ -224,9 +221,9 @@ class RST(Core):
         else:
             drawn = self.draw()
             fire = drawn if fire is None else bool(fire)
-            run = self._run  # anew: a schedule is the user's, and may have loaded a state
         if not fire:
             return False
+        run = self._run  # after the draw: a schedule is the user's, and may have loaded a state
         run.perturbed = True
         run.mixing = run.mixes
         if compiling:
@@ -266,8 +263,7 @@ class RST(Core):
             raise RuntimeError("perturb() and step() must both be inside the capture of a CUDA graph, or both outside")
         try:  # around everything: an interrupt may strike anywhere
             loss = None if closure is None else self._passes(closure)
-            if run.finished:
-                run.count()
+            run.count()
             if self.base is not None:
                 self._adopt()
                 if run.mixing:

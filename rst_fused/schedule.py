@@ -58,7 +58,7 @@ class Schedule(ABC):
         """p(t) for 0 <= t, and t < T where there is a T."""
 
     def __call__(self, step: SupportsIndex) -> float:
-        t = step if type(step) is int and step >= 0 else as_integer("step", step, 0)
+        t = as_integer("step", step, 0)
         length = self.length
         return self._p(t if length is None or t < length else length - 1)
 

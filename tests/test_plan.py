@@ -351,7 +351,7 @@ def test_hyperparameters_are_known_again_after_a_resume(way: str) -> None:
     for t in range(4):
         give_grads(opt.param_groups[0]["params"], t)
         opt.step()
-        versions.append(opt._plans._version)
+        versions.append(opt._plans._made.version)
     assert versions[1:] == [versions[0]] * 3
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import op_db
@@ -14,6 +13,7 @@ import torch
 from op_db import OPS, Sample
 from torch import Tensor
 
+from benchmarks.record import cache_bytes as listed_cache_bytes
 from rst_fused import _backends, ops
 from rst_fused._schemas import SCHEMAS
 
@@ -198,9 +198,9 @@ def test_a_norm_that_flushes_denormal_numbers() -> None:
     assert norms == pytest.approx([expected] * len(LEVELS), rel=1e-6)
 
 
-@pytest.mark.skipif(not Path("/sys/devices/system/cpu/cpu0/cache/index0/size").exists(), reason="no cache is listed")
+@pytest.mark.skipif(listed_cache_bytes() is None, reason="no cache is listed")
 def test_the_cache_is_no_larger_than_the_system_says() -> None:
     """A C library may know only what the hypervisor's host has; writing past a cache that is not there is slow."""
-    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
-    listed = max(int(size.rstrip("KM")) << (20 if size.endswith("M") else 10) for size in sizes)
+    listed = listed_cache_bytes()
+    assert listed is not None
     assert 0 < _backends.cache_bytes() <= listed
