@@ -24,8 +24,8 @@ CASES = [
 ]  # fmt: skip
 # float64 results have no wider type to be compared in: the oracle rounds as often as the op.
 NORM_TOLERANCE = 1e-12
-# The CPU kernels add eight squares in fp32, each time off by at most 2^-24 of the sum, whose root is half as far off. Errors
-# of both signs leave less than one of them in the norm.
+# The CPU kernels add eight squares in fp32, each time off by at most 2^-24 of the sum, whose root is half as far off.
+# Errors of both signs leave less than one of them in the norm.
 FP32_TOLERANCE = 2.0**-24
 
 

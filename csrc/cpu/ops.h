@@ -20,7 +20,6 @@ void restore(const Table& table, const Call& call, const Threads& threads);
 void sgd_step(const Table& table, const Call& call, const Threads& threads);
 void adam_step(const Table& table, const Call& call, const Threads& threads);
 
-
 // Bytes of the last-level cache. Ops on more data than that write past it.
 int64_t cache_bytes();
 
