@@ -62,6 +62,10 @@ struct CoreApi {
   bool (*has_grads)(int64_t handle, int64_t begin);      // whether any from `begin` on has one
   int64_t (*hold_grads)(int64_t handle, int64_t count);  // a list of its own, which keeps them alive
   void (*clear_grads)(void* const* grads, int64_t count);  // p.grad = None, for `grads` from read_grads
+  // Room to keep gradients alive for the time of a call: a list made once costs no allocation then.
+  int64_t (*make_slots)(int64_t count);
+  void (*fill_slots)(int64_t slots, void* const* grads);
+  void (*empty_slots)(int64_t slots);
   void (*bump_versions)(int64_t handle, int64_t count);  // tells autograd that the first `count` change
 
   std::vector<const KernelTable*> (*runnable_kernels)();

@@ -110,7 +110,10 @@ bool Plan::same_state() {
 #if PY_VERSION_HEX < 0x030C0000
   // Until Python 3.12 a dict counts its changes (PEP 509), which spares looking into hundreds of them.
   bool changed = false;
-  for (auto& [dict, version] : state_dicts_) {
+  constexpr size_t kAhead = 8;  // as with tensors: they lie all over memory
+  for (size_t i = 0; i < state_dicts_.size(); ++i) {
+    if (i + kAhead < state_dicts_.size()) __builtin_prefetch(state_dicts_[i + kAhead].first);
+    auto& [dict, version] = state_dicts_[i];
     const uint64_t now = reinterpret_cast<PyDictObject*>(dict)->ma_version_tag;
     changed = changed || now != version;
     version = now;

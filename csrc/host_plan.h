@@ -120,6 +120,7 @@ class Plan {
   std::vector<Place> places_;          // of all watched tensors
   std::vector<TensorFacts> grads_;     // as last collected
   std::vector<void*> grad_handles_;
+  HeldTensors slots_;                  // for the gradients, while others may run
   HeldTensors first_grads_;            // from a perturb that keeps them until the update
   std::vector<std::unique_ptr<int64_t[]>> copies_;  // of the shapes of state: a tensor may free its own when it is resized
   std::vector<std::array<View, kStreams>> views_;

@@ -15,7 +15,12 @@ void Plan::run(Run run) {
     run();
     return;
   }
-  HeldTensors grads(core().hold_grads(held_, count()));
+  if (slots_ == 0) slots_.reset(core().make_slots(count()));
+  struct Filled {
+    const HeldTensors& slots;
+    ~Filled() { core().empty_slots(slots); }  // with Python's lock again
+  } filled{slots_};
+  core().fill_slots(slots_, grad_handles_.data());
   py::gil_scoped_release unlocked;
   run();
 }

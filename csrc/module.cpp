@@ -33,39 +33,69 @@ bool lies_at(const StableTensor& tensor, const Place& place) {
   return equal(strides, place.strides, place.ndim);
 }
 
-// Tensors lie all over memory, and a look at each would wait for it: so what will be looked at is fetched this many
-// tensors ahead.
+// Tensors lie all over memory, and a look at each would wait for it four times: for the tensor, its storage, its gradient
+// and that one's storage. So what will be looked at is fetched ahead, each of these so many tensors before the next.
 constexpr int64_t kAhead = 8;
 
-void fetch(const void* address) {
+void fetch(const void* address) { __builtin_prefetch(address); }
+
+void fetch_tensor(AtenTensorHandle tensor) {
   constexpr int kLine = 64, kLines = 3;  // what is asked of a TensorImpl lies in these
-  for (int i = 0; i < kLines; ++i) __builtin_prefetch(static_cast<const char*>(address) + i * kLine);
+  const char* impl = static_cast<const char*>(impl_of(tensor));
+  for (int i = 0; i < kLines; ++i) fetch(impl + i * kLine);
+}
+
+// A guess, and only that: the third word of a TensorImpl has always been the address of its storage.
+void fetch_storage(AtenTensorHandle tensor) { fetch(static_cast<const void* const*>(impl_of(tensor))[2]); }
+
+// Calls last(i) for every i of [begin, end), and before it each of `steps`, the first one for an i that is furthest ahead.
+template <class Last, class... Steps>
+void visit(int64_t begin, int64_t end, Last last, Steps... steps) {
+  constexpr int64_t kLead = sizeof...(steps) * kAhead;
+  for (int64_t i = begin - kLead; i < end; ++i) {
+    int64_t ahead = i + kLead;
+    const auto turn = [&](auto step) {
+      if (ahead >= begin && ahead < end) step(ahead);
+      ahead -= kAhead;
+    };
+    (turn(steps), ...);
+    turn(last);
+  }
 }
 
 bool read_grads(int64_t handle, int64_t count, const Place* places, TensorFacts* facts, void** grads) {
   const TensorList& tensors = held(handle);
-  for (int64_t i = -2 * kAhead; i < count; ++i) {
-    if (i + 2 * kAhead < count) fetch(impl_of(tensors[i + 2 * kAhead].get()));
-    if (i + kAhead >= 0 && i + kAhead < count) {
-      AtenTensorHandle grad = grad_of(tensors[i + kAhead]);
-      if (grad == nullptr) return false;
-      fetch(impl_of(grad));
-      grads[i + kAhead] = grad;
-    }
-    if (i >= 0 && !(lies_at(tensors[i], places[i]) && read_facts(static_cast<AtenTensorHandle>(grads[i]), facts[i]))) {
-      return false;
-    }
-  }
-  return true;
+  const auto grad = [&](int64_t i) { return static_cast<AtenTensorHandle>(grads[i]); };
+  bool fine = true;
+  visit(
+      0, count,
+      [&](int64_t i) { fine = fine && lies_at(tensors[i], places[i]) && read_facts(grad(i), facts[i]); },
+      [&](int64_t i) {
+        fetch_tensor(tensors[i].get());
+        fetch(grads[i]);  // where p.grad was at the last call
+      },
+      [&](int64_t i) {
+        fetch_storage(tensors[i].get());
+        grads[i] = grad_of(tensors[i]);
+        if (grads[i] == nullptr) {
+          fine = false;
+        } else {
+          fetch_tensor(grad(i));
+        }
+      },
+      [&](int64_t i) {
+        if (fine) fetch_storage(grad(i));
+      });
+  return fine;
 }
 
 bool in_place(int64_t handle, int64_t begin, int64_t end, const Place* places) {
   const TensorList& tensors = held(handle);
-  for (int64_t i = begin; i < end; ++i) {
-    if (i + kAhead < end) fetch(impl_of(tensors[i + kAhead].get()));
-    if (!lies_at(tensors[i], places[i])) return false;
-  }
-  return true;
+  bool fine = true;
+  visit(
+      begin, end, [&](int64_t i) { fine = fine && lies_at(tensors[i], places[i]); },
+      [&](int64_t i) { fetch_tensor(tensors[i].get()); }, [&](int64_t i) { fetch_storage(tensors[i].get()); });
+  return fine;
 }
 
 bool has_grads(int64_t handle, int64_t begin) {
@@ -79,11 +109,26 @@ int64_t hold_grads(int64_t handle, int64_t count) {
   return hold(std::move(grads));
 }
 
+void clear(AtenTensorHandle tensor) { TORCH_ERROR_CODE_CHECK(aoti_torch_assign_tensors(undefined.get(), tensor)); }
+
 void clear_grads(void* const* grads, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) {
-    if (i + kAhead < count) fetch(impl_of(static_cast<AtenTensorHandle>(grads[i + kAhead])));
-    TORCH_ERROR_CODE_CHECK(aoti_torch_assign_tensors(undefined.get(), static_cast<AtenTensorHandle>(grads[i])));
+  const auto grad = [&](int64_t i) { return static_cast<AtenTensorHandle>(grads[i]); };
+  visit(0, count, [&](int64_t i) { clear(grad(i)); }, [&](int64_t i) { fetch(grad(i)); },
+        [&](int64_t i) { fetch(impl_of(grad(i))); });
+}
+
+void fill_slots(int64_t slots, void* const* grads) {
+  void* const* grad = grads;
+  for (const StableTensor& slot : held(slots)) {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_assign_tensors(static_cast<AtenTensorHandle>(*grad++), slot.get()));
   }
+}
+
+void empty_slots(int64_t slots) {
+  const TensorList& tensors = held(slots);
+  const auto slot = [&](int64_t i) { return tensors[i].get(); };
+  visit(0, static_cast<int64_t>(tensors.size()), [&](int64_t i) { clear(slot(i)); },
+        [&](int64_t i) { fetch(slot(i)); }, [&](int64_t i) { fetch(impl_of(slot(i))); });
 }
 
 void bump_versions(int64_t handle, int64_t count) {
@@ -109,6 +154,9 @@ CoreApi make_api() {
   api.has_grads = &has_grads;
   api.hold_grads = &hold_grads;
   api.clear_grads = &clear_grads;
+  api.make_slots = [](int64_t count) { return hold(TensorList(count)); };
+  api.fill_slots = &fill_slots;
+  api.empty_slots = &empty_slots;
   api.bump_versions = &bump_versions;
   api.release = [](int64_t handle) { delete &held(handle); };
   api.runnable_kernels = &runnable_kernels;

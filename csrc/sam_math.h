@@ -87,13 +87,19 @@ template <class V>
 RST_HD V operator*(One, V x) {
   return x;
 }
+template <class V>
+RST_HD V fma(One, V x, V y) {
+  return x + y;
+}
 
 // SGD as torch.optim.SGD: decay, momentum with dampening, Nesterov. `direction` is -1 to maximize, else 1, over the scale of
-// AMP.
-template <class V, class Direction = V>
+// AMP. `Factor` is One where neither direction nor dampening changes anything.
+template <class V, class Factor = V>
 struct Sgd {
-  V minus_lr, momentum, one_minus_dampening, weight_decay;
-  Direction direction;
+  V minus_lr, momentum;
+  Factor one_minus_dampening;
+  V weight_decay;
+  Factor direction;
 
   RST_HD V decayed(V w, V g) const { return fma(weight_decay, w, direction * g); }
   RST_HD V buffer(V buf, V g) const { return fma(one_minus_dampening, g, momentum * buf); }

@@ -49,9 +49,7 @@ class Core(Optimizer):
     def capturing(self) -> bool:
         """Whether a CUDA graph is being captured, to which calls only add kernels."""
         places = self._places
-        on_gpu = places[0].device.type == "cuda" or (
-            len(places) > 1 and any(place.device.type == "cuda" for place in places)
-        )
+        on_gpu = places[0].on_gpu or (len(places) > 1 and any(place.on_gpu for place in places))
         return on_gpu and torch.cuda.is_current_stream_capturing()
 
     @property

@@ -6,7 +6,8 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import torch
+from torch.autograd import profiler
+from torch.compiler import is_compiling
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
@@ -18,16 +19,15 @@ def with_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(step)
     def lean(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
         listeners = (
-            torch.compiler.is_compiling()  # which cannot ask for the profiler, and traces torch's wrapper
+            is_compiling()  # which cannot ask for the profiler, and traces torch's wrapper
             or self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks
             or _global_optimizer_pre_hooks
             or _global_optimizer_post_hooks
-            or torch.autograd.profiler._is_profiler_enabled
+            or profiler._is_profiler_enabled
         )
         # torch has wrapped a subclass's own step; the one it calls from there must not call the hooks again
-        outermost = type(self).step is lean
-        return (hooked if listeners and outermost else step)(self, *args, **kwargs)
+        return (hooked if listeners and type(self).step is lean else step)(self, *args, **kwargs)
 
     lean.hooked = True  # type: ignore[attr-defined]  # torch wraps every step that does not say so
     return lean

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -32,7 +33,16 @@ class Place:
         # To torch.compile parameters and state of an optimizer stay where they are; the stats must be named, or
         # mode="reduce-overhead" makes no CUDA graph of a perturbation, which writes them.
         torch._dynamo.mark_static_address(stats)
-        return cls(device, backend, stats, torch.tensor([seed, 0], dtype=torch.int64, device=device))
+        rng = torch.tensor([seed, 0], dtype=torch.int64, device=device)
+        return cls(device, backend, stats, rng)
+
+    @cached_property  # as below: asked at every step
+    def on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    @cached_property
+    def stats_address(self) -> int:
+        return self.stats.data_ptr()
 
 
 def device_of(p: Tensor) -> torch.device:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _len_torch_dispatch_stack
 
 from rst_fused import _amp, _engine
 from rst_fused._backends import host
@@ -84,7 +85,7 @@ class Plans:
             and self._made.same_flags
             and self._state is opt.state
             and self._state_size == len(opt.state)
-            and torch._C._len_torch_dispatch_stack() == 0
+            and _len_torch_dispatch_stack() == 0
         )
         return bool(fits), bool(seen & 2)
 
@@ -105,7 +106,7 @@ class Plans:
                 return None
         run = opt._run
         done: bool = self._plan.perturb(
-            opt._places[0].stats.data_ptr(), rho, opt.adaptive, opt.eta, opt.stochastic_rounding, opt.seed, run.steps,
+            opt._places[0].stats_address, rho, opt.adaptive, opt.eta, opt.stochastic_rounding, opt.seed, run.steps,
             run.mixing,
         )  # fmt: skip
         return done
@@ -172,7 +173,7 @@ class Plans:
             len(opt._places) == 1
             and opt._places[0].backend.plans != ""
             and _CAN_PLAN
-            and torch._C._len_torch_dispatch_stack() == 0
+            and _len_torch_dispatch_stack() == 0
         )
 
     @staticmethod

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.optim import Optimizer
 
 from rst_fused import _amp, _engine, _saving
@@ -186,6 +187,13 @@ class RST(Core):
     # --- the step ---------------------------------------------------------------------------------------------------
     def draw(self) -> bool:
         """Whether the step under way is a SAM step: X_t ~ Bernoulli(p(t)). Asking again gives the same answer."""
+        drawn = self._draw()
+        if self._rounds and not self.capturing:
+            for place in self._places:  # for graphs, which cannot note the step themselves
+                place.rng[1] = self._run.steps
+        return drawn
+
+    def _draw(self) -> bool:
         run = self._run
         run.count()
         t = run.steps
@@ -198,9 +206,6 @@ class RST(Core):
                 check_number(f"gamma({t})", gamma, 0)
             run.gamma = float(gamma)
             run.mixes = run.gamma != 1.0
-            if self._rounds and not capturing:
-                for place in self._places:
-                    place.rng[1] = t
             run.drawn_at = -1 if capturing else t
         return run.drawn
 
@@ -214,12 +219,12 @@ class RST(Core):
         self._refuse_while_perturbed("perturb")
         if self.base is not None:
             self._adopt()
-        compiling = torch.compiler.is_compiling()
+        compiling = is_compiling()
         if compiling:
             if fire is None:
                 raise RuntimeError("perturb() under torch.compile: pass fire=opt.draw(), evaluated outside the graph")
         else:
-            drawn = self.draw()
+            drawn = self._draw()
             fire = drawn if fire is None else bool(fire)
         if not fire:
             return False
@@ -252,7 +257,7 @@ class RST(Core):
         if closure is not None:
             self._refuse_while_perturbed("step(closure)")
             _amp.check_closure(self)
-        if torch.compiler.is_compiling():
+        if is_compiling():
             if run.finished or closure is not None:
                 raise RuntimeError("step() under torch.compile: no closure, and opt.draw() outside before every step")
             _engine.update(self)

@@ -6,13 +6,13 @@
 
 namespace rst::RST_LEVEL {
 
-template <class T, bool Momentum, bool Mixing, bool Master, class Direction>
-RST_INLINE void sgd_step_towards(const ChunkCall& c, Direction direction) {
+template <class T, bool Momentum, bool Mixing, bool Master, class Factor>
+RST_INLINE void sgd_step_with(const ChunkCall& c, Factor one_minus_dampening, Factor direction) {
   using V = Arithmetic<T>;
   using S = State<T, Master>;
   const SgdRow& row = c.call->sgd[c.tensor->row];
-  const Sgd<V, Direction> sgd{broadcast<V>(-row.lr), broadcast<V>(row.momentum), broadcast<V>(1 - row.dampening),
-                              broadcast<V>(row.weight_decay), direction};
+  const Sgd<V, Factor> sgd{broadcast<V>(-row.lr), broadcast<V>(row.momentum), one_minus_dampening,
+                           broadcast<V>(row.weight_decay), direction};
   const Mix<V> mix{broadcast<V>(row.gamma), broadcast<V>(1 - row.gamma)};
   const bool nesterov = c.call->nesterov;
   // Local copies: the compiler need not fear that a store changes them.
@@ -42,9 +42,10 @@ RST_INLINE void sgd_step_towards(const ChunkCall& c, Direction direction) {
 
 template <class T, bool Momentum, bool Mixing, bool Master>
 void sgd_step_chunk(const ChunkCall& c) {
-  const double direction = c.call->direction;
-  if (direction == 1) return sgd_step_towards<T, Momentum, Mixing, Master>(c, One{});
-  sgd_step_towards<T, Momentum, Mixing, Master>(c, broadcast<Arithmetic<T>>(direction));
+  const double one_minus_dampening = 1 - c.call->sgd[c.tensor->row].dampening, direction = c.call->direction;
+  if (one_minus_dampening == 1 && direction == 1) return sgd_step_with<T, Momentum, Mixing, Master>(c, One{}, One{});
+  using V = Arithmetic<T>;
+  sgd_step_with<T, Momentum, Mixing, Master>(c, broadcast<V>(one_minus_dampening), broadcast<V>(direction));
 }
 
 }  // namespace rst::RST_LEVEL

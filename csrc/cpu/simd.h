@@ -71,6 +71,9 @@ RST_INLINE Vector<uint16_t, 32> blend_neighbours(Vector<uint16_t, 32> even, Vect
   return reinterpret<Vector<uint16_t, 32>>(
       _mm512_mask_blend_epi16(0xaaaaaaaau, reinterpret<__m512i>(even), reinterpret<__m512i>(odd)));
 }
+RST_INLINE Vector<uint16_t, 32> minus_saturated(Vector<uint16_t, 32> a, Vector<uint16_t, 32> b) {
+  return reinterpret<Vector<uint16_t, 32>>(_mm512_subs_epu16(reinterpret<__m512i>(a), reinterpret<__m512i>(b)));
+}
 RST_INLINE void stream(uint16_t* p, Vector<uint16_t, 32> v) {
   _mm512_stream_si512(reinterpret_cast<__m512i*>(p), reinterpret<__m512i>(v));
 }
@@ -100,10 +103,16 @@ RST_INLINE void stream(uint16_t* p, Vector<uint16_t, 16> v) {
 RST_INLINE Vector<uint16_t, 16> blend_neighbours(Vector<uint16_t, 16> even, Vector<uint16_t, 16> odd) {
   return reinterpret<Vector<uint16_t, 16>>(_mm256_blend_epi16(reinterpret<__m256i>(even), reinterpret<__m256i>(odd), 0xaa));
 }
+RST_INLINE Vector<uint16_t, 16> minus_saturated(Vector<uint16_t, 16> a, Vector<uint16_t, 16> b) {
+  return reinterpret<Vector<uint16_t, 16>>(_mm256_subs_epu16(reinterpret<__m256i>(a), reinterpret<__m256i>(b)));
+}
 #else
 RST_INLINE Vector<uint16_t, 8> blend_neighbours(Vector<uint16_t, 8> even, Vector<uint16_t, 8> odd) {
   const Vector<uint16_t, 8> upper{0, 0xffff, 0, 0xffff, 0, 0xffff, 0, 0xffff};
   return (even & ~upper) | (odd & upper);
+}
+RST_INLINE Vector<uint16_t, 8> minus_saturated(Vector<uint16_t, 8> a, Vector<uint16_t, 8> b) {
+  return (a > b ? a : b) - b;
 }
 template <class V>
 RST_INLINE V each_fma(V a, V b, V c) {
@@ -140,16 +149,12 @@ template <class Scalar, class V>
 RST_INLINE void stream(Scalar* p, V v) { std::memcpy(p, &v, sizeof(v)); }
 #endif
 
-// Nearest even, as torch rounds float32 to bfloat16, of what was computed from bfloat16 alone: a NaN among it has nothing in
-// its lower half, so rounding does not carry into its upper one. The result is in the upper halves; the lower ones are
+// Nearest even, as torch rounds float32 to bfloat16, NaN kept quiet. The result is in the upper halves; the lower ones are
 // undefined.
-RST_INLINE UintV nearest_own_bfloat16(FloatV x) {
+RST_INLINE UintV nearest_bfloat16(FloatV x) {
   const UintV bits = to_bits(x);
-  return bits + 0x7fffu + ((bits >> 16) & 1u);
+  return x == x ? bits + 0x7fffu + ((bits >> 16) & 1u) : UintV{} + 0x7fc00000u;
 }
-
-// The same for any x, NaN kept quiet.
-RST_INLINE UintV nearest_bfloat16(FloatV x) { return x == x ? nearest_own_bfloat16(x) : UintV{} + 0x7fc00000u; }
 
 // Two vectors side by side: the arithmetic of 16-bit dtypes, so that one whole vector of them is worked on at a time.
 // Which element is where is up to Convert.
@@ -220,7 +225,12 @@ struct Convert<Twin, BFloat16> {
     return blend_neighbours(reinterpret<Raw>(even >> 16), reinterpret<Raw>(odd));
   }
   static RST_INLINE Raw narrow(Twin v) { return join(nearest_bfloat16(v.a), nearest_bfloat16(v.b)); }
-  static RST_INLINE Raw narrow_own(Twin v) { return join(nearest_own_bfloat16(v.a), nearest_own_bfloat16(v.b)); }
+  // Up if the lower half is above its middle, or if it is the middle and the upper half is odd: on all 16-bit halves at
+  // once, which is fewer operations. What was computed from bfloat16 alone has no NaN with anything in its lower half.
+  static RST_INLINE Raw narrow_own(Twin v) {
+    const Raw upper = truncate(v), lower = blend_neighbours(reinterpret<Raw>(v.a), reinterpret<Raw>(to_bits(v.b) << 16));
+    return upper + (minus_saturated(lower, ~upper & 1) >> 15);
+  }
   static RST_INLINE Raw truncate(Twin v) { return join(to_bits(v.a), to_bits(v.b)); }
 };
 // float16 in a Twin: the first elements in a, the rest in b. Formats in two vectors are read and written in halves:
