@@ -37,11 +37,13 @@ RST_INLINE FloatV add_squares(const T* block, int k, FloatV sum) {
   }
 }
 
+// `last`: one more block that lies elsewhere, or null.
 template <class T>
-RST_INLINE void add_blocks(const T* blocks, int count, DoubleV* sums) {
+RST_INLINE void add_blocks(const T* blocks, int count, const T* last, DoubleV* sums) {
   for (int k = 0; k < kNormLanes; k += kFloatLanes) {
     FloatV squares{};
     for (int b = 0; b < count; ++b) squares = add_squares<T>(blocks + b * kNormBlock<T>, k, squares);
+    if (last != nullptr) squares = add_squares<T>(last, k, squares);
     Vector<float, kDoubleLanes> halves[2];
     std::memcpy(halves, &squares, sizeof(halves));
     sums[k / kDoubleLanes] += __builtin_convertvector(halves[0], DoubleV);
@@ -68,13 +70,16 @@ bool sum_in_fp32(const ChunkCall& c) {
   constexpr int kStride = kNormBlocks<T> * kNormBlock<T>;
   for (; i + kStride <= c.count; i += kStride) {
     if constexpr (sizeof(T) == 2) fetch_ahead(g + i, kStride * sizeof(T));
-    add_blocks<T>(g + i, kNormBlocks<T>, sums);
+    add_blocks<T>(g + i, kNormBlocks<T>, static_cast<const T*>(nullptr), sums);
   }
   if (i < c.count) {
-    T rest[kStride];
-    std::memset(rest, 0, sizeof(rest));
-    std::memcpy(rest, g + i, (c.count - i) * sizeof(T));
-    add_blocks<T>(rest, static_cast<int>((c.count - i + kNormBlock<T> - 1) / kNormBlock<T>), sums);
+    const int64_t whole = (c.count - i) / kNormBlock<T>, left = (c.count - i) % kNormBlock<T>;
+    T rest[kNormBlock<T>];
+    if (left > 0) {
+      std::memset(rest, 0, sizeof(rest));
+      std::memcpy(rest, g + c.count - left, left * sizeof(T));
+    }
+    add_blocks<T>(g + i, static_cast<int>(whole), left > 0 ? rest : nullptr, sums);
   }
   double lanes[kNormLanes], total = 0;
   std::memcpy(lanes, sums, sizeof(sums));
