@@ -63,9 +63,9 @@ class Competitor(ABC):
 class Usual(Competitor):
     """SAM one tensor at a time, with the operations of the best-known PyTorch implementation (github.com/davda54/sam).
 
-    Norms are stacked, a clone is kept, e_w is formed and added, and the old tensor is swapped back. Without ASAM its factor
-    T is the number 1.0, which is multiplied with every gradient all the same, for the norm and again for e_w: 48 bytes per
-    fp32 parameter in all.
+    Norms are stacked, a clone is kept, e_w is formed and added, and the old tensor is swapped back. Without ASAM its
+    factor T is the number 1.0, which is multiplied with every gradient all the same, for the norm and again for e_w: a
+    perturbation moves 48 bytes per fp32 parameter.
     """
 
     name, title = "usual", "usual per-tensor SAM"

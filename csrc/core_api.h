@@ -57,12 +57,13 @@ struct CoreApi {
 
   bool (*knows_autograd)();  // whether those below can be called
   // The gradients of the first `count`, which must be in place; false if not, or if a gradient is missing or not an
-  // ordinary strided tensor of the CPU.
+  // ordinary strided tensor of the CPU. `grads`: their handles; before, those of the last call, or null.
   bool (*read_grads)(int64_t handle, int64_t count, const Place* places, TensorFacts* facts, void** grads);
   bool (*has_grads)(int64_t handle, int64_t begin);      // whether any from `begin` on has one
   int64_t (*hold_grads)(int64_t handle, int64_t count);  // a list of its own, which keeps them alive
   void (*clear_grads)(void* const* grads, int64_t count);  // p.grad = None, for `grads` from read_grads
-  // Room to keep gradients alive for the time of a call: a list made once costs no allocation then.
+  // Room to keep gradients alive for the time of a call: a list made once costs no allocation then. fill_slots takes as
+  // many gradients as there are slots, none of them null.
   int64_t (*make_slots)(int64_t count);
   void (*fill_slots)(int64_t slots, void* const* grads);
   void (*empty_slots)(int64_t slots);

@@ -15,12 +15,15 @@ void Plan::run(Run run) {
     run();
     return;
   }
-  if (slots_ == 0) slots_.reset(core().make_slots(count()));
-  struct Filled {
-    const HeldTensors& slots;
-    ~Filled() { core().empty_slots(slots); }  // with Python's lock again
-  } filled{slots_};
-  core().fill_slots(slots_, grad_handles_.data());
+  struct Slots {  // taken out of the plan: another thread that steps meanwhile needs its own
+    HeldTensors& home;
+    HeldTensors mine;
+    ~Slots() {  // with Python's lock again
+      core().empty_slots(mine);
+      home.reset(mine.give_away());
+    }
+  } slots{slots_, HeldTensors(slots_ != 0 ? slots_.give_away() : core().make_slots(count()))};
+  core().fill_slots(slots.mine, grad_handles_.data());
   py::gil_scoped_release unlocked;
   run();
 }

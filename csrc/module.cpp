@@ -45,7 +45,7 @@ void fetch_tensor(AtenTensorHandle tensor) {
   for (int i = 0; i < kLines; ++i) fetch(impl + i * kLine);
 }
 
-// A guess, and only that: the third word of a TensorImpl has always been the address of its storage.
+// A guess, and only that: in the versions of torch that this is for, the third word of a TensorImpl points to its storage.
 void fetch_storage(AtenTensorHandle tensor) { fetch(static_cast<const void* const*>(impl_of(tensor))[2]); }
 
 // Calls last(i) for every i of [begin, end), and before it each of `steps`, the first one for an i that is furthest ahead.

@@ -29,7 +29,10 @@ def uniform(seed: int, step: int) -> float:
     splitmix64: integers only, so it is the same on every machine and rank, and a run resumes from its step
     count. Raises ValueError unless seed and step are integers from 0 to 2^64 - 1.
     """
-    seed, step = as_integer("seed", seed, 0, _MASK), as_integer("step", step, 0, _MASK)
+    return _uniform(as_integer("seed", seed, 0, _MASK), as_integer("step", step, 0, _MASK))
+
+
+def _uniform(seed: int, step: int) -> float:
     return _block(seed, step >> 6)[step & 63]
 
 
@@ -53,4 +56,4 @@ def draw_at(seed: int, step: int, p: float) -> bool:
     """``draw`` for a seed and a step that are known to be integers in range."""
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"p={p!r}: expected a probability in [0, 1]")
-    return _block(seed, step >> 6)[step & 63] < p
+    return _uniform(seed, step) < p

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,6 +23,10 @@ class Place:
     backend: Backend
     stats: Tensor  # float64
     rng: Tensor  # int64 [seed, step]
+    on_gpu: bool = field(init=False)  # asked at every step
+
+    def __post_init__(self) -> None:
+        self.on_gpu = self.device.type == "cuda"
 
     @classmethod
     def on(cls, device: torch.device, requested: str, seed: int) -> Place:
@@ -33,16 +36,7 @@ class Place:
         # To torch.compile parameters and state of an optimizer stay where they are; the stats must be named, or
         # mode="reduce-overhead" makes no CUDA graph of a perturbation, which writes them.
         torch._dynamo.mark_static_address(stats)
-        rng = torch.tensor([seed, 0], dtype=torch.int64, device=device)
-        return cls(device, backend, stats, rng)
-
-    @cached_property  # as below: asked at every step
-    def on_gpu(self) -> bool:
-        return self.device.type == "cuda"
-
-    @cached_property
-    def stats_address(self) -> int:
-        return self.stats.data_ptr()
+        return cls(device, backend, stats, torch.tensor([seed, 0], dtype=torch.int64, device=device))
 
 
 def device_of(p: Tensor) -> torch.device:

@@ -47,6 +47,7 @@ class Plans:
         self._flags: Any = None
         self._state: Any = None
         self._state_size = 0
+        self._stats_address = 0
         self._lists = _engine.Lists()
         self._made = _Made()
 
@@ -106,7 +107,7 @@ class Plans:
                 return None
         run = opt._run
         done: bool = self._plan.perturb(
-            opt._places[0].stats_address, rho, opt.adaptive, opt.eta, opt.stochastic_rounding, opt.seed, run.steps,
+            self._stats_address, rho, opt.adaptive, opt.eta, opt.stochastic_rounding, opt.seed, run.steps,
             run.mixing,
         )  # fmt: skip
         return done
@@ -222,6 +223,7 @@ class Plans:
         self._lists = lists
         self._with_backups, self._flags = with_backups, self._flags_of(opt)
         self._state, self._state_size = opt.state, len(opt.state)
+        self._stats_address = opt._places[0].stats.data_ptr()
         self._plan = plan  # last: an interrupt before leaves no plan, rather than one beside notes of another
 
 

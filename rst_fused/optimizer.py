@@ -189,7 +189,7 @@ class RST(Core):
         """Whether the step under way is a SAM step: X_t ~ Bernoulli(p(t)). Asking again gives the same answer."""
         drawn = self._draw()
         if self._rounds and not self.capturing:
-            for place in self._places:  # for graphs, which cannot note the step themselves
+            for place in self._places:  # for compiled steps and CUDA graphs, which cannot note the step themselves
                 place.rng[1] = self._run.steps
         return drawn
 
@@ -198,7 +198,6 @@ class RST(Core):
         run.count()
         t = run.steps
         if run.drawn_at != t:
-            capturing = self.capturing
             run.drawn = draw_at(self.seed, t, self.schedule(t))
             gamma = self.gamma
             if callable(gamma):
@@ -206,7 +205,7 @@ class RST(Core):
                 check_number(f"gamma({t})", gamma, 0)
             run.gamma = float(gamma)
             run.mixes = run.gamma != 1.0
-            run.drawn_at = -1 if capturing else t
+            run.drawn_at = -1 if self.capturing else t
         return run.drawn
 
     def perturb(self, fire: bool | None = None) -> bool:

@@ -70,7 +70,7 @@ bool sum_in_fp32(const ChunkCall& c) {
   constexpr int kStride = kNormBlocks<T> * kNormBlock<T>;
   for (; i + kStride <= c.count; i += kStride) {
     if constexpr (sizeof(T) == 2) fetch_ahead(g + i, kStride * sizeof(T));
-    add_blocks<T>(g + i, kNormBlocks<T>, static_cast<const T*>(nullptr), sums);
+    add_blocks<T>(g + i, kNormBlocks<T>, nullptr, sums);
   }
   if (i < c.count) {
     const int64_t whole = (c.count - i) / kNormBlock<T>, left = (c.count - i) % kNormBlock<T>;

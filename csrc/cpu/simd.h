@@ -149,13 +149,6 @@ template <class Scalar, class V>
 RST_INLINE void stream(Scalar* p, V v) { std::memcpy(p, &v, sizeof(v)); }
 #endif
 
-// Nearest even, as torch rounds float32 to bfloat16, NaN kept quiet. The result is in the upper halves; the lower ones are
-// undefined.
-RST_INLINE UintV nearest_bfloat16(FloatV x) {
-  const UintV bits = to_bits(x);
-  return x == x ? bits + 0x7fffu + ((bits >> 16) & 1u) : UintV{} + 0x7fc00000u;
-}
-
 // Two vectors side by side: the arithmetic of 16-bit dtypes, so that one whole vector of them is worked on at a time.
 // Which element is where is up to Convert.
 struct Twin {
@@ -224,9 +217,11 @@ struct Convert<Twin, BFloat16> {
   static RST_INLINE Raw join(UintV even, UintV odd) {
     return blend_neighbours(reinterpret<Raw>(even >> 16), reinterpret<Raw>(odd));
   }
-  static RST_INLINE Raw narrow(Twin v) { return join(nearest_bfloat16(v.a), nearest_bfloat16(v.b)); }
-  // Up if the lower half is above its middle, or if it is the middle and the upper half is odd: on all 16-bit halves at
-  // once, which is fewer operations. What was computed from bfloat16 alone has no NaN with anything in its lower half.
+  static RST_INLINE FloatV quiet(FloatV x) { return x == x ? x : from_bits(UintV{} + 0x7fc00000u); }
+  static RST_INLINE Raw narrow(Twin v) { return narrow_own({quiet(v.a), quiet(v.b)}); }
+  // Nearest even, as torch rounds: up if the lower half is above its middle, or if it is the middle and the upper half is
+  // odd. Done on all 16-bit halves at once. What was computed from bfloat16 alone has no NaN with anything in its lower half,
+  // which rounding would carry on.
   static RST_INLINE Raw narrow_own(Twin v) {
     const Raw upper = truncate(v), lower = blend_neighbours(reinterpret<Raw>(v.a), reinterpret<Raw>(to_bits(v.b) << 16));
     return upper + (minus_saturated(lower, ~upper & 1) >> 15);

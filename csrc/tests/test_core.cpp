@@ -1,5 +1,6 @@
 // Tests of the torch-free core, meant to run under AddressSanitizer and UndefinedBehaviorSanitizer: every kernel at
 // every SIMD level over buffers of exactly the right size, so that one element too many is an error.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -149,6 +150,44 @@ void test_kernels() {
   }
 }
 
+// Stores past the cache, which otherwise only models take that are larger than it.
+void test_streaming() {
+  const double scales[] = {0.5};
+  const SgdRow sgd[] = {{0.1, 0.9, 0, 0.01, 2.0}};
+  const AdamRow adam[] = {{0.01, 0.9, 0.999, 1e-8, 0.01, 2.0, 1}};
+  Call call;
+  call.scales = scales;
+  call.stochastic = true;
+  call.sgd = sgd;
+  call.adam = adam;
+  for (const KernelTable* level : runnable_kernels()) {
+    for (bool masters : {false, true}) {
+      std::vector<std::vector<std::vector<char>>> seen[2];
+      for (bool streaming : {false, true}) {
+        Model model(kAll, masters, 7);
+        for (const Tensor& t : model.table.tensors) {
+          if (t.numel == 0) continue;
+          const int dtype = static_cast<int>(t.dtype);
+          const bool master = t.data[kMaster] != nullptr;
+          for (Kernel kernel : {level->perturb[dtype][0][master], level->sgd_step[dtype][1][0][master],
+                                level->adam_step[dtype][1][master], level->restore[dtype][master]}) {
+            ChunkCall c{};
+            c.call = &call;
+            c.tensor = &t;
+            c.count = static_cast<int>(std::min(t.numel, kChunk));
+            c.streaming = streaming;
+            std::copy(t.data, t.data + kStreams, c.data);
+            c.source = t.data[master ? kMaster : kBackup];
+            kernel(c);
+            seen[streaming].push_back(model.parameters[t.index].memory);
+          }
+        }
+      }
+      EXPECT(seen[0] == seen[1]);
+    }
+  }
+}
+
 void test_sgd_value() {
   std::mt19937 random(1);
   Parameter p(DType::Double, 37, kAll, false, 0, random);
@@ -259,6 +298,7 @@ int main() {
   test_sgd_value();
   test_non_finite();
   test_kernels();
+  test_streaming();
   std::printf(failures == 0 ? "all passed\n" : "%d failures\n", failures);
   return failures == 0 ? 0 : 1;
 }
