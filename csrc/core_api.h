@@ -60,7 +60,6 @@ struct CoreApi {
   // ordinary strided tensor of the CPU. `grads`: their handles; before, those of the last call, or null.
   bool (*read_grads)(int64_t handle, int64_t count, const Place* places, TensorFacts* facts, void** grads);
   bool (*has_grads)(int64_t handle, int64_t begin);      // whether any from `begin` on has one
-  int64_t (*hold_grads)(int64_t handle, int64_t count);  // a list of its own, which keeps them alive
   void (*clear_grads)(void* const* grads, int64_t count);  // p.grad = None, for `grads` from read_grads
   // Room to keep gradients alive for the time of a call: a list made once costs no allocation then. fill_slots takes as
   // many gradients as there are slots, none of them null.

@@ -94,6 +94,10 @@ class Plan {
   void place_all();
   // Cuts the table once every tensor has its place.
   void cut();
+  // Empty slots: those given, or new ones.
+  HeldTensors taken(HeldTensors& slots) const;
+  void note_first_grads();
+  void drop_first_grads();
   template <class Run>
   void run(Run run);
   template <class Step>
@@ -122,6 +126,7 @@ class Plan {
   std::vector<void*> grad_handles_;
   HeldTensors slots_;                  // for the gradients, while others may run
   HeldTensors first_grads_;            // from a perturb that keeps them until the update
+  HeldTensors first_slots_;            // for the next ones
   std::vector<std::unique_ptr<int64_t[]>> copies_;  // of the shapes of state: a tensor may free its own when it is resized
   std::vector<std::array<View, kStreams>> views_;
   Table table_;

@@ -22,7 +22,7 @@ void Plan::run(Run run) {
       core().empty_slots(mine);
       home.reset(mine.give_away());
     }
-  } slots{slots_, HeldTensors(slots_ != 0 ? slots_.give_away() : core().make_slots(count()))};
+  } slots{slots_, taken(slots_)};
   core().fill_slots(slots.mine, grad_handles_.data());
   py::gil_scoped_release unlocked;
   run();
@@ -38,7 +38,11 @@ bool Plan::perturb(uintptr_t stats, std::vector<double> rho, bool adaptive, doub
   call.seed = seed;
   call.step = step;
   double* numbers = reinterpret_cast<double*>(stats);
-  HeldTensors kept(keep ? core().hold_grads(held_, count()) : 0);
+  HeldTensors kept;
+  if (keep) {
+    kept.reset(taken(first_slots_).give_away());
+    core().fill_slots(kept, grad_handles_.data());
+  }
   run([&] {
     ops_.grad_norm(table_, call, numbers, device_);
     ops_.perturb(table_, call, numbers, rho.data(), static_cast<int>(rho.size()), device_);
@@ -46,29 +50,44 @@ bool Plan::perturb(uintptr_t stats, std::vector<double> rho, bool adaptive, doub
   });
   if (keep) {
     first_grads_.reset(kept.give_away());
-    table_.chunks.clear();
+    note_first_grads();
   }
   core().clear_grads(grad_handles_.data(), count());
   return true;
+}
+
+HeldTensors Plan::taken(HeldTensors& slots) const {
+  return HeldTensors(slots != 0 ? slots.give_away() : core().make_slots(count()));
+}
+
+// The first gradients lie where the table has the gradients, or there are none. Those of the second pass mostly lie alike,
+// and `fits` sees where they do not; tensors that are walked by strides are placed anew.
+void Plan::note_first_grads() {
+  for (Tensor& t : table_.tensors) {
+    t.data[kFirstGrad] = first_grads_ != 0 ? t.data[kGrad] : nullptr;
+    if (t.strided()) table_.chunks.clear();
+  }
+}
+
+void Plan::drop_first_grads() {
+  if (first_grads_ == 0) return;
+  core().empty_slots(first_grads_);
+  first_slots_.reset(first_grads_.give_away());
+  note_first_grads();
 }
 
 template <class Step>
 bool Plan::update(Call& call, bool maximize, bool mixing, double scale, Step step) {
   if (!collect(true)) return false;
   call.direction = (maximize ? -1 : 1) / scale;
-  if (!mixing && first_grads_ != 0) {
-    first_grads_.reset();
-    place_all();
-  }
+  if (!mixing) drop_first_grads();
+  if (table_.chunks.empty()) place_all();
   call.restoring = perturbed_;
   run([&] {
     step();
     perturbed_ = false;
   });
-  if (first_grads_ != 0) {
-    first_grads_.reset();
-    table_.chunks.clear();
-  }
+  drop_first_grads();
   return true;
 }
 

@@ -103,12 +103,6 @@ bool has_grads(int64_t handle, int64_t begin) {
   return std::any_of(tensors.begin() + begin, tensors.end(), [](const StableTensor& p) { return grad_of(p) != nullptr; });
 }
 
-int64_t hold_grads(int64_t handle, int64_t count) {
-  TensorList grads;
-  for (int64_t i = 0; i < count; ++i) grads.push_back(shared(grad_of(held(handle)[i])));
-  return hold(std::move(grads));
-}
-
 void clear(AtenTensorHandle tensor) { TORCH_ERROR_CODE_CHECK(aoti_torch_assign_tensors(undefined.get(), tensor)); }
 
 void clear_grads(void* const* grads, int64_t count) {
@@ -152,7 +146,6 @@ CoreApi make_api() {
   api.knows_autograd = &knows_autograd;
   api.read_grads = &read_grads;
   api.has_grads = &has_grads;
-  api.hold_grads = &hold_grads;
   api.clear_grads = &clear_grads;
   api.make_slots = [](int64_t count) { return hold(TensorList(count)); };
   api.fill_slots = &fill_slots;

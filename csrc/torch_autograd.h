@@ -31,12 +31,6 @@ inline AtenTensorHandle grad_of(const StableTensor& param) {
   return impl_of(grad) == impl_of(undefined.get()) ? nullptr : grad;
 }
 
-inline StableTensor shared(AtenTensorHandle tensor) {
-  AtenTensorHandle copy = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(tensor, &copy));
-  return StableTensor(copy);
-}
-
 inline const int32_t strided_layout = aoti_torch_layout_strided();
 inline const int32_t cpu_device = aoti_torch_device_type_cpu();
 inline const int32_t cuda_device = aoti_torch_device_type_cuda();
