@@ -375,3 +375,16 @@ def test_a_schedule_may_load_a_state() -> None:
     opt.restore()
     assert not torch.equal(p.detach(), perturbed)
     assert not torch.equal(p.detach(), before)
+
+
+def test_first_gradients_that_lie_otherwise_than_the_second_ones() -> None:
+    def step(opt: RST, params: list[torch.nn.Parameter], t: int) -> None:
+        for phase, finish in enumerate((opt.perturb, opt.step)):
+            give_grads(params, 2 * t + phase)
+            if t // (1 + phase) % 2:  # in one pass, in the other, in both, in none
+                for p in params:
+                    assert p.grad is not None
+                    p.grad = p.grad.mT.contiguous().mT
+            finish()
+
+    both([((6, 5), F32), ((3, 4), BF16), ((8, 2), F32)], step, 8, gamma=2.0, schedule=0.7, lr=0.1, momentum=0.9)
