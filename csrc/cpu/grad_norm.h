@@ -75,9 +75,16 @@ bool sum_in_fp32(const ChunkCall& c) {
     }
     add_blocks<T>(g + i, static_cast<int>(whole), left > 0 ? rest : nullptr, sums);
   }
-  double lanes[kNormLanes];
-  std::memcpy(lanes, sums, sizeof(sums));
-  const double total = sum_of(lanes);
+  // Halves are added to halves: no long chain of additions, and the same order at every SIMD level.
+  DoubleV all[kSums];
+  std::memcpy(all, sums, sizeof(sums));
+  for (int half = kSums / 2; half > 0; half /= 2) {
+    for (int k = 0; k < half; ++k) all[k] += all[k + half];
+  }
+  for (int half = kDoubleLanes / 2; half > 0; half /= 2) {
+    for (int k = 0; k < half; ++k) all[0][k] += all[0][k + half];
+  }
+  const double total = all[0][0];
   // Even if denormal numbers are flushed to zero, at most 2^14 squares below 2^-126 are lost: 2^-32 of the total.
   if (!(total >= 0x1p-80 && total <= 0x1p120)) {
     using Bits = typename std::conditional<sizeof(T) == 4, uint32_t, uint16_t>::type;

@@ -1,26 +1,11 @@
 // What a CPU kernel is: a function over one chunk, in one variant per dtype and flag, in one table per SIMD level.
 #pragma once
 
-#include <cstring>
-
 #include "cpu/table.h"
 
 namespace rst {
 
 constexpr int kNormLanes = 16;  // partial sums per chunk, the same at every SIMD level
-
-// Halves are added to halves: the same order always, and no long chain of dependent additions.
-inline __attribute__((always_inline)) double sum_of(const double (&lanes)[kNormLanes]) {
-  typedef double Pair __attribute__((vector_size(16)));
-  Pair sums[kNormLanes / 2];
-  std::memcpy(sums, lanes, sizeof(sums));
-#pragma GCC unroll 8
-  for (int half = kNormLanes / 4; half > 0; half /= 2) {
-#pragma GCC unroll 8
-    for (int k = 0; k < half; ++k) sums[k] += sums[k + half];
-  }
-  return sums[0][0] + sums[0][1];
-}
 
 struct SgdRow {
   double lr, momentum, dampening, weight_decay, gamma;

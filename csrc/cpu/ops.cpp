@@ -52,6 +52,19 @@ void run_strided(const Job& job, const Tensor& tensor, Kernel kernel, ChunkCall 
   }
 }
 
+// Halves are added to halves: the same order always, and no long chain of dependent additions.
+double sum_of(const double (&lanes)[kNormLanes]) {
+  typedef double Pair __attribute__((vector_size(16)));
+  Pair sums[kNormLanes / 2];
+  std::memcpy(sums, lanes, sizeof(sums));
+#pragma GCC unroll 8
+  for (int half = kNormLanes / 4; half > 0; half /= 2) {
+#pragma GCC unroll 8
+    for (int k = 0; k < half; ++k) sums[k] += sums[k + half];
+  }
+  return sums[0][0] + sums[0][1];
+}
+
 void run_chunk(const Job& job, int64_t index) {
   const Chunk& chunk = job.table->chunks[index];
   const Tensor& tensor = job.table->tensors[chunk.tensor];
