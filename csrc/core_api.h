@@ -27,6 +27,9 @@ struct Place {
   const int64_t* strides;
 };
 
+// What to make of the gradient of the parameter at `index`, while it is in the processor's hands; false to stop.
+using SeenGrad = bool(void* context, int64_t index, const TensorFacts& grad);
+
 // For a handful of dimensions faster than memcmp.
 inline bool equal(const int64_t* a, const int64_t* b, int ndim) {
   for (int d = 0; d < ndim; ++d) {
@@ -56,9 +59,9 @@ struct CoreApi {
   void (*release)(int64_t handle);
 
   bool (*knows_autograd)();  // whether those below can be called
-  // The gradients of the first `count`, which must be in place; false if not, or if a gradient is missing or not an
-  // ordinary strided tensor of the CPU. `grads`: their handles; before, those of the last call, or null.
-  bool (*read_grads)(int64_t handle, int64_t count, const Place* places, TensorFacts* facts, void** grads);
+  // The gradients of the first `count`, which must be in place; false if not, if a gradient is missing or not an ordinary
+  // strided tensor, or if `seen` is false of one. `grads`: their handles; before, those of the last call, or null.
+  bool (*read_grads)(int64_t handle, int64_t count, const Place* places, void** grads, SeenGrad* seen, void* context);
   bool (*has_grads)(int64_t handle, int64_t begin);      // whether any from `begin` on has one
   void (*clear_grads)(void* const* grads, int64_t count);  // p.grad = None, for `grads` from read_grads
   // Room to keep gradients alive for the time of a call: a list made once costs no allocation then. fill_slots takes as

@@ -38,7 +38,6 @@ Plan::Plan(bool gpu, py::list groups, py::list everything, py::list active, std:
   const size_t n = active.size();
   entries_.resize(n);
   views_.resize(n);
-  grads_.resize(n);
   grad_handles_.resize(n);
   table_.tensors.resize(n);
   std::vector<TensorFacts> facts(n);
@@ -145,9 +144,8 @@ void Plan::add(const Positions& positions, Stream stream) {
   }
 }
 
-bool Plan::fits(size_t index) {
+bool Plan::fits(size_t index, const TensorFacts& grad) {
   Entry& entry = entries_[index];
-  const TensorFacts& grad = grads_[index];
   const int ndim = entry.ndim;
   if (grad.dtype != entry.dtype || grad.device != device_ || grad.ndim != ndim ||
       !equal(grad.sizes, entry.sizes(), ndim)) {
@@ -166,7 +164,8 @@ bool Plan::fits(size_t index) {
     table_.chunks.clear();  // place this tensor anew
   }
   entry.grad = grad.data;
-  return !entry.may_be_negated || !active_[index].attr("grad").attr("is_neg")().cast<bool>();
+  ask_ = ask_ || entry.may_be_negated;
+  return true;
 }
 
 void Plan::place_all() {
@@ -269,24 +268,31 @@ bool Plan::companions_in_place(bool updating) {
   return core().in_place(held_, count(), end, places_.data()) && (!updating || same_state());
 }
 
+bool Plan::read_grads() {
+  ask_ = false;
+  const auto seen = [](void* plan, int64_t i, const TensorFacts& grad) {
+    return static_cast<Plan*>(plan)->fits(static_cast<size_t>(i), grad);
+  };
+  return core().read_grads(held_, count(), places_.data(), grad_handles_.data(), seen, this);
+}
+
 bool Plan::collect(bool updating) {
-  if (!core().read_grads(held_, count(), places_.data(), grads_.data(), grad_handles_.data()) ||
-      !companions_in_place(updating) || core().has_grads(held_, idle_)) {
-    return false;
-  }
-  bool asked = false;  // Python, which may have run what drops a gradient
-  for (size_t i = 0; i < entries_.size(); ++i) {
-    if (!fits(i)) return false;
-    asked = asked || entries_[i].may_be_negated;
-  }
-  if (asked) {
-    if (!core().read_grads(held_, count(), places_.data(), grads_.data(), grad_handles_.data())) return false;
-    for (size_t i = 0; i < entries_.size(); ++i) {
-      if (grads_[i].data != entries_[i].grad) return false;
-    }
-  }
+  if (!read_grads() || !companions_in_place(updating) || core().has_grads(held_, idle_)) return false;
+  if (ask_ && !none_is_negated()) return false;
   if (table_.chunks.empty()) place_all();
   return alike_;
+}
+
+// Asks Python, which may run what drops a gradient: so afterwards they are looked at again.
+bool Plan::none_is_negated() {
+  std::vector<void*> asked;
+  for (size_t i = 0; i < entries_.size(); ++i) {
+    if (entries_[i].may_be_negated && active_[i].attr("grad").attr("is_neg")().cast<bool>()) return false;
+    asked.push_back(entries_[i].grad);
+  }
+  if (!read_grads()) return false;
+  const auto same = [](const Entry& entry, void* grad) { return entry.grad == grad; };
+  return std::equal(entries_.begin(), entries_.end(), asked.begin(), same);
 }
 
 }  // namespace rst

@@ -33,20 +33,25 @@ bool lies_at(const StableTensor& tensor, const Place& place) {
   return equal(strides, place.strides, place.ndim);
 }
 
-// Tensors lie all over memory, and a look at each would wait for it four times: for the tensor, its storage, its gradient
-// and that one's storage. So what will be looked at is fetched ahead, each of these so many tensors before the next.
-constexpr int64_t kAhead = 8;
+// What torch keeps of a tensor lies all over memory, and a look at it would wait for each piece: for the handle, the tensor,
+// its storage, its gradient and that one's storage. So what will be looked at is fetched ahead, each of these so many tensors
+// before the next.
+constexpr int64_t kAhead = 4;
 
-void fetch(const void* address) { __builtin_prefetch(address); }
-
-void fetch_tensor(AtenTensorHandle tensor) {
-  constexpr int kLine = 64, kLines = 3;  // what is asked of a TensorImpl lies in these
-  const char* impl = static_cast<const char*>(impl_of(tensor));
-  for (int i = 0; i < kLines; ++i) fetch(impl + i * kLine);
+// All lines of an object, which may begin anywhere in the first.
+void fetch(const void* object, int bytes = 1) {
+  constexpr int kLine = 64;
+  const char* p = static_cast<const char*>(object);
+  for (int i = 0; i < bytes - 1; i += kLine) __builtin_prefetch(p + i);
+  __builtin_prefetch(p + bytes - 1);
 }
 
-// A guess, and only that: in the versions of torch that this is for, the third word of a TensorImpl points to its storage.
-void fetch_storage(AtenTensorHandle tensor) { fetch(static_cast<const void* const*>(impl_of(tensor))[2]); }
+// Guesses, and only that: so long are these objects as far as they are read, and these words of a tensor point to its
+// storage, to what autograd knows of it and to its version counter, in the versions of torch that this is for.
+void fetch_tensor(AtenTensorHandle tensor) { fetch(impl_of(tensor), 0xb0); }
+constexpr int kStorage = 2, kAutograd = 3, kVersion = 5;
+const void* word_of(AtenTensorHandle tensor, int word) { return static_cast<const void* const*>(impl_of(tensor))[word]; }
+void fetch_storage(AtenTensorHandle tensor) { fetch(word_of(tensor, kStorage), 0x40); }
 
 // Calls last(i) for every i of [begin, end), and before it each of `steps`, the first one for an i that is furthest ahead.
 template <class Last, class... Steps>
@@ -63,19 +68,28 @@ void visit(int64_t begin, int64_t end, Last last, Steps... steps) {
   }
 }
 
-bool read_grads(int64_t handle, int64_t count, const Place* places, TensorFacts* facts, void** grads) {
+bool read_grads(int64_t handle, int64_t count, const Place* places, void** grads, SeenGrad* seen, void* context) {
   const TensorList& tensors = held(handle);
+  const auto tensor = [&](int64_t i) { return tensors[i].get(); };
   const auto grad = [&](int64_t i) { return static_cast<AtenTensorHandle>(grads[i]); };
   bool fine = true;
   visit(
       0, count,
-      [&](int64_t i) { fine = fine && lies_at(tensors[i], places[i]) && read_facts(grad(i), facts[i]); },
       [&](int64_t i) {
-        fetch_tensor(tensors[i].get());
+        TensorFacts facts;
+        fine = fine && lies_at(tensors[i], places[i]) && read_facts(grad(i), facts) && seen(context, i, facts);
+      },
+      [&](int64_t i) { fetch(tensor(i)); },
+      [&](int64_t i) {
+        fetch_tensor(tensor(i));
         fetch(grads[i]);  // where p.grad was at the last call
       },
       [&](int64_t i) {
-        fetch_storage(tensors[i].get());
+        fetch_storage(tensor(i));
+        fetch(word_of(tensor(i), kAutograd));
+        fetch(word_of(tensor(i), kVersion));
+      },
+      [&](int64_t i) {
         grads[i] = grad_of(tensors[i]);
         if (grads[i] == nullptr) {
           fine = false;
@@ -94,7 +108,8 @@ bool in_place(int64_t handle, int64_t begin, int64_t end, const Place* places) {
   bool fine = true;
   visit(
       begin, end, [&](int64_t i) { fine = fine && lies_at(tensors[i], places[i]); },
-      [&](int64_t i) { fetch_tensor(tensors[i].get()); }, [&](int64_t i) { fetch_storage(tensors[i].get()); });
+      [&](int64_t i) { fetch(tensors[i].get()); }, [&](int64_t i) { fetch_tensor(tensors[i].get()); },
+      [&](int64_t i) { fetch_storage(tensors[i].get()); });
   return fine;
 }
 

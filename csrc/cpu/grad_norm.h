@@ -37,26 +37,81 @@ RST_INLINE FloatV add_squares(const T* block, int k, FloatV sum) {
   }
 }
 
-// `last`: one more block that lies elsewhere, or null.
-template <class T>
-RST_INLINE void add_blocks(const T* blocks, int count, const T* last, DoubleV* sums) {
-  for (int k = 0; k < kNormLanes; k += kFloatLanes) {
-    FloatV squares{};
-    for (int b = 0; b < count; ++b) squares = add_squares<T>(blocks + b * kNormBlock<T>, k, squares);
-    if (last != nullptr) squares = add_squares<T>(last, k, squares);
-    Vector<float, kDoubleLanes> halves[2];
-    std::memcpy(halves, &squares, sizeof(halves));
-    sums[k / kDoubleLanes] += __builtin_convertvector(halves[0], DoubleV);
-    sums[k / kDoubleLanes + 1] += __builtin_convertvector(halves[1], DoubleV);
+// Sums over Count vectors of lanes. A tree, for an array would lie in memory.
+template <int Count>
+struct Sums {
+  Sums<Count / 2> low, high;
+
+  // f(k, a, b) with sums k and k + 1, for every even k.
+  template <class F>
+  RST_INLINE void each_pair(F f, int k = 0) {
+    if constexpr (Count == 2) {
+      f(k, low.lanes, high.lanes);
+    } else {
+      low.each_pair(f, k);
+      high.each_pair(f, k + Count / 2);
+    }
   }
+  RST_INLINE Sums operator+(const Sums& other) const { return {low + other.low, high + other.high}; }
+  // Halves are added to halves: no long chain of additions, and the same order at every SIMD level.
+  RST_INLINE double total() const { return (low + high).total(); }
+};
+template <>
+struct Sums<1> {
+  DoubleV lanes;
+
+  RST_INLINE Sums operator+(const Sums& other) const { return {lanes + other.lanes}; }
+  RST_INLINE double total() const {
+    DoubleV all = lanes;
+#pragma GCC unroll 8
+    for (int half = kDoubleLanes / 2; half > 0; half /= 2) {
+#pragma GCC unroll 8
+      for (int k = 0; k < half; ++k) all[k] += all[k + half];
+    }
+    return all[0];
+  }
+};
+using NormSums = Sums<kNormLanes / kDoubleLanes>;
+
+// The sums of the pieces before, if the chunk comes in pieces.
+RST_INLINE NormSums sums_before(const ChunkCall& c) {
+  NormSums sums{};
+  if (c.lanes == nullptr) return sums;
+  sums.each_pair([&](int k, DoubleV& a, DoubleV& b) __attribute__((always_inline)) {
+    std::memcpy(&a, c.lanes + k * kDoubleLanes, sizeof(a));
+    std::memcpy(&b, c.lanes + (k + 1) * kDoubleLanes, sizeof(b));
+  });
+  return sums;
 }
 
-// True if the chunk was summed into c.lanes; false, with nothing done, where fp32 did not hold the squares.
+RST_INLINE void give(const ChunkCall& c, NormSums& sums, double total) {
+  *c.sum = total;
+  if (c.lanes == nullptr) return;
+  sums.each_pair([&](int k, DoubleV& a, DoubleV& b) __attribute__((always_inline)) {
+    std::memcpy(c.lanes + k * kDoubleLanes, &a, sizeof(a));
+    std::memcpy(c.lanes + (k + 1) * kDoubleLanes, &b, sizeof(b));
+  });
+}
+
+// `last`: one more block that lies elsewhere, or null.
+template <class T>
+RST_INLINE void add_blocks(const T* blocks, int count, const T* last, NormSums& sums) {
+  sums.each_pair([&](int k, DoubleV& a, DoubleV& b) __attribute__((always_inline)) {
+    const int lane = k * kDoubleLanes;
+    FloatV squares{};
+    for (int i = 0; i < count; ++i) squares = add_squares<T>(blocks + i * kNormBlock<T>, lane, squares);
+    if (last != nullptr) squares = add_squares<T>(last, lane, squares);
+    Vector<float, kDoubleLanes> halves[2];
+    std::memcpy(halves, &squares, sizeof(halves));
+    a += __builtin_convertvector(halves[0], DoubleV);
+    b += __builtin_convertvector(halves[1], DoubleV);
+  });
+}
+
+// True if the chunk was summed; false, with nothing done, where fp32 did not hold the squares.
 template <class T>
 bool sum_in_fp32(const ChunkCall& c) {
-  constexpr int kSums = kNormLanes / kDoubleLanes;
-  DoubleV sums[kSums];
-  std::memcpy(sums, c.lanes, sizeof(sums));
+  NormSums sums = sums_before(c);
   const T* g = static_cast<const T*>(c.data[kGrad]);
   int64_t i = 0;
   constexpr int kStride = kNormBlocks<T> * kNormBlock<T>;
@@ -75,16 +130,7 @@ bool sum_in_fp32(const ChunkCall& c) {
     }
     add_blocks<T>(g + i, static_cast<int>(whole), left > 0 ? rest : nullptr, sums);
   }
-  // Halves are added to halves: no long chain of additions, and the same order at every SIMD level.
-  DoubleV all[kSums];
-  std::memcpy(all, sums, sizeof(sums));
-  for (int half = kSums / 2; half > 0; half /= 2) {
-    for (int k = 0; k < half; ++k) all[k] += all[k + half];
-  }
-  for (int half = kDoubleLanes / 2; half > 0; half /= 2) {
-    for (int k = 0; k < half; ++k) all[0][k] += all[0][k + half];
-  }
-  const double total = all[0][0];
+  const double total = sums.total();
   // Even if denormal numbers are flushed to zero, at most 2^14 squares below 2^-126 are lost: 2^-32 of the total.
   if (!(total >= 0x1p-80 && total <= 0x1p120)) {
     using Bits = typename std::conditional<sizeof(T) == 4, uint32_t, uint16_t>::type;
@@ -96,7 +142,7 @@ bool sum_in_fp32(const ChunkCall& c) {
     }
     if (!zero) return false;
   }
-  std::memcpy(c.lanes, sums, sizeof(sums));
+  give(c, sums, total);
   return true;
 }
 
@@ -107,9 +153,7 @@ void grad_norm_chunk(const ChunkCall& c) {
   if constexpr (sizeof(T) < sizeof(double) && !Adaptive) {
     if (sum_in_fp32<T>(c)) return;
   }
-  constexpr int kSums = kNormLanes / kDoubleLanes;
-  DoubleV sums[kSums];
-  std::memcpy(sums, c.lanes, sizeof(sums));
+  NormSums sums = sums_before(c);
   const AsamScale<DoubleV> scale{broadcast<DoubleV>(c.call->eta)};
   const bool complex = c.tensor->complex;
 
@@ -129,13 +173,21 @@ void grad_norm_chunk(const ChunkCall& c) {
   };
   int64_t i = 0;
   for (; i + kNormLanes <= c.count; i += kNormLanes) {
-    for (int k = 0; k < kSums; ++k) sums[k] = add(At<DoubleV, Part::Whole>{i + k * kDoubleLanes, kDoubleLanes}, sums[k]);
+    sums.each_pair([&](int k, DoubleV& a, DoubleV& b) __attribute__((always_inline)) {
+      a = add(At<DoubleV, Part::Whole>{i + k * kDoubleLanes, kDoubleLanes}, a);
+      b = add(At<DoubleV, Part::Whole>{i + (k + 1) * kDoubleLanes, kDoubleLanes}, b);
+    });
   }
-  for (int k = 0; k < kSums && i < c.count; ++k, i += kDoubleLanes) {
-    int lanes = static_cast<int>(c.count - i < kDoubleLanes ? c.count - i : kDoubleLanes);
-    sums[k] = add(At<DoubleV, Part::Some>{i, lanes}, sums[k]);
-  }
-  std::memcpy(c.lanes, sums, sizeof(sums));
+  const auto add_some = [&](DoubleV& sum) __attribute__((always_inline)) {
+    const int64_t left = c.count - i < kDoubleLanes ? c.count - i : kDoubleLanes;
+    if (left > 0) sum = add(At<DoubleV, Part::Some>{i, static_cast<int>(left)}, sum);
+    i += kDoubleLanes;
+  };
+  sums.each_pair([&](int, DoubleV& a, DoubleV& b) __attribute__((always_inline)) {
+    add_some(a);
+    add_some(b);
+  });
+  give(c, sums, sums.total());
 }
 
 }  // namespace rst::RST_LEVEL

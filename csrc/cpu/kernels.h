@@ -35,7 +35,8 @@ struct ChunkCall {
   const void* source;
   int64_t begin, count;
   bool streaming;  // write-only outputs bypass the cache
-  double* lanes;   // grad_norm: kNormLanes running sums
+  double* sum;     // grad_norm: where the sum of the chunk goes, of this piece and those before
+  double* lanes;   // grad_norm: kNormLanes running sums of a chunk that comes in pieces; else null
 };
 
 using Kernel = void (*)(const ChunkCall&);

@@ -24,6 +24,7 @@ struct Job {
   unsigned reads, writes;  // bit s: stream s is read, written
   double* sums;
   bool backwards;  // from the last block to the first
+  unsigned touched = reads | writes;
   const KernelTable& kernels = rst::kernels();
   bool streaming = false;
   int blocks = 1;
@@ -37,6 +38,8 @@ void run_strided(const Job& job, const Tensor& tensor, Kernel kernel, ChunkCall 
   const void* const source = c.source;
   const int64_t end = c.begin + c.count;
   c.streaming = false;
+  double lanes[kNormLanes] = {};
+  c.lanes = lanes;
   for (; c.begin < end; c.begin += c.count) {
     c.count = std::min(kGather, end - c.begin);
     for (int s = 0; s < kStreams; ++s) {
@@ -52,19 +55,6 @@ void run_strided(const Job& job, const Tensor& tensor, Kernel kernel, ChunkCall 
   }
 }
 
-// Halves are added to halves: the same order always, and no long chain of dependent additions.
-double sum_of(const double (&lanes)[kNormLanes]) {
-  typedef double Pair __attribute__((vector_size(16)));
-  Pair sums[kNormLanes / 2];
-  std::memcpy(sums, lanes, sizeof(sums));
-#pragma GCC unroll 8
-  for (int half = kNormLanes / 4; half > 0; half /= 2) {
-#pragma GCC unroll 8
-    for (int k = 0; k < half; ++k) sums[k] += sums[k + half];
-  }
-  return sums[0][0] + sums[0][1];
-}
-
 void run_chunk(const Job& job, int64_t index) {
   const Chunk& chunk = job.table->chunks[index];
   const Tensor& tensor = job.table->tensors[chunk.tensor];
@@ -74,11 +64,8 @@ void run_chunk(const Job& job, int64_t index) {
   c.begin = chunk.begin;
   c.count = chunk.count;
   c.streaming = job.streaming;
-  alignas(64) double lanes[kNormLanes];
-  if (job.sums != nullptr) {
-    std::fill(lanes, lanes + kNormLanes, 0.0);
-    c.lanes = lanes;
-  }
+  c.lanes = nullptr;
+  if (job.sums != nullptr) c.sum = job.sums + index;
   const bool backed = tensor.data[kBackup] != nullptr && job.call->restoring;
   const int source = tensor.data[kMaster] != nullptr ? kMaster : backed ? kBackup : kParam;
   const Kernel kernel = job.pick(job.kernels, tensor, *job.call);
@@ -93,7 +80,6 @@ void run_chunk(const Job& job, int64_t index) {
     c.source = c.data[source];
     kernel(c);
   }
-  if (job.sums != nullptr) job.sums[index] = sum_of(lanes);
 }
 
 // Orders the streaming stores of this thread before whatever it publishes next.
@@ -103,6 +89,19 @@ void finish_streaming() {
 #endif
 }
 
+// A processor fetches ahead what follows in memory, but does not know where the next tensor lies.
+constexpr int64_t kChunksAhead = 2;
+
+void fetch_chunk(const Job& job, const Chunk& chunk) {
+  constexpr int kLine = 64, kLines = 4;
+  const Tensor& tensor = job.table->tensors[chunk.tensor];
+  for (int s = 0; s < kStreams; ++s) {
+    if ((job.touched >> s & 1) == 0 || tensor.data[s] == nullptr) continue;
+    const char* begin = static_cast<const char*>(tensor.data[s]) + chunk.begin * size_of(tensor.dtype_of(s));
+    for (int i = 0; i < kLines; ++i) __builtin_prefetch(begin + i * kLine);
+  }
+}
+
 // Threads take the next block as they finish one: all work in one region of memory, which DRAM serves better than
 // regions far apart, and a thread that is held up holds up nobody. Who takes a block does not change its result.
 void run_blocks(int, void* context) {
@@ -110,7 +109,10 @@ void run_blocks(int, void* context) {
   for (int turn = job.next++; turn < job.blocks; turn = job.next++) {
     const int b = job.backwards ? job.blocks - 1 - turn : turn;
     const int64_t end = first_chunk(*job.table, b + 1, job.blocks);
-    for (int64_t i = first_chunk(*job.table, b, job.blocks); i < end; ++i) run_chunk(job, i);
+    for (int64_t i = first_chunk(*job.table, b, job.blocks); i < end; ++i) {
+      if (i + kChunksAhead < end) fetch_chunk(job, job.table->chunks[i + kChunksAhead]);
+      run_chunk(job, i);
+    }
   }
   if (job.streaming) finish_streaming();
 }
