@@ -3,8 +3,6 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <algorithm>
-
 #ifdef RST_CUDA_VERSION
 #include "gpu_target.h"
 #endif
@@ -15,26 +13,40 @@ namespace rst {
 
 namespace {
 
-int64_t hold(TensorList tensors) { return reinterpret_cast<int64_t>(new TensorList(std::move(tensors))); }
-TensorList& held(int64_t handle) { return *reinterpret_cast<TensorList*>(handle); }
+struct Held {
+  TensorList tensors;
+  std::vector<const void*> impls;  // side by side: torch's own handles lie all over memory
+
+  explicit Held(TensorList given) : tensors(std::move(given)) {
+    for (const StableTensor& t : tensors) impls.push_back(impl_of(t.get()));
+  }
+  AtenTensorHandle operator[](int64_t i) const { return handle_to(impls[i]); }
+};
+
+int64_t hold(TensorList tensors) { return reinterpret_cast<int64_t>(new Held(std::move(tensors))); }
+Held& held(int64_t handle) { return *reinterpret_cast<Held*>(handle); }
+void release(int64_t handle) { delete &held(handle); }
 
 TensorList unhold(int64_t handle) {
-  TensorList tensors = std::move(held(handle));
-  delete &held(handle);
+  TensorList tensors = std::move(held(handle).tensors);
+  release(handle);
   return tensors;
 }
 
-bool lies_at(const StableTensor& tensor, const Place& place) {
+// Slots are undefined until they are filled.
+int64_t make_slots(int64_t count) { return hold(TensorList(count)); }
+
+bool lies_at(AtenTensorHandle tensor, const Place& place) {
   void* address = nullptr;
   int64_t* strides = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(tensor.get(), &address));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(tensor, &address));
   if (address != place.address || place.ndim == 0) return address == place.address;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(tensor.get(), &strides));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(tensor, &strides));
   return equal(strides, place.strides, place.ndim);
 }
 
-// What torch keeps of a tensor lies all over memory, and a look at it would wait for each piece: for the handle, the tensor,
-// its storage, its gradient and that one's storage. So what will be looked at is fetched ahead, each of these so many tensors
+// What torch keeps of a tensor lies all over memory, and a look at it would wait for each piece: for the tensor, its storage,
+// its gradient and that one's storage. So what will be looked at is fetched ahead, each of these so many tensors
 // before the next.
 constexpr int64_t kAhead = 4;
 
@@ -69,8 +81,7 @@ void visit(int64_t begin, int64_t end, Last last, Steps... steps) {
 }
 
 bool read_grads(int64_t handle, int64_t count, const Place* places, void** grads, SeenGrad* seen, void* context) {
-  const TensorList& tensors = held(handle);
-  const auto tensor = [&](int64_t i) { return tensors[i].get(); };
+  const Held& tensors = held(handle);
   const auto grad = [&](int64_t i) { return static_cast<AtenTensorHandle>(grads[i]); };
   bool fine = true;
   visit(
@@ -79,15 +90,14 @@ bool read_grads(int64_t handle, int64_t count, const Place* places, void** grads
         TensorFacts facts;
         fine = fine && lies_at(tensors[i], places[i]) && read_facts(grad(i), facts) && seen(context, i, facts);
       },
-      [&](int64_t i) { fetch(tensor(i)); },
       [&](int64_t i) {
-        fetch_tensor(tensor(i));
+        fetch_tensor(tensors[i]);
         fetch(grads[i]);  // where p.grad was at the last call
       },
       [&](int64_t i) {
-        fetch_storage(tensor(i));
-        fetch(word_of(tensor(i), kAutograd));
-        fetch(word_of(tensor(i), kVersion));
+        fetch_storage(tensors[i]);
+        fetch(word_of(tensors[i], kAutograd));
+        fetch(word_of(tensors[i], kVersion));
       },
       [&](int64_t i) {
         grads[i] = grad_of(tensors[i]);
@@ -104,18 +114,20 @@ bool read_grads(int64_t handle, int64_t count, const Place* places, void** grads
 }
 
 bool in_place(int64_t handle, int64_t begin, int64_t end, const Place* places) {
-  const TensorList& tensors = held(handle);
+  const Held& tensors = held(handle);
   bool fine = true;
   visit(
       begin, end, [&](int64_t i) { fine = fine && lies_at(tensors[i], places[i]); },
-      [&](int64_t i) { fetch(tensors[i].get()); }, [&](int64_t i) { fetch_tensor(tensors[i].get()); },
-      [&](int64_t i) { fetch_storage(tensors[i].get()); });
+      [&](int64_t i) { fetch_tensor(tensors[i]); }, [&](int64_t i) { fetch_storage(tensors[i]); });
   return fine;
 }
 
 bool has_grads(int64_t handle, int64_t begin) {
-  const TensorList& tensors = held(handle);
-  return std::any_of(tensors.begin() + begin, tensors.end(), [](const StableTensor& p) { return grad_of(p) != nullptr; });
+  const Held& tensors = held(handle);
+  for (int64_t i = begin; i < static_cast<int64_t>(tensors.impls.size()); ++i) {
+    if (grad_of(tensors[i]) != nullptr) return true;
+  }
+  return false;
 }
 
 void clear(AtenTensorHandle tensor) { TORCH_ERROR_CODE_CHECK(aoti_torch_assign_tensors(undefined.get(), tensor)); }
@@ -128,20 +140,20 @@ void clear_grads(void* const* grads, int64_t count) {
 
 void fill_slots(int64_t slots, void* const* grads) {
   void* const* grad = grads;
-  for (const StableTensor& slot : held(slots)) {
+  for (const StableTensor& slot : held(slots).tensors) {
     TORCH_ERROR_CODE_CHECK(aoti_torch_assign_tensors(static_cast<AtenTensorHandle>(*grad++), slot.get()));
   }
 }
 
 void empty_slots(int64_t slots) {
-  const TensorList& tensors = held(slots);
+  const TensorList& tensors = held(slots).tensors;
   const auto slot = [&](int64_t i) { return tensors[i].get(); };
   visit(0, static_cast<int64_t>(tensors.size()), [&](int64_t i) { clear(slot(i)); },
         [&](int64_t i) { fetch(slot(i)); }, [&](int64_t i) { fetch(impl_of(slot(i))); });
 }
 
 void bump_versions(int64_t handle, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) torch_bump_version(held(handle)[i].get());
+  for (int64_t i = 0; i < count; ++i) torch_bump_version(held(handle)[i]);
 }
 
 CoreApi make_api() {
@@ -155,18 +167,20 @@ CoreApi make_api() {
   api.cpu.restore = [](const Table& t, const Call& c, int32_t) { restore(t, c, torch_threads()); };
   api.cpu.sgd_step = [](const Table& t, const Call& c, const cuda::DeviceNumbers&, int32_t) { sgd_step(t, c, torch_threads()); };
   api.cpu.adam_step = [](const Table& t, const Call& c, const cuda::DeviceNumbers&, int32_t) { adam_step(t, c, torch_threads()); };
-  api.held_facts = [](int64_t handle, int64_t i, TensorFacts& facts) { return read_facts(held(handle)[i].get(), facts); };
+  api.held_facts = [](int64_t handle, int64_t i, TensorFacts& facts) { 
+    return read_facts(held(handle).tensors[i].get(), facts);  // slots, too
+  };
   api.describe = [](int32_t dtype, Tensor& t) { return describe(torch::stable::detail::to<ScalarType>(torch::stable::detail::from(dtype)), t); };
   api.in_place = &in_place;
   api.knows_autograd = &knows_autograd;
   api.read_grads = &read_grads;
   api.has_grads = &has_grads;
   api.clear_grads = &clear_grads;
-  api.make_slots = [](int64_t count) { return hold(TensorList(count)); };
+  api.make_slots = &make_slots;
   api.fill_slots = &fill_slots;
   api.empty_slots = &empty_slots;
   api.bump_versions = &bump_versions;
-  api.release = [](int64_t handle) { delete &held(handle); };
+  api.release = &release;
   api.runnable_kernels = &runnable_kernels;
   api.cache_bytes = &cache_bytes;
   api.select_kernels = &select_kernels;

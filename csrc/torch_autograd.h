@@ -22,12 +22,17 @@ inline bool knows_autograd() { return torch_grad != nullptr && torch_bump_versio
 // The TensorImpl that a handle, which is a reference to a tensor, points to.
 inline const void* impl_of(AtenTensorHandle tensor) { return *reinterpret_cast<const void* const*>(tensor); }
 
+// A handle to what `impl` points to, valid as long as that pointer lies there.
+inline AtenTensorHandle handle_to(const void* const& impl) {
+  return reinterpret_cast<AtenTensorHandle>(const_cast<const void**>(&impl));
+}
+
 // Undefined tensors all point to the same TensorImpl.
 inline const StableTensor undefined;
 
 // The handle of p.grad, which belongs to p, or null.
-inline AtenTensorHandle grad_of(const StableTensor& param) {
-  AtenTensorHandle grad = torch_grad(impl_of(param.get()));
+inline AtenTensorHandle grad_of(AtenTensorHandle param) {
+  AtenTensorHandle grad = torch_grad(impl_of(param));
   return impl_of(grad) == impl_of(undefined.get()) ? nullptr : grad;
 }
 
