@@ -103,8 +103,8 @@ RST_INLINE void add_blocks(const T* blocks, int count, const T* last, NormSums& 
     if (last != nullptr) squares = add_squares<T>(last, lane, squares);
     Vector<float, kDoubleLanes> halves[2];
     std::memcpy(halves, &squares, sizeof(halves));
-    a += __builtin_convertvector(halves[0], DoubleV);
-    b += __builtin_convertvector(halves[1], DoubleV);
+    a += to_double(halves[0]);
+    b += to_double(halves[1]);
   });
 }
 

@@ -1,5 +1,6 @@
 // One vector type per SIMD level, as GCC/Clang vector extensions: arithmetic, comparison and ?: come from the
-// compiler; only what it cannot express (fma, sqrt, fp16, streaming stores) is written with intrinsics.
+// compiler; only what it cannot express (fma, sqrt, fp16, streaming stores) or expresses badly (to_double) is written with
+// intrinsics.
 //
 // RST_SIMD_LEVEL is 0 (plain: 16-byte vectors, any architecture), 1 (AVX2 + FMA + F16C) or 2 (AVX-512 F/BW/DQ/VL).
 #pragma once
@@ -56,6 +57,7 @@ RST_INLINE FloatV sqrt(FloatV a) { return _mm512_sqrt_ps(a); }
 RST_INLINE DoubleV sqrt(DoubleV a) { return _mm512_sqrt_pd(a); }
 RST_INLINE void stream(float* p, FloatV v) { _mm512_stream_ps(p, v); }
 RST_INLINE void stream(double* p, DoubleV v) { _mm512_stream_pd(p, v); }
+RST_INLINE DoubleV to_double(Vector<float, 8> x) { return _mm512_cvtps_pd(reinterpret<__m256>(x)); }
 RST_INLINE FloatV half_to_float(Vector<uint16_t, 16> h) { return _mm512_cvtph_ps(reinterpret<__m256i>(h)); }
 RST_INLINE Vector<float, 8> half_to_float(Vector<uint16_t, 8> h) { return _mm256_cvtph_ps(reinterpret<__m128i>(h)); }
 RST_INLINE Vector<uint32_t, 8> zero_extend(Vector<uint16_t, 8> h) {
@@ -84,6 +86,7 @@ RST_INLINE FloatV sqrt(FloatV a) { return _mm256_sqrt_ps(a); }
 RST_INLINE DoubleV sqrt(DoubleV a) { return _mm256_sqrt_pd(a); }
 RST_INLINE void stream(float* p, FloatV v) { _mm256_stream_ps(p, v); }
 RST_INLINE void stream(double* p, DoubleV v) { _mm256_stream_pd(p, v); }
+RST_INLINE DoubleV to_double(Vector<float, 4> x) { return _mm256_cvtps_pd(reinterpret<__m128>(x)); }
 RST_INLINE FloatV half_to_float(Vector<uint16_t, 8> h) { return _mm256_cvtph_ps(reinterpret<__m128i>(h)); }
 RST_INLINE Vector<float, 4> half_to_float(Vector<uint16_t, 4> h) {
   return _mm_cvtph_ps(_mm_cvtsi64_si128(reinterpret<int64_t>(h)));
@@ -130,6 +133,7 @@ RST_INLINE FloatV fma(FloatV a, FloatV b, FloatV c) { return each_fma(a, b, c); 
 RST_INLINE DoubleV fma(DoubleV a, DoubleV b, DoubleV c) { return each_fma(a, b, c); }
 RST_INLINE FloatV sqrt(FloatV a) { return each_sqrt(a); }
 RST_INLINE DoubleV sqrt(DoubleV a) { return each_sqrt(a); }
+RST_INLINE DoubleV to_double(Vector<float, 2> x) { return __builtin_convertvector(x, DoubleV); }
 template <class H>
 RST_INLINE auto half_to_float(H h) {
   Vector<float, sizeof(H) / 2> r{};
@@ -181,7 +185,13 @@ struct Convert;
 template <class V>
 struct Convert<V, float> {
   using Raw = Vector<float, Shape<V>::kLanes>;
-  static RST_INLINE V widen(Raw raw) { return __builtin_convertvector(raw, V); }
+  static RST_INLINE V widen(Raw raw) {
+    if constexpr (std::is_same<V, DoubleV>::value) {
+      return to_double(raw);
+    } else {
+      return raw;
+    }
+  }
   static RST_INLINE Raw narrow(V v) { return __builtin_convertvector(v, Raw); }
   static RST_INLINE Raw narrow_own(V v) { return narrow(v); }
 };
@@ -196,13 +206,13 @@ template <>
 struct Convert<DoubleV, BFloat16> {
   using Raw = Vector<uint16_t, kDoubleLanes>;
   static RST_INLINE DoubleV widen(Raw raw) {
-    return __builtin_convertvector(reinterpret<Vector<float, kDoubleLanes>>(zero_extend(raw) << 16), DoubleV);
+    return to_double(reinterpret<Vector<float, kDoubleLanes>>(zero_extend(raw) << 16));
   }
 };
 template <>
 struct Convert<DoubleV, Half> {
   using Raw = Vector<uint16_t, kDoubleLanes>;
-  static RST_INLINE DoubleV widen(Raw raw) { return __builtin_convertvector(half_to_float(raw), DoubleV); }
+  static RST_INLINE DoubleV widen(Raw raw) { return to_double(half_to_float(raw)); }
 };
 
 // bfloat16 in a Twin: elements of even index in a, of odd index in b, which takes no shuffle.
