@@ -7,7 +7,6 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <cstring>
 #include <vector>
 
 namespace rst {
@@ -24,7 +23,6 @@ struct Job {
   unsigned reads, writes;  // bit s: stream s is read, written
   double* sums;
   bool backwards;  // from the last block to the first
-  unsigned touched = reads | writes;
   const KernelTable& kernels = rst::kernels();
   bool streaming = false;
   int blocks = 1;
@@ -89,19 +87,6 @@ void finish_streaming() {
 #endif
 }
 
-// A processor fetches ahead what follows in memory, but does not know where the next tensor lies.
-constexpr int64_t kChunksAhead = 2;
-
-void fetch_chunk(const Job& job, const Chunk& chunk) {
-  constexpr int kLine = 64, kLines = 4;
-  const Tensor& tensor = job.table->tensors[chunk.tensor];
-  for (int s = 0; s < kStreams; ++s) {
-    if ((job.touched >> s & 1) == 0 || tensor.data[s] == nullptr) continue;
-    const char* begin = static_cast<const char*>(tensor.data[s]) + chunk.begin * size_of(tensor.dtype_of(s));
-    for (int i = 0; i < kLines; ++i) __builtin_prefetch(begin + i * kLine);
-  }
-}
-
 // Threads take the next block as they finish one: all work in one region of memory, which DRAM serves better than
 // regions far apart, and a thread that is held up holds up nobody. Who takes a block does not change its result.
 void run_blocks(int, void* context) {
@@ -109,10 +94,7 @@ void run_blocks(int, void* context) {
   for (int turn = job.next++; turn < job.blocks; turn = job.next++) {
     const int b = job.backwards ? job.blocks - 1 - turn : turn;
     const int64_t end = first_chunk(*job.table, b + 1, job.blocks);
-    for (int64_t i = first_chunk(*job.table, b, job.blocks); i < end; ++i) {
-      if (i + kChunksAhead < end) fetch_chunk(job, job.table->chunks[i + kChunksAhead]);
-      run_chunk(job, i);
-    }
+    for (int64_t i = first_chunk(*job.table, b, job.blocks); i < end; ++i) run_chunk(job, i);
   }
   if (job.streaming) finish_streaming();
 }
