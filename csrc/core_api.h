@@ -27,7 +27,7 @@ struct Place {
   const int64_t* strides;
 };
 
-// What to make of the gradient of the parameter at `index`, while it is in the processor's hands; false to stop.
+// What to make of the gradient of the parameter at `index`, while it is in the cache; if false, it is not called again.
 using SeenGrad = bool(void* context, int64_t index, const TensorFacts& grad);
 
 // For a handful of dimensions faster than memcmp.

@@ -164,7 +164,6 @@ bool Plan::fits(size_t index, const TensorFacts& grad) {
     table_.chunks.clear();  // place this tensor anew
   }
   entry.grad = grad.data;
-  ask_ = ask_ || entry.may_be_negated;
   return true;
 }
 
@@ -269,7 +268,6 @@ bool Plan::companions_in_place(bool updating) {
 }
 
 bool Plan::read_grads() {
-  ask_ = false;
   const auto seen = [](void* plan, int64_t i, const TensorFacts& grad) {
     return static_cast<Plan*>(plan)->fits(static_cast<size_t>(i), grad);
   };
@@ -277,22 +275,27 @@ bool Plan::read_grads() {
 }
 
 bool Plan::collect(bool updating) {
-  if (!read_grads() || !companions_in_place(updating) || core().has_grads(held_, idle_)) return false;
-  if (ask_ && !none_is_negated()) return false;
+  if (!read_grads() || !none_is_negated()) return false;
+  if (!companions_in_place(updating) || core().has_grads(held_, idle_)) return false;
   if (table_.chunks.empty()) place_all();
   return alike_;
 }
 
-// Asks Python, which may run what drops a gradient: so afterwards they are looked at again.
+// Asks Python, which may run what drops a gradient or puts another one in its place: so afterwards they are read again.
 bool Plan::none_is_negated() {
-  std::vector<void*> asked;
-  for (size_t i = 0; i < entries_.size(); ++i) {
-    if (entries_[i].may_be_negated && active_[i].attr("grad").attr("is_neg")().cast<bool>()) return false;
-    asked.push_back(entries_[i].grad);
+  using Seen = std::pair<void*, bool>;
+  const auto seen = [&] {
+    std::vector<Seen> all;
+    for (const Entry& entry : entries_) all.emplace_back(entry.grad, entry.may_be_negated);
+    return all;
+  };
+  const auto may_be = [](const Entry& entry) { return entry.may_be_negated; };
+  if (std::none_of(entries_.begin(), entries_.end(), may_be)) return true;
+  const auto before = seen();
+  for (size_t i = 0; i < before.size(); ++i) {
+    if (before[i].second && active_[i].attr("grad").attr("is_neg")().cast<bool>()) return false;
   }
-  if (!read_grads()) return false;
-  const auto same = [](const Entry& entry, void* grad) { return entry.grad == grad; };
-  return std::equal(entries_.begin(), entries_.end(), asked.begin(), same);
+  return read_grads() && seen() == before;
 }
 
 }  // namespace rst

@@ -90,6 +90,7 @@ class Plan {
   bool same_state();
   // Whether the master copies, and for an update all state, are where they were.
   bool companions_in_place(bool updating);
+  // May leave the table half renewed if false: kernels come after a whole look alone.
   bool read_grads();
   bool fits(size_t index, const TensorFacts& grad);
   bool none_is_negated();
@@ -125,7 +126,6 @@ class Plan {
   std::vector<int64_t> shapes_;        // of all entries, side by side, for every step reads them
   std::vector<Place> places_;          // of all watched tensors
   std::vector<void*> grad_handles_;
-  bool ask_ = false;                   // whether a gradient may be a negated view
   HeldTensors slots_;                  // for the gradients, while others may run
   HeldTensors first_grads_;            // from a perturb that keeps them until the update
   HeldTensors first_slots_;            // for the next ones

@@ -13,14 +13,16 @@ namespace rst {
 
 namespace {
 
+// Tensors that stay the same while they are held, their pointers side by side: torch's own handles lie all over memory.
 struct Held {
   TensorList tensors;
-  std::vector<const void*> impls;  // side by side: torch's own handles lie all over memory
+  std::vector<const void*> impls;
 
   explicit Held(TensorList given) : tensors(std::move(given)) {
     for (const StableTensor& t : tensors) impls.push_back(impl_of(t.get()));
   }
-  AtenTensorHandle operator[](int64_t i) const { return handle_to(impls[i]); }
+  AtenTensorHandle operator[](int64_t i) const { return handle_at(&impls[i]); }
+  int64_t size() const { return static_cast<int64_t>(tensors.size()); }
 };
 
 int64_t hold(TensorList tensors) { return reinterpret_cast<int64_t>(new Held(std::move(tensors))); }
@@ -33,7 +35,7 @@ TensorList unhold(int64_t handle) {
   return tensors;
 }
 
-// Slots are undefined until they are filled.
+// Undefined until they are filled: so only held(slots).tensors says what is in them.
 int64_t make_slots(int64_t count) { return hold(TensorList(count)); }
 
 bool lies_at(AtenTensorHandle tensor, const Place& place) {
@@ -45,9 +47,9 @@ bool lies_at(AtenTensorHandle tensor, const Place& place) {
   return equal(strides, place.strides, place.ndim);
 }
 
-// What torch keeps of a tensor lies all over memory, and a look at it would wait for each piece: for the tensor, its storage,
-// its gradient and that one's storage. So what will be looked at is fetched ahead, each of these so many tensors
-// before the next.
+// What torch keeps of a tensor lies all over memory, and a look at it would wait for each piece: for the tensor, its
+// storage, what autograd knows of it, its gradient and that one's storage. So what will be looked at is fetched ahead, each
+// of these so many tensors before the next.
 constexpr int64_t kAhead = 4;
 
 // All lines of an object, which may begin anywhere in the first.
@@ -81,26 +83,26 @@ void visit(int64_t begin, int64_t end, Last last, Steps... steps) {
 }
 
 bool read_grads(int64_t handle, int64_t count, const Place* places, void** grads, SeenGrad* seen, void* context) {
-  const Held& tensors = held(handle);
+  const Held& list = held(handle);
   const auto grad = [&](int64_t i) { return static_cast<AtenTensorHandle>(grads[i]); };
   bool fine = true;
   visit(
       0, count,
       [&](int64_t i) {
         TensorFacts facts;
-        fine = fine && lies_at(tensors[i], places[i]) && read_facts(grad(i), facts) && seen(context, i, facts);
+        fine = fine && lies_at(list[i], places[i]) && read_facts(grad(i), facts) && seen(context, i, facts);
       },
       [&](int64_t i) {
-        fetch_tensor(tensors[i]);
+        fetch_tensor(list[i]);
         fetch(grads[i]);  // where p.grad was at the last call
       },
       [&](int64_t i) {
-        fetch_storage(tensors[i]);
-        fetch(word_of(tensors[i], kAutograd));
-        fetch(word_of(tensors[i], kVersion));
+        fetch_storage(list[i]);
+        fetch(word_of(list[i], kAutograd));
+        fetch(word_of(list[i], kVersion));  // for bump_versions
       },
       [&](int64_t i) {
-        grads[i] = grad_of(tensors[i]);
+        grads[i] = grad_of(list[i]);
         if (grads[i] == nullptr) {
           fine = false;
         } else {
@@ -114,18 +116,18 @@ bool read_grads(int64_t handle, int64_t count, const Place* places, void** grads
 }
 
 bool in_place(int64_t handle, int64_t begin, int64_t end, const Place* places) {
-  const Held& tensors = held(handle);
+  const Held& list = held(handle);
   bool fine = true;
   visit(
-      begin, end, [&](int64_t i) { fine = fine && lies_at(tensors[i], places[i]); },
-      [&](int64_t i) { fetch_tensor(tensors[i]); }, [&](int64_t i) { fetch_storage(tensors[i]); });
+      begin, end, [&](int64_t i) { fine = fine && lies_at(list[i], places[i]); },
+      [&](int64_t i) { fetch_tensor(list[i]); }, [&](int64_t i) { fetch_storage(list[i]); });
   return fine;
 }
 
 bool has_grads(int64_t handle, int64_t begin) {
-  const Held& tensors = held(handle);
-  for (int64_t i = begin; i < static_cast<int64_t>(tensors.impls.size()); ++i) {
-    if (grad_of(tensors[i]) != nullptr) return true;
+  const Held& list = held(handle);
+  for (int64_t i = begin; i < list.size(); ++i) {
+    if (grad_of(list[i]) != nullptr) return true;
   }
   return false;
 }
@@ -167,8 +169,8 @@ CoreApi make_api() {
   api.cpu.restore = [](const Table& t, const Call& c, int32_t) { restore(t, c, torch_threads()); };
   api.cpu.sgd_step = [](const Table& t, const Call& c, const cuda::DeviceNumbers&, int32_t) { sgd_step(t, c, torch_threads()); };
   api.cpu.adam_step = [](const Table& t, const Call& c, const cuda::DeviceNumbers&, int32_t) { adam_step(t, c, torch_threads()); };
-  api.held_facts = [](int64_t handle, int64_t i, TensorFacts& facts) { 
-    return read_facts(held(handle).tensors[i].get(), facts);  // slots, too
+  api.held_facts = [](int64_t handle, int64_t i, TensorFacts& facts) {
+    return read_facts(held(handle).tensors[i].get(), facts);  // of slots, too
   };
   api.describe = [](int32_t dtype, Tensor& t) { return describe(torch::stable::detail::to<ScalarType>(torch::stable::detail::from(dtype)), t); };
   api.in_place = &in_place;

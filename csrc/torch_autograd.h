@@ -22,9 +22,9 @@ inline bool knows_autograd() { return torch_grad != nullptr && torch_bump_versio
 // The TensorImpl that a handle, which is a reference to a tensor, points to.
 inline const void* impl_of(AtenTensorHandle tensor) { return *reinterpret_cast<const void* const*>(tensor); }
 
-// A handle to what `impl` points to, valid as long as that pointer lies there.
-inline AtenTensorHandle handle_to(const void* const& impl) {
-  return reinterpret_cast<AtenTensorHandle>(const_cast<const void**>(&impl));
+// The other way round: a handle that is valid as long as the pointer lies there.
+inline AtenTensorHandle handle_at(const void* const* impl) {
+  return reinterpret_cast<AtenTensorHandle>(const_cast<const void**>(impl));
 }
 
 // Undefined tensors all point to the same TensorImpl.

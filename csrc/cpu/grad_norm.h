@@ -84,7 +84,7 @@ RST_INLINE NormSums sums_before(const ChunkCall& c) {
   return sums;
 }
 
-RST_INLINE void give(const ChunkCall& c, NormSums& sums, double total) {
+RST_INLINE void pass_on(const ChunkCall& c, NormSums& sums, double total) {
   *c.sum = total;
   if (c.lanes == nullptr) return;
   sums.each_pair([&](int k, DoubleV& a, DoubleV& b) __attribute__((always_inline)) {
@@ -115,6 +115,7 @@ bool sum_in_fp32(const ChunkCall& c) {
   const T* g = static_cast<const T*>(c.data[kGrad]);
   int64_t i = 0;
   constexpr int kStride = kNormBlocks<T> * kNormBlock<T>;
+  static_assert(kGather % kStride == 0, "pieces of a chunk would be summed in another order than the whole");
   for (; i + kStride <= c.count; i += kStride) {
     if constexpr (sizeof(T) == 2) {
       for (int64_t k = 0; k < kStride; k += kLine / static_cast<int64_t>(sizeof(T))) fetch_ahead(g + i + k);
@@ -142,7 +143,7 @@ bool sum_in_fp32(const ChunkCall& c) {
     }
     if (!zero) return false;
   }
-  give(c, sums, total);
+  pass_on(c, sums, total);
   return true;
 }
 
@@ -154,6 +155,7 @@ void grad_norm_chunk(const ChunkCall& c) {
     if (sum_in_fp32<T>(c)) return;
   }
   NormSums sums = sums_before(c);
+  static_assert(kGather % kNormLanes == 0, "pieces of a chunk would be summed in another order than the whole");
   const AsamScale<DoubleV> scale{broadcast<DoubleV>(c.call->eta)};
   const bool complex = c.tensor->complex;
 
@@ -187,7 +189,7 @@ void grad_norm_chunk(const ChunkCall& c) {
     add_some(a);
     add_some(b);
   });
-  give(c, sums, sums.total());
+  pass_on(c, sums, sums.total());
 }
 
 }  // namespace rst::RST_LEVEL

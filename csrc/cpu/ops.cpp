@@ -37,7 +37,7 @@ void run_strided(const Job& job, const Tensor& tensor, Kernel kernel, ChunkCall 
   const int64_t end = c.begin + c.count;
   c.streaming = false;
   double lanes[kNormLanes] = {};
-  c.lanes = lanes;
+  if (job.sums != nullptr) c.lanes = lanes;
   for (; c.begin < end; c.begin += c.count) {
     c.count = std::min(kGather, end - c.begin);
     for (int s = 0; s < kStreams; ++s) {
@@ -56,13 +56,12 @@ void run_strided(const Job& job, const Tensor& tensor, Kernel kernel, ChunkCall 
 void run_chunk(const Job& job, int64_t index) {
   const Chunk& chunk = job.table->chunks[index];
   const Tensor& tensor = job.table->tensors[chunk.tensor];
-  ChunkCall c;
+  ChunkCall c{};
   c.call = job.call;
   c.tensor = &tensor;
   c.begin = chunk.begin;
   c.count = chunk.count;
   c.streaming = job.streaming;
-  c.lanes = nullptr;
   if (job.sums != nullptr) c.sum = job.sums + index;
   const bool backed = tensor.data[kBackup] != nullptr && job.call->restoring;
   const int source = tensor.data[kMaster] != nullptr ? kMaster : backed ? kBackup : kParam;

@@ -1,6 +1,5 @@
-// One vector type per SIMD level, as GCC/Clang vector extensions: arithmetic, comparison and ?: come from the
-// compiler; only what it cannot express (fma, sqrt, fp16, streaming stores) or expresses badly (to_double) is written with
-// intrinsics.
+// One vector type per SIMD level, as GCC/Clang vector extensions: arithmetic, comparison and ?: come from the compiler;
+// only what it cannot express (fma, sqrt, fp16, streaming stores) or expresses badly (to_double) is written with intrinsics.
 //
 // RST_SIMD_LEVEL is 0 (plain: 16-byte vectors, any architecture), 1 (AVX2 + FMA + F16C) or 2 (AVX-512 F/BW/DQ/VL).
 #pragma once
@@ -182,18 +181,17 @@ struct Shape<Twin> {
 // elements of T and finite numbers alone.
 template <class V, class T>
 struct Convert;
-template <class V>
-struct Convert<V, float> {
-  using Raw = Vector<float, Shape<V>::kLanes>;
-  static RST_INLINE V widen(Raw raw) {
-    if constexpr (std::is_same<V, DoubleV>::value) {
-      return to_double(raw);
-    } else {
-      return raw;
-    }
-  }
-  static RST_INLINE Raw narrow(V v) { return __builtin_convertvector(v, Raw); }
-  static RST_INLINE Raw narrow_own(V v) { return narrow(v); }
+template <>
+struct Convert<FloatV, float> {
+  using Raw = FloatV;
+  static RST_INLINE FloatV widen(Raw raw) { return raw; }
+  static RST_INLINE Raw narrow(FloatV v) { return v; }
+  static RST_INLINE Raw narrow_own(FloatV v) { return v; }
+};
+template <>
+struct Convert<DoubleV, float> {
+  using Raw = Vector<float, kDoubleLanes>;
+  static RST_INLINE DoubleV widen(Raw raw) { return to_double(raw); }
 };
 template <>
 struct Convert<DoubleV, double> {

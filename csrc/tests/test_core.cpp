@@ -281,6 +281,46 @@ void test_strided() {
   EXPECT(w == before);
 }
 
+// A tensor with gaps is summed piece by piece, a dense one as it lies: to the same norm, bit for bit.
+void test_strided_norm() {
+  constexpr int64_t kGap = 2;
+  std::mt19937 random(4);
+  for (DType dtype : {DType::Float, DType::Double, DType::BFloat16, DType::Half}) {
+    Parameter dense(dtype, 20011, 1u << kParam | 1u << kGrad, false, 0, random);
+    Tensor strided = dense.tensor;
+    strided.sizes = {strided.numel};
+    strided.strides.assign(kStreams, kGap);
+    const int64_t size = size_of(dtype);
+    std::vector<char> spread[2];
+    for (int s : {kParam, kGrad}) {
+      std::vector<char>& to = spread[s == kGrad];
+      to.resize(((dense.tensor.numel - 1) * kGap + 1) * size);
+      for (int64_t i = 0; i < dense.tensor.numel; ++i) {
+        std::memcpy(to.data() + i * kGap * size, dense.memory[s].data() + i * size, size);
+      }
+      strided.data[s] = to.data();
+    }
+    for (const KernelTable* level : runnable_kernels()) {
+      EXPECT(select_kernels(level->name));
+      for (bool adaptive : {false, true}) {
+        Call call;
+        call.adaptive = adaptive;
+        call.eta = 0.01;
+        double norms[2] = {};
+        for (bool gaps : {false, true}) {
+          Table table;
+          table.tensors = {gaps ? strided : dense.tensor};
+          table.cut();
+          double stats[kStats] = {};
+          grad_norm(table, call, Threads{}, stats);
+          norms[gaps] = stats[kNorm];
+        }
+        EXPECT(norms[0] > 100 && norms[0] < 200 + 100 * adaptive && norms[1] == norms[0]);
+      }
+    }
+  }
+}
+
 void test_half() {
   for (uint32_t h = 0; h < 65536; ++h) {
     const float value = half_bits_to_float(static_cast<uint16_t>(h));
@@ -295,6 +335,7 @@ int main() {
   test_table();
   test_half();
   test_strided();
+  test_strided_norm();
   test_sgd_value();
   test_non_finite();
   test_kernels();
