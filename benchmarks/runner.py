@@ -178,14 +178,14 @@ def ratios(times: Mapping[str, Times], case: str, ours: str = "ours") -> list[di
     mine = times[ours]
     others = {who: parts for who, parts in times.items() if who not in OURS}
     if ours != "ours":
-        others.pop("probe", None)  # fp32 masters move other bytes than the probe does
+        others.pop("probe", None)  # which moves the bytes of a step without masters
     pairs = [(who, what, parts[what], mine[what]) for who, parts in others.items() for what in WHATS]
     if "foreach" in times:
         pairs.append(("torch base", "update", times["foreach"]["base"], mine["update"]))
     found = []
     for who, what, theirs, own in pairs:
         median = statistics.median(t / o for t, o in zip(theirs, own, strict=True))
-        goal = _goal(case, what, who)
+        goal = _goal(case, what, who) if ours == "ours" else None  # fp32 masters are other bytes to move
         found.append({
             "ours": ours, "what": what, "against": who, "median": median, "best": min(theirs) / min(own),
             "goal": goal, "met": None if goal is None else median >= goal,
