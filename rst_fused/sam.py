@@ -1,29 +1,60 @@
-"""SAM as a torch optimizer, with the two steps that users of other SAM packages know."""
+"""SAM as a torch optimizer, with the names that users of other SAM packages know."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 
 from rst_fused._checks import required_params
+from rst_fused._rules import rule_for
 from rst_fused.optimizer import RST
+
+_FUSED: dict[type[Optimizer], str] = {
+    torch.optim.SGD: "sgd",
+    torch.optim.Adam: "adam",
+    torch.optim.AdamW: "adamw",
+}
+_OWN = ("eta", "seed", "backend", "model", "master_weights", "stochastic_rounding")  # of RST, not of the base
 
 
 class SAM(RST):
     """Sharpness-Aware Minimization (Foret et al. 2021): RST with p = 1, a SAM step every step.
 
     Takes the arguments of RST except schedule and gamma, and offers first_step / second_step beside step(closure) and
-    perturb / step. ``base`` may also be an optimizer class, whose arguments are then the keyword arguments.
+    perturb / step. ``base`` (or ``base_optimizer``) may also be an optimizer class, whose arguments are then keyword
+    arguments: torch.optim.SGD, Adam and AdamW become the fused "sgd", "adam" and "adamw" unless an option is asked for
+    that those lack (foreach, fused, amsgrad, ...); repr() shows which. The closure of step(closure) runs twice and does
+    the first forward and backward too: no loss.backward() before it.
     """
 
-    def __init__(self, params: Iterable[Any] | None = None, base: Any = "sgd", **kwargs: Any) -> None:
+    def __init__(
+        self,
+        params: Iterable[Any] | None = None,
+        base: Any = "sgd",
+        rho: float = 0.05,
+        adaptive: bool = False,
+        *,
+        base_optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        for name in ("schedule", "gamma"):
+            if name in kwargs:
+                raise TypeError(f"SAM takes no {name}, given {kwargs[name]!r}: every step is a SAM step; use RST")
+        if base_optimizer is not None:
+            if base != "sgd":
+                raise TypeError(f"base={base!r} and base_optimizer={base_optimizer!r}: expected one of them")
+            base = base_optimizer
         if isinstance(base, type) and issubclass(base, Optimizer):
-            own = ("rho", "adaptive", "eta", "seed", "backend", "model", "stochastic_rounding")
-            chosen = {name: kwargs.pop(name) for name in own if name in kwargs}
-            base, params, kwargs = base(required_params(params), **kwargs), None, chosen
-        super().__init__(params, base, schedule=1.0, **kwargs)
+            base, params, kwargs = _from_class(base, required_params(params), kwargs)
+        super().__init__(params, base, rho=rho, adaptive=adaptive, schedule=1.0, **kwargs)
+
+    @property
+    def base_optimizer(self) -> Optimizer:
+        """What applies the update: the optimizer instance given as base, or this optimizer, which is its own."""
+        return self if self.base is None else self.base
 
     def first_step(self, zero_grad: bool = False) -> None:
         """Moves the weights to w + e; gradients are consumed. ``zero_grad`` is accepted for compatibility."""
@@ -38,3 +69,16 @@ class SAM(RST):
         self.step()
         if zero_grad:
             self.zero_grad()
+
+
+def _from_class(
+    kind: type[Optimizer], params: Iterable[Any], kwargs: dict[str, Any]
+) -> tuple[Any, Iterable[Any] | None, dict[str, Any]]:
+    """(base, params, keyword arguments) of RST for an optimizer class and the arguments of both."""
+    own = {name: kwargs.pop(name) for name in _OWN if name in kwargs}
+    if kind in _FUSED:
+        taken = rule_for(_FUSED[kind]).defaults
+        asked = {name: value for name, value in kwargs.items() if name in taken or value not in (None, False)}
+        if asked.keys() <= taken.keys():
+            return _FUSED[kind], params, {**own, **asked}
+    return kind(params, **kwargs), None, own
