@@ -1,4 +1,4 @@
-# make test and make train work on a machine with Python >= 3.10 and a C++ compiler; they set up .venv first.
+# make test and make train work on a machine with Python >= 3.11 and a C++ compiler; they set up .venv first.
 # ARGS is handed on:  make train ARGS="--rho 0.1 --seeds 5"   make test ARGS="-k schedule"
 
 PYTHON ?= python3
@@ -11,11 +11,14 @@ SOURCES := $(shell find csrc -type f -not -path 'csrc/tests/*')
 export PATH := $(abspath $(BIN)):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
+OLDEST := .venv-oldest-torch
+OLDEST_TESTS := ops ops_properties plan optimizer faults resume sam current_numbers traps simd_levels compile
+
 DEPENDENCIES := $(BIN)/.dependencies
 EDITABLE := $(BIN)/.editable
 EXTENSION := $(BIN)/.extension
 
-.PHONY: test train build packaging lint types sanitize bench clean
+.PHONY: test train build packaging oldest lint types sanitize bench clean
 
 test: $(EXTENSION)
 	$(BIN)/python -m pytest -m "not packaging" $(ARGS)
@@ -27,6 +30,10 @@ build: $(EXTENSION)
 
 packaging: $(DEPENDENCIES)
 	$(BIN)/python -m pytest -m packaging $(ARGS)
+
+# The binary built against the torch of .venv, loaded by the oldest one that it is made for.
+oldest: $(EXTENSION) $(OLDEST)/.dependencies
+	PYTHONPATH=$(CURDIR) $(OLDEST)/bin/python -m pytest $(OLDEST_TESTS:%=tests/test_%.py) $(ARGS)
 
 lint: $(DEPENDENCIES)
 	$(BIN)/ruff check .
@@ -41,13 +48,18 @@ bench: $(EXTENSION)
 	$(BIN)/python -m benchmarks cpu $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info rst_fused/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) build dist *.egg-info rst_fused/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(DEPENDENCIES): requirements-dev.txt | $(BIN)/python
+$(DEPENDENCIES): requirements-dev.txt constraints-dev.txt | $(BIN)/python
 	$(BIN)/python -m pip install -r requirements-dev.txt
+	touch $@
+
+$(OLDEST)/.dependencies: constraints-dev.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install -c constraints-dev.txt torch==2.11.0 numpy==2.4.6 pytest==9.2.0 hypothesis==6.170.15
 	touch $@
 
 # Two steps, since pip compiles in a temporary folder: only build_ext recompiles no more than what has changed.
