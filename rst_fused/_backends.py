@@ -25,7 +25,7 @@ import torch
 from rst_fused import reference
 from rst_fused._schemas import NAMESPACE, OPAQUE_NAMESPACE, SCHEMAS, TRITON_NAMESPACE, implement
 
-_BUILD_HINT = "pip install --no-build-isolation rst_fused (needs torch and a C++17 compiler)"
+_BUILD_HINT = "with torch and a C++17 compiler, run in its source folder: pip install --no-build-isolation ."
 _SIMD_VARIABLE = "RST_FUSED_SIMD"
 
 
@@ -63,9 +63,10 @@ def covers(architectures: str, capability: tuple[int, int]) -> bool:
 _host: Any = None
 _import_error = ""
 try:
-    from rst_fused import _C, _host  # type: ignore[attr-defined,no-redef]
-
-    _host.connect(_C.core)
+    # By name, for an error that says what is missing; `from rst_fused import _C` would blame a circular import.
+    _core = importlib.import_module("rst_fused._C").core
+    _host = importlib.import_module("rst_fused._host")
+    _host.connect(_core)
 except ImportError as error:
     _import_error = str(error)
 

@@ -30,6 +30,13 @@ def as_real(name: str, value: Any, low: float, high: float) -> float:
     return float(value)
 
 
+def as_flag(name: str, value: Any) -> bool:
+    """``value`` as a bool. Takes what equals one, such as numpy's; refuses strings and all else that has a truth."""
+    if value not in (False, True):
+        raise ValueError(f"{name}={value!r}: expected True or False")
+    return bool(value)
+
+
 def required_params(params: Iterable[Any] | None) -> Iterable[Any]:
     """``params`` unless it is None; raises TypeError then."""
     if params is None:

@@ -24,6 +24,7 @@ class Core(Optimizer):
     seed: int
     master_weights: bool
     stochastic_rounding: bool
+    _opt_called: bool  # torch's LR schedulers read it
     _rounds: bool  # whether any parameter is bfloat16 or float16
     _run: Run
     _places: list[Place]  # at least one; that of the first parameter leads

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from itertools import product
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,41 +15,8 @@ from torch import Tensor
 from rst_fused import _amp
 from rst_fused._core import Core
 from rst_fused._places import Place, device_of, share_norm
+from rst_fused._preconditions import SIXTEEN_BIT, check_base, check_rho
 from rst_fused._rules import Group, as_rows
-
-SIXTEEN_BIT = (torch.bfloat16, torch.float16)
-SUPPORTED = (torch.float32, torch.float64, *SIXTEEN_BIT, torch.complex64, torch.complex128)
-
-
-def refuse_grad(p: Tensor, g: Tensor, where: str) -> NoReturn:
-    if g.layout != torch.strided:
-        raise RuntimeError(
-            f"the gradient of {where} has layout {g.layout}: only dense gradients are supported; "
-            "build the layer with sparse=False"
-        )
-    raise RuntimeError(
-        f"the gradient of {where} is {tuple(g.shape)} {g.dtype} on {g.device}, but the parameter is "
-        f"{tuple(p.shape)} {p.dtype} on {p.device}; they must agree"
-    )
-
-
-def check_grads(opt: Core) -> None:
-    """Raises unless every gradient fits its parameter, before anything is changed."""
-    devices, strided = [place.device for place in opt._places], torch.strided
-    for i, group in enumerate(opt.param_groups):
-        for j, p in enumerate(group["params"]):
-            device = device_of(p)
-            if device not in devices:
-                made_for = " and ".join(map(str, devices))
-                raise RuntimeError(
-                    f"parameter {j} of group {i} is on {p.device}, but the optimizer was made for {made_for}: "
-                    "make it after the model has been moved"
-                )
-            g = p.grad
-            if g is None:
-                continue
-            if g.layout != strided or g.dtype != p.dtype or g.device != p.device or g.shape != p.shape:
-                refuse_grad(p, g, f"parameter {j} of group {i}")
 
 
 def has_master(opt: Core, p: Tensor) -> bool:
@@ -247,6 +214,8 @@ def recording(opt: Core) -> bool:
 @torch.no_grad()
 def perturb(opt: Core) -> None:
     """grad_norm and perturb_ over all groups."""
+    if not torch.compiler.is_compiling():
+        check_rho(opt)
     everything = list(range(len(opt.param_groups)))
     recorded = recording(opt)
     calls: list[tuple[Place, Lists]] = []
@@ -294,6 +263,8 @@ def update(opt: Core) -> None:
     rule = opt.rule
     perturbed, mixing = opt._run.perturbed, opt._run.mixing
     assert rule is not None
+    if not torch.compiler.is_compiling():
+        check_base(opt)
     given = _amp.scaling(opt)
     for indices in partition(opt):
         for place, kind in product(opt._places, master_kinds(opt)):

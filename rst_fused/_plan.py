@@ -18,6 +18,7 @@ from torch._C import _len_torch_dispatch_stack
 from rst_fused import _amp, _engine
 from rst_fused._backends import host
 from rst_fused._core import Core
+from rst_fused._preconditions import check_base, check_grads, check_rho
 from rst_fused._schemas import NAMESPACE
 
 Column = Sequence[Tensor | None]
@@ -94,7 +95,7 @@ class Plans:
         """Makes a new plan, if one can serve what is there now."""
         self._plan = None
         self._made = _Made()
-        _engine.check_grads(opt)
+        check_grads(opt)
         self._build(opt, with_backups or bool(opt._backups))
         return self._look(opt)[0]
 
@@ -102,6 +103,7 @@ class Plans:
         """False if the plan does not fit the tensors of now; None if it cannot serve the numbers of now."""
         rho = self._made.rho
         if rho is None:
+            check_rho(opt)
             rho = self._made.rho = _on_host([_engine.signed_rho(group) for group, _ in self._lists.rows])
             if rho is None:
                 return None
@@ -123,6 +125,7 @@ class Plans:
         there = (0, 0) if scaling is _UNSCALED else tuple(0 if t is None else t.data_ptr() for t in on_gpu)
         gamma = opt._run.gamma if mixing else 1.0
         if self._made.rows is None or self._made.rows[0] != gamma:
+            check_base(opt)
             found = [_on_host(rule.row(group, new, gamma)) for group, new in self._lists.rows]
             if None in found:
                 return None

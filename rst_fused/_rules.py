@@ -10,19 +10,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rst_fused._checks import as_flag
+
 Group = dict[str, Any]
 
 
 def check_number(name: str, value: Any, low: float, high: float | None = None) -> None:
-    """Raises unless ``value`` (a number or one-element tensor) lies in [low, high)."""
+    """Raises unless ``value`` (a number or one-element tensor) is finite and lies in [low, high)."""
     if isinstance(value, Tensor) and value.numel() != 1:
         raise ValueError(f"{name} is a tensor of shape {tuple(value.shape)}: expected a number or a one-element tensor")
     if isinstance(value, bool) or not isinstance(value, (Real, Tensor)):
         raise TypeError(f"{name}={value!r}: expected a number, got {type(value).__name__}")
     number = float(value)
     if not low <= number or (high is not None and not number < high) or not math.isfinite(number):
-        limits = f"a finite number >= {low}" if high is None else f"a number in [{low}, {high})"
+        limits = "a finite number" if low == -math.inf else f"a finite number >= {low}"
+        limits = limits if high is None else f"a number in [{low}, {high})"
         raise ValueError(f"{name}={value!r}: expected {limits}")
+
+
+def check_current(i: int, group: Group, names: Sequence[str], low: float = -math.inf, of: str = "") -> None:
+    """Raises unless these numbers of group i, set by hand since it was added or loaded, are finite and >= low.
+
+    No other limits: as in torch.optim, a scheduler may take a learning rate below 0. Waits for no tensor on a GPU.
+    """
+    for name in names:
+        values = group[name]
+        for value in values if name == "betas" else (values,):
+            if type(value) is float and low <= value and math.isfinite(value):
+                continue
+            if not isinstance(value, Tensor) or value.is_cpu:
+                check_number(f"{of}param_groups[{i}][{name!r}]", value, low)
 
 
 class SgdRule:
@@ -30,6 +47,7 @@ class SgdRule:
 
     name = "sgd"
     buffers: tuple[str, ...] = ("momentum_buffer",)
+    numbers: tuple[str, ...] = ("lr", "momentum", "dampening", "weight_decay")
     defaults: Group = {
         "lr": 1e-3, "momentum": 0.0, "dampening": 0.0, "weight_decay": 0.0, "nesterov": False, "maximize": False,
     }  # fmt: skip
@@ -37,7 +55,9 @@ class SgdRule:
     def check(self, group: Group) -> None:
         for name in ("lr", "momentum", "weight_decay"):
             check_number(name, group[name], 0)
-        check_number("dampening", group["dampening"], -float("inf"))
+        check_number("dampening", group["dampening"], -math.inf)
+        for name in ("nesterov", "maximize"):
+            as_flag(name, group[name])
         if group["nesterov"] and (group["momentum"] == 0 or group["dampening"] != 0):
             raise ValueError(
                 f"nesterov=True with momentum={group['momentum']!r}, dampening={group['dampening']!r}: "
@@ -71,6 +91,7 @@ class AdamRule:
     """torch.optim.Adam and AdamW (without amsgrad)."""
 
     buffers: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
+    numbers: tuple[str, ...] = ("lr", "betas", "eps", "weight_decay")
 
     def __init__(self, decoupled: bool) -> None:
         self.name = "adamw" if decoupled else "adam"
@@ -88,6 +109,8 @@ class AdamRule:
             raise ValueError(f"betas={betas!r}: expected a pair (beta1, beta2)")
         for i, beta in enumerate(betas):
             check_number(f"betas[{i}]", beta, 0, 1)
+        for name in ("maximize", "capturable"):
+            as_flag(name, group[name])
 
     def flags(self, group: Group) -> tuple[bool, ...]:
         return (True, self.decoupled, bool(group["maximize"]), bool(group.get("capturable")))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rst_fused import _engine
 from rst_fused._core import Core
+from rst_fused._rules import check_current
 from rst_fused._run import Run
 
 
@@ -58,7 +59,13 @@ def _pairs(opt: Core, saved: dict[str, Any]) -> Iterator[tuple[Tensor, dict[str,
 
 
 def check(opt: Core, saved: dict[str, Any]) -> None:
-    """Raises ValueError for the state of another model, or of an option that the fused base does not have."""
+    """Raises for the state of another model, an option that the fused base does not have, or numbers that none takes.
+
+    ValueError, or TypeError for what is no number.
+    """
+    for i, group in enumerate(saved["param_groups"]):
+        if "rho" in group:
+            check_current(i, group, ("rho",), 0.0, "state_dict: ")
     if opt.rule is None:
         return
     for i, group in enumerate(saved["param_groups"]):
@@ -68,6 +75,7 @@ def check(opt: Core, saved: dict[str, Any]) -> None:
                 f"state_dict lacks {missing} in group {i}: expected one saved by base={opt.rule.name!r} or its twin "
                 "in torch.optim"
             )
+        check_current(i, group, opt.rule.numbers, of="state_dict: ")
         if group.get("amsgrad"):
             raise ValueError(
                 f"state_dict has amsgrad=True in group {i}, which base={opt.rule.name!r} does not offer: "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from types import NoneType
 from typing import Any
 
 import torch
@@ -11,9 +12,9 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.optim import Optimizer
 
-from rst_fused import _amp, _engine, _saving
+from rst_fused import _amp, _engine, _preconditions, _saving
 from rst_fused._backends import backend_for
-from rst_fused._checks import as_integer, required_params
+from rst_fused._checks import as_flag, as_integer, required_params
 from rst_fused._core import Core
 from rst_fused._draws import draw_at
 from rst_fused._hooks import with_hooks
@@ -42,8 +43,10 @@ class RST(Core):
         params: parameters or groups as for torch.optim; a group may set its own rho, lr and so on. May be None when
             ``base`` is an optimizer instance. They may lie on several devices: the norm is over all.
         base: "sgd", "adam", "adamw" (fused: restore, mixing and update are one pass), or a torch.optim.Optimizer,
-            whose param_groups are then shared. Hyperparameters of a named base (lr, momentum, betas, weight_decay,
-            maximize, ...) are keyword arguments with the meaning and defaults of torch.optim.
+            whose param_groups are then shared. That one's own step() runs inside this one's, so hooks that torch calls
+            for every optimizer hear of both; those registered on one hear of it alone. Hyperparameters of a named base
+            (lr, momentum, betas, weight_decay, maximize, ...) are keyword arguments with the meaning and defaults of
+            torch.optim.
         rho: radius of the perturbation, >= 0, per group.
         schedule: p, or a callable step -> p in [0, 1] (see rst_fused.schedule).
         gamma: weight of the second gradient: a number, a callable step -> gamma, or "match" for 1 / p(t).
@@ -87,9 +90,12 @@ class RST(Core):
         check_number("eta", eta, 0)
         self.schedule = as_schedule(schedule)
         self.gamma = self._checked_gamma(gamma)
-        self.adaptive, self.eta = bool(adaptive), float(eta)
+        self.adaptive, self.eta = as_flag("adaptive", adaptive), float(eta)
         self.seed = as_integer("seed", seed, 0, 2**63 - 1)
-        self.master_weights, self.stochastic_rounding = bool(master_weights), bool(stochastic_rounding)
+        self.master_weights = as_flag("master_weights", master_weights)
+        self.stochastic_rounding = as_flag("stochastic_rounding", stochastic_rounding)
+        if not isinstance(model, (torch.nn.Module, NoneType)):
+            raise TypeError(f"model={model!r}: expected a torch.nn.Module, or None")
         self.requested_backend, self._model = backend, model
         self._rounds = False  # whether any parameter is bfloat16 or float16, so that stochastic rounding needs rng
         self._run = Run()
@@ -116,13 +122,7 @@ class RST(Core):
             raise TypeError(f"{sorted(hyper)} given beside an optimizer instance as base: set them there")
         if self.master_weights:
             raise ValueError("master_weights=True with an optimizer as base: only 'sgd', 'adam' and 'adamw' keep them")
-        if params is not None:
-            given = [p for item in params for p in (item["params"] if isinstance(item, dict) else [item])]
-            held = [p for group in self.base.param_groups for p in group["params"]]
-            if [id(p) for p in given] != [id(p) for p in held]:
-                raise ValueError(
-                    f"params ({len(given)} tensors) are not those of the base optimizer ({len(held)}): pass params=None"
-                )
+        _preconditions.check_base_instance(self.base, params)
         super().__init__(self.base.param_groups, {**self.base.defaults, "rho": rho})
         self._adopt()
 
@@ -161,21 +161,11 @@ class RST(Core):
         if isinstance(params, set):
             raise TypeError("params is a set: expected ordered collections, since state is saved by position")
         params = [params] if isinstance(params, Tensor) else list(params)
-        tensors = [item[1] if isinstance(item, tuple) else item for item in params]
-        if len({id(p) for p in tensors}) < len(tensors):
-            raise ValueError("params holds a parameter twice: it would be perturbed twice and its weights lost")
-        for i, p in enumerate(tensors):
-            if not isinstance(p, Tensor):
-                continue  # torch.optim names what is wrong
-            if p.is_meta:
-                raise ValueError(f"params[{i}] is on meta, without data: expected weights, see Module.to_empty")
-            if p.layout != torch.strided:
-                raise ValueError(f"params[{i}] has layout {p.layout}: expected a dense tensor")
-            if p.dtype not in _engine.SUPPORTED:
-                raise ValueError(f"params[{i}] is {p.dtype}: expected one of {[str(d) for d in _engine.SUPPORTED]}")
-            self._rounds = self._rounds or p.dtype in _engine.SIXTEEN_BIT
+        tensors = _preconditions.tensors_of(params)
+        _preconditions.check_params(tensors)
         for device in {device_of(p) for p in tensors if isinstance(p, Tensor)}:
             backend_for(self.requested_backend, device)  # which says what is wrong before anything changes
+        self._rounds = self._rounds or any(getattr(p, "dtype", None) in _preconditions.SIXTEEN_BIT for p in tensors)
         param_group["params"] = params
         if self.base is not None and self.param_groups is self.base.param_groups:
             self.base.add_param_group(param_group)
@@ -186,7 +176,13 @@ class RST(Core):
 
     # --- the step ---------------------------------------------------------------------------------------------------
     def draw(self) -> bool:
-        """Whether the step under way is a SAM step: X_t ~ Bernoulli(p(t)). Asking again gives the same answer."""
+        """Whether the step under way is a SAM step: X_t ~ Bernoulli(p(t)). Asking again gives the same answer.
+
+        Raises for numbers in the param_groups that perturb() and step() would refuse: compiled ones cannot look.
+        """
+        _preconditions.check_rho(self)
+        _preconditions.check_base(self)
+        self._opt_called = True  # to LR schedulers, which would warn: a compiled step cannot say that it was called
         drawn = self._draw()
         if self._rounds and not self.capturing:
             for place in self._places:  # for compiled steps and CUDA graphs, which cannot note the step themselves
@@ -237,7 +233,7 @@ class RST(Core):
         try:
             # In a graph, random bits and hyperparameters on the GPU must stay there, which those of a plan do not.
             if capturing or not self._plans.perturb(self):
-                _engine.check_grads(self)
+                _preconditions.check_grads(self)
                 _engine.perturb(self)
         except BaseException:
             self.restore()
@@ -271,17 +267,18 @@ class RST(Core):
             if self.base is not None:
                 self._adopt()
                 if run.mixing:
-                    _engine.check_grads(self)
+                    _preconditions.check_grads(self)
                 self._plans.hand_over(self)
                 _engine.restore(self, run.mixing)
                 _amp.step_base(self)
             elif capturing or not self._plans.update(self):
-                _engine.check_grads(self)
+                _preconditions.check_grads(self)
                 _engine.update(self)
             run.finish(counts=not capturing)
-        except BaseException:
+        except BaseException as error:
             self.restore()
             _amp.forget(self)
+            _preconditions.explain(error)
             raise
         return loss
 
@@ -309,8 +306,9 @@ class RST(Core):
         try:
             with freeze_batch_norm(self._model if model is None else model):
                 yield
-        except BaseException:
+        except BaseException as error:
             self.restore()
+            _preconditions.explain(error)
             raise
 
     def restore(self) -> None:

@@ -23,7 +23,7 @@ STEPS = 14
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
-    pytest.mark.filterwarnings("ignore:Detected call of .lr_scheduler.step:UserWarning"),
+    pytest.mark.filterwarnings("error:Detected call of .lr_scheduler.step:UserWarning"),
 ]
 
 

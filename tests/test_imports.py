@@ -24,7 +24,7 @@ LAYERS = (
     ("ops", "schedule"),
     ("_rules", "_run", "_hooks", "_places", "batch_norm"),
     ("_core",),
-    ("_amp",),
+    ("_amp", "_preconditions"),
     ("_engine",),
     ("_plan", "_saving"),
     ("optimizer",),

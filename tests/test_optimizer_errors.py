@@ -50,8 +50,14 @@ CONSTRUCTION: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"lr": torch.tensor(-1.0)}, ValueError, r"lr=tensor\(-1\.\): expected a finite number >= 0"),
     ({"lr": None}, TypeError, "lr=None: expected a number"),
     ({"momentum": -0.9}, ValueError, r"momentum=-0\.9: expected a finite number >= 0"),
-    ({"dampening": -math.inf}, ValueError, "dampening=-inf"),
+    ({"dampening": -math.inf}, ValueError, "dampening=-inf: expected a finite number$"),
     ({"weight_decay": -1}, ValueError, "weight_decay=-1: expected a finite number >= 0"),
+    ({"nesterov": "no", "momentum": 0.9}, ValueError, "nesterov='no': expected True or False"),
+    ({"base": "adam", "maximize": None}, ValueError, "maximize=None: expected True or False"),
+    ({"adaptive": "no"}, ValueError, "adaptive='no': expected True or False"),
+    ({"master_weights": 2}, ValueError, "master_weights=2: expected True or False"),
+    ({"stochastic_rounding": "bf16"}, ValueError, "stochastic_rounding='bf16': expected True or False"),
+    ({"model": 3}, TypeError, "model=3: expected a torch.nn.Module, or None"),
     ({"nesterov": True}, ValueError, r"nesterov=True with momentum=0\.0, .*expected momentum > 0 and dampening = 0"),
     ({"nesterov": True, "momentum": 0.9, "dampening": 0.1}, ValueError, r"nesterov=True.*dampening=0\.1"),
     ({"base": "adam", "betas": (0.9, 1.0)}, ValueError, r"betas\[1\]=1\.0: expected a number in \[0, 1\)"),
@@ -61,6 +67,7 @@ CONSTRUCTION: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"params": [torch.ones(2, dtype=torch.int64)]}, ValueError, r"params\[0\] is torch.int64: expected one of"),
     ({"params": [new(), torch.eye(2).to_sparse()]}, ValueError, r"params\[1\] has layout torch.sparse_coo: expected"),
     ({"params": [new(), torch.ones(2, device="meta")]}, ValueError, r"params\[1\] is on meta, without data"),
+    ({"params": [torch.ones(1).expand(4)]}, ValueError, r"params\[0\] has shape \(4,\) and strides \(0,\), .*clone"),
     ({"params": [new()] * 2}, ValueError, "params holds a parameter twice"),
     ({"params": [{"params": [new()], "rho": -1}]}, ValueError, "rho=-1: expected a finite number >= 0"),
     ({"params": [{"params": [new()], "lr": math.nan}]}, ValueError, "lr=nan"),
@@ -93,15 +100,23 @@ def test_wrong_arguments_beside_an_optimizer_instance(case: Any) -> None:
     assert "rho" not in inner.param_groups[0]
 
 
-def test_wrong_arguments_of_sam() -> None:
-    with pytest.raises(TypeError, match="schedule"):
-        SAM([new()], schedule=0.5)
-    with pytest.raises(TypeError, match="params=None"):
-        SAM(None, torch.optim.SGD, lr=0.1)
+def test_optimizer_instance_that_needs_a_closure_is_refused() -> None:
+    inner = torch.optim.LBFGS([new()])
+    with pytest.raises(ValueError, match=r"base=LBFGS\(\.\.\.\): its step needs a closure"):
+        RST(base=inner)
+    assert "rho" not in inner.param_groups[0]
+
+
+def test_named_parameters_beside_an_optimizer_instance() -> None:
+    model = nn.Linear(3, 2)
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    RST(model.named_parameters(), base=inner)
+    with pytest.raises(ValueError, match=r"params \(2 tensors\) are not those"):
+        RST(reversed(list(model.named_parameters())), base=inner)
 
 
 @every_backend
-@pytest.mark.parametrize("case", CONSTRUCTION[-6:] + CONSTRUCTION[:1], ids=lambda c: c[2][:30])
+@pytest.mark.parametrize("case", CONSTRUCTION[-7:] + CONSTRUCTION[:1], ids=lambda c: c[2][:30])
 def test_wrong_group_is_not_added(case: Any, backend: str) -> None:
     arguments, error, message = case
     groups = arguments.get("params") or [new()]

@@ -17,7 +17,7 @@ import torch
 from oracle_optimizer import BACKENDS, Oracle, Problem, arrays, bits
 from test_optimizer import GROUPS, METHODS, SHAPES, split
 
-from rst_fused import RST, _engine, _places, optimizer
+from rst_fused import RST, _engine, _places, _preconditions, optimizer
 
 SECOND = torch.device("cpu", 1)
 STEPS = 30
@@ -27,7 +27,7 @@ STEPS = 30
 def away(monkeypatch: pytest.MonkeyPatch) -> set[int]:
     """Ids of the parameters on the second device; ids, since a parameter may be compared but not searched for."""
     ids: set[int] = set()
-    for module in (_places, _engine, optimizer):
+    for module in (_places, _engine, _preconditions, optimizer):
         monkeypatch.setattr(module, "device_of", lambda p: SECOND if id(p) in ids else p.device)
     return ids
 
@@ -120,7 +120,7 @@ def test_a_parameter_that_moves_between_the_passes_comes_back(
     opt.perturb()
     assert bits(params) != before
     elsewhere = torch.device("cpu", 2)
-    monkeypatch.setattr(_engine, "device_of", lambda p: elsewhere if p is params[1] else p.device)
+    monkeypatch.setattr(_preconditions, "device_of", lambda p: elsewhere if p is params[1] else p.device)
     give(params, 1.0, 1.0)
     with pytest.raises(RuntimeError, match="parameter 1 of group 0 is on .*made for cpu and cpu:1"):
         opt.step()

@@ -5,10 +5,13 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.optim.optimizer as torch_optimizer
 from oracle_optimizer import BACKENDS, Problem, bits
 from torch import nn
@@ -309,5 +312,49 @@ def test_batch_norm_statistics_and_count_come_from_the_first_pass(backend: str) 
     torch.testing.assert_close(model[1].running_mean, 0.1 * model[0](x).mean(0))
 
 
+@pytest.fixture
+def group_of_one(tmp_path: Path) -> Iterator[None]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="this torch has no distributed package")
+@pytest.mark.usefixtures("group_of_one")
+@every_backend
+@pytest.mark.parametrize("form", ["closure", "second_pass"])
+def test_no_sync_on_the_first_iteration_of_a_static_graph(form: str, backend: str) -> None:
+    """An internal assertion of torch, said in the words of the user; what it advises works."""
+    inner = nn.Linear(4, 3)
+    x = torch.randn(16, 4)
+    opt = SAM(inner.parameters(), lr=0.1, backend=backend)
+    before = bits([*inner.parameters()])
+
+    def closure() -> None:
+        opt.zero_grad()
+        model(x).square().sum().backward()
+
+    def step() -> None:  # the first backward through the wrapper is that of pass one, or of pass two
+        if form == "closure":
+            opt.step(closure)
+            return
+        for p in inner.parameters():
+            p.grad = torch.ones_like(p)
+        opt.perturb()
+        with opt.second_pass():
+            closure()
+        opt.step()
+
+    model = nn.parallel.DistributedDataParallel(inner, static_graph=True)
+    with model.no_sync(), pytest.raises(RuntimeError, match=r"static_graph=True.*no_sync\(\).*wrap the model anew"):
+        step()
+    assert bits([*inner.parameters()]) == before and opt.steps == 0
+    model = nn.parallel.DistributedDataParallel(inner, static_graph=True)
+    step()
+    with model.no_sync():
+        step()
+    assert bits([*inner.parameters()]) != before and opt.steps == 2
+
+
 # Elsewhere: GradScaler and positional closures (test_amp.py), op(x.clone(), x) in traced code (test_compile.py),
-# complex ASAM (test_optimizer.py). no_sync with static_graph on the first iteration belongs to the DDP integration.
+# complex ASAM (test_optimizer.py).

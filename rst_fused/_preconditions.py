@@ -1,0 +1,116 @@
+"""What is refused: at construction, and before a step changes anything."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from rst_fused._core import Core
+from rst_fused._places import device_of
+from rst_fused._rules import check_current
+
+SIXTEEN_BIT = (torch.bfloat16, torch.float16)
+SUPPORTED = (torch.float32, torch.float64, *SIXTEEN_BIT, torch.complex64, torch.complex128)
+
+
+def tensors_of(params: Iterable[Any]) -> list[Any]:
+    """The parameters in what torch.optim takes: tensors, (name, tensor) pairs, or groups of those."""
+    items = [item for entry in params for item in (entry["params"] if isinstance(entry, dict) else [entry])]
+    return [item[1] if isinstance(item, tuple) else item for item in items]
+
+
+def check_params(tensors: list[Any]) -> None:
+    """Raises ValueError for parameters of one group that cannot be perturbed and restored."""
+    if len({id(p) for p in tensors}) < len(tensors):
+        raise ValueError("params holds a parameter twice: it would be perturbed twice and its weights lost")
+    for i, p in enumerate(tensors):
+        if not isinstance(p, Tensor):
+            continue  # torch.optim names what is wrong
+        if p.is_meta:
+            raise ValueError(f"params[{i}] is on meta, without data: expected weights, see Module.to_empty")
+        if p.layout != torch.strided:
+            raise ValueError(f"params[{i}] has layout {p.layout}: expected a dense tensor")
+        if p.dtype not in SUPPORTED:
+            raise ValueError(f"params[{i}] is {p.dtype}: expected one of {[str(d) for d in SUPPORTED]}")
+        if p.numel() > 1 and any(stride == 0 and size > 1 for stride, size in zip(p.stride(), p.shape, strict=True)):
+            raise ValueError(
+                f"params[{i}] has shape {tuple(p.shape)} and strides {p.stride()}, so that elements share memory: "
+                "expected a tensor of its own, as after clone(memory_format=torch.contiguous_format)"
+            )
+
+
+def check_base_instance(base: Optimizer, params: Iterable[Any] | None) -> None:
+    """Raises ValueError for an optimizer that cannot take a step from gradients alone, or has other parameters."""
+    closure = inspect.signature(base.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ValueError(
+            f"base={type(base).__name__}(...): its step needs a closure, but the base of RST is given gradients alone; "
+            "expected an optimizer whose step() takes none"
+        )
+    if params is None:
+        return
+    given, held = tensors_of(params), tensors_of(base.param_groups)
+    if [id(p) for p in given] != [id(p) for p in held]:
+        raise ValueError(
+            f"params ({len(given)} tensors) are not those of the base optimizer ({len(held)}): pass params=None"
+        )
+
+
+def refuse_grad(p: Tensor, g: Tensor, where: str) -> NoReturn:
+    if g.layout != torch.strided:
+        raise RuntimeError(
+            f"the gradient of {where} has layout {g.layout}: only dense gradients are supported; "
+            "build the layer with sparse=False"
+        )
+    raise RuntimeError(
+        f"the gradient of {where} is {tuple(g.shape)} {g.dtype} on {g.device}, but the parameter is "
+        f"{tuple(p.shape)} {p.dtype} on {p.device}; they must agree"
+    )
+
+
+def check_grads(opt: Core) -> None:
+    """Raises unless every gradient fits its parameter, before anything is changed."""
+    devices, strided = [place.device for place in opt._places], torch.strided
+    for i, group in enumerate(opt.param_groups):
+        for j, p in enumerate(group["params"]):
+            device = device_of(p)
+            if device not in devices:
+                made_for = " and ".join(map(str, devices))
+                raise RuntimeError(
+                    f"parameter {j} of group {i} is on {p.device}, but the optimizer was made for {made_for}: "
+                    "make it after the model has been moved"
+                )
+            g = p.grad
+            if g is None:
+                continue
+            if g.layout != strided or g.dtype != p.dtype or g.device != p.device or g.shape != p.shape:
+                refuse_grad(p, g, f"parameter {j} of group {i}")
+
+
+def check_rho(opt: Core) -> None:
+    """Raises unless the rho of every group is a finite number >= 0: it may have been set since the group was added."""
+    for i, group in enumerate(opt.param_groups):
+        check_current(i, group, ("rho",), 0.0)
+
+
+def check_base(opt: Core) -> None:
+    """Raises unless the numbers that the fused base reads are finite."""
+    if opt.rule is None:
+        return
+    for i, group in enumerate(opt.param_groups):
+        check_current(i, group, opt.rule.numbers)
+
+
+def explain(error: BaseException) -> None:
+    """Raises RuntimeError in the words of the user for what is an internal assertion of torch; else does nothing."""
+    if isinstance(error, RuntimeError) and "expect_autograd_hooks_" in str(error):
+        raise RuntimeError(
+            "the first backward of DistributedDataParallel(static_graph=True) ran inside no_sync(), which torch does "
+            "not support and leaves the wrapper unusable: wrap the model anew, and run the first step outside of "
+            "no_sync() or pass static_graph=False"
+        ) from error
