@@ -9,6 +9,7 @@
 //   base     reads w, g, m           writes w and m (both read-modify-write)
 // Variants say which stores bypass the cache: 0 none, 1 the write-only stream, 2 every written stream.
 #include <immintrin.h>
+#include <sched.h>
 #include <atomic>
 #include <chrono>
 #include <cstddef>
@@ -103,11 +104,37 @@ uint64_t part(const Piece& a, int mix, int variant, uint64_t keep) {
   }
 }
 
+// Holds the calling thread on one core, and lets it go where it might before. A thread that the system has just started
+// may share its parent's core until the next tick, milliseconds later: longer than a pass over a small model takes.
+class Pinned {
+ public:
+  explicit Pinned(size_t turn) {
+    if (sched_getaffinity(0, sizeof(before_), &before_) != 0) return;
+    const size_t cores = CPU_COUNT(&before_);
+    for (int core = 0, seen = 0; core < CPU_SETSIZE; ++core) {
+      if (!CPU_ISSET(core, &before_) || static_cast<size_t>(seen++) != turn % cores) continue;
+      cpu_set_t one;
+      CPU_ZERO(&one);
+      CPU_SET(core, &one);
+      held_ = sched_setaffinity(0, sizeof(one), &one) == 0;
+    }
+  }
+  ~Pinned() {
+    if (held_) sched_setaffinity(0, sizeof(before_), &before_);
+  }
+  Pinned(const Pinned&) = delete;
+  Pinned& operator=(const Pinned&) = delete;
+
+ private:
+  cpu_set_t before_;
+  bool held_ = false;
+};
+
 }  // namespace
 
 // Runs one pass of a mix over all pieces, whose addresses are multiples of 32; the calling thread takes part. A piece goes
 // to its owner, or with `in_turn` to the thread that asks next; `backwards`: the last one first. Leaves in `seconds` the time
-// from the moment when all threads are awake until the last one is done. Returns what the norm read, folded into 8 bytes.
+// from the moment when all threads are awake, each on a core of its own, until the last one is done. Returns what the norm read, folded into 8 bytes.
 extern "C" uint64_t probe_run(int mix, int variant, const Piece* pieces, size_t count, bool in_turn, bool backwards,
                               size_t threads, uint64_t keep, double* seconds) {
   std::vector<uint64_t> seen(threads, 0);
@@ -125,12 +152,14 @@ extern "C" uint64_t probe_run(int mix, int variant, const Piece* pieces, size_t 
   std::vector<std::thread> pool;
   for (size_t t = 1; t < threads; ++t) {
     pool.emplace_back([&, t] {
+      const Pinned pinned(t);
       ++awake;
       while (awake < threads) {}
       work(t);
     });
   }
   while (awake < threads - 1) {}
+  const Pinned pinned(0);  // after the others have started, which take over where their parent may run
   const auto start = std::chrono::steady_clock::now();
   ++awake;
   work(0);
