@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from numbers import Real
 from operator import index
 from typing import Any
+
+import torch
 
 
 def as_integer(name: str, value: Any, low: int, high: float = math.inf) -> int:
@@ -24,8 +27,8 @@ def as_integer(name: str, value: Any, low: int, high: float = math.inf) -> int:
 
 
 def as_real(name: str, value: Any, low: float, high: float) -> float:
-    """``value`` as a float from low to high, so not NaN. Takes any ``numbers.Real``."""
-    if not isinstance(value, Real) or not low <= float(value) <= high:
+    """``value`` as a float from low to high, so not NaN. Takes any ``numbers.Real``; refuses bool."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not low <= float(value) <= high:
         raise ValueError(f"{name}={value!r}: expected a number in [{low:g}, {high:g}]")
     return float(value)
 
@@ -42,3 +45,18 @@ def required_params(params: Iterable[Any] | None) -> Iterable[Any]:
     if params is None:
         raise TypeError("params=None: expected parameters, unless base is an optimizer instance that holds them")
     return params
+
+
+def first_overlap(tensors: Sequence[torch.Tensor]) -> tuple[int, int] | None:
+    """Positions i < j of two tensors that share memory, or None. Leaves out tensors with gaps, and subclasses."""
+    spans = sorted(
+        (str(t.device), t.data_ptr(), t.data_ptr() + t.nbytes, i)
+        for i, t in enumerate(tensors)
+        if type(t) in (torch.Tensor, torch.nn.Parameter)
+        and t.layout == torch.strided
+        and t.numel() == 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+    )
+    for (device, _, end, i), (other, start, _, j) in pairwise(spans):
+        if device == other and start < end:
+            return min(i, j), max(i, j)
+    return None

@@ -82,6 +82,31 @@ def backup_of(opt: Core, p: Tensor) -> Tensor:
     return backup
 
 
+def kept_weights(opt: Core, p: Tensor) -> Tensor:
+    """The weights of a perturbed parameter: its backup or master, in the dtype that it had when it was perturbed."""
+    state = opt.state[p] if has_master(opt, p) or p not in opt._backups else {}
+    kept: Tensor = state["master"] if "master" in state else opt._backups[p]
+    return kept
+
+
+def still_fits(opt: Core, p: Tensor) -> bool:
+    """Whether a perturbed parameter is of the shape and dtype that it had then."""
+    kept = kept_weights(opt, p)
+    return kept.shape == p.shape and kept.dtype == (torch.float32 if has_master(opt, p) else p.dtype)
+
+
+def check_kept(opt: Core) -> None:
+    """Raises if a parameter got other data between the passes, before anything is changed."""
+    for i, group in enumerate(opt.param_groups):
+        for j, p in enumerate(group["params"]):
+            if p in opt._perturbed and not still_fits(opt, p):
+                kept = kept_weights(opt, p)
+                raise RuntimeError(
+                    f"parameter {j} of group {i} is {tuple(p.shape)} {p.dtype}, but when it was perturbed its weights "
+                    f"were {tuple(kept.shape)} {kept.dtype}: change it before perturb() or after step()"
+                )
+
+
 def init_group(
     opt: Core, group: Group, updating: bool, masters_only: bool, device: str | None,
     params: list[Tensor], grads: list[Tensor], backups: list[Tensor],
@@ -265,6 +290,7 @@ def update(opt: Core) -> None:
     assert rule is not None
     if not torch.compiler.is_compiling():
         check_base(opt)
+        check_kept(opt)
     given = _amp.scaling(opt)
     for indices in partition(opt):
         for place, kind in product(opt._places, master_kinds(opt)):
@@ -330,20 +356,23 @@ def restore(opt: Core, mixing: bool = False) -> None:
                 for p in opt._perturbed
                 if has_master(opt, p) == kind
                 and device_of(p) == place.device
+                and still_fits(opt, p)
                 and (not mixing or mixed == (p.grad is not None and p in opt._run.first_grads))
             ]
             if not params:
                 continue
-            masters = [opt.state[p]["master"] for p in params] if kind else []
-            backups = [] if kind else [backup_of(opt, p) for p in params]
+            kept = [kept_weights(opt, p) for p in params]
+            backups, masters = ([], kept) if kind else (kept, [])
             grads = [p.grad for p in params] if mixed else []
             firsts = [opt._run.first_grads[p] for p in params] if mixed else []
             gamma = as_rows([[opt._run.gamma]]).flatten()
             place.backend.ops.restore_(params, backups, masters, grads, firsts, gamma, [len(params)])
             forget(opt, params)
             touched(params)
-    for p in list(opt._perturbed):  # moved to another device meanwhile
-        p.copy_(opt.state[p]["master"] if has_master(opt, p) else opt._backups[p])
+    for p in list(opt._perturbed):  # moved to another device or converted meanwhile
+        kept = kept_weights(opt, p)
+        if kept.shape == p.shape:  # else its data was replaced, and nothing of it is perturbed
+            p.copy_(kept)
         forget(opt, [p])
 
 

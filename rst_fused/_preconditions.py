@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from rst_fused._checks import first_overlap
 from rst_fused._core import Core
 from rst_fused._places import device_of
-from rst_fused._rules import check_current
+from rst_fused._rules import Group, check_current
 
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 SUPPORTED = (torch.float32, torch.float64, *SIXTEEN_BIT, torch.complex64, torch.complex128)
@@ -24,8 +25,8 @@ def tensors_of(params: Iterable[Any]) -> list[Any]:
     return [item[1] if isinstance(item, tuple) else item for item in items]
 
 
-def check_params(tensors: list[Any]) -> None:
-    """Raises ValueError for parameters of one group that cannot be perturbed and restored."""
+def check_params(tensors: list[Any], groups: list[Group]) -> None:
+    """Raises ValueError for parameters that cannot be perturbed and restored beside those of ``groups``."""
     if len({id(p) for p in tensors}) < len(tensors):
         raise ValueError("params holds a parameter twice: it would be perturbed twice and its weights lost")
     for i, p in enumerate(tensors):
@@ -42,6 +43,16 @@ def check_params(tensors: list[Any]) -> None:
                 f"params[{i}] has shape {tuple(p.shape)} and strides {p.stride()}, so that elements share memory: "
                 "expected a tensor of its own, as after clone(memory_format=torch.contiguous_format)"
             )
+    ids = {id(p) for p in tensors}
+    others = [p for group in groups for p in group["params"] if id(p) not in ids]  # torch.optim refuses the same one
+    shared = first_overlap([*tensors, *others])
+    if shared is not None and shared[0] < len(tensors):
+        i, j = shared
+        other = f"params[{j}]" if j < len(tensors) else "a parameter of an earlier group"
+        raise ValueError(
+            f"params[{i}] and {other} share memory: it would be perturbed twice and its weights lost; tie modules by "
+            "giving them the same Parameter, which is passed once"
+        )
 
 
 def check_base_instance(base: Optimizer, params: Iterable[Any] | None) -> None:

@@ -6,8 +6,9 @@ parameter share its shape, dtype and device, but for state beside a master copy,
 for all parameters or a sequence with one per group of consecutive parameters, whose lengths ``group_sizes`` gives.
 Results are in place. ``backend`` is "auto", "cuda", "cpu", "triton" or "reference".
 
-Errors: ValueError names the argument that does not fit, before anything is changed; RuntimeError for a backend that is
-missing. The traffic given with each op is in bytes per fp32 parameter, the least that can be moved.
+Errors: ValueError names the argument that does not fit, or what is written and shares memory (TypeError: what is no
+tensor), before anything is changed; RuntimeError for a backend that is missing. The traffic given with each op is in
+bytes per fp32 parameter, the least that can be moved.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from rst_fused._backends import backend_for
-from rst_fused._checks import as_integer
+from rst_fused._checks import as_integer, first_overlap
 from rst_fused._schemas import STATS
 
 Number = float | Tensor | Sequence[float | Tensor]
@@ -70,6 +71,7 @@ def perturb_(
     backups = [] if masters else _needed("backups", backups)
     needed = ["grads", "masters" if masters else "backups"]
     _check("params", params, {"grads": grads, "backups": backups}, {"masters": masters}, needed=needed)
+    _check_apart(params=params, backups=backups)
     sizes = _sizes(params, group_sizes)
     rng = torch.tensor(
         [as_integer("seed", seed, 0, 2**63 - 1), as_integer("step", step, 0, 2**63 - 1)], dtype=torch.int64
@@ -99,6 +101,7 @@ def restore_(
         raise ValueError("grads=None with first_grads: mixing needs the gradients of the second pass")
     like = {"backups": backups, "grads": list(grads or []), "first_grads": firsts}
     _check("params", params, like, {"masters": masters}, needed=["masters" if masters else "backups"])
+    _check_apart(params=params, grads=like["grads"] if firsts else [])
     sizes = _sizes(params, group_sizes)
     _ops(backend, params).restore_(
         list(params), backups, masters, list(grads or []), firsts, _rows(sizes, gamma=gamma).flatten(), sizes
@@ -147,6 +150,7 @@ def restore_sgd_step_(
         "params", params, {"grads": grads, "backups": backups, "first_grads": firsts},
         {"masters": masters}, {"momentum_buffers": buffers}, ["grads"],
     )  # fmt: skip
+    _check_apart(params=params, momentum_buffers=buffers, masters=masters)
     sizes = _sizes(params, group_sizes)
     hyper = _rows(
         sizes, lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, gamma=gamma
@@ -188,6 +192,7 @@ def restore_adam_step_(
     state = {"exp_avgs": _needed("exp_avgs", exp_avgs), "exp_avg_sqs": _needed("exp_avg_sqs", exp_avg_sqs)}
     like = {"grads": grads, "backups": backups, "first_grads": firsts}
     _check("params", params, like, {"masters": masters}, state, ["grads", *state])
+    _check_apart(params=params, **state, masters=masters)
     sizes = _sizes(params, group_sizes)
     hyper = _rows(
         sizes, lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay, gamma=gamma
@@ -219,6 +224,10 @@ def _check(
     A list may be empty unless it is in ``needed``.
     """
     has_masters = any((masters or {}).values())
+    for name, tensors in {lead_name: lead, **like, **(masters or {}), **(state or {})}.items():
+        for i, t in enumerate(tensors):
+            if not isinstance(t, Tensor):
+                raise TypeError(f"{name}[{i}] is {type(t).__name__}: expected a tensor")
     for i, p in enumerate(lead):
         if p.layout != torch.strided or p.dtype not in _DTYPES:
             raise ValueError(f"{lead_name}[{i}] is {p.layout} of {p.dtype}: expected a dense tensor of {_DTYPES}")
@@ -236,6 +245,15 @@ def _check(
                     f"{name}[{i}] is {tuple(t.shape)} {t.dtype} {t.layout} on {t.device}, expected "
                     f"{tuple(p.shape)} {dtype} {torch.strided} on {p.device} as {lead_name}[{i}]"
                 )
+
+
+def _check_apart(**lists: Tensors) -> None:
+    """The lists that an op writes. Under torch.compile tensors have no addresses yet."""
+    names = [f"{name}[{i}]" for name, tensors in lists.items() for i in range(len(tensors))]
+    shared = None if torch.compiler.is_compiling() else first_overlap([t for ts in lists.values() for t in ts])
+    if shared is not None:
+        one, other = (names[i] for i in shared)
+        raise ValueError(f"{one} and {other} share memory, and both are written: expected tensors apart")
 
 
 def _sizes(params: Tensors, group_sizes: Sequence[int] | None) -> list[int]:

@@ -162,7 +162,7 @@ class RST(Core):
             raise TypeError("params is a set: expected ordered collections, since state is saved by position")
         params = [params] if isinstance(params, Tensor) else list(params)
         tensors = _preconditions.tensors_of(params)
-        _preconditions.check_params(tensors)
+        _preconditions.check_params(tensors, self.param_groups)
         for device in {device_of(p) for p in tensors if isinstance(p, Tensor)}:
             backend_for(self.requested_backend, device)  # which says what is wrong before anything changes
         self._rounds = self._rounds or any(getattr(p, "dtype", None) in _preconditions.SIXTEEN_BIT for p in tensors)
@@ -269,6 +269,7 @@ class RST(Core):
                 if run.mixing:
                     _preconditions.check_grads(self)
                 self._plans.hand_over(self)
+                _engine.check_kept(self)
                 _engine.restore(self, run.mixing)
                 _amp.step_base(self)
             elif capturing or not self._plans.update(self):

@@ -368,3 +368,30 @@ def test_swapped_storage(when: str, mode: str, backend: str) -> None:
                 for p in ps:
                     p.data = p.data.clone()
         assert bits(params) == bits(others)
+
+
+@every_backend
+@every_mode
+@pytest.mark.parametrize("how", ["shape", "dtype"])
+def test_other_data_between_the_passes(how: str, mode: str, backend: str) -> None:
+    """Refused by name; the other parameters come back bit for bit, and so do the numbers of a converted one."""
+    params, opt = make(mode, backend)
+    PROBLEM.backward(params, 0)
+    before = bits(params)
+    opt.perturb()
+    old = params[1].detach().clone()
+    params[1].data = torch.full((9,), 7.0, dtype=old.dtype) if how == "shape" else old.double()
+    for p in params:
+        p.grad = torch.ones_like(p)
+    with pytest.raises(RuntimeError, match=r"parameter 1 of group 0 is .*, but when it was perturbed its weights were"):
+        opt.step()
+    assert bits(params[:1] + params[2:]) == before[:1] + before[2:] and opt.steps == 0
+    if how == "dtype":
+        assert bits([params[1].detach().to(old.dtype)]) == before[1:2]
+    else:
+        assert params[1].tolist() == [7.0] * 9
+    params[1].data = old
+    for p in params:
+        p.grad = torch.ones_like(p)
+    assert opt.perturb()  # usable
+    opt.restore()

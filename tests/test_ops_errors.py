@@ -82,6 +82,18 @@ def narrower(t: Tensor) -> Tensor:
     return t.to(torch.float16 if t.dtype == torch.float32 else torch.float32)
 
 
+def sharing(one: str, other: str) -> Change:
+    """The first tensor of one list and the second of the other have an element in common."""
+
+    def change(sample: Sample) -> None:
+        first, second = sample.lists[one][0], sample.lists[other][1]
+        memory = torch.ones(first.numel() + second.numel() - 1, dtype=first.dtype, device=first.device)
+        sample.lists[one][0] = memory[: first.numel()].view(first.shape)
+        sample.lists[other][1] = memory[first.numel() - 1 :].view(second.shape)
+
+    return change
+
+
 def _companion(name: str, of: tuple[str, ...], dtype: str = "float32") -> list[Wrong]:
     """All that can be wrong with a list of tensors."""
     with_it = (name,) if name in ("first_grads", "momentum_buffers", "masters") else ()
@@ -132,6 +144,19 @@ ERRORS = [
         Wrong(f"{name}_{value}", ("perturb_",), option(**{name: value}), f"{name}={value}: expected an integer")
         for name in ("seed", "step") for value in (-1, 2**63, 0.5, True)
     ),
+    *(
+        Wrong(f"shared_{one}_{other}", of, sharing(one, other), rf"{one}\[0\] and {other}\[1\] share memory",
+              lists=() if other == "params" else (other,))
+        for one, other, of in (
+            ("params", "params", WITH_PARAMS), ("params", "backups", ("perturb_",)),
+            ("params", "momentum_buffers", SGD), ("momentum_buffers", "momentum_buffers", SGD),
+            ("params", "exp_avgs", ADAM), ("exp_avgs", "exp_avg_sqs", ADAM),
+        )
+    ),
+    Wrong("shared_grads", ("restore_",), sharing("params", "grads"), r"params\[0\] and grads\[1\] share memory",
+          lists=("grads", "first_grads")),
+    Wrong("none", WITH_GRADS, replace("grads", lambda t: None), r"grads\[1\] is NoneType: expected a ten", TypeError),
+    Wrong("number", WITH_PARAMS, replace("params", lambda t: 3.0), r"params\[1\] is float: expected a ten", TypeError),
     Wrong("backend", ALL, option(), r"backend='gpu': expected 'auto' or one of \['cuda', 'cpu', 'triton', 'reference'"),
     Wrong("stats_short", ("grad_norm", "perturb_"), option(stats=torch.zeros(3, dtype=torch.float64)), "stats",
           RuntimeError),
@@ -160,7 +185,8 @@ def right_sample(op: str, lists: tuple[str, ...] = (), dtype: str = "float32", d
 def test_wrong_argument(op: str, wrong: Wrong, backend: str, device: str) -> None:
     sample = right_sample(op, wrong.lists, wrong.dtype, device)
     wrong.change(sample)
-    tensors = [t for ts in sample.lists.values() for t in ts if t.layout == torch.strided and t.device.type != "meta"]
+    tensors = [t for ts in sample.lists.values() for t in ts if isinstance(t, torch.Tensor)]
+    tensors = [t for t in tensors if t.layout == torch.strided and t.device.type != "meta"]
     before = [t.clone() for t in tensors]
     with pytest.raises(wrong.error, match=wrong.match):
         sample.run(op, "gpu" if wrong.name == "backend" else backend)

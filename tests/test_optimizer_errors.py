@@ -21,6 +21,11 @@ def new() -> nn.Parameter:
     return nn.Parameter(torch.ones(3))
 
 
+def overlapping() -> list[nn.Parameter]:
+    memory = torch.ones(5)
+    return [nn.Parameter(memory[2:]), nn.Parameter(memory[:3])]
+
+
 # arguments, exception, what the message must say: the name, the value, what was expected
 CONSTRUCTION: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"rho": -0.1}, ValueError, r"rho=-0\.1: expected a finite number >= 0"),
@@ -64,11 +69,13 @@ CONSTRUCTION: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"base": "adam", "betas": 0.9}, ValueError, r"betas=0\.9: expected a pair"),
     ({"base": "adamw", "eps": -1e-8}, ValueError, "eps=-1e-08: expected a finite number >= 0"),
     ({"params": None}, TypeError, "params=None: expected parameters"),
+    ({"params": [{"params": [p]} for p in overlapping()]}, ValueError, r"params\[0\] and a parameter of an earlier"),
     ({"params": [torch.ones(2, dtype=torch.int64)]}, ValueError, r"params\[0\] is torch.int64: expected one of"),
     ({"params": [new(), torch.eye(2).to_sparse()]}, ValueError, r"params\[1\] has layout torch.sparse_coo: expected"),
     ({"params": [new(), torch.ones(2, device="meta")]}, ValueError, r"params\[1\] is on meta, without data"),
     ({"params": [torch.ones(1).expand(4)]}, ValueError, r"params\[0\] has shape \(4,\) and strides \(0,\), .*clone"),
     ({"params": [new()] * 2}, ValueError, "params holds a parameter twice"),
+    ({"params": [new(), *overlapping()]}, ValueError, r"params\[1\] and params\[2\] share memory: .*same Parameter"),
     ({"params": [{"params": [new()], "rho": -1}]}, ValueError, "rho=-1: expected a finite number >= 0"),
     ({"params": [{"params": [new()], "lr": math.nan}]}, ValueError, "lr=nan"),
 ]
@@ -116,7 +123,7 @@ def test_named_parameters_beside_an_optimizer_instance() -> None:
 
 
 @every_backend
-@pytest.mark.parametrize("case", CONSTRUCTION[-7:] + CONSTRUCTION[:1], ids=lambda c: c[2][:30])
+@pytest.mark.parametrize("case", CONSTRUCTION[-8:] + CONSTRUCTION[:1], ids=lambda c: c[2][:30])
 def test_wrong_group_is_not_added(case: Any, backend: str) -> None:
     arguments, error, message = case
     groups = arguments.get("params") or [new()]
