@@ -361,8 +361,8 @@ def restore(opt: Core, mixing: bool = False) -> None:
             ]
             if not params:
                 continue
-            kept = [kept_weights(opt, p) for p in params]
-            backups, masters = ([], kept) if kind else (kept, [])
+            weights = [kept_weights(opt, p) for p in params]
+            backups, masters = ([], weights) if kind else (weights, [])
             grads = [p.grad for p in params] if mixed else []
             firsts = [opt._run.first_grads[p] for p in params] if mixed else []
             gamma = as_rows([[opt._run.gamma]]).flatten()
