@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
+
+
+def check_model(model: Any) -> None:
+    """Raises TypeError unless ``model`` is a module or None."""
+    if not (model is None or isinstance(model, torch.nn.Module)):
+        raise TypeError(f"model={model!r}: expected a torch.nn.Module, or None")
 
 
 @contextmanager
@@ -15,8 +22,9 @@ def freeze_batch_norm(model: torch.nn.Module | None) -> Iterator[None]:
     """Inside, forward passes leave the running statistics of ``model`` alone (num_batches_tracked too).
 
     Normalization itself is unchanged: layers in training mode use the statistics of the batch. Covers BatchNorm,
-    SyncBatchNorm and InstanceNorm. None does nothing.
+    SyncBatchNorm and InstanceNorm. None does nothing; what is no module raises TypeError.
     """
+    check_model(model)
     tracking = [] if model is None else [
         m for m in model.modules() if isinstance(m, _NormBase) and m.training and m.track_running_stats
     ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from types import NoneType
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from rst_fused._places import Place, device_of, settle
 from rst_fused._plan import Plans
 from rst_fused._rules import Group, check_number, rule_for
 from rst_fused._run import Run
-from rst_fused.batch_norm import freeze_batch_norm
+from rst_fused.batch_norm import check_model, freeze_batch_norm
 from rst_fused.schedule import as_schedule, match
 
 
@@ -94,8 +93,7 @@ class RST(Core):
         self.seed = as_integer("seed", seed, 0, 2**63 - 1)
         self.master_weights = as_flag("master_weights", master_weights)
         self.stochastic_rounding = as_flag("stochastic_rounding", stochastic_rounding)
-        if not isinstance(model, (torch.nn.Module, NoneType)):
-            raise TypeError(f"model={model!r}: expected a torch.nn.Module, or None")
+        check_model(model)
         self.requested_backend, self._model = backend, model
         self._rounds = False  # whether any parameter is bfloat16 or float16, so that stochastic rounding needs rng
         self._run = Run()

@@ -175,6 +175,18 @@ def test_second_pass_without_a_model_uses_the_one_given_to_the_optimizer() -> No
     assert int(model[1].num_batches_tracked) == 1
 
 
+def test_what_is_no_model() -> None:
+    p = nn.Parameter(torch.ones(3))
+    opt = RST([p], lr=0.1, schedule=1.0)
+    p.grad = torch.ones(3)
+    opt.perturb()
+    with pytest.raises(TypeError, match="model='net': expected a torch.nn.Module, or None"), opt.second_pass("net"):
+        pass
+    assert torch.equal(p.detach(), torch.ones(3))
+    with pytest.raises(TypeError, match="model=3: expected"), freeze_batch_norm(3):
+        pass
+
+
 def test_compiled_model() -> None:
     """The flag reaches a compiled model: it recompiles once for each pass and no more."""
     torch._dynamo.reset()
