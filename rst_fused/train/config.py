@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from rst_fused import schedule_cli
 from rst_fused.schedule import Schedule
+
+Number = TypeVar("Number", int, float)
 
 METHODS = ("base", "sam", "rst", "g-rst")
 BASES = ("sgd", "adamw")
@@ -34,29 +38,28 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+def _parsed(kind: type[Number], text: str, fits: Callable[[Number], bool], expected: str) -> Number:
+    with contextlib.suppress(ValueError):
+        value = kind(text)
+        if fits(value):
+            return value
+    raise argparse.ArgumentTypeError(f"{text}: expected {expected}")
+
+
 def positive_int(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected an integer >= 1")
-    return value
+    return _parsed(int, text, lambda n: n >= 1, "an integer >= 1")
 
 
 def non_negative(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text}: expected a finite number >= 0")
-    return value
+    return _parsed(float, text, lambda x: 0 <= x < math.inf, "a finite number >= 0")
 
 
 def fraction(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected a number from 0 to 1")
-    return value
+    return _parsed(float, text, lambda x: 0 <= x <= 1, "a number from 0 to 1")
 
 
 def gamma_value(text: str) -> float | str:
-    return text if text == "match" else non_negative(text)
+    return text if text == "match" else _parsed(float, text, lambda x: 0 <= x < math.inf, "a number >= 0, or match")
 
 
 @dataclass(frozen=True)
