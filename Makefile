@@ -57,7 +57,7 @@ $(DEPENDENCIES): requirements-dev.txt constraints-dev.txt | $(BIN)/python
 	$(BIN)/python -m pip install -r requirements-dev.txt
 	touch $@
 
-$(OLDEST)/.dependencies: constraints-dev.txt
+$(OLDEST)/.dependencies: constraints-dev.txt Makefile
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install -c constraints-dev.txt torch==2.11.0 numpy==2.4.6 pytest==9.2.0 hypothesis==6.170.15
 	touch $@

@@ -14,7 +14,9 @@
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
+#include <cstdio>
 #include <cstring>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -104,20 +106,35 @@ uint64_t part(const Piece& a, int mix, int variant, uint64_t keep) {
   }
 }
 
-// Holds the calling thread on one core, and lets it go where it might before. A thread that the system has just started
-// may share its parent's core until the next tick, milliseconds later: longer than a pass over a small model takes.
+// The CPUs that this thread may use: one of every core, and then those that share a core with one of them.
+std::vector<int> usable_cpus() {
+  cpu_set_t allowed;
+  std::vector<int> cpus, siblings;
+  if (sched_getaffinity(0, sizeof(allowed), &allowed) != 0) return cpus;
+  for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
+    if (!CPU_ISSET(cpu, &allowed)) continue;
+    const std::string path = "/sys/devices/system/cpu/cpu" + std::to_string(cpu) + "/topology/thread_siblings_list";
+    int first = cpu;  // of those on its core
+    if (FILE* file = std::fopen(path.c_str(), "r")) {
+      if (std::fscanf(file, "%d", &first) != 1) first = cpu;
+      std::fclose(file);
+    }
+    (first == cpu || !CPU_ISSET(first, &allowed) ? cpus : siblings).push_back(cpu);
+  }
+  cpus.insert(cpus.end(), siblings.begin(), siblings.end());
+  return cpus;
+}
+
+// Holds the calling thread on one of these CPUs, and lets it go where it might before. A thread that the system has just
+// started may share its parent's core until the next tick, milliseconds later: longer than a pass over a small model.
 class Pinned {
  public:
-  explicit Pinned(size_t turn) {
-    if (sched_getaffinity(0, sizeof(before_), &before_) != 0) return;
-    const size_t cores = CPU_COUNT(&before_);
-    for (int core = 0, seen = 0; core < CPU_SETSIZE; ++core) {
-      if (!CPU_ISSET(core, &before_) || static_cast<size_t>(seen++) != turn % cores) continue;
-      cpu_set_t one;
-      CPU_ZERO(&one);
-      CPU_SET(core, &one);
-      held_ = sched_setaffinity(0, sizeof(one), &one) == 0;
-    }
+  Pinned(const std::vector<int>& cpus, size_t turn) {
+    if (turn >= cpus.size() || sched_getaffinity(0, sizeof(before_), &before_) != 0) return;
+    cpu_set_t one;
+    CPU_ZERO(&one);
+    CPU_SET(cpus[turn], &one);
+    held_ = sched_setaffinity(0, sizeof(one), &one) == 0;
   }
   ~Pinned() {
     if (held_) sched_setaffinity(0, sizeof(before_), &before_);
@@ -132,9 +149,10 @@ class Pinned {
 
 }  // namespace
 
-// Runs one pass of a mix over all pieces, whose addresses are multiples of 32; the calling thread takes part. A piece goes
-// to its owner, or with `in_turn` to the thread that asks next; `backwards`: the last one first. Leaves in `seconds` the time
-// from the moment when all threads are awake, each on a core of its own, until the last one is done. Returns what the norm read, folded into 8 bytes.
+// Runs one pass of a mix over all pieces, whose addresses are multiples of 32; the calling thread takes part. A piece
+// goes to its owner, or with `in_turn` to the thread that asks next; `backwards`: the last one first. Leaves in `seconds`
+// the time from the moment when all threads are awake, each on a CPU of its own, until the last one is done. Returns what
+// the norm read, folded into 8 bytes.
 extern "C" uint64_t probe_run(int mix, int variant, const Piece* pieces, size_t count, bool in_turn, bool backwards,
                               size_t threads, uint64_t keep, double* seconds) {
   std::vector<uint64_t> seen(threads, 0);
@@ -149,17 +167,18 @@ extern "C" uint64_t probe_run(int mix, int variant, const Piece* pieces, size_t 
     seen[t] = mine;
     ++done;
   };
+  static const std::vector<int> cpus = usable_cpus();
   std::vector<std::thread> pool;
   for (size_t t = 1; t < threads; ++t) {
     pool.emplace_back([&, t] {
-      const Pinned pinned(t);
+      const Pinned pinned(cpus, t);
       ++awake;
       while (awake < threads) {}
       work(t);
     });
   }
   while (awake < threads - 1) {}
-  const Pinned pinned(0);  // after the others have started, which take over where their parent may run
+  const Pinned pinned(cpus, 0);  // after the others have started, which take over where their parent may run
   const auto start = std::chrono::steady_clock::now();
   ++awake;
   work(0);

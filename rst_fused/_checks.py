@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
 
 def as_integer(name: str, value: Any, low: int, high: float = math.inf) -> int:
     """``value`` as an int from low to high. Takes numpy's integers; refuses bool and every float."""
@@ -35,7 +37,11 @@ def as_real(name: str, value: Any, low: float, high: float) -> float:
 
 def as_flag(name: str, value: Any) -> bool:
     """``value`` as a bool. Takes what equals one, such as numpy's; refuses strings and all else that has a truth."""
-    if value not in (False, True):
+    try:
+        known = value in (False, True)
+    except (ValueError, RuntimeError):  # arrays and tensors of several elements
+        known = False
+    if not known:
         raise ValueError(f"{name}={value!r}: expected True or False")
     return bool(value)
 
@@ -48,15 +54,35 @@ def required_params(params: Iterable[Any] | None) -> Iterable[Any]:
 
 
 def first_overlap(tensors: Sequence[torch.Tensor]) -> tuple[int, int] | None:
-    """Positions i < j of two tensors that share memory, or None. Leaves out tensors with gaps, and subclasses."""
-    spans = sorted(
-        (str(t.device), t.data_ptr(), t.data_ptr() + t.nbytes, i)
-        for i, t in enumerate(tensors)
-        if type(t) in (torch.Tensor, torch.nn.Parameter)
-        and t.layout == torch.strided
-        and t.numel() == 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
-    )
-    for (device, _, end, i), (other, start, _, j) in pairwise(spans):
-        if device == other and start < end:
+    """Positions i < j of two tensors that share memory, or None. Plain tensors with memory and without gaps."""
+    spans = []
+    for i, t in enumerate(tensors):
+        if type(t) in _PLAIN and (t.is_cpu or t.is_cuda or t.is_xpu):
+            try:
+                start = t.data_ptr()
+            except RuntimeError:  # torch.func wraps tensors that have none
+                continue
+            if start != 0 and (t.is_contiguous() or _has_no_gaps(t)):
+                spans.append((start, start + t.nbytes, i))
+    spans.sort()
+    for (_, end, i), (start, _, j) in pairwise(spans):
+        if start < end:
             return min(i, j), max(i, j)
     return None
+
+
+def _has_no_gaps(t: torch.Tensor) -> bool:
+    return t.numel() == 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+
+
+def may_overlap_itself(t: torch.Tensor) -> bool:
+    """Whether two elements of a tensor may share memory."""
+    if t.is_contiguous() or t.numel() < 2:
+        return False
+    reached = 0  # the largest offset that the dimensions so far can reach
+    for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):
+        if size > 1:
+            if stride <= reached:
+                return True
+            reached += (size - 1) * stride
+    return False

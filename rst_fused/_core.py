@@ -24,12 +24,14 @@ class Core(Optimizer):
     seed: int
     master_weights: bool
     stochastic_rounding: bool
+    _constructed: bool  # groups that come later are compared with those that are there
     _opt_called: bool  # torch's LR schedulers read it
     _rounds: bool  # whether any parameter is bfloat16 or float16
     _run: Run
     _places: list[Place]  # at least one; that of the first parameter leads
     _backups: dict[Tensor, Tensor]
-    _perturbed: dict[Tensor, bool]  # what the engine has perturbed; a launch plan keeps its own note
+    # What the engine has perturbed, and whether its master keeps the weights; a launch plan has notes of its own.
+    _perturbed: dict[Tensor, bool]
 
     @property
     def backend(self) -> Backend:

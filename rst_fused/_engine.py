@@ -83,16 +83,15 @@ def backup_of(opt: Core, p: Tensor) -> Tensor:
 
 
 def kept_weights(opt: Core, p: Tensor) -> Tensor:
-    """The weights of a perturbed parameter: its backup or master, in the dtype that it had when it was perturbed."""
-    state = opt.state[p] if has_master(opt, p) or p not in opt._backups else {}
-    kept: Tensor = state["master"] if "master" in state else opt._backups[p]
+    """The weights of a perturbed parameter: its master, or its backup."""
+    kept: Tensor = opt.state[p]["master"] if opt._perturbed[p] else opt._backups[p]
     return kept
 
 
 def still_fits(opt: Core, p: Tensor) -> bool:
-    """Whether a perturbed parameter is of the shape and dtype that it had then."""
-    kept = kept_weights(opt, p)
-    return kept.shape == p.shape and kept.dtype == (torch.float32 if has_master(opt, p) else p.dtype)
+    """Whether a perturbed parameter is of the shape that it had then, and of a dtype that is served alike."""
+    kept, by_master = kept_weights(opt, p), opt._perturbed[p]
+    return kept.shape == p.shape and by_master == has_master(opt, p) and (by_master or kept.dtype == p.dtype)
 
 
 def check_kept(opt: Core) -> None:
@@ -101,9 +100,10 @@ def check_kept(opt: Core) -> None:
         for j, p in enumerate(group["params"]):
             if p in opt._perturbed and not still_fits(opt, p):
                 kept = kept_weights(opt, p)
+                was = "kept by a float32 master" if opt._perturbed[p] else str(kept.dtype)
                 raise RuntimeError(
-                    f"parameter {j} of group {i} is {tuple(p.shape)} {p.dtype}, but when it was perturbed its weights "
-                    f"were {tuple(kept.shape)} {kept.dtype}: change it before perturb() or after step()"
+                    f"parameter {j} of group {i} is {tuple(p.shape)} {p.dtype}, but when it was perturbed it was "
+                    f"{tuple(kept.shape)} {was}: change it before perturb() or after step()"
                 )
 
 
@@ -241,6 +241,7 @@ def perturb(opt: Core) -> None:
     """grad_norm and perturb_ over all groups."""
     if not torch.compiler.is_compiling():
         check_rho(opt)
+        check_base(opt)
     everything = list(range(len(opt.param_groups)))
     recorded = recording(opt)
     calls: list[tuple[Place, Lists]] = []
@@ -267,7 +268,7 @@ def perturb(opt: Core) -> None:
             # backups written beforehand, restoring is right in every case.
             if not c.masters:
                 torch._foreach_copy_(c.backups, c.params)
-            opt._perturbed.update(dict.fromkeys(c.params, True))
+            opt._perturbed.update(dict.fromkeys(c.params, bool(c.masters)))
         place.backend.ops.perturb_(
             c.params, c.grads, [] if c.masters else c.backups, c.masters, place.stats, rho, c.sizes, opt.adaptive,
             opt.eta, opt.stochastic_rounding, place.rng, first_index,
@@ -275,7 +276,7 @@ def perturb(opt: Core) -> None:
         first_index += len(c.params)
         for p, g in zip(c.params, c.grads, strict=True):
             if recorded:
-                opt._perturbed[p] = True
+                opt._perturbed[p] = bool(c.masters)
             if opt._run.mixing:
                 opt._run.first_grads[p] = g
             p.grad = None

@@ -165,7 +165,8 @@ class Plans:
         if self._plan is None or not self._plan.perturbed:
             return
         # First the note, then the plan lets go: an interrupt in between restores twice, which is harmless.
-        opt._perturbed.update(dict.fromkeys(self._lists.params, True))
+        without = len(self._lists.params) - len(self._lists.masters)  # which come first
+        opt._perturbed.update({p: i >= without for i, p in enumerate(self._lists.params)})
         first_grads = self._plan.hand_over()
         if first_grads:
             tensors = getattr(torch.ops, NAMESPACE)._unhold(first_grads)

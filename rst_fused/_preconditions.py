@@ -8,12 +8,13 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from rst_fused._checks import first_overlap
+from rst_fused._checks import first_overlap, may_overlap_itself
 from rst_fused._core import Core
 from rst_fused._places import device_of
-from rst_fused._rules import Group, check_current
+from rst_fused._rules import check_current
 
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 SUPPORTED = (torch.float32, torch.float64, *SIXTEEN_BIT, torch.complex64, torch.complex128)
@@ -21,12 +22,15 @@ SUPPORTED = (torch.float32, torch.float64, *SIXTEEN_BIT, torch.complex64, torch.
 
 def tensors_of(params: Iterable[Any]) -> list[Any]:
     """The parameters in what torch.optim takes: tensors, (name, tensor) pairs, or groups of those."""
-    items = [item for entry in params for item in (entry["params"] if isinstance(entry, dict) else [entry])]
+    items: list[Any] = []
+    for entry in [params] if isinstance(params, Tensor) else params:
+        given = entry["params"] if isinstance(entry, dict) else [entry]
+        items += [given] if isinstance(given, Tensor) else given
     return [item[1] if isinstance(item, tuple) else item for item in items]
 
 
-def check_params(tensors: list[Any], groups: list[Group]) -> None:
-    """Raises ValueError for parameters that cannot be perturbed and restored beside those of ``groups``."""
+def check_params(tensors: list[Any]) -> None:
+    """Raises ValueError for parameters of one group that cannot be perturbed and restored."""
     if len({id(p) for p in tensors}) < len(tensors):
         raise ValueError("params holds a parameter twice: it would be perturbed twice and its weights lost")
     for i, p in enumerate(tensors):
@@ -38,13 +42,17 @@ def check_params(tensors: list[Any], groups: list[Group]) -> None:
             raise ValueError(f"params[{i}] has layout {p.layout}: expected a dense tensor")
         if p.dtype not in SUPPORTED:
             raise ValueError(f"params[{i}] is {p.dtype}: expected one of {[str(d) for d in SUPPORTED]}")
-        if p.numel() > 1 and any(stride == 0 and size > 1 for stride, size in zip(p.stride(), p.shape, strict=True)):
+        if not is_lazy(p) and may_overlap_itself(p):
             raise ValueError(
                 f"params[{i}] has shape {tuple(p.shape)} and strides {p.stride()}, so that elements share memory: "
                 "expected a tensor of its own, as after clone(memory_format=torch.contiguous_format)"
             )
+
+
+def check_apart(tensors: list[Any], others: list[Any]) -> None:
+    """Raises ValueError for parameters that share memory with each other, or with those that the optimizer has."""
     ids = {id(p) for p in tensors}
-    others = [p for group in groups for p in group["params"] if id(p) not in ids]  # torch.optim refuses the same one
+    others = [p for p in others if id(p) not in ids]  # torch.optim refuses the same one itself
     shared = first_overlap([*tensors, *others])
     if shared is not None and shared[0] < len(tensors):
         i, j = shared
@@ -56,16 +64,18 @@ def check_params(tensors: list[Any], groups: list[Group]) -> None:
 
 
 def check_base_instance(base: Optimizer, params: Iterable[Any] | None) -> None:
-    """Raises ValueError for an optimizer that cannot take a step from gradients alone, or has other parameters."""
+    """Raises ValueError for an optimizer that needs more than gradients, or has other parameters than ``params``."""
     closure = inspect.signature(base.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise ValueError(
             f"base={type(base).__name__}(...): its step needs a closure, but the base of RST is given gradients alone; "
             "expected an optimizer whose step() takes none"
         )
+    held = tensors_of(base.param_groups)
+    check_apart(held, [])
     if params is None:
         return
-    given, held = tensors_of(params), tensors_of(base.param_groups)
+    given = tensors_of(params)
     if [id(p) for p in given] != [id(p) for p in held]:
         raise ValueError(
             f"params ({len(given)} tensors) are not those of the base optimizer ({len(held)}): pass params=None"

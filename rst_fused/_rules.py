@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rst_fused._checks import as_flag
+from rst_fused.schedule import Schedule, match
 
 Group = dict[str, Any]
 
@@ -34,12 +35,35 @@ def check_current(i: int, group: Group, names: Sequence[str], low: float = -math
     No other limits: as in torch.optim, a scheduler may take a learning rate below 0. Waits for no tensor on a GPU.
     """
     for name in names:
-        values = group[name]
-        for value in values if name == "betas" else (values,):
-            if type(value) is float and low <= value and math.isfinite(value):
-                continue
-            if not isinstance(value, Tensor) or value.is_cpu:
-                check_number(f"{of}param_groups[{i}][{name!r}]", value, low)
+        value, full_name = group[name], f"{of}param_groups[{i}][{name!r}]"
+        if name == "betas":
+            check_betas(full_name, value)
+        elif not (type(value) is float and low <= value and math.isfinite(value)) and not _is_elsewhere(value):
+            check_number(full_name, value, low)
+
+
+def check_betas(name: str, betas: Any) -> None:
+    """Raises unless ``betas`` is a pair of numbers in [0, 1). Waits for no tensor on a GPU."""
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise ValueError(f"{name}={betas!r}: expected a pair (beta1, beta2)")
+    for i, beta in enumerate(betas):
+        if not _is_elsewhere(beta):
+            check_number(f"{name}[{i}]", beta, 0, 1)
+
+
+def _is_elsewhere(value: Any) -> bool:
+    return isinstance(value, Tensor) and not value.is_cpu
+
+
+def as_gamma(gamma: float | Callable[[int], float] | str, schedule: Schedule) -> float | Callable[[int], float]:
+    """gamma as a number or a function of the step; "match" is 1 / p(t) of the schedule."""
+    if isinstance(gamma, str):
+        if gamma != "match":
+            raise ValueError(f"gamma={gamma!r}: expected a number, a callable step -> gamma, or 'match'")
+        return match(schedule)
+    if not callable(gamma):
+        check_number("gamma", gamma, 0)
+    return gamma
 
 
 class SgdRule:
@@ -104,11 +128,7 @@ class AdamRule:
     def check(self, group: Group) -> None:
         for name in ("lr", "eps", "weight_decay"):
             check_number(name, group[name], 0)
-        betas = group["betas"]
-        if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-            raise ValueError(f"betas={betas!r}: expected a pair (beta1, beta2)")
-        for i, beta in enumerate(betas):
-            check_number(f"betas[{i}]", beta, 0, 1)
+        check_betas("betas", group["betas"])
         for name in ("maximize", "capturable"):
             as_flag(name, group[name])
 

@@ -249,9 +249,9 @@ def _check(
 
 def _check_apart(**lists: Tensors) -> None:
     """The lists that an op writes. Under torch.compile tensors have no addresses yet."""
-    names = [f"{name}[{i}]" for name, tensors in lists.items() for i in range(len(tensors))]
     shared = None if torch.compiler.is_compiling() else first_overlap([t for ts in lists.values() for t in ts])
     if shared is not None:
+        names = [f"{name}[{i}]" for name, tensors in lists.items() for i in range(len(tensors))]
         one, other = (names[i] for i in shared)
         raise ValueError(f"{one} and {other} share memory, and both are written: expected tensors apart")
 

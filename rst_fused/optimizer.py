@@ -19,10 +19,10 @@ from rst_fused._draws import draw_at
 from rst_fused._hooks import with_hooks
 from rst_fused._places import Place, device_of, settle
 from rst_fused._plan import Plans
-from rst_fused._rules import Group, check_number, rule_for
+from rst_fused._rules import Group, as_gamma, check_number, rule_for
 from rst_fused._run import Run
 from rst_fused.batch_norm import check_model, freeze_batch_norm
-from rst_fused.schedule import as_schedule, match
+from rst_fused.schedule import as_schedule
 
 
 class RST(Core):
@@ -88,7 +88,7 @@ class RST(Core):
         check_number("rho", rho, 0)
         check_number("eta", eta, 0)
         self.schedule = as_schedule(schedule)
-        self.gamma = self._checked_gamma(gamma)
+        self.gamma = as_gamma(gamma, self.schedule)
         self.adaptive, self.eta = as_flag("adaptive", adaptive), float(eta)
         self.seed = as_integer("seed", seed, 0, 2**63 - 1)
         self.master_weights = as_flag("master_weights", master_weights)
@@ -98,11 +98,14 @@ class RST(Core):
         self._rounds = False  # whether any parameter is bfloat16 or float16, so that stochastic rounding needs rng
         self._run = Run()
         self._places: list[Place] = []
+        self._constructed = False
         self._reset()
         if self.rule is not None:
             super().__init__(required_params(params), {**self._hyper(hyper), "rho": rho})
+            _preconditions.check_apart(_preconditions.tensors_of(self.param_groups), [])
         else:
             self._share(params, hyper, rho)
+        self._constructed = True
 
     # --- construction -----------------------------------------------------------------------------------------------
     def _hyper(self, hyper: Group) -> Group:
@@ -121,7 +124,8 @@ class RST(Core):
         if self.master_weights:
             raise ValueError("master_weights=True with an optimizer as base: only 'sgd', 'adam' and 'adamw' keep them")
         _preconditions.check_base_instance(self.base, params)
-        super().__init__(self.base.param_groups, {**self.base.defaults, "rho": rho})
+        # Copies, so that an error leaves the groups of the base as they are.
+        super().__init__([{**group} for group in self.base.param_groups], {**self.base.defaults, "rho": rho})
         self._adopt()
 
     def _adopt(self) -> None:
@@ -131,15 +135,6 @@ class RST(Core):
         self.param_groups, self.state = self.base.param_groups, self.base.state
         for group in self.param_groups:
             group.setdefault("rho", self.defaults["rho"])
-
-    def _checked_gamma(self, gamma: float | Callable[[int], float] | str) -> float | Callable[[int], float]:
-        if isinstance(gamma, str):
-            if gamma != "match":
-                raise ValueError(f"gamma={gamma!r}: expected a number, a callable step -> gamma, or 'match'")
-            return match(self.schedule)
-        if not callable(gamma):
-            check_number("gamma", gamma, 0)
-        return gamma
 
     def _reset(self) -> None:
         """What is never saved: backups, launch plans, and the notes of a step under way."""
@@ -160,7 +155,9 @@ class RST(Core):
             raise TypeError("params is a set: expected ordered collections, since state is saved by position")
         params = [params] if isinstance(params, Tensor) else list(params)
         tensors = _preconditions.tensors_of(params)
-        _preconditions.check_params(tensors, self.param_groups)
+        _preconditions.check_params(tensors)
+        if self._constructed:
+            _preconditions.check_apart(tensors, _preconditions.tensors_of(self.param_groups))
         for device in {device_of(p) for p in tensors if isinstance(p, Tensor)}:
             backend_for(self.requested_backend, device)  # which says what is wrong before anything changes
         self._rounds = self._rounds or any(getattr(p, "dtype", None) in _preconditions.SIXTEEN_BIT for p in tensors)
@@ -178,6 +175,7 @@ class RST(Core):
 
         Raises for numbers in the param_groups that perturb() and step() would refuse: compiled ones cannot look.
         """
+        self._adopt()
         _preconditions.check_rho(self)
         _preconditions.check_base(self)
         self._opt_called = True  # to LR schedulers, which would warn: a compiled step cannot say that it was called

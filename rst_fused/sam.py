@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from typing import Any
 
@@ -76,9 +77,13 @@ def _from_class(
 ) -> tuple[Any, Iterable[Any] | None, dict[str, Any]]:
     """(base, params, keyword arguments) of RST for an optimizer class and the arguments of both."""
     own = {name: kwargs.pop(name) for name in _OWN if name in kwargs}
+    params = [params] if isinstance(params, torch.Tensor) else list(params)
     if kind in _FUSED:
         taken = rule_for(_FUSED[kind]).defaults
-        asked = {name: value for name, value in kwargs.items() if name in taken or value not in (None, False)}
-        if asked.keys() <= taken.keys():
-            return _FUSED[kind], params, {**own, **asked}
+        lacking = inspect.signature(kind).parameters.keys() - taken.keys() - {"params"}
+        asked = [kwargs, *(group for group in params if isinstance(group, dict))]
+        if kwargs.keys() <= taken.keys() | lacking and not any(
+            group.get(name) is not None and group[name] is not False for group in asked for name in lacking
+        ):
+            return _FUSED[kind], params, {**own, **{name: kwargs[name] for name in kwargs if name in taken}}
     return kind(params, **kwargs), None, own

@@ -73,7 +73,10 @@ WRONG: list[tuple[str, Any, type[Exception], str]] = [
     ("weight_decay", "0.1", TypeError, r"='0\.1': expected a number, got str"),
     ("momentum", math.nan, ValueError, r"=nan: expected a finite number$"),
     ("dampening", math.nan, ValueError, r"=nan: expected a finite number$"),
-    ("betas", (0.9, math.nan), ValueError, r"=nan: expected a finite number$"),
+    ("betas", (0.9, math.nan), ValueError, r"\[1\]=nan: expected a number in \[0, 1\)$"),
+    ("betas", (1.0, 0.999), ValueError, r"\[0\]=1\.0: expected a number in \[0, 1\)$"),
+    ("betas", (0.9,), ValueError, r"=\(0\.9,\): expected a pair \(beta1, beta2\)$"),
+    ("betas", 0.9, ValueError, r"=0\.9: expected a pair \(beta1, beta2\)$"),
     ("eps", math.inf, ValueError, r"=inf: expected a finite number$"),
 ]
 

@@ -210,6 +210,21 @@ def test_right_sample_and_expanded_outputs(op: str, name: str, backend: str, dev
             assert all(op_db.same_bits(t, old) for t, old in zip(sample.lists[kept], tensors, strict=True))
 
 
+def test_tensors_without_addresses_are_not_taken_for_one() -> None:
+    """Meta tensors, and those that torch.func wraps."""
+    meta = [[torch.ones(3, device="meta")] for _ in range(3)]
+    stats = torch.zeros(5, dtype=torch.float64, device="meta")
+    ops.perturb_(*meta, stats, rho=0.1, backend="reference")
+
+    def step(w: Tensor, g: Tensor) -> Tensor:
+        w = w.clone()
+        ops.sgd_step_([w], [g], lr=0.5, backend="reference")
+        return w
+
+    w, g = torch.ones(2, 3), torch.arange(6.0).reshape(2, 3)
+    assert torch.equal(torch.func.vmap(step)(w, g), w - 0.5 * g)
+
+
 def test_unavailable_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     """Asked for by name, a missing backend is an error that says how to get it; "auto" falls back and says so once."""
     missing = _backends.Backend("cpu", False, "the C++ extension is not built: pip install ...", ("cpu",), None)

@@ -62,6 +62,7 @@ CONSTRUCTION: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"adaptive": "no"}, ValueError, "adaptive='no': expected True or False"),
     ({"master_weights": 2}, ValueError, "master_weights=2: expected True or False"),
     ({"stochastic_rounding": "bf16"}, ValueError, "stochastic_rounding='bf16': expected True or False"),
+    ({"adaptive": torch.ones(2)}, ValueError, r"adaptive=tensor\(.*: expected True or False"),
     ({"model": 3}, TypeError, "model=3: expected a torch.nn.Module, or None"),
     ({"nesterov": True}, ValueError, r"nesterov=True with momentum=0\.0, .*expected momentum > 0 and dampening = 0"),
     ({"nesterov": True, "momentum": 0.9, "dampening": 0.1}, ValueError, r"nesterov=True.*dampening=0\.1"),
@@ -69,11 +70,12 @@ CONSTRUCTION: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"base": "adam", "betas": 0.9}, ValueError, r"betas=0\.9: expected a pair"),
     ({"base": "adamw", "eps": -1e-8}, ValueError, "eps=-1e-08: expected a finite number >= 0"),
     ({"params": None}, TypeError, "params=None: expected parameters"),
-    ({"params": [{"params": [p]} for p in overlapping()]}, ValueError, r"params\[0\] and a parameter of an earlier"),
+    ({"params": [{"params": [p]} for p in overlapping()]}, ValueError, r"params\[0\] and params\[1\] share memory"),
     ({"params": [torch.ones(2, dtype=torch.int64)]}, ValueError, r"params\[0\] is torch.int64: expected one of"),
     ({"params": [new(), torch.eye(2).to_sparse()]}, ValueError, r"params\[1\] has layout torch.sparse_coo: expected"),
     ({"params": [new(), torch.ones(2, device="meta")]}, ValueError, r"params\[1\] is on meta, without data"),
     ({"params": [torch.ones(1).expand(4)]}, ValueError, r"params\[0\] has shape \(4,\) and strides \(0,\), .*clone"),
+    ({"params": [torch.ones(4).as_strided((2, 2), (1, 1))]}, ValueError, r"params\[0\] has shape \(2, 2\) .*clone"),
     ({"params": [new()] * 2}, ValueError, "params holds a parameter twice"),
     ({"params": [new(), *overlapping()]}, ValueError, r"params\[1\] and params\[2\] share memory: .*same Parameter"),
     ({"params": [{"params": [new()], "rho": -1}]}, ValueError, "rho=-1: expected a finite number >= 0"),
@@ -114,6 +116,53 @@ def test_optimizer_instance_that_needs_a_closure_is_refused() -> None:
     assert "rho" not in inner.param_groups[0]
 
 
+def test_groups_of_an_optimizer_instance_stay_as_they_are_when_a_later_one_is_refused() -> None:
+    inner = torch.optim.SGD([{"params": [new()]}, {"params": [new()], "rho": -1.0}], lr=0.1)
+    with pytest.raises(ValueError, match="rho=-1"):
+        RST(base=inner)
+    assert "rho" not in inner.param_groups[0]
+
+
+def test_group_that_an_optimizer_instance_got_later() -> None:
+    inner = torch.optim.SGD([new()], lr=0.1)
+    opt = RST(base=inner, rho=0.3)
+    inner.add_param_group({"params": [new()]})
+    assert opt.draw() in (False, True)
+    assert [group["rho"] for group in inner.param_groups] == [0.3, 0.3]
+
+
+@every_backend
+def test_parameters_without_memory_are_not_taken_for_one(backend: str) -> None:
+    """Freed storage, as FSDP leaves it between its passes, and layers that learn their shape from the first batch."""
+    params = [new(), new()]
+    for p in params:
+        p.untyped_storage().resize_(0)
+    RST(params, lr=0.1, backend=backend)
+    model = nn.Sequential(nn.LazyLinear(3), nn.LazyLinear(2))
+    opt = RST(model.parameters(), lr=0.1, schedule=1.0, backend=backend)
+    opt.step(lambda: model(torch.ones(4, 5)).sum().backward())
+    assert opt.sam_steps == 1
+
+
+def test_group_that_shares_memory_with_an_earlier_one_is_not_added() -> None:
+    first, second = overlapping()
+    for opt in (RST([first], lr=0.1), RST(base=torch.optim.SGD([first], lr=0.1))):
+        with pytest.raises(ValueError, match=r"params\[1\] and a parameter of an earlier group share memory"):
+            opt.add_param_group({"params": [new(), second]})
+        assert len(opt.param_groups) == 1
+    inner = torch.optim.SGD([first, second], lr=0.1)
+    with pytest.raises(ValueError, match="share memory"):
+        RST(base=inner)
+    assert "rho" not in inner.param_groups[0]
+
+
+def test_params_beside_an_optimizer_instance() -> None:
+    p = new()
+    inner = torch.optim.SGD([p], lr=0.1)
+    for params in (p, [p], {"params": p}, [{"params": [p]}]):
+        RST([params] if isinstance(params, dict) else params, base=inner)
+
+
 def test_named_parameters_beside_an_optimizer_instance() -> None:
     model = nn.Linear(3, 2)
     inner = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -123,7 +172,7 @@ def test_named_parameters_beside_an_optimizer_instance() -> None:
 
 
 @every_backend
-@pytest.mark.parametrize("case", CONSTRUCTION[-8:] + CONSTRUCTION[:1], ids=lambda c: c[2][:30])
+@pytest.mark.parametrize("case", CONSTRUCTION[-9:] + CONSTRUCTION[:1], ids=lambda c: c[2][:30])
 def test_wrong_group_is_not_added(case: Any, backend: str) -> None:
     arguments, error, message = case
     groups = arguments.get("params") or [new()]

@@ -64,6 +64,16 @@ def test_option_that_no_fused_base_has_keeps_the_class(option: str, backend: str
     assert trained(opt, params) != before
 
 
+@pytest.mark.parametrize("option", ["amsgrad", "decoupled_weight_decay"])
+def test_option_of_one_group_keeps_the_class(option: str) -> None:
+    groups = [{"params": [p]} for p in PROBLEM.parameters(torch.float32)]
+    groups[1][option] = True
+    opt = SAM(groups, torch.optim.Adam, lr=0.01)
+    assert type(opt.base) is torch.optim.Adam and opt.base.param_groups[1][option] is True
+    groups = [{"params": [p], option: False, "name": "layer"} for p in PROBLEM.parameters(torch.float32)]
+    assert SAM(groups, torch.optim.Adam, lr=0.01).base is None
+
+
 class Own(torch.optim.SGD):
     """Not torch.optim.SGD itself, so that its step must run."""
 
@@ -134,7 +144,8 @@ def test_wrong_arguments() -> None:
         SAM(None, torch.optim.SGD, lr=0.1)
     with pytest.raises(TypeError, match=r"base='adam' and base_optimizer=.*SGD.*: expected one of them"):
         SAM([p], "adam", base_optimizer=torch.optim.SGD)
-    with pytest.raises(TypeError, match="momentun"):
-        SAM([p], torch.optim.SGD, lr=0.1, momentun=0.9)
+    for value in (0.9, 0, False, None, torch.ones(2)):
+        with pytest.raises(TypeError, match="momentun"):
+            SAM([p], torch.optim.SGD, lr=0.1, momentun=value)
     with pytest.raises(ValueError, match=r"rho=-1: expected"):
         SAM([p], torch.optim.SGD, -1, lr=0.1)

@@ -120,7 +120,8 @@ def test_a_parameter_that_moves_between_the_passes_comes_back(
     opt.perturb()
     assert bits(params) != before
     elsewhere = torch.device("cpu", 2)
-    monkeypatch.setattr(_preconditions, "device_of", lambda p: elsewhere if p is params[1] else p.device)
+    for module in (_preconditions, _engine):
+        monkeypatch.setattr(module, "device_of", lambda p: elsewhere if p is params[1] else p.device)
     give(params, 1.0, 1.0)
     with pytest.raises(RuntimeError, match="parameter 1 of group 0 is on .*made for cpu and cpu:1"):
         opt.step()

@@ -37,10 +37,10 @@ RST_INLINE V broadcast(double x) {
   }
 }
 
-// With 16-bit numbers a processor looks fewer bytes ahead than memory is away, and what it fetches by itself ends at every
-// page: so kernels fetch those lines themselves, which takes up to a sixth off their time. With fp32 it takes or costs a few
-// hundredths. Where a vector fills a line and stores bypass the cache (AVX-512, measured on Zen 5) an update takes a
-// thirtieth longer with it, and a perturbation gains nothing.
+// With 16-bit numbers a processor looks fewer bytes ahead than memory is away, and what it fetches by itself ends at
+// every page: so kernels fetch those lines themselves, which takes up to a sixth off their time. With fp32 it takes or
+// costs a few hundredths. Where a vector fills a line and stores bypass the cache (AVX-512, measured on Zen 5) an update
+// takes a thirtieth longer with it, and a perturbation gains nothing.
 constexpr int64_t kAhead = 2048, kLine = 64;  // bytes
 RST_INLINE void fetch_ahead(const void* now) {
   __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(now) + kAhead));
