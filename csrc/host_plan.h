@@ -101,6 +101,8 @@ class Plan {
   HeldTensors taken(HeldTensors& slots) const;
   void note_first_grads();
   void drop_first_grads();
+  // Whether a second gradient was written where the first one lies, which it replaced.
+  bool first_grads_lost() const;
   template <class Run>
   void run(Run run);
   template <class Step>

@@ -1,6 +1,8 @@
 // The steps of a launch plan, once its gradients are taken: norm and perturbation, update, restore.
 #include "host_plan.h"
 
+#include <algorithm>
+
 namespace rst {
 
 // Bytes of one stream that take a few milliseconds at most. Threads of Python take turns every five, so they do not miss the
@@ -76,12 +78,19 @@ void Plan::drop_first_grads() {
   note_first_grads();
 }
 
+bool Plan::first_grads_lost() const {
+  return std::any_of(table_.tensors.begin(), table_.tensors.end(), [](const Tensor& t) {
+    return t.data[kFirstGrad] != nullptr && t.data[kFirstGrad] == t.data[kGrad];
+  });
+}
+
 template <class Step>
 bool Plan::update(Call& call, bool maximize, bool mixing, double scale, Step step) {
   if (!collect(true)) return false;
   call.direction = (maximize ? -1 : 1) / scale;
   if (!mixing) drop_first_grads();
   if (table_.chunks.empty()) place_all();
+  if (first_grads_lost()) return false;
   call.restoring = perturbed_;
   run([&] {
     step();

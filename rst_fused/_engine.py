@@ -95,7 +95,7 @@ def still_fits(opt: Core, p: Tensor) -> bool:
 
 
 def check_kept(opt: Core) -> None:
-    """Raises if a parameter got other data between the passes, before anything is changed."""
+    """Raises if a parameter, or memory of its first gradient, got other data between the passes; changes nothing."""
     for i, group in enumerate(opt.param_groups):
         for j, p in enumerate(group["params"]):
             if p in opt._perturbed and not still_fits(opt, p):
@@ -104,6 +104,15 @@ def check_kept(opt: Core) -> None:
                 raise RuntimeError(
                     f"parameter {j} of group {i} is {tuple(p.shape)} {p.dtype}, but when it was perturbed it was "
                     f"{tuple(kept.shape)} {was}: change it before perturb() or after step()"
+                )
+            first, g = opt._run.first_grads.get(p), p.grad
+            if first is None or g is None or type(g) is not Tensor:
+                continue
+            if g is first or (g.data_ptr() == first.data_ptr() != 0):
+                raise RuntimeError(
+                    f"the second gradient of parameter {j} of group {i} was written over the first one, which "
+                    "gamma != 1 needs: give each pass gradients of its own (zero_grad(set_to_none=True), and "
+                    "gradient_as_bucket_view=False in DistributedDataParallel)"
                 )
 
 
@@ -276,7 +285,7 @@ def perturb(opt: Core) -> None:
         first_index += len(c.params)
         for p, g in zip(c.params, c.grads, strict=True):
             if recorded:
-                opt._perturbed[p] = bool(c.masters)
+                opt._perturbed[p] = len(c.masters) > 0  # Dynamo of torch 2.11 knows no bool of a list
             if opt._run.mixing:
                 opt._run.first_grads[p] = g
             p.grad = None

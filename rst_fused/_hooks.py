@@ -17,7 +17,7 @@ def with_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
     hooked = Optimizer.profile_hook_step(step)
 
     @functools.wraps(step)
-    def lean(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
+    def lean(self: Any, *args: Any, **kwargs: Any) -> Any:
         listeners = (
             is_compiling()  # which cannot ask for the profiler, and traces torch's wrapper
             or self._optimizer_step_pre_hooks
@@ -27,7 +27,15 @@ def with_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
             or profiler._is_profiler_enabled
         )
         # torch has wrapped a subclass's own step; the one it calls from there must not call the hooks again
-        return (hooked if listeners and type(self).step is lean else step)(self, *args, **kwargs)
+        if not listeners or type(self).step is not lean:
+            return step(self, *args, **kwargs)
+        if is_compiling():
+            return hooked(self, *args, **kwargs)
+        try:
+            return hooked(self, *args, **kwargs)
+        except BaseException:
+            self.restore()  # a hook may have raised before step could see to it
+            raise
 
     lean.hooked = True  # type: ignore[attr-defined]  # torch wraps every step that does not say so
     return lean

@@ -92,9 +92,15 @@ def check(opt: Core, saved: dict[str, Any]) -> None:
 
 
 def keep_dtypes(opt: Core, saved: dict[str, Any]) -> None:
-    """Undoes what torch did to state beside a master copy, which is float32: it casts to the dtype of the parameter."""
+    """Undoes what torch did to state beside a master copy, which is float32: it casts to the dtype of the parameter.
+
+    A step count that is a plain number, as old checkpoints have it, becomes a tensor.
+    """
     assert opt.rule is not None
     for p, state in _pairs(opt, saved):
+        step = state.get("step")
+        if step is not None and not isinstance(step, Tensor):
+            opt.state[p]["step"] = torch.tensor(float(step), dtype=torch.float32, device="cpu")
         if not _engine.has_master(opt, p):
             continue
         for name in (*opt.rule.buffers, "master"):
