@@ -42,6 +42,26 @@ static void simulate_gpu(py::object callback, bool device_numbers) {
   core().simulate_gpu(callback.is_none() ? nullptr : +launch, device_numbers);
 }
 
+// nullptr until it is made, and for what is no longer.
+static Plan* made_plan(PyObject* self) {
+  const auto held = reinterpret_cast<py::detail::instance*>(self)->get_value_and_holder();
+  return held.holder_constructed() ? held.value_ptr<Plan>() : nullptr;
+}
+
+static void collect_garbage_of_plans(PyHeapTypeObject* heap_type) {
+  PyTypeObject& type = heap_type->ht_type;
+  type.tp_flags |= Py_TPFLAGS_HAVE_GC;
+  type.tp_traverse = [](PyObject* self, visitproc visit, void* arg) {
+    Py_VISIT(Py_TYPE(self));
+    const Plan* plan = made_plan(self);
+    return plan == nullptr ? 0 : plan->visit(visit, arg);
+  };
+  type.tp_clear = [](PyObject* self) {
+    if (Plan* plan = made_plan(self)) plan->clear();
+    return 0;
+  };
+}
+
 }  // namespace rst
 
 PYBIND11_MODULE(_host, m) {
@@ -56,7 +76,7 @@ PYBIND11_MODULE(_host, m) {
   m.def("simd_levels", &simd_levels);
   m.def("simd_level", [] { return std::string(core().kernels().name); });
   m.def("select_simd", [](const std::string& name) { return core().select_kernels(name.c_str()); }, py::arg("name"));
-  py::class_<Plan>(m, "Plan")
+  py::class_<Plan>(m, "Plan", py::custom_type_setup(collect_garbage_of_plans))
       .def(py::init<bool, py::list, py::list, py::list, std::vector<int64_t>, int64_t, int64_t, int64_t, const Plan::Positions&,
                     const Plan::Positions&, const Plan::Positions&, const Plan::Positions&, py::dict>(),
            py::arg("gpu"), py::arg("groups"), py::arg("everything"), py::arg("active"), py::arg("sizes"),

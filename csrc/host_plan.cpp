@@ -281,6 +281,27 @@ bool Plan::collect(bool updating) {
   return alike_;
 }
 
+int Plan::visit(visitproc visitor, void* arg) const {
+  for (const py::object& group : groups_) {
+    if (const int stop = visitor(group.ptr(), arg)) return stop;
+  }
+  for (const py::object* object : std::initializer_list<const py::object*>{&everything_, &active_, &state_, &kept_, &numbers_kept_}) {
+    if (const int stop = visitor(object->ptr(), arg)) return stop;
+  }
+  return 0;
+}
+
+// What a destructor may still ask of the plan is answered: no look finds the groups, and restoring needs no Python.
+void Plan::clear() {
+  const auto groups = std::exchange(groups_, {});
+  const auto state = std::exchange(state_, py::dict());
+  const std::array lists{std::exchange(everything_, py::list()), std::exchange(active_, py::list()),
+                         std::exchange(kept_, py::list()), std::exchange(numbers_kept_, py::list())};
+  numbers_seen_.clear();
+  state_seen_.clear();
+  state_dicts_.clear();
+}
+
 // Asks Python, which may run what drops a gradient or puts another one in its place: so afterwards they are read again.
 bool Plan::none_is_negated() {
   using Seen = std::pair<void*, bool>;

@@ -65,6 +65,10 @@ class Plan {
   // Returns a handle of the gradients that perturb kept, or 0.
   int64_t hand_over();
 
+  // For Python's garbage collector, which finds cycles such as a group that holds its own scheduler.
+  int visit(visitproc visitor, void* arg) const;
+  void clear();
+
  private:
   struct Entry {
     int32_t dtype;  // torch's number
