@@ -16,7 +16,8 @@ def scaling(opt: Core) -> tuple[Tensor | None, Tensor | None]:
     """(grad_scale, found_inf) of this step, or None twice. For G-RST an overflow of the first gradients counts too."""
     grad_scale, found_inf = getattr(opt, "grad_scale", None), getattr(opt, "found_inf", None)
     if found_inf is not None:
-        found_inf = torch.as_tensor(found_inf, dtype=torch.float32)  # the number 0 where there was no gradient at all
+        if not isinstance(found_inf, Tensor):  # the number 0 where there was no gradient at all
+            found_inf = torch.tensor(found_inf, dtype=torch.float32, device="cpu")
         if opt._run.mixing:
             if grad_scale is None:
                 raise RuntimeError(

@@ -1,4 +1,4 @@
-"""Checks of arguments: each returns a plain value or raises an error naming the argument."""
+"""Checks of arguments: each raises an error naming the argument; those called as_ return a plain value."""
 
 from __future__ import annotations
 
@@ -33,6 +33,19 @@ def as_real(name: str, value: Any, low: float, high: float) -> float:
     if isinstance(value, bool) or not isinstance(value, Real) or not low <= float(value) <= high:
         raise ValueError(f"{name}={value!r}: expected a number in [{low:g}, {high:g}]")
     return float(value)
+
+
+def check_number(name: str, value: Any, low: float, high: float | None = None) -> None:
+    """Raises unless ``value`` (a number or one-element tensor) is finite and lies in [low, high)."""
+    if isinstance(value, torch.Tensor) and value.numel() != 1:
+        raise ValueError(f"{name} is a tensor of shape {tuple(value.shape)}: expected a number or a one-element tensor")
+    if isinstance(value, bool) or not isinstance(value, (Real, torch.Tensor)):
+        raise TypeError(f"{name}={value!r}: expected a number, got {type(value).__name__}")
+    number = float(value)
+    if not low <= number or (high is not None and not number < high) or not math.isfinite(number):
+        limits = "a finite number" if low == -math.inf else f"a finite number >= {low}"
+        limits = limits if high is None else f"a number in [{low}, {high})"
+        raise ValueError(f"{name}={value!r}: expected {limits}")
 
 
 def as_flag(name: str, value: Any) -> bool:

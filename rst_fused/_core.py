@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,8 +11,9 @@ from torch.optim import Optimizer
 
 from rst_fused._backends import Backend
 from rst_fused._places import Place
-from rst_fused._rules import AdamRule, Group, SgdRule
+from rst_fused._rules import AdamRule, Group, SgdRule, as_gamma
 from rst_fused._run import Run
+from rst_fused.schedule import Schedule, as_schedule
 
 
 class Core(Optimizer):
@@ -24,6 +26,9 @@ class Core(Optimizer):
     seed: int
     master_weights: bool
     stochastic_rounding: bool
+    _schedule: Schedule
+    _gamma: float | Callable[[int], float]
+    _matches: bool  # gamma was given as "match"
     _constructed: bool  # groups that come later are compared with those that are there
     _opt_called: bool  # torch's LR schedulers read it
     _rounds: bool  # whether any parameter is bfloat16 or float16
@@ -37,6 +42,27 @@ class Core(Optimizer):
     def backend(self) -> Backend:
         """What serves the parameters; where they are on several devices, those on the device of the first one."""
         return self._places[0].backend
+
+    @property
+    def schedule(self) -> Schedule:
+        """p(t). Set it between steps for another one, as the argument of the constructor: gamma="match" follows it."""
+        return self._schedule
+
+    @schedule.setter
+    def schedule(self, given: float | Callable[[int], float]) -> None:
+        self._schedule = as_schedule(given)
+        if self._matches:
+            self.gamma = "match"
+
+    @property
+    def gamma(self) -> float | Callable[[int], float]:
+        """A number or a function of the step. Set it between steps for another one, or for "match"."""
+        return self._gamma
+
+    @gamma.setter
+    def gamma(self, given: float | Callable[[int], float] | str) -> None:
+        self._gamma = as_gamma(given, self._schedule)
+        self._matches = isinstance(given, str)
 
     @property
     def steps(self) -> int:

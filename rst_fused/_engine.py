@@ -15,7 +15,7 @@ from torch import Tensor
 from rst_fused import _amp
 from rst_fused._core import Core
 from rst_fused._places import Place, device_of, share_norm
-from rst_fused._preconditions import SIXTEEN_BIT, check_base, check_rho
+from rst_fused._preconditions import SIXTEEN_BIT, check_base, check_rho, check_state
 from rst_fused._rules import Group, as_rows
 
 
@@ -106,9 +106,7 @@ def check_kept(opt: Core) -> None:
                     f"{tuple(kept.shape)} {was}: change it before perturb() or after step()"
                 )
             first, g = opt._run.first_grads.get(p), p.grad
-            if first is None or g is None or type(g) is not Tensor:
-                continue
-            if g is first or (g.data_ptr() == first.data_ptr() != 0):
+            if first is not None and type(g) is Tensor and (g is first or g.data_ptr() == first.data_ptr() != 0):
                 raise RuntimeError(
                     f"the second gradient of parameter {j} of group {i} was written over the first one, which "
                     "gamma != 1 needs: give each pass gradients of its own (zero_grad(set_to_none=True), and "
@@ -251,6 +249,7 @@ def perturb(opt: Core) -> None:
     if not torch.compiler.is_compiling():
         check_rho(opt)
         check_base(opt)
+        check_state(opt)
     everything = list(range(len(opt.param_groups)))
     recorded = recording(opt)
     calls: list[tuple[Place, Lists]] = []
@@ -301,6 +300,7 @@ def update(opt: Core) -> None:
     if not torch.compiler.is_compiling():
         check_base(opt)
         check_kept(opt)
+        check_state(opt)
     given = _amp.scaling(opt)
     for indices in partition(opt):
         for place, kind in product(opt._places, master_kinds(opt)):

@@ -14,9 +14,10 @@ from torch.optim import Optimizer
 from rst_fused._checks import first_overlap, may_overlap_itself
 from rst_fused._core import Core
 from rst_fused._places import device_of
-from rst_fused._rules import check_current
+from rst_fused._rules import Group, check_current
 
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
+COMMON = ("schedule", "gamma", "adaptive", "eta", "seed", "backend", "master_weights", "stochastic_rounding")
 SUPPORTED = (torch.float32, torch.float64, *SIXTEEN_BIT, torch.complex64, torch.complex128)
 
 
@@ -42,11 +43,25 @@ def check_params(tensors: list[Any]) -> None:
             raise ValueError(f"params[{i}] has layout {p.layout}: expected a dense tensor")
         if p.dtype not in SUPPORTED:
             raise ValueError(f"params[{i}] is {p.dtype}: expected one of {[str(d) for d in SUPPORTED]}")
-        if not is_lazy(p) and may_overlap_itself(p):
+        if is_lazy(p):
+            continue
+        if p.is_conj() or p.is_neg():
+            raise ValueError(
+                f"params[{i}] is a view that is conjugated or negated when read: expected a tensor as after "
+                "resolve_conj().resolve_neg()"
+            )
+        if may_overlap_itself(p):
             raise ValueError(
                 f"params[{i}] has shape {tuple(p.shape)} and strides {p.stride()}, so that elements share memory: "
                 "expected a tensor of its own, as after clone(memory_format=torch.contiguous_format)"
             )
+
+
+def check_options(group: Group) -> None:
+    """Raises TypeError for a group that sets what is the same for all: it would have no effect."""
+    common = [name for name in COMMON if name in group]
+    if common:
+        raise TypeError(f"a parameter group sets {common}, which all groups share: pass it to the optimizer instead")
 
 
 def check_apart(tensors: list[Any], others: list[Any]) -> None:
@@ -94,6 +109,26 @@ def refuse_grad(p: Tensor, g: Tensor, where: str) -> NoReturn:
     )
 
 
+def check_state(opt: Core) -> None:
+    """Raises unless the state of the fused base fits its parameters; before anything is changed."""
+    rule = opt.rule
+    if rule is None:
+        return
+    for i, group in enumerate(opt.param_groups):
+        names = (*rule.buffer_names(rule.flags(group)), "master")
+        for j, p in enumerate(group["params"]):
+            state = opt.state.get(p, {}) if p.grad is not None else {}
+            dtype = torch.float32 if opt.master_weights and p.dtype in SIXTEEN_BIT else p.dtype
+            for name in names:
+                t = state.get(name)
+                if t is not None and (t.dtype != dtype or t.shape != p.shape or t.device != p.device):
+                    raise RuntimeError(
+                        f"state {name!r} of parameter {j} of group {i} is {tuple(t.shape)} {t.dtype} on {t.device}, "
+                        f"but its parameter needs {tuple(p.shape)} {dtype} on {p.device}: convert or move a model "
+                        "before the optimizer is made, or state with it"
+                    )
+
+
 def check_grads(opt: Core) -> None:
     """Raises unless every gradient fits its parameter, before anything is changed."""
     devices, strided = [place.device for place in opt._places], torch.strided
@@ -111,6 +146,19 @@ def check_grads(opt: Core) -> None:
                 continue
             if g.layout != strided or g.dtype != p.dtype or g.device != p.device or g.shape != p.shape:
                 refuse_grad(p, g, f"parameter {j} of group {i}")
+
+
+def check_grads_apart(opt: Core) -> None:
+    """Raises where gradients share memory: around an optimizer instance, G-RST mixes them in place, and once each."""
+    names = [(i, j, p.grad) for i, group in enumerate(opt.param_groups) for j, p in enumerate(group["params"])]
+    names = [entry for entry in names if entry[2] is not None]
+    shared = first_overlap([g for *_, g in names])
+    if shared is not None:
+        (i, j, _), (k, m, _) = (names[position] for position in shared)
+        raise RuntimeError(
+            f"the gradients of parameter {j} of group {i} and parameter {m} of group {k} share memory, in which gamma "
+            "!= 1 with an optimizer as base would mix twice: give each parameter a gradient of its own"
+        )
 
 
 def check_rho(opt: Core) -> None:

@@ -4,29 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rst_fused._checks import as_flag
+from rst_fused._checks import as_flag, check_number
 from rst_fused.schedule import Schedule, match
 
 Group = dict[str, Any]
-
-
-def check_number(name: str, value: Any, low: float, high: float | None = None) -> None:
-    """Raises unless ``value`` (a number or one-element tensor) is finite and lies in [low, high)."""
-    if isinstance(value, Tensor) and value.numel() != 1:
-        raise ValueError(f"{name} is a tensor of shape {tuple(value.shape)}: expected a number or a one-element tensor")
-    if isinstance(value, bool) or not isinstance(value, (Real, Tensor)):
-        raise TypeError(f"{name}={value!r}: expected a number, got {type(value).__name__}")
-    number = float(value)
-    if not low <= number or (high is not None and not number < high) or not math.isfinite(number):
-        limits = "a finite number" if low == -math.inf else f"a finite number >= {low}"
-        limits = limits if high is None else f"a number in [{low}, {high})"
-        raise ValueError(f"{name}={value!r}: expected {limits}")
 
 
 def check_current(i: int, group: Group, names: Sequence[str], low: float = -math.inf, of: str = "") -> None:

@@ -46,8 +46,9 @@ def take_counters(opt: Core) -> None:
     opt._run = Run(counters.get("rst_steps", 0), counters.get("rst_sam_steps", 0))
     opt.seed = counters.get("rst_seed", opt.seed)
     for place in opt._places:
-        place.rng.copy_(torch.tensor([opt.seed, opt.steps]))
-        place.stats.copy_(torch.tensor([math.nan, 0, 0, counters.get("rst_non_finite_norms", 0), 0]))
+        place.rng.copy_(torch.tensor([opt.seed, opt.steps], dtype=torch.int64, device="cpu"))
+        stats = [math.nan, 0, 0, counters.get("rst_non_finite_norms", 0), 0]
+        place.stats.copy_(torch.tensor(stats, dtype=torch.float64, device="cpu"))
 
 
 def _pairs(opt: Core, saved: dict[str, Any]) -> Iterator[tuple[Tensor, dict[str, Any]]]:

@@ -13,14 +13,16 @@ bytes per fp32 parameter, the least that can be moved.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from rst_fused._backends import backend_for
-from rst_fused._checks import as_integer, first_overlap
+from rst_fused._checks import as_integer, check_number, first_overlap
 from rst_fused._schemas import STATS
 
 Number = float | Tensor | Sequence[float | Tensor]
@@ -44,7 +46,8 @@ def grad_norm(
     """
     if adaptive and params is None:
         raise ValueError("params=None with adaptive=True: ASAM scales gradients by |w|, pass the parameters")
-    sources = list(params or []) if adaptive else []
+    sources = _listed("params", params) if adaptive else []
+    _check_number("eta", eta, 0)
     _check("grads", grads, {"params": sources}, needed=["params"] if adaptive else [])
     device = grads[0].device if grads else torch.device("cpu")
     if stats is None:
@@ -67,15 +70,15 @@ def perturb_(
     step, first_index + position in the list, position of the element). rho may be negative: against the gradient.
     Traffic: 16; bfloat16 with masters 8.
     """
-    masters = list(masters or [])
+    masters = _listed("masters", masters)
     backups = [] if masters else _needed("backups", backups)
     needed = ["grads", "masters" if masters else "backups"]
+    _check_number("eta", eta, 0)
     _check("params", params, {"grads": grads, "backups": backups}, {"masters": masters}, needed=needed)
     _check_apart(params=params, backups=backups)
     sizes = _sizes(params, group_sizes)
-    rng = torch.tensor(
-        [as_integer("seed", seed, 0, 2**63 - 1), as_integer("step", step, 0, 2**63 - 1)], dtype=torch.int64
-    )
+    counters = [as_integer("seed", seed, 0, 2**63 - 1), as_integer("step", step, 0, 2**63 - 1)]
+    rng = torch.tensor(counters, dtype=torch.int64, device="cpu")
     _ops(backend, params).perturb_(
         list(params), list(grads), backups, masters, stats, _rows(sizes, rho=rho).flatten(), sizes, adaptive, eta,
         stochastic_rounding, rng, first_index,
@@ -94,19 +97,19 @@ def restore_(
     With ``first_grads`` also g <- (1 - gamma) g1 + gamma g (G-RST, Zhao et al. 2022). Pass ``grads`` whenever this is
     traced by torch.compile: the data dependence keeps the restore behind the second pass. Traffic: 8 (20 with mixing).
     """
-    masters = list(masters or [])
+    masters = _listed("masters", masters)
     backups = [] if masters else _needed("backups", backups)
-    firsts = list(first_grads or [])
+    firsts = _listed("first_grads", first_grads)
     if firsts and grads is None:
         raise ValueError("grads=None with first_grads: mixing needs the gradients of the second pass")
-    like = {"backups": backups, "grads": list(grads or []), "first_grads": firsts}
+    like = {"backups": backups, "grads": _listed("grads", grads), "first_grads": firsts}
     _check("params", params, like, {"masters": masters}, needed=["masters" if masters else "backups"])
     _check_apart(params=params, grads=like["grads"] if firsts else [])
     sizes = _sizes(params, group_sizes)
     _ops(backend, params).restore_(
-        list(params), backups, masters, list(grads or []), firsts, _rows(sizes, gamma=gamma).flatten(), sizes
+        list(params), backups, masters, like["grads"], firsts, _rows(sizes, gamma=gamma).flatten(), sizes
     )
-    _touch(params, grads if firsts and grads else [])
+    _touch(params, like["grads"] if firsts else [])
 
 
 def sgd_step_(
@@ -142,14 +145,18 @@ def restore_sgd_step_(
     Where ``found_inf`` is not 0 only the weights are restored. Traffic: 20, no more than the step without SAM
     (24 with ``first_grads``).
     """
-    buffers = list(momentum_buffers or [])
-    if params and not buffers and any(float(x) != 0 for x in _each(momentum)):
-        raise ValueError(f"momentum_buffers=None with momentum={momentum!r}: pass zeros_like buffers, or momentum=0")
-    masters, backups, firsts = list(masters or []), list(backups or []), list(first_grads or [])
+    buffers = _listed("momentum_buffers", momentum_buffers)
+    masters, backups = _listed("masters", masters), _listed("backups", backups)
+    firsts = _listed("first_grads", first_grads)
     _check(
         "params", params, {"grads": grads, "backups": backups, "first_grads": firsts},
         {"masters": masters}, {"momentum_buffers": buffers}, ["grads"],
     )  # fmt: skip
+    _check_number("momentum", momentum)
+    if params and not buffers and any(float(x) != 0 for x in _each(momentum)):
+        raise ValueError(f"momentum_buffers=None with momentum={momentum!r}: pass zeros_like buffers, or momentum=0")
+    if params and not buffers and nesterov:
+        raise ValueError("nesterov=True without momentum: expected momentum > 0 and momentum_buffers")
     _check_apart(params=params, momentum_buffers=buffers, masters=masters)
     sizes = _sizes(params, group_sizes)
     hyper = _rows(
@@ -188,7 +195,9 @@ def restore_adam_step_(
     grad_scale: Tensor | None = None, found_inf: Tensor | None = None, backend: str = "auto",
 ) -> None:  # fmt: skip
     """Restore, mixing and Adam(W) in one pass, as restore_sgd_step_. Traffic: 28 (32 with ``first_grads``)."""
-    masters, backups, firsts = list(masters or []), list(backups or []), list(first_grads or [])
+    masters, backups = _listed("masters", masters), _listed("backups", backups)
+    firsts = _listed("first_grads", first_grads)
+    _check_number("step", step, 1)
     state = {"exp_avgs": _needed("exp_avgs", exp_avgs), "exp_avg_sqs": _needed("exp_avg_sqs", exp_avg_sqs)}
     like = {"grads": grads, "backups": backups, "first_grads": firsts}
     _check("params", params, like, {"masters": masters}, state, ["grads", *state])
@@ -212,7 +221,13 @@ def _ops(backend: str, params: Tensors) -> Any:
 def _needed(name: str, tensors: Tensors | None) -> list[Tensor]:
     if tensors is None:
         raise ValueError(f"{name}=None: expected one tensor per parameter")
-    return list(tensors)
+    return _listed(name, tensors)
+
+
+def _listed(name: str, tensors: Tensors | None) -> list[Tensor]:
+    if isinstance(tensors, Tensor):  # a list of it would be its rows
+        raise TypeError(f"{name} is a tensor: expected a list of tensors")
+    return [] if tensors is None else list(tensors)
 
 
 def _check(
@@ -225,7 +240,7 @@ def _check(
     """
     has_masters = any((masters or {}).values())
     for name, tensors in {lead_name: lead, **like, **(masters or {}), **(state or {})}.items():
-        for i, t in enumerate(tensors):
+        for i, t in enumerate(_listed(name, tensors)):
             if not isinstance(t, Tensor):
                 raise TypeError(f"{name}[{i}] is {type(t).__name__}: expected a tensor")
     for i, p in enumerate(lead):
@@ -249,7 +264,7 @@ def _check(
 
 def _check_apart(**lists: Tensors) -> None:
     """The lists that an op writes. Under torch.compile tensors have no addresses yet."""
-    shared = None if torch.compiler.is_compiling() else first_overlap([t for ts in lists.values() for t in ts])
+    shared = None if is_compiling() else first_overlap([t for ts in lists.values() for t in ts])
     if shared is not None:
         names = [f"{name}[{i}]" for name, tensors in lists.items() for i in range(len(tensors))]
         one, other = (names[i] for i in shared)
@@ -267,15 +282,24 @@ def _each(value: Number) -> list[float | Tensor]:
     return list(value) if isinstance(value, Sequence) else [value]
 
 
+def _check_number(name: str, value: Number, low: float = -math.inf) -> None:
+    """Finite and >= low. Tensors of one element pass: they may lie on a GPU, whose value nobody waits for."""
+    if not is_compiling():
+        for x in _each(value):
+            if not (isinstance(x, Tensor) and x.numel() == 1):
+                check_number(name, x, low)
+
+
 def _rows(sizes: list[int], **columns: Number) -> Tensor:
     """float64 of shape (groups, columns); on a GPU if a number lies there."""
     every = [x for value in columns.values() for x in _each(value)]
-    device = next((x.device for x in every if isinstance(x, Tensor) and not x.is_cpu), None)
+    device = next((x.device for x in every if isinstance(x, Tensor) and not x.is_cpu), torch.device("cpu"))
     rows: list[Tensor] = []
     for name, value in columns.items():
         given = _each(value)
         if len(given) not in (1, len(sizes)):
             raise ValueError(f"{name}={value!r} has {len(given)} values, expected 1 or {len(sizes)}, one per group")
+        _check_number(name, value)
         numbers = [torch.as_tensor(x, dtype=torch.float64, device=device).reshape(()) for x in given]
         rows.append(torch.stack(numbers).expand(len(sizes)))
     return torch.stack(rows, dim=1).contiguous()
@@ -283,6 +307,6 @@ def _rows(sizes: list[int], **columns: Number) -> Tensor:
 
 def _touch(*lists: Tensors) -> None:
     """Tells autograd that these tensors changed: the compiled ops cannot."""
-    if not torch.compiler.is_compiling():
+    if not is_compiling():
         for tensors in lists:
             torch.autograd.graph.increment_version(tensors)

@@ -13,16 +13,15 @@ from torch.optim import Optimizer
 
 from rst_fused import _amp, _engine, _preconditions, _saving
 from rst_fused._backends import backend_for
-from rst_fused._checks import as_flag, as_integer, required_params
+from rst_fused._checks import as_flag, as_integer, check_number, required_params
 from rst_fused._core import Core
 from rst_fused._draws import draw_at
 from rst_fused._hooks import with_hooks
 from rst_fused._places import Place, device_of, settle
 from rst_fused._plan import Plans
-from rst_fused._rules import Group, as_gamma, check_number, rule_for
+from rst_fused._rules import Group, rule_for
 from rst_fused._run import Run
 from rst_fused.batch_norm import check_model, freeze_batch_norm
-from rst_fused.schedule import as_schedule
 
 
 class RST(Core):
@@ -48,7 +47,8 @@ class RST(Core):
             torch.optim.
         rho: radius of the perturbation, >= 0, per group.
         schedule: p, or a callable step -> p in [0, 1] (see rst_fused.schedule).
-        gamma: weight of the second gradient: a number, a callable step -> gamma, or "match" for 1 / p(t).
+        gamma: weight of the second gradient: a number, a callable step -> gamma (asked at every step, base steps too),
+            or "match" for 1 / p(t).
         adaptive: ASAM (Kwon et al. 2021): e = rho T^2 g1 / ||T g1||, T = |w| + eta.
         seed: of the draws and of stochastic rounding, 0 <= seed < 2^63.
         backend: "auto", "cuda", "cpu", "triton" or "reference" (see rst_fused._backends).
@@ -87,8 +87,9 @@ class RST(Core):
         self.rule = None if self.base is not None else rule_for(base)
         check_number("rho", rho, 0)
         check_number("eta", eta, 0)
-        self.schedule = as_schedule(schedule)
-        self.gamma = as_gamma(gamma, self.schedule)
+        self._matches = False
+        self.schedule = schedule
+        self.gamma = gamma
         self.adaptive, self.eta = as_flag("adaptive", adaptive), float(eta)
         self.seed = as_integer("seed", seed, 0, 2**63 - 1)
         self.master_weights = as_flag("master_weights", master_weights)
@@ -150,6 +151,7 @@ class RST(Core):
         check_number("rho", group["rho"], 0)
         if self.rule is not None:
             self.rule.check(group)
+            _preconditions.check_options(param_group)
         params = param_group["params"]
         if isinstance(params, set):
             raise TypeError("params is a set: expected ordered collections, since state is saved by position")
@@ -264,6 +266,7 @@ class RST(Core):
                 self._adopt()
                 if run.mixing:
                     _preconditions.check_grads(self)
+                    _preconditions.check_grads_apart(self)
                 self._plans.hand_over(self)
                 _engine.check_kept(self)
                 _engine.restore(self, run.mixing)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from oracle_optimizer import BACKENDS, Problem, bits
 from torch import nn
 
-from rst_fused import RST
+from rst_fused import RST, ops
 from rst_fused._rules import check_current
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -171,3 +172,56 @@ def test_state_dict_with_such_a_number_is_not_loaded(case: Any, mode: str, backe
         opt.load_state_dict(saved)
     assert everything(params, opt) == before and repr(opt.param_groups) == groups
     by_closure(params, opt, 2)
+
+
+@every_backend
+@pytest.mark.parametrize("way", ["new", "copied", "pickled"])
+def test_another_schedule_or_gamma_in_mid_run(way: str, backend: str) -> None:
+    """As from the constructor, and gamma="match" goes with the schedule of now."""
+    params = PROBLEM.parameters(torch.float32)
+    opt = RST(params, lr=0.01, schedule=1.0, gamma="match", backend=backend)
+    if way != "new":
+        opt = copy.deepcopy(opt) if way == "copied" else pickle.loads(pickle.dumps(opt))
+        params = [p for group in opt.param_groups for p in group["params"]]
+    by_phases(params, opt, 0)
+    assert opt._run.gamma == 1.0
+    opt.schedule = 0.5
+    by_phases(params, opt, 1)
+    assert (opt._run.gamma, repr(opt.schedule)) == (2.0, repr(RST(params, schedule=0.5).schedule))
+    opt.gamma = 1.5
+    opt.schedule = 0.25
+    by_phases(params, opt, 2)
+    assert opt._run.gamma == 1.5
+    opt.gamma = "match"
+    by_phases(params, opt, 3)
+    assert opt._run.gamma == 4.0
+    for name, value, expected in (("schedule", 1.5, r"schedule=1\.5"), ("gamma", "foo", "gamma='foo'")):
+        with pytest.raises(ValueError, match=expected):
+            setattr(opt, name, value)
+    by_phases(params, opt, 4)
+    assert (opt._run.gamma, opt.steps) == (4.0, 5)
+
+
+@every_backend
+@pytest.mark.parametrize("base", ["sgd", "adamw"])
+def test_another_default_device(base: str, backend: str) -> None:
+    """torch.set_default_device concerns tensors of the user; ours lie where the parameters are."""
+    results = []
+    for device in ("cpu", "meta"):
+        params = PROBLEM.parameters(torch.float32)
+        with torch.device(device):
+            opt = RST(params, base, lr=0.01, schedule=1.0, gamma=1.5, backend=backend)
+            with torch.device("cpu"):
+                gradients = [[torch.full_like(p, t + 1) for p in params] for t in range(8)]
+            for t in range(4):
+                for phase, finish in enumerate((opt.perturb, opt.step)):
+                    for p, g in zip(params, gradients[2 * t + phase], strict=True):
+                        p.grad = g
+                    finish()
+                opt.load_state_dict(opt.state_dict())
+            stats = ops.grad_norm(gradients[0], backend=backend)
+            backups = [torch.empty_like(p) for p in params]
+            ops.perturb_(params, gradients[0], backups, stats, rho=0.1, backend=backend)
+            ops.restore_(params, backups, backend=backend)
+        results.append((everything(params, opt), bits([stats])))
+    assert results[0] == results[1]

@@ -89,3 +89,22 @@ def test_step_counts_of_old_checkpoints(number: type, backend: str) -> None:
                 p.grad = torch.ones_like(p)
             phase()
     assert everything(params, opt) == everything(others, twin)
+
+
+@every_backend
+def test_parameters_that_share_a_gradient(backend: str) -> None:
+    """Around an optimizer instance gradients are mixed in place; elsewhere they are read alone."""
+    for instance in (True, False):
+        params = [nn.Parameter(torch.ones(3)) for _ in range(2)]
+        options = {"base": torch.optim.SGD(params, lr=1.0)} if instance else {"params": params, "lr": 1.0}
+        opt = RST(**options, rho=0.0, schedule=1.0, gamma=2.0, backend=backend)
+        for value, finish in ((1.0, opt.perturb), (10.0, opt.step)):
+            shared = torch.full((3,), value)
+            for p in params:
+                p.grad = shared
+            if instance and finish == opt.step:
+                with pytest.raises(RuntimeError, match="of parameter 0 of group 0 and parameter 1 of group 0 share"):
+                    finish()
+            else:
+                finish()
+        assert [p.tolist() for p in params] == [[1.0 if instance else -18.0] * 3] * 2

@@ -25,6 +25,12 @@ def no_collection_meanwhile() -> Iterator[None]:
     gc.enable()
 
 
+def step(opt: RST) -> None:
+    for finish in (opt.perturb, opt.step):
+        opt.param_groups[0]["params"][0].grad = torch.ones(5)
+        finish()
+
+
 def in_its_group(opt: RST) -> None:
     opt.param_groups[0]["scheduler"] = lr_scheduler.StepLR(opt, 1)
 
@@ -48,22 +54,17 @@ def test_a_cycle_is_collected(way: Callable[[RST], None], when: str, perturbed: 
     weight = nn.Parameter(torch.ones(5))
     opt = RST([weight], lr=0.1, momentum=0.9, schedule=1.0, backend=backend)
 
-    def step() -> None:
-        for finish in (opt.perturb, opt.step):
-            weight.grad = torch.ones(5)
-            finish()
-
     if when == "before the first step":
         way(opt)
-    step()
+    step(opt)
     if when == "after it":
         way(opt)
-    step()  # with a plan that knows the cycle
+    step(opt)  # with a plan that knows the cycle
     if perturbed:
         weight.grad = torch.ones(5)
         opt.perturb()
     watched = [weakref.ref(opt), weakref.ref(weight)]
-    del opt, weight, step
+    del opt, weight
     assert watched[0]() is not None  # so only the collector can find it
     gc.collect()
     assert [ref() for ref in watched] == [None, None]

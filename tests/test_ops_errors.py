@@ -5,6 +5,7 @@ A row of ERRORS: what is wrong, the ops it concerns, the change that makes a rig
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -58,6 +59,15 @@ def remove(name: str) -> Change:
     def change(sample: Sample) -> None:
         del sample.lists[name]
         sample.options[name] = None
+
+    return change
+
+
+def bare(name: str) -> Change:
+    """One tensor instead of the list."""
+
+    def change(sample: Sample) -> None:
+        sample.options[name] = sample.lists.pop(name)[0]
 
     return change
 
@@ -134,7 +144,7 @@ ERRORS = [
     Wrong("groups_too_few", WITH_GROUPS, option(group_sizes=[1]), r"group_sizes=\[1\].* 2, one per parameter"),
     Wrong("groups_negative", WITH_GROUPS, option(group_sizes=[3, -1]), r"group_sizes=\[3, -1\]: expected counts >= 0"),
     *(
-        Wrong(f"{name}_by_group", of, option(**{name: [0.1] * 3, "group_sizes": [1, 1]}), f"{name}=.* has 3 values")
+        Wrong(f"{name}_by_group", of, option(**{name: [2.0] * 3, "group_sizes": [1, 1]}), f"{name}=.* has 3 values")
         for name, of in (
             ("rho", ("perturb_",)), ("gamma", RESTORING), ("lr", STEPS), ("weight_decay", STEPS), ("dampening", SGD),
             ("beta1", ADAM), ("beta2", ADAM), ("eps", ADAM), ("step", ADAM),
@@ -157,6 +167,30 @@ ERRORS = [
           lists=("grads", "first_grads")),
     Wrong("none", WITH_GRADS, replace("grads", lambda t: None), r"grads\[1\] is NoneType: expected a ten", TypeError),
     Wrong("number", WITH_PARAMS, replace("params", lambda t: 3.0), r"params\[1\] is float: expected a ten", TypeError),
+    *(
+        Wrong(f"{name}_{what}", of, option(**{name: value}), match, error)
+        for name, of in (
+            ("rho", ("perturb_",)), ("gamma", RESTORING), ("lr", STEPS), ("weight_decay", STEPS), ("momentum", SGD),
+            ("dampening", SGD), ("beta1", ADAM), ("beta2", ADAM), ("eps", ADAM), ("step", STEPS[2:]),
+        )
+        for what, value, match, error in (
+            ("nan", math.nan, f"{name}=nan: expected a finite number", ValueError),
+            ("word", "a", f"{name}='a': expected a number, got str", TypeError),
+            ("pair", torch.ones(2), rf"{name} is a tensor of shape \(2,\): expected a number", ValueError),
+        )
+    ),
+    Wrong("step_from_0", ADAM, option(step=0), "step=0: expected a finite number >= 1"),
+    Wrong("eta", ("grad_norm", "perturb_"), option(eta=-1.0), r"eta=-1\.0: expected a finite number >= 0"),
+    Wrong("nesterov", SGD, option(nesterov=True), "nesterov=True without momentum: expected momentum > 0"),
+    *(
+        Wrong(f"bare_{name}", of, bare(name), f"{name} is a tensor: expected a list of tensors", TypeError, lists=more)
+        for name, of, more in (
+            ("params", WITH_PARAMS, ()), ("grads", WITH_GRADS, ()), ("backups", ("perturb_", *RESTORING), ()),
+            ("exp_avgs", ADAM, ()), ("momentum_buffers", SGD, ("momentum_buffers",)),
+            ("masters", ("perturb_", "restore_", *STEPS), ("masters",)),
+            ("first_grads", RESTORING, ("grads", "first_grads")),
+        )
+    ),
     Wrong("backend", ALL, option(), r"backend='gpu': expected 'auto' or one of \['cuda', 'cpu', 'triton', 'reference'"),
     Wrong("stats_short", ("grad_norm", "perturb_"), option(stats=torch.zeros(3, dtype=torch.float64)), "stats",
           RuntimeError),
