@@ -225,9 +225,11 @@ def _needed(name: str, tensors: Tensors | None) -> list[Tensor]:
 
 
 def _listed(name: str, tensors: Tensors | None) -> list[Tensor]:
-    if isinstance(tensors, Tensor):  # a list of it would be its rows
-        raise TypeError(f"{name} is a tensor: expected a list of tensors")
-    return [] if tensors is None else list(tensors)
+    if tensors is None:
+        return []
+    if isinstance(tensors, Tensor) or not hasattr(tensors, "__len__"):  # whose rows, or what can be read only once
+        raise TypeError(f"{name} is a {type(tensors).__name__}: expected a list of tensors")
+    return list(tensors)
 
 
 def _check(
@@ -240,7 +242,7 @@ def _check(
     """
     has_masters = any((masters or {}).values())
     for name, tensors in {lead_name: lead, **like, **(masters or {}), **(state or {})}.items():
-        for i, t in enumerate(_listed(name, tensors)):
+        for i, t in enumerate(_needed(name, tensors)):
             if not isinstance(t, Tensor):
                 raise TypeError(f"{name}[{i}] is {type(t).__name__}: expected a tensor")
     for i, p in enumerate(lead):

@@ -72,6 +72,15 @@ def bare(name: str) -> Change:
     return change
 
 
+def iterator(name: str) -> Change:
+    """What can be read only once, as Module.parameters() gives it."""
+
+    def change(sample: Sample) -> None:
+        sample.options[name] = iter(sample.lists.pop(name))
+
+    return change
+
+
 def option(**options: Any) -> Change:
     return lambda sample: sample.options.update(options)
 
@@ -165,6 +174,10 @@ ERRORS = [
     ),
     Wrong("shared_grads", ("restore_",), sharing("params", "grads"), r"params\[0\] and grads\[1\] share memory",
           lists=("grads", "first_grads")),
+    Wrong("iterator_params", WITH_PARAMS, iterator("params"), "params is a list_iterator: expected a list", TypeError),
+    Wrong("iterator_grads", WITH_GRADS, iterator("grads"), "grads is a list_iterator: expected a list", TypeError),
+    Wrong("no_params", WITH_PARAMS, remove("params"), "params=None: expected one tensor per parameter"),
+    Wrong("no_grads", WITH_GRADS, remove("grads"), "grads=None: expected one tensor per parameter"),
     Wrong("none", WITH_GRADS, replace("grads", lambda t: None), r"grads\[1\] is NoneType: expected a ten", TypeError),
     Wrong("number", WITH_PARAMS, replace("params", lambda t: 3.0), r"params\[1\] is float: expected a ten", TypeError),
     *(
@@ -183,7 +196,7 @@ ERRORS = [
     Wrong("eta", ("grad_norm", "perturb_"), option(eta=-1.0), r"eta=-1\.0: expected a finite number >= 0"),
     Wrong("nesterov", SGD, option(nesterov=True), "nesterov=True without momentum: expected momentum > 0"),
     *(
-        Wrong(f"bare_{name}", of, bare(name), f"{name} is a tensor: expected a list of tensors", TypeError, lists=more)
+        Wrong(f"bare_{name}", of, bare(name), f"{name} is a (Tensor|Parameter): expected a l", TypeError, lists=more)
         for name, of, more in (
             ("params", WITH_PARAMS, ()), ("grads", WITH_GRADS, ()), ("backups", ("perturb_", *RESTORING), ()),
             ("exp_avgs", ADAM, ()), ("momentum_buffers", SGD, ("momentum_buffers",)),
