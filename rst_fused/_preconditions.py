@@ -115,11 +115,12 @@ def check_state(opt: Core) -> None:
     if rule is None:
         return
     for i, group in enumerate(opt.param_groups):
-        names = (*rule.buffer_names(rule.flags(group)), "master")
+        names = rule.buffer_names(rule.flags(group))
         for j, p in enumerate(group["params"]):
             state = opt.state.get(p, {}) if p.grad is not None else {}
-            dtype = torch.float32 if opt.master_weights and p.dtype in SIXTEEN_BIT else p.dtype
-            for name in names:
+            has_master = opt.master_weights and p.dtype in SIXTEEN_BIT
+            dtype = torch.float32 if has_master else p.dtype
+            for name in (*names, "master") if has_master else names:
                 t = state.get(name)
                 if t is not None and (t.dtype != dtype or t.shape != p.shape or t.device != p.device):
                     raise RuntimeError(

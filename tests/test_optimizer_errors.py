@@ -269,6 +269,22 @@ def test_state_of_another_parameter_is_refused(wrong: str, phase: str, backend: 
 
 
 @every_backend
+@pytest.mark.parametrize("wrong", [True, False])
+def test_masters_of_another_dtype_are_refused_where_they_are_read(wrong: bool, backend: str) -> None:
+    p = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    opt = RST([p], lr=0.1, schedule=1.0, master_weights=wrong, backend=backend)
+    opt.state[p]["master"] = torch.ones(3, dtype=torch.float64)
+    p.grad = torch.ones_like(p)
+    if wrong:
+        with pytest.raises(RuntimeError, match="'master' of parameter 0 of group 0 is .*float64 .* needs .*float32"):
+            opt.perturb()
+    else:
+        assert opt.perturb()
+        opt.restore()
+    assert p.tolist() == [1.0] * 3
+
+
+@every_backend
 def test_converted_model(backend: str) -> None:
     """model.double() between steps: backups and plans follow; state is refused until it is converted too."""
     for hyper in ({}, {"momentum": 0.9}):
