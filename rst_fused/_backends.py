@@ -205,6 +205,10 @@ def _announced(backend: Backend, device: torch.device) -> Backend:
     return backend
 
 
+def plan_extension() -> Any:
+    return _host
+
+
 def host() -> Any:
     """The torch-free helper module, or None where the extension is not built."""
     return _host

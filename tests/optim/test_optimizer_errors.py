@@ -243,8 +243,11 @@ def test_wrong_state_dicts(backend: str) -> None:
         (saved((5,)), "doesn't match the size"),
         (two_groups, "different number of parameter groups"),
         (saved((5,), (4, 3)), r"exp_avg.*parameter 1.*\(4, 3\).*\(3, 4\)"),
-        (saved((5,), (3, 4), amsgrad=True), "amsgrad=True"),
+        (saved((5,), (4, 3), amsgrad=True), r"exp_avg.*parameter 1.*\(4, 3\).*\(3, 4\)"),
     ]
+    twin = saved((5,), (3, 4), amsgrad=True)
+    twin["state"][1]["max_exp_avg_sq"] = torch.ones(2)
+    wrong.append((twin, r"max_exp_avg_sq of parameter 1 in shape \(2,\)"))
     for state, message in wrong:
         with pytest.raises(ValueError, match=f"(?s){message}"):
             opt.load_state_dict(state)
@@ -302,4 +305,4 @@ def test_converted_model(backend: str) -> None:
             for p in params:
                 opt.state[p]["momentum_buffer"] = opt.state[p]["momentum_buffer"].double()
         opt.step(lambda params=params: PROBLEM.backward(params, 1))
-        assert bits(params) != before and all(opt._backups[p].dtype == torch.float64 for p in params)
+        assert bits(params) != before and all(opt._step_state.backups[p].dtype == torch.float64 for p in params)

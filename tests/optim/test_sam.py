@@ -54,7 +54,7 @@ def test_class_of_a_fused_base_is_that_base(form: str, case: Any, backend: str) 
 
 
 @every_backend
-@pytest.mark.parametrize("option", ["foreach", "fused", "amsgrad"])
+@pytest.mark.parametrize("option", ["foreach", "fused", "differentiable"])
 def test_option_that_no_fused_base_has_keeps_the_class(option: str, backend: str) -> None:
     params = PROBLEM.parameters(torch.float32)
     opt = SAM(params, torch.optim.AdamW, lr=0.01, seed=3, eta=0.1, backend=backend, **{option: True})
