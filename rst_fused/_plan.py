@@ -1,6 +1,6 @@
 """The eager path of compiled kernels: one launch plan per optimizer, made once and checked at every step.
 
-A plan (csrc/host_plan.h) holds the chunk table of all parameters. At each call it looks at the gradient of every
+A plan (csrc/plan/plan.h) holds the chunk table of all parameters. At each call it looks at the gradient of every
 parameter and compares addresses, shapes and dtypes with the table. Whatever does not fit (other gradients than last
 time, storage that moved) makes a new plan; whatever a plan cannot express goes through rst_fused._engine.
 """
@@ -32,7 +32,7 @@ _CAN_PLAN = host() is not None and host().can_plan()
 class _Made:
     """What was made of the hyperparameters while none of them changed."""
 
-    version: int = 0  # see Plan.look; a plan counts from 1
+    version: int = 0  # see Plan.poll; a plan counts from 1
     same_flags: bool = False  # those of the plan
     rho: list[float] | None = None
     rows: tuple[float, list[list[float]]] | None = None  # with the gamma among them
@@ -79,7 +79,7 @@ class Plans:
         """
         if self._plan is None:
             return False, False
-        seen = self._plan.look(opt.param_groups)
+        seen = self._plan.poll(opt.param_groups)
         if self._made.version != seen >> 2:
             self._made = _Made(seen >> 2, self._flags == self._flags_of(opt))
         fits = (
