@@ -38,6 +38,7 @@ oldest: $(EXTENSION) $(OLDEST)/.dependencies
 
 lint: $(DEPENDENCIES)
 	$(BIN)/ruff check .
+	$(BIN)/clang-format --dry-run -Werror $(shell find csrc -name "*.h" -o -name "*.cpp" -o -name "*.cu" -o -name "*.cuh")
 
 types: $(DEPENDENCIES)
 	$(BIN)/mypy

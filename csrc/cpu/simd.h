@@ -1,5 +1,6 @@
 // One vector type per SIMD level, as GCC/Clang vector extensions: arithmetic, comparison and ?: come from the compiler;
-// only what it cannot express (fma, sqrt, fp16, streaming stores) or expresses badly (to_double) is written with intrinsics.
+// only what it cannot express (fma, sqrt, fp16, streaming stores) or expresses badly (to_double) is written with
+// intrinsics.
 //
 // RST_SIMD_LEVEL is 0 (plain: 16-byte vectors, any architecture), 1 (AVX2 + FMA + F16C) or 2 (AVX-512 F/BW/DQ/VL).
 #pragma once
@@ -18,7 +19,7 @@
 #endif
 #endif
 
-#include "cpu/dtypes.h"
+#include "core/dtypes.h"
 
 namespace rst {
 
@@ -103,7 +104,8 @@ RST_INLINE void stream(uint16_t* p, Vector<uint16_t, 16> v) {
   _mm256_stream_si256(reinterpret_cast<__m256i*>(p), reinterpret<__m256i>(v));
 }
 RST_INLINE Vector<uint16_t, 16> blend_neighbours(Vector<uint16_t, 16> even, Vector<uint16_t, 16> odd) {
-  return reinterpret<Vector<uint16_t, 16>>(_mm256_blend_epi16(reinterpret<__m256i>(even), reinterpret<__m256i>(odd), 0xaa));
+  return reinterpret<Vector<uint16_t, 16>>(
+      _mm256_blend_epi16(reinterpret<__m256i>(even), reinterpret<__m256i>(odd), 0xaa));
 }
 RST_INLINE Vector<uint16_t, 16> minus_saturated(Vector<uint16_t, 16> a, Vector<uint16_t, 16> b) {
   return reinterpret<Vector<uint16_t, 16>>(_mm256_subs_epu16(reinterpret<__m256i>(a), reinterpret<__m256i>(b)));
@@ -149,7 +151,9 @@ RST_INLINE auto zero_extend(H h) {
   return __builtin_convertvector(h, Vector<uint32_t, sizeof(H) / 2>);
 }
 template <class Scalar, class V>
-RST_INLINE void stream(Scalar* p, V v) { std::memcpy(p, &v, sizeof(v)); }
+RST_INLINE void stream(Scalar* p, V v) {
+  std::memcpy(p, &v, sizeof(v));
+}
 #endif
 
 // Two vectors side by side: the arithmetic of 16-bit dtypes, so that one whole vector of them is worked on at a time.
@@ -177,8 +181,8 @@ struct Shape<Twin> {
 };
 
 // Storage format of T in vectors of Shape<V>::kLanes elements: the raw bits, and the conversion to and from arithmetic.
-// Where T is narrower than V, truncate is narrow for values that T holds exactly, and narrow_own for values computed from
-// elements of T and finite numbers alone.
+// Where T is narrower than V, truncate is narrow for values that T holds exactly, and narrow_own for values computed
+// from elements of T and finite numbers alone.
 template <class V, class T>
 struct Convert;
 template <>
@@ -227,11 +231,12 @@ struct Convert<Twin, BFloat16> {
   }
   static RST_INLINE FloatV quiet(FloatV x) { return x == x ? x : from_bits(UintV{} + 0x7fc00000u); }
   static RST_INLINE Raw narrow(Twin v) { return narrow_own({quiet(v.a), quiet(v.b)}); }
-  // Nearest even, as torch rounds: up if the lower half is above its middle, or if it is the middle and the upper half is
-  // odd. Done on all 16-bit halves at once. What was computed from bfloat16 alone has no NaN with anything in its lower half,
-  // which rounding would carry on.
+  // Nearest even, as torch rounds: up if the lower half is above its middle, or if it is the middle and the upper half
+  // is odd. Done on all 16-bit halves at once. What was computed from bfloat16 alone has no NaN with anything in its
+  // lower half, which rounding would carry on.
   static RST_INLINE Raw narrow_own(Twin v) {
-    const Raw upper = truncate(v), lower = blend_neighbours(reinterpret<Raw>(v.a), reinterpret<Raw>(to_bits(v.b) << 16));
+    const Raw upper = truncate(v),
+              lower = blend_neighbours(reinterpret<Raw>(v.a), reinterpret<Raw>(to_bits(v.b) << 16));
     return upper + (minus_saturated(lower, ~upper & 1) >> 15);
   }
   static RST_INLINE Raw truncate(Twin v) { return join(to_bits(v.a), to_bits(v.b)); }

@@ -57,19 +57,19 @@ struct AdamEach {
 };
 
 template <class T, bool Mixing, bool Master>
-__device__ __forceinline__ void adam_step(const Args<kAdamStreams>& args) {
+__device__ __forceinline__ void adam_step(const Args<kAdamOperands>& args) {
   using A = Arithmetic<T>;
   using S = State<T, Master>;
-  const Common& c = args.common;
+  const LaunchParams& c = args.params;
   const Piece piece = piece_of(args);
   const int t = piece.tensor;
   // One thread computes the powers, and first of all: a call spills the values that are alive around it.
   __shared__ AdamNumbers numbers;
   if (threadIdx.x == 0) {
     const int64_t row = args.row[t];
-    const double step = c.device_steps == nullptr ? c.rows[row][6] : c.device_steps[row];
-    numbers = AdamNumbers::of(number(args, t, 0), number(args, t, 1), number(args, t, 2), number(args, t, 3),
-                              number(args, t, 4), step, c.decoupled);
+    const double step = c.device_steps == nullptr ? c.hyperparams[row][6] : c.device_steps[row];
+    numbers = AdamNumbers::of(hyperparam(args, t, 0), hyperparam(args, t, 1), hyperparam(args, t, 2),
+                              hyperparam(args, t, 3), hyperparam(args, t, 4), step, c.decoupled);
   }
   __syncthreads();
   T* const param = static_cast<T*>(args.data[kAdamParam][t]) + piece.begin;
@@ -77,7 +77,7 @@ __device__ __forceinline__ void adam_step(const Args<kAdamStreams>& args) {
   const bool packs = aligned(args, t);
   if (overflowed(c)) {
     RestoreEach<T, Master> undo{param, source};
-    each<T, 1, 1>(packs, piece.count, undo);
+    for_each_pack<T, 1, 1>(packs, piece.count, undo);
     return;
   }
   AdamEach<T, Mixing, Master> op;
@@ -85,15 +85,16 @@ __device__ __forceinline__ void adam_step(const Args<kAdamStreams>& args) {
   op.source = source;
   op.grad = static_cast<const T*>(args.data[kAdamGrad][t]) + piece.begin;
   if constexpr (Mixing) op.first = static_cast<const T*>(args.data[kAdamFirst][t]) + piece.begin;
-  op.buffer = static_cast<S*>(args.data[kAdamBuffer][t]) + piece.begin;
-  op.buffer2 = static_cast<S*>(args.data[kAdamBuffer2][t]) + piece.begin;
+  op.buffer = static_cast<S*>(args.data[kAdamState0][t]) + piece.begin;
+  op.buffer2 = static_cast<S*>(args.data[kAdamState1][t]) + piece.begin;
   const AdamNumbers& n = numbers;
   op.adam = {static_cast<A>(n.minus_step_size), static_cast<A>(n.one_minus_beta1), static_cast<A>(n.beta2),
              static_cast<A>(n.one_minus_beta2), static_cast<A>(n.bias2_sqrt),      static_cast<A>(n.eps),
-             static_cast<A>(n.weight_decay),    static_cast<A>(n.decay),           static_cast<A>(direction(c))};
-  const double gamma = number(args, t, 5);
+             static_cast<A>(n.weight_decay),    static_cast<A>(n.decay),           static_cast<A>(grad_multiplier(c))};
+  const double gamma = hyperparam(args, t, 5);
   op.mix = {static_cast<A>(gamma), static_cast<A>(1 - gamma)};
-  each<T, Mixing || Master || sizeof(T) == 2 ? 1 : 2, 1>(packs, piece.count, op);  // more would spill registers
+  // More loads in flight would spill registers.
+  for_each_pack<T, Mixing || Master || sizeof(T) == 2 ? 1 : 2, 1>(packs, piece.count, op);
 }
 
 }  // namespace rst::cuda

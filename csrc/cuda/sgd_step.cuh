@@ -1,5 +1,5 @@
-// restore + mix + SGD: reads the backup (or master, or w), g, and with them the momentum and g1; writes w and the momentum:
-// 20 bytes per fp32 parameter with momentum, 24 with mixing.
+// restore + mix + SGD: reads the backup (or master, or w), g, and with them the momentum and g1; writes w and the
+// momentum: 20 bytes per fp32 parameter with momentum, 24 with mixing.
 #pragma once
 
 #include "cuda/restore.cuh"
@@ -56,10 +56,10 @@ struct SgdEach {
 };
 
 template <class T, bool Momentum, bool Mixing, bool Master>
-__device__ __forceinline__ void sgd_step(const Args<kSgdStreams>& args) {
+__device__ __forceinline__ void sgd_step(const Args<kSgdOperands>& args) {
   using A = Arithmetic<T>;
   using S = State<T, Master>;
-  const Common& c = args.common;
+  const LaunchParams& c = args.params;
   const Piece piece = piece_of(args);
   const int t = piece.tensor;
   T* const param = static_cast<T*>(args.data[kSgdParam][t]) + piece.begin;
@@ -67,7 +67,7 @@ __device__ __forceinline__ void sgd_step(const Args<kSgdStreams>& args) {
   const bool packs = aligned(args, t);
   if (overflowed(c)) {
     RestoreEach<T, Master> undo{param, source};
-    each<T, 1, 1>(packs, piece.count, undo);
+    for_each_pack<T, 1, 1>(packs, piece.count, undo);
     return;
   }
   SgdEach<T, Momentum, Mixing, Master> op;
@@ -75,14 +75,14 @@ __device__ __forceinline__ void sgd_step(const Args<kSgdStreams>& args) {
   op.source = source;
   op.grad = static_cast<const T*>(args.data[kSgdGrad][t]) + piece.begin;
   if constexpr (Mixing) op.first = static_cast<const T*>(args.data[kSgdFirst][t]) + piece.begin;
-  if constexpr (Momentum) op.buffer = static_cast<S*>(args.data[kSgdBuffer][t]) + piece.begin;
-  const double lr = number(args, t, 0), momentum = number(args, t, 1), dampening = number(args, t, 2);
-  const double weight_decay = number(args, t, 3), gamma = number(args, t, 4);
+  if constexpr (Momentum) op.buffer = static_cast<S*>(args.data[kSgdState0][t]) + piece.begin;
+  const double lr = hyperparam(args, t, 0), momentum = hyperparam(args, t, 1), dampening = hyperparam(args, t, 2);
+  const double weight_decay = hyperparam(args, t, 3), gamma = hyperparam(args, t, 4);
   op.sgd = {static_cast<A>(-lr), static_cast<A>(momentum), static_cast<A>(1 - dampening), static_cast<A>(weight_decay),
-            static_cast<A>(direction(c))};
+            static_cast<A>(grad_multiplier(c))};
   op.mix = {static_cast<A>(gamma), static_cast<A>(1 - gamma)};
   op.nesterov = c.nesterov;
-  each<T, Master ? 1 : 2, 1>(packs, piece.count, op);
+  for_each_pack<T, Master ? 1 : 2, 1>(packs, piece.count, op);
 }
 
 }  // namespace rst::cuda

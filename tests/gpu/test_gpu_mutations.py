@@ -18,24 +18,25 @@ from rst_fused import ops
 pytestmark = [pytest.mark.usefixtures("one_thread"), gpu_simulator.needed]
 F64, BF16 = torch.float64, torch.bfloat16
 
+APPLY = "cuda/multi_tensor_apply.cuh"
 # (what is wrong, file, what stands there, what is put there, the kernels that show it)
 FAULTS = [
-    ("tail begins too late", "cuda/traverse.cuh", "done = whole * kPack;", "done = whole * kPack + 1;", "perturb"),
-    ("tail ends too late", "cuda/traverse.cuh", "i < count; i += kThreads", "i <= count; i += kThreads", "perturb"),
-    ("packs overrun", "cuda/traverse.cuh", "count / kPack;", "(count + kPack - 1) / kPack;", "restore"),
-    ("one tensor too early", "cuda/traverse.cuh", "[middle] <= block", "[middle] < block", "sgd_step"),
-    ("offset overflows", "cuda/traverse.cuh", "const int64_t begin =", "const int16_t begin =", "restore"),
-    ("addresses thought aligned", "cuda/traverse.cuh", "all % 16 == 0", "all % 2 == 0", "perturb"),
+    ("tail begins too late", APPLY, "done = whole * kPack;", "done = whole * kPack + 1;", "perturb"),
+    ("tail ends too late", APPLY, "i < count; i += kThreads", "i <= count; i += kThreads", "perturb"),
+    ("packs overrun", APPLY, "count / kPack;", "(count + kPack - 1) / kPack;", "restore"),
+    ("one tensor too early", APPLY, "[middle] <= block", "[middle] < block", "sgd_step"),
+    ("offset overflows", APPLY, "const int64_t begin =", "const int16_t begin =", "restore"),
+    ("addresses thought aligned", APPLY, "all % 16 == 0", "all % 2 == 0", "perturb"),
     ("sum without a fence", "cuda/grad_norm.cuh", "__threadfence();", "", "grad_norm"),
     ("warps do not wait", "cuda/grad_norm.cuh", "= x;\n  __syncthreads();", "= x;", "grad_norm"),
     ("last seen too soon", "cuda/grad_norm.cuh", "  __syncthreads();\n  if (last)", "  if (last)", "grad_norm"),
     ("last block too early", "cuda/grad_norm.cuh", "1) == gridDim.x - 1", "1) == gridDim.x - 2", "grad_norm"),
     ("ticket kept", "cuda/grad_norm.cuh", "atomicInc(ticket, gridDim.x - 1)", "atomicAdd(ticket, 1)", "grad_norm"),
-    ("climbs down", "sam_math.h", "return fma(scale, g, w); }", "return fma(-scale, g, w); }", "perturb"),
+    ("climbs down", "math/sam_math.h", "return fma(scale, g, w); }", "return fma(-scale, g, w); }", "perturb"),
     ("no backup", "cuda/perturb.cuh", "if constexpr (!Master) store(copy, i, in.w);", "", "perturb"),
     ("neighbours share random bits", "cuda/perturb.cuh", ": bits >> 16;", ": bits;", "perturb"),
     ("momentum forgotten", "cuda/sgd_step.cuh", "if constexpr (Momentum) store(buffer, i, kept);", "", "sgd_step"),
-    ("step count from elsewhere", "cuda/adam_step.cuh", "c.rows[row][6]", "c.rows[row][5]", "adam_step"),
+    ("step count from elsewhere", "cuda/adam_step.cuh", "c.hyperparams[row][6]", "c.hyperparams[row][5]", "adam_step"),
     ("numbers before they are there", "cuda/adam_step.cuh", "  __syncthreads();\n", "", "adam_step"),
 ]  # fmt: skip
 SIZES = (7, 40_001, 16_384, 3)

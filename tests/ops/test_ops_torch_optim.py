@@ -1,7 +1,7 @@
 """The base steps against torch.optim: bit for bit where torch rounds as IEEE 754 says, else within a stated bound.
 
 What is known of torch 2.13 on CPUs with AVX2:
-* SGD fuses each multiplication with the addition it feeds, as csrc/sam_math.h does: equal bits in float32 and float64.
+* SGD fuses each multiplication with the addition it feeds, as csrc/math/ does: equal bits in float32 and float64.
 * Adam and AdamW take the square root from MKL's vector library, which is off by one unit in the last place for about a
   fifth of all float32 and one percent of all float64 numbers. With a correctly rounded root instead, all bits agree.
 * For beta1 <= 0.5 torch.lerp computes g - (g - m) beta1 instead of m + (g - m) (1 - beta1): the first moment differs.

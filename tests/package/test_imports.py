@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # A module may import from lower layers and from its own package, never from its own layer or above.
 LAYERS = (
     ("_schemas", "_checks"),
-    ("_C", "_host", "kernels", "reference", "_draws"),
+    ("_C", "_plan_ext", "kernels", "reference", "_draws"),
     ("_backends",),
     ("ops", "schedule"),
     ("_rules", "_run", "_hooks", "_places", "batch_norm"),

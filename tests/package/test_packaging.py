@@ -199,7 +199,7 @@ def test_compiled_wheel_has_both_modules(compiled_wheel, sdist):
     assert top_level(compiled_wheel) == {"rst_fused", f"rst_fused-{version}.dist-info"}
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     libraries = {name for name in members(compiled_wheel) if name.endswith(".so")}
-    assert libraries == {"rst_fused/_C.abi3.so", f"rst_fused/_host{suffix}"}
+    assert libraries == {"rst_fused/_C.abi3.so", f"rst_fused/_plan_ext{suffix}"}
     assert "none-any" not in compiled_wheel.name
 
 
@@ -295,8 +295,8 @@ def test_half_a_build_is_no_build(environment, tree, tmp_path):
     """The first of the two modules compiles, the second does not."""
     for source in (tree / "csrc").rglob("*.cpp"):
         source.unlink()
-    (tree / "csrc/module.cpp").write_text("int nothing;\n")
-    (tree / "csrc/host.cpp").write_text("#error broken on purpose\n")
+    (tree / "csrc/torch/module.cpp").write_text("int nothing;\n")
+    (tree / "csrc/plan/module.cpp").write_text("#error broken on purpose\n")
     wheel = environment.build_wheel(tree, tmp_path / "wheel")
     assert [name for name in members(wheel) if name.endswith(".so")] == []
     assert wheel.name.endswith("-py3-none-any.whl")

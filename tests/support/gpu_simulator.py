@@ -24,7 +24,7 @@ from rst_fused import _backends
 from rst_fused._schemas import SCHEMAS
 
 ROOT = Path(__file__).parents[2]
-NAMESPACE = "rst_fused_gpu"  # the GPU ops, for tensors of any device: see csrc/gpu_ops.cpp
+NAMESPACE = "rst_fused_gpu"  # the GPU ops, for tensors of any device: see csrc/torch/ops_cuda.cpp
 VARIABLE = "RST_FUSED_PTXSIM"
 ROWS, NUMBERS, ARGUMENT_BYTES, THREADS = 8, 7, 32764, 512  # csrc/cuda/args.h
 SIZES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2, "16": 2, "32": 4, "64": 8}

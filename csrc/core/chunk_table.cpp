@@ -1,4 +1,4 @@
-#include "cpu/table.h"
+#include "core/chunk_table.h"
 
 #include <algorithm>
 #include <numeric>
@@ -48,10 +48,10 @@ bool is_dense(int ndim, const int64_t* sizes, const int64_t* strides) {
   return true;
 }
 
-void place(Tensor& tensor, const View (&views)[kStreams]) {
+void set_layout(Tensor& tensor, const View (&views)[kOperands]) {
   // A tensor without elements may have a null address; then there is nothing to visit either.
   int lead = kParam;
-  while (lead < kStreams - 1 && views[lead].data == nullptr) ++lead;
+  while (lead < kOperands - 1 && views[lead].data == nullptr) ++lead;
   const View& first = views[lead];
   const int64_t scalars = tensor.complex ? 2 : 1;
   tensor.numel = first.data == nullptr ? 0 : scalars;
@@ -60,18 +60,18 @@ void place(Tensor& tensor, const View (&views)[kStreams]) {
   tensor.strides.clear();
 
   std::vector<int> order = by_stride(first.ndim, first.sizes, first.strides);
-  bool alike = is_dense(first.ndim, first.sizes, first.strides);
-  for (int s = 0; s < kStreams; ++s) {
+  bool same_layout = is_dense(first.ndim, first.sizes, first.strides);
+  for (int s = 0; s < kOperands; ++s) {
     tensor.data[s] = views[s].data;
     if (views[s].data == nullptr) continue;
-    for (int d : order) alike = alike && views[s].strides[d] == first.strides[d];
+    for (int d : order) same_layout = same_layout && views[s].strides[d] == first.strides[d];
   }
-  if (alike || tensor.numel <= scalars) return;
-  tensor.strides.assign(static_cast<size_t>(kStreams) * order.size(), 0);
+  if (same_layout || tensor.numel <= scalars) return;
+  tensor.strides.assign(static_cast<size_t>(kOperands) * order.size(), 0);
   for (size_t i = 0; i < order.size(); ++i) {
     const int d = order[order.size() - 1 - i];
     tensor.sizes.push_back(first.sizes[d]);
-    for (int s = 0; s < kStreams; ++s) {
+    for (int s = 0; s < kOperands; ++s) {
       if (views[s].data != nullptr) tensor.strides[s * order.size() + i] = views[s].strides[d];
     }
   }
@@ -83,10 +83,10 @@ int64_t first_chunk(const Table& table, int k, int n) {
   return std::lower_bound(table.bytes.begin(), table.bytes.end() - 1, wanted) - table.bytes.begin();
 }
 
-int useful_threads(const Table& table, int streams, int available) {
+int useful_threads(const Table& table, int operands, int available) {
   constexpr int64_t kBytesPerThread = 512 << 10;  // below that, waking a thread costs more than its share saves
-  int64_t threads = std::min<int64_t>(table.bytes.back() * streams / kBytesPerThread,
-                                      static_cast<int64_t>(table.chunks.size()));
+  int64_t threads =
+      std::min<int64_t>(table.bytes.back() * operands / kBytesPerThread, static_cast<int64_t>(table.chunks.size()));
   return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, available)));
 }
 
@@ -94,9 +94,9 @@ namespace {
 
 // Calls visit(offset) for each element of [begin, begin + count) in row-major order.
 template <class Visit>
-void walk(const Tensor& tensor, int stream, int64_t begin, int64_t count, Visit visit) {
+void walk(const Tensor& tensor, int operand, int64_t begin, int64_t count, Visit visit) {
   const int ndim = static_cast<int>(tensor.sizes.size());
-  const int64_t* strides = tensor.strides.data() + static_cast<int64_t>(stream) * ndim;
+  const int64_t* strides = tensor.strides.data() + static_cast<int64_t>(operand) * ndim;
   std::vector<int64_t> index(ndim);
   int64_t offset = 0, rest = begin;
   for (int d = ndim - 1; d >= 0; --d) {
@@ -116,11 +116,11 @@ void walk(const Tensor& tensor, int stream, int64_t begin, int64_t count, Visit 
 }
 
 template <class Copy>
-void move(const Tensor& tensor, int stream, int64_t begin, int64_t count, Copy copy) {
-  const int64_t scalars = tensor.complex ? 2 : 1, size = scalars * size_of(tensor.dtype_of(stream));
-  char* base = static_cast<char*>(tensor.data[stream]);
+void move(const Tensor& tensor, int operand, int64_t begin, int64_t count, Copy copy) {
+  const int64_t scalars = tensor.complex ? 2 : 1, size = scalars * size_of(tensor.dtype_of(operand));
+  char* base = static_cast<char*>(tensor.data[operand]);
   int64_t packed = 0;
-  walk(tensor, stream, begin / scalars, count / scalars, [&](int64_t offset) {
+  walk(tensor, operand, begin / scalars, count / scalars, [&](int64_t offset) {
     copy(base + offset * size, packed, size);
     packed += size;
   });
@@ -128,13 +128,13 @@ void move(const Tensor& tensor, int stream, int64_t begin, int64_t count, Copy c
 
 }  // namespace
 
-void gather(const Tensor& tensor, int stream, int64_t begin, int64_t count, void* packed) {
-  move(tensor, stream, begin, count,
+void gather(const Tensor& tensor, int operand, int64_t begin, int64_t count, void* packed) {
+  move(tensor, operand, begin, count,
        [&](char* at, int64_t to, int64_t size) { std::memcpy(static_cast<char*>(packed) + to, at, size); });
 }
 
-void scatter(const Tensor& tensor, int stream, int64_t begin, int64_t count, const void* packed) {
-  move(tensor, stream, begin, count,
+void scatter(const Tensor& tensor, int operand, int64_t begin, int64_t count, const void* packed) {
+  move(tensor, operand, begin, count,
        [&](char* at, int64_t from, int64_t size) { std::memcpy(at, static_cast<const char*>(packed) + from, size); });
 }
 

@@ -1,4 +1,5 @@
-#include "host_plan.h"
+// Whether a launch plan still fits: parameters, gradients, state and hyperparameters.
+#include "plan/plan.h"
 
 #include <algorithm>
 
@@ -16,9 +17,9 @@ void connect(py::object core) {
 }
 
 const CoreApi& core() { return *core_api; }
-bool can_plan() { return core_api->knows_autograd(); }
+bool can_plan() { return core_api->has_autograd_symbols(); }
 
-void HeldTensors::reset(int64_t handle) {
+void TensorListHandle::reset(int64_t handle) {
   const int64_t before = std::exchange(handle_, handle);
   if (before != 0) core().release(before);
 }
@@ -43,7 +44,8 @@ Plan::Plan(bool gpu, py::list groups, py::list everything, py::list active, std:
   std::vector<TensorFacts> facts(n);
   size_t dims = 0;
   for (size_t i = 0; i < n; ++i) {
-    if (!core().held_facts(held_, static_cast<int64_t>(i), facts[i]) || !core().describe(facts[i].dtype, table_.tensors[i])) {
+    if (!core().facts_of(held_, static_cast<int64_t>(i), facts[i]) ||
+        !core().describe(facts[i].dtype, table_.tensors[i])) {
       throw py::value_error("a parameter is not an ordinary tensor");
     }
     dims += facts[i].ndim;
@@ -69,16 +71,16 @@ Plan::Plan(bool gpu, py::list groups, py::list everything, py::list active, std:
     t.row = static_cast<int>(row) - 1;
     t.index = static_cast<int64_t>(i);
     views_[i][kParam] = {p.data, p.ndim, entry.sizes(), entry.strides()};
-    places_.push_back({p.data, p.ndim, entry.strides()});
+    layouts_.push_back({p.data, p.ndim, entry.strides()});
   }
   add(masters, kMaster);
-  masters_ = static_cast<int64_t>(places_.size()) - count();
-  add(buffers, kBuffer);
-  add(buffers2, kBuffer2);
+  masters_ = static_cast<int64_t>(layouts_.size()) - count();
+  add(buffers, kState0);
+  add(buffers2, kState1);
   add(backups, kBackup);
   for (const auto& views : views_) {
-    for (Stream s : {kParam, kBuffer, kBuffer2, kMaster}) {
-      if (may_overlap(views[s].ndim, views[s].sizes, views[s].strides)) {
+    for (Operand operand : {kParam, kState0, kState1, kMaster}) {
+      if (may_overlap(views[operand].ndim, views[operand].sizes, views[operand].strides)) {
         throw py::value_error("a parameter or its state is written, but several of its elements share memory");
       }
     }
@@ -107,11 +109,11 @@ void Plan::walk_state(Visit visit) const {
 
 bool Plan::same_state() {
 #if PY_VERSION_HEX < 0x030C0000
-  // Until Python 3.12 a dict counts its changes (PEP 509), which spares looking into hundreds of them.
+  // Before Python 3.12 a dict counts its changes (PEP 509), which spares reading hundreds of them.
   bool changed = false;
-  constexpr size_t kAhead = 8;  // as with tensors: they lie all over memory
+  constexpr size_t kPrefetchDistance = 8;  // dicts, like tensors, are scattered over memory
   for (size_t i = 0; i < state_dicts_.size(); ++i) {
-    if (i + kAhead < state_dicts_.size()) __builtin_prefetch(state_dicts_[i + kAhead].first);
+    if (i + kPrefetchDistance < state_dicts_.size()) __builtin_prefetch(state_dicts_[i + kPrefetchDistance].first);
     auto& [dict, version] = state_dicts_[i];
     const uint64_t now = reinterpret_cast<PyDictObject*>(dict)->ma_version_tag;
     changed = changed || now != version;
@@ -126,21 +128,21 @@ bool Plan::same_state() {
     return same;
   });
   same = same && next == state_seen_.size();
-  if (!same) state_dicts_.front().second = 0;  // no version: look again next time
+  if (!same) state_dicts_.front().second = 0;  // not a version: compare again next time
   return same;
 }
 
-void Plan::add(const Positions& positions, Stream stream) {
+void Plan::add(const Positions& positions, Operand operand) {
   for (size_t i = 0; i < entries_.size(); ++i) {
     if (positions[i] < 0) continue;
     TensorFacts t;
-    if (!core().held_facts(held_, positions[i], t)) throw py::value_error("state is not an ordinary tensor");
+    if (!core().facts_of(held_, positions[i], t)) throw py::value_error("state is not an ordinary tensor");
     auto shape = std::make_unique<int64_t[]>(2 * t.ndim + 1);
     std::copy(t.sizes, t.sizes + t.ndim, shape.get());
     std::copy(t.strides, t.strides + t.ndim, shape.get() + t.ndim);
-    views_[i][stream] = {t.data, t.ndim, shape.get(), shape.get() + t.ndim};
+    views_[i][operand] = {t.data, t.ndim, shape.get(), shape.get() + t.ndim};
     copies_.push_back(std::move(shape));
-    if (positions[i] < watched_) places_.push_back({t.data, 0, nullptr});
+    if (positions[i] < watched_) layouts_.push_back({t.data, 0, nullptr});
   }
 }
 
@@ -151,34 +153,34 @@ bool Plan::fits(size_t index, const TensorFacts& grad) {
       !equal(grad.sizes, entry.sizes(), ndim)) {
     return false;
   }
-  const bool known = entry.placed && equal(grad.strides, entry.grad_strides(), ndim);
+  const bool known = entry.has_layout && equal(grad.strides, entry.grad_strides(), ndim);
   if (known && !table_.chunks.empty()) {
     table_.tensors[index].data[kGrad] = grad.data;
   } else {
     std::copy(grad.strides, grad.strides + ndim, entry.grad_strides());
-    entry.placed = true;
+    entry.has_layout = true;
     // torch gives the imaginary part of a conjugated tensor as a view that is negated when it is read. Such a view
     // never fills its memory, unless it has one element.
     const bool single = std::all_of(grad.sizes, grad.sizes + ndim, [](int64_t size) { return size == 1; });
     entry.may_be_negated = single || !is_dense(grad.ndim, grad.sizes, grad.strides);
-    table_.chunks.clear();  // place this tensor anew
+    table_.chunks.clear();  // the table must be rebuilt
   }
   entry.grad = grad.data;
   return true;
 }
 
-void Plan::place_all() {
+void Plan::set_all_layouts() {
   for (size_t i = 0; i < entries_.size(); ++i) {
-    View views[kStreams];
-    for (int s = 0; s < kStreams; ++s) views[s] = views_[i][s];
+    View views[kOperands];
+    for (int s = 0; s < kOperands; ++s) views[s] = views_[i][s];
     const Entry& entry = entries_[i];
     views[kGrad] = {entry.grad, entry.ndim, entry.sizes(), entry.grad_strides()};
     if (first_grads_ != 0) {
       TensorFacts first;
-      core().held_facts(first_grads_, static_cast<int64_t>(i), first);  // it was one of ours
+      core().facts_of(first_grads_, static_cast<int64_t>(i), first);  // a gradient that was read before
       views[kFirstGrad] = {first.data, first.ndim, first.sizes, first.strides};
     }
-    place(table_.tensors[i], views);
+    set_layout(table_.tensors[i], views);
   }
   cut();
 }
@@ -186,7 +188,7 @@ void Plan::place_all() {
 void Plan::cut() {
   table_.cut();
   const auto& tensors = table_.tensors;
-  alike_ = !gpu_ || std::none_of(tensors.begin(), tensors.end(), [](const Tensor& t) { return t.strided(); });
+  same_layout_ = !gpu_ || std::none_of(tensors.begin(), tensors.end(), [](const Tensor& t) { return t.strided(); });
 }
 
 static bool is_constant(PyObject* x) {
@@ -203,9 +205,10 @@ static bool is_named(PyObject* key, const char* name) {
   return PyUnicode_Check(key) && PyUnicode_CompareWithASCIIString(key, name) == 0;
 }
 
-// Visits names and values of all hyperparameters; false as soon as visit says so, or if a group may not say what it holds.
+// Visits names and values of all hyperparameters; false as soon as visit returns false, or if a group is a subclass of
+// dict, which may hold more than it shows.
 template <class Visit>
-static bool walk_numbers(const py::list& groups, Visit visit) {
+static bool walk_hyperparams(const py::list& groups, Visit visit) {
   PyObject *key, *value;
   for (const py::handle& group : groups) {
     if (!PyDict_CheckExact(group.ptr())) return false;
@@ -217,30 +220,31 @@ static bool walk_numbers(const py::list& groups, Visit visit) {
   return true;
 }
 
-bool Plan::same_numbers(const py::list& groups) {
+bool Plan::same_hyperparams(const py::list& groups) {
   size_t next = 0;
-  const size_t size = numbers_seen_.size();
-  if (size > 0 && walk_numbers(groups, [&](PyObject* x) { return next < size && numbers_seen_[next++] == x; }) &&
+  const size_t size = hyperparams_seen_.size();
+  if (size > 0 &&
+      walk_hyperparams(groups, [&](PyObject* x) { return next < size && hyperparams_seen_[next++] == x; }) &&
       next == size) {
     return true;
   }
-  numbers_seen_.clear();
-  numbers_kept_ = py::list();
-  const bool constant = walk_numbers(groups, [&](PyObject* x) {
-    numbers_kept_.append(py::reinterpret_borrow<py::object>(x));
-    numbers_seen_.push_back(x);
+  hyperparams_seen_.clear();
+  hyperparams_kept_ = py::list();
+  const bool constant = walk_hyperparams(groups, [&](PyObject* x) {
+    hyperparams_kept_.append(py::reinterpret_borrow<py::object>(x));
+    hyperparams_seen_.push_back(x);
     return is_constant(x);
   });
   if (!constant) {
-    numbers_seen_.clear();
-    numbers_kept_ = py::list();
+    hyperparams_seen_.clear();
+    hyperparams_kept_ = py::list();
   }
   return false;
 }
 
-int64_t Plan::look(const py::list& groups) {
-  if (!same_numbers(groups)) ++numbers_version_;
-  return numbers_version_ << 2 | int64_t{perturbed_} << 1 | int64_t{same_parameters(groups)};
+int64_t Plan::poll(const py::list& groups) {
+  if (!same_hyperparams(groups)) ++hyperparams_version_;
+  return hyperparams_version_ << 2 | int64_t{perturbed_} << 1 | int64_t{same_parameters(groups)};
 }
 
 bool Plan::same_parameters(const py::list& groups) const {
@@ -264,45 +268,46 @@ bool Plan::same_parameters(const py::list& groups) const {
 
 bool Plan::companions_in_place(bool updating) {
   const int64_t end = updating ? watched_ : count() + masters_;
-  return core().in_place(held_, count(), end, places_.data()) && (!updating || same_state());
+  return core().in_place(held_, count(), end, layouts_.data()) && (!updating || same_state());
 }
 
 bool Plan::read_grads() {
   const auto seen = [](void* plan, int64_t i, const TensorFacts& grad) {
     return static_cast<Plan*>(plan)->fits(static_cast<size_t>(i), grad);
   };
-  return core().read_grads(held_, count(), places_.data(), grad_handles_.data(), seen, this);
+  return core().read_grads(held_, count(), layouts_.data(), grad_handles_.data(), seen, this);
 }
 
 bool Plan::collect(bool updating) {
   if (!read_grads() || !none_is_negated()) return false;
   if (!companions_in_place(updating) || core().has_grads(held_, idle_)) return false;
-  if (table_.chunks.empty()) place_all();
-  return alike_;
+  if (table_.chunks.empty()) set_all_layouts();
+  return same_layout_;
 }
 
 int Plan::visit(visitproc visitor, void* arg) const {
   for (const py::object& group : groups_) {
     if (const int stop = visitor(group.ptr(), arg)) return stop;
   }
-  for (const py::object* object : std::initializer_list<const py::object*>{&everything_, &active_, &state_, &kept_, &numbers_kept_}) {
+  for (const py::object* object :
+       std::initializer_list<const py::object*>{&everything_, &active_, &state_, &kept_, &hyperparams_kept_}) {
     if (const int stop = visitor(object->ptr(), arg)) return stop;
   }
   return 0;
 }
 
-// What a destructor may still ask of the plan is answered: no look finds the groups, and restoring needs no Python.
+// A destructor may still call the plan: poll finds no groups then, and restoring needs no Python.
 void Plan::clear() {
   const auto groups = std::exchange(groups_, {});
   const auto state = std::exchange(state_, py::dict());
   const std::array lists{std::exchange(everything_, py::list()), std::exchange(active_, py::list()),
-                         std::exchange(kept_, py::list()), std::exchange(numbers_kept_, py::list())};
-  numbers_seen_.clear();
+                         std::exchange(kept_, py::list()), std::exchange(hyperparams_kept_, py::list())};
+  hyperparams_seen_.clear();
   state_seen_.clear();
   state_dicts_.clear();
 }
 
-// Asks Python, which may run what drops a gradient or puts another one in its place: so afterwards they are read again.
+// Calls Python, which may run code that drops or replaces a gradient: so they are read again afterwards.
 bool Plan::none_is_negated() {
   using Seen = std::pair<void*, bool>;
   const auto seen = [&] {

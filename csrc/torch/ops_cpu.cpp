@@ -1,66 +1,67 @@
-// The torch face of the CPU kernels: registered ops (schemas in rst_fused/_schemas.py) that turn lists of tensors into a
-// chunk table and call the core.
+// The torch binding of the CPU kernels: registered ops (schemas in rst_fused/_schemas.py) that turn lists of tensors
+// into a chunk table and run the kernels.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "cpu/ops.h"
-#include "tables.h"
-#include "torch_threads.h"
+#include "cpu/run.h"
+#include "torch/tensor_lists.h"
+#include "torch/threads.h"
 
 namespace rst {
 
 namespace {
 
-// True where AMP found an overflow: the step is not taken, but the weights come back.
+// True where AMP found an overflow: the step is not taken, but the weights are restored.
 bool overflowed(const OptionalTensor& found_inf) {
   if (!found_inf.has_value()) return false;
-  check_numbers("step", "found_inf", kCpu, *found_inf, ScalarType::Float, 1);
+  check_scalars("step", "found_inf", kCpu, *found_inf, ScalarType::Float, 1);
   return *static_cast<const float*>(found_inf->data_ptr()) != 0;
 }
 
-double direction(bool maximize, const OptionalTensor& grad_scale) {
+double grad_multiplier(bool maximize, const OptionalTensor& grad_scale) {
   double scale = maximize ? -1 : 1;
   if (grad_scale.has_value()) {
-    check_numbers("step", "grad_scale", kCpu, *grad_scale, ScalarType::Float, 1);
+    check_scalars("step", "grad_scale", kCpu, *grad_scale, ScalarType::Float, 1);
     scale /= *static_cast<const float*>(grad_scale->data_ptr());
   }
   return scale;
 }
 
-const double* numbers(const char* op, const char* name, const StableTensor& given, size_t least) {
-  check_numbers(op, name, kCpu, given, ScalarType::Double, static_cast<int64_t>(least));
+const double* hyperparams(const char* op, const char* name, const StableTensor& given, size_t least) {
+  check_scalars(op, name, kCpu, given, ScalarType::Double, static_cast<int64_t>(least));
   return static_cast<const double*>(given.data_ptr());
 }
 
 void grad_norm(StableTensor stats, TensorList grads, TensorList params, bool adaptive, double eta) {
-  Call call;
-  call.adaptive = adaptive;
-  call.eta = eta;
-  check_numbers("grad_norm", "stats", kCpu, stats, ScalarType::Double, kStats);
+  OpParams op_params;
+  op_params.adaptive = adaptive;
+  op_params.eta = eta;
+  check_scalars("grad_norm", "stats", kCpu, stats, ScalarType::Double, kStats);
   if (adaptive) check_length("grad_norm", "params", params.size(), grads.size());
-  const Table table = make_table("grad_norm", kCpu, grads, {{kGrad, "grads", grads, false}, {kParam, "params", params, false}},
-                                 {static_cast<int64_t>(grads.size())});
-  grad_norm(table, call, torch_threads(), static_cast<double*>(stats.data_ptr()));
+  const Table table =
+      build_chunk_table("grad_norm", kCpu, grads, {{kGrad, "grads", grads, false}, {kParam, "params", params, false}},
+                        {static_cast<int64_t>(grads.size())});
+  grad_norm(table, op_params, torch_threads(), static_cast<double*>(stats.data_ptr()));
 }
 
 void perturb_(TensorList params, TensorList grads, TensorList backups, TensorList masters, StableTensor stats,
               StableTensor rho, Sizes group_sizes, bool adaptive, double eta, bool stochastic, StableTensor rng,
               int64_t first_index) {
   const char* op = "perturb_";
-  check_numbers(op, "stats", kCpu, stats, ScalarType::Double, kStats);
-  check_numbers(op, "rng", kCpu, rng, ScalarType::Long, 2);
-  const double* rhos = numbers(op, "rho", rho, group_sizes.size());
+  check_scalars(op, "stats", kCpu, stats, ScalarType::Double, kStats);
+  check_scalars(op, "rng", kCpu, rng, ScalarType::Long, 2);
+  const double* rhos = hyperparams(op, "rho", rho, group_sizes.size());
   check_length(op, "grads", grads.size(), params.size());
   if (masters.empty()) check_length(op, "backups", backups.size(), params.size());
-  Table table = make_table(op, kCpu, params, perturb_lists(params, grads, backups, masters), group_sizes);
-  Call call;
-  call.adaptive = adaptive;
-  call.eta = eta;
-  call.stochastic = stochastic;
-  call.seed = static_cast<uint64_t>(static_cast<const int64_t*>(rng.data_ptr())[0]);
-  call.step = static_cast<uint64_t>(static_cast<const int64_t*>(rng.data_ptr())[1]);
+  Table table = build_chunk_table(op, kCpu, params, perturb_lists(params, grads, backups, masters), group_sizes);
+  OpParams op_params;
+  op_params.adaptive = adaptive;
+  op_params.eta = eta;
+  op_params.stochastic = stochastic;
+  op_params.seed = static_cast<uint64_t>(static_cast<const int64_t*>(rng.data_ptr())[0]);
+  op_params.step = static_cast<uint64_t>(static_cast<const int64_t*>(rng.data_ptr())[1]);
   for (Tensor& tensor : table.tensors) tensor.index += first_index;
-  perturb(table, call, torch_threads(), static_cast<const double*>(stats.data_ptr()), rhos,
+  perturb(table, op_params, torch_threads(), static_cast<const double*>(stats.data_ptr()), rhos,
           static_cast<int>(group_sizes.size()));
 }
 
@@ -70,17 +71,18 @@ void restore_(TensorList params, TensorList backups, TensorList masters, TensorL
   if (masters.empty()) check_length(op, "backups", backups.size(), params.size());
   if (!first_grads.empty()) check_length(op, "grads", grads.size(), params.size());
   const Companions lists = restore_lists(params, backups, masters, grads, first_grads);
-  const Table table = make_table(op, kCpu, params, lists, group_sizes);
-  Call call;
-  if (!first_grads.empty()) call.gammas = numbers(op, "gamma", gamma, group_sizes.size());
-  restore(table, call, torch_threads());
+  const Table table = build_chunk_table(op, kCpu, params, lists, group_sizes);
+  OpParams op_params;
+  if (!first_grads.empty()) op_params.gammas = hyperparams(op, "gamma", gamma, group_sizes.size());
+  restore(table, op_params, torch_threads());
 }
 
 void undo_only(const char* op, const TensorList& params, const TensorList& backups, const TensorList& masters) {
   if (backups.empty() && masters.empty()) return;
-  const Table table = make_table(op, kCpu, params, restore_lists(params, backups, masters, kNoTensors, kNoTensors),
-                                 {static_cast<int64_t>(params.size())});
-  restore(table, Call{}, torch_threads());
+  const Table table =
+      build_chunk_table(op, kCpu, params, restore_lists(params, backups, masters, kNoTensors, kNoTensors),
+                        {static_cast<int64_t>(params.size())});
+  restore(table, OpParams{}, torch_threads());
 }
 
 void restore_sgd_step_(TensorList params, TensorList grads, TensorList backups, TensorList first_grads,
@@ -89,25 +91,25 @@ void restore_sgd_step_(TensorList params, TensorList grads, TensorList backups, 
   const char* op = "restore_sgd_step_";
   check_length(op, "grads", grads.size(), params.size());
   const Companions lists = sgd_lists(params, grads, backups, first_grads, momentum_buffers, masters);
-  const Table table = make_table(op, kCpu, params, lists, group_sizes);
-  Call call;
-  const double* row = numbers(op, "hyper", hyper, 5 * group_sizes.size());
+  const Table table = build_chunk_table(op, kCpu, params, lists, group_sizes);
+  OpParams op_params;
+  const double* row = hyperparams(op, "hyper", hyper, 5 * group_sizes.size());
   std::vector<SgdRow> rows;
   for (size_t r = 0; r < group_sizes.size(); ++r, row += 5) rows.push_back({row[0], row[1], row[2], row[3], row[4]});
-  call.sgd = rows.data();
-  call.nesterov = nesterov;
-  call.direction = direction(maximize, grad_scale);
+  op_params.sgd = rows.data();
+  op_params.nesterov = nesterov;
+  op_params.grad_multiplier = grad_multiplier(maximize, grad_scale);
   if (overflowed(found_inf)) {
     undo_only(op, params, backups, masters);
     return;
   }
-  sgd_step(table, call, torch_threads());
+  sgd_step(table, op_params, torch_threads());
 }
 
 void sgd_step_(TensorList params, TensorList grads, TensorList momentum_buffers, TensorList masters, StableTensor hyper,
                Sizes group_sizes, bool nesterov, bool maximize, OptionalTensor grad_scale, OptionalTensor found_inf) {
-  restore_sgd_step_(params, grads, {}, {}, momentum_buffers, masters, hyper, group_sizes, nesterov, maximize, grad_scale,
-                    found_inf);
+  restore_sgd_step_(params, grads, {}, {}, momentum_buffers, masters, hyper, group_sizes, nesterov, maximize,
+                    grad_scale, found_inf);
 }
 
 void restore_adam_step_(TensorList params, TensorList grads, TensorList backups, TensorList first_grads,
@@ -119,22 +121,22 @@ void restore_adam_step_(TensorList params, TensorList grads, TensorList backups,
   check_length(op, "exp_avgs", exp_avgs.size(), params.size());
   check_length(op, "exp_avg_sqs", exp_avg_sqs.size(), params.size());
   const Companions lists = adam_lists(params, grads, backups, first_grads, exp_avgs, exp_avg_sqs, masters);
-  const Table table = make_table(op, kCpu, params, lists, group_sizes);
-  Call call;
-  const double* row = numbers(op, "hyper", hyper, 6 * group_sizes.size());
-  const double* step = numbers(op, "steps", steps, group_sizes.size());
+  const Table table = build_chunk_table(op, kCpu, params, lists, group_sizes);
+  OpParams op_params;
+  const double* row = hyperparams(op, "hyper", hyper, 6 * group_sizes.size());
+  const double* step = hyperparams(op, "steps", steps, group_sizes.size());
   std::vector<AdamRow> rows;
   for (size_t r = 0; r < group_sizes.size(); ++r, row += 6) {
     rows.push_back({row[0], row[1], row[2], row[3], row[4], row[5], step[r]});
   }
-  call.adam = rows.data();
-  call.decoupled = decoupled;
-  call.direction = direction(maximize, grad_scale);
+  op_params.adam = rows.data();
+  op_params.decoupled = decoupled;
+  op_params.grad_multiplier = grad_multiplier(maximize, grad_scale);
   if (overflowed(found_inf)) {
     undo_only(op, params, backups, masters);
     return;
   }
-  adam_step(table, call, torch_threads());
+  adam_step(table, op_params, torch_threads());
 }
 
 void adam_step_(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_sqs, TensorList masters,

@@ -1,4 +1,4 @@
-// Element types of the core, and the scalar float16 conversions that the plain level needs.
+// Element types of the kernels, and the scalar float16 conversions that the plain SIMD level needs.
 #pragma once
 
 #include <cstdint>
@@ -8,6 +8,10 @@
 
 namespace rst {
 
+enum class DType : int { Float = 0, Double = 1, BFloat16 = 2, Half = 3 };
+constexpr int kDTypes = 4;
+inline int64_t size_of(DType t) { return t == DType::Float ? 4 : t == DType::Double ? 8 : 2; }
+
 struct BFloat16 {
   uint16_t bits;
 };
@@ -15,7 +19,7 @@ struct Half {
   uint16_t bits;
 };
 
-// The plain number that stores an element of T.
+// The builtin type that stores an element of T.
 template <class T>
 struct StorageOf {
   using type = T;

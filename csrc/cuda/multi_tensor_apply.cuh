@@ -1,9 +1,9 @@
 // The loop of all elementwise kernels: one block per chunk of a tensor, 16 bytes per access where addresses allow.
 #pragma once
 
-#include "cpu/dtypes.h"
+#include "core/dtypes.h"
 #include "cuda/args.h"
-#include "sam_math.h"
+#include "math/sam_math.h"
 
 namespace rst::cuda {
 
@@ -78,10 +78,10 @@ struct Piece {
   int32_t count;
 };
 
-template <int Streams>
-__device__ __forceinline__ Piece piece_of(const Args<Streams>& args) {
+template <int Operands>
+__device__ __forceinline__ Piece piece_of(const Args<Operands>& args) {
   const int block = static_cast<int>(blockIdx.x);
-  int low = 0, high = args.common.tensors;  // the tensor lies in [low, high)
+  int low = 0, high = args.params.tensors;  // the tensor is in [low, high)
   while (high - low > 1) {
     const int middle = (low + high) / 2;
     if (args.first_chunk[middle] <= block) {
@@ -90,24 +90,24 @@ __device__ __forceinline__ Piece piece_of(const Args<Streams>& args) {
       high = middle;
     }
   }
-  const int64_t begin = static_cast<int64_t>(block - args.first_chunk[low]) * args.common.chunk;
+  const int64_t begin = static_cast<int64_t>(block - args.first_chunk[low]) * args.params.chunk;
   const int64_t left = args.numel[low] - begin;
-  return {low, begin, static_cast<int32_t>(left < args.common.chunk ? left : args.common.chunk)};
+  return {low, begin, static_cast<int32_t>(left < args.params.chunk ? left : args.params.chunk)};
 }
 
-template <int Streams>
-__device__ __forceinline__ bool aligned(const Args<Streams>& args, int tensor) {
+template <int Operands>
+__device__ __forceinline__ bool aligned(const Args<Operands>& args, int tensor) {
   uintptr_t all = 0;
 #pragma unroll
-  for (int s = 0; s < Streams; ++s) all |= reinterpret_cast<uintptr_t>(args.data[s][tensor]);
+  for (int s = 0; s < Operands; ++s) all |= reinterpret_cast<uintptr_t>(args.data[s][tensor]);
   return all % 16 == 0;
 }
 
-// For each pack of elements first op.load, which only reads, then op.finish, which computes and writes. Several loads are
-// in flight in every thread before the first result is needed. `Least` elements are worked on where packs do not fit: 2
-// for complex numbers. T decides the size of a pack.
+// For each pack of elements first op.load, which only reads, then op.finish, which computes and writes. Several loads
+// are in flight in every thread before the first result is needed. `Least` elements are worked on where packs do not
+// fit: 2 for complex numbers. T decides the size of a pack.
 template <class T, int Unroll, int Least, class Op>
-__device__ __forceinline__ void each(bool packs, int32_t count, Op& op) {
+__device__ __forceinline__ void for_each_pack(bool packs, int32_t count, Op& op) {
   constexpr int kPack = 16 / sizeof(T);
   int32_t done = 0;
   if (packs) {
@@ -128,26 +128,29 @@ __device__ __forceinline__ void each(bool packs, int32_t count, Op& op) {
   }
 }
 
-// Hyperparameters of the block's tensor, as the op was given them: from the arguments or from the device.
-template <int Streams>
-__device__ __forceinline__ double number(const Args<Streams>& args, int tensor, int column) {
-  const Common& c = args.common;
+// A hyperparameter of the block's tensor, from the arguments or from device memory, wherever the op was given it.
+template <int Operands>
+__device__ __forceinline__ double hyperparam(const Args<Operands>& args, int tensor, int column) {
+  const LaunchParams& c = args.params;
   const int row = args.row[tensor];
-  return c.device_rows == nullptr ? c.rows[row][column] : c.device_rows[static_cast<int64_t>(row) * c.columns + column];
+  return c.device_hyperparams == nullptr ? c.hyperparams[row][column]
+                                         : c.device_hyperparams[static_cast<int64_t>(row) * c.columns + column];
 }
 
-// True where AMP found an overflow: the step is not taken, but the weights come back.
-__device__ __forceinline__ bool overflowed(const Common& c) { return c.found_inf != nullptr && *c.found_inf != 0; }
-__device__ __forceinline__ double direction(const Common& c) {
-  return c.grad_scale == nullptr ? c.direction : c.direction / static_cast<double>(*c.grad_scale);
+// True where AMP found an overflow: the step is not taken, but the weights are restored.
+__device__ __forceinline__ bool overflowed(const LaunchParams& c) {
+  return c.found_inf != nullptr && *c.found_inf != 0;
+}
+__device__ __forceinline__ double grad_multiplier(const LaunchParams& c) {
+  return c.grad_scale == nullptr ? c.grad_multiplier : c.grad_multiplier / static_cast<double>(*c.grad_scale);
 }
 
 }  // namespace rst::cuda
 
-// How a kernel gets its name, and its line in a table of cuda/kernels.h. `blocks` of it fit into one multiprocessor: were
-// it left open, the compiler would trade the loads in flight for more of them.
-#define RST_KERNEL(name, streams, blocks) \
+// How a kernel gets its name, and its entry in a table of cuda/kernels.h. `blocks` of it fit into one multiprocessor:
+// without that bound, the compiler would give up loads in flight for more blocks.
+#define RST_KERNEL(name, operands, blocks)                                  \
   extern "C" __global__ void __launch_bounds__(rst::cuda::kThreads, blocks) \
-      name(const __grid_constant__ rst::cuda::Args<rst::cuda::streams> args)
-#define RST_ENTRY(name, streams) \
-  { #name, reinterpret_cast<const void*>(&name), static_cast<int>(sizeof(rst::cuda::Args<rst::cuda::streams>)) }
+      name(const __grid_constant__ rst::cuda::Args<rst::cuda::operands> args)
+#define RST_ENTRY(name, operands) \
+  {#name, reinterpret_cast<const void*>(&name), static_cast<int>(sizeof(rst::cuda::Args<rst::cuda::operands>))}

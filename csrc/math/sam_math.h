@@ -3,7 +3,7 @@
 // Each functor works on one value of type V and knows nothing of memory: V is float or double in scalar code
 // (CUDA threads, portable CPU code) and a SIMD vector in the CPU kernels. A value type supplies + - * /, construction
 // from its scalar, and the free functions fma, sqrt and abs. Multiplications that feed an addition are written as
-// fma(), and the build forbids further contraction, so that every implementation rounds at the same places.
+// fma(), and the build forbids further contraction, so that every implementation rounds at the same layouts.
 //
 // rst_fused/reference.py holds the same functors under the same names; it is the oracle of the tests.
 #pragma once
@@ -60,6 +60,18 @@ struct AsamSquaredNorm {
   }
 };
 
+// The end of a norm: 1 / (norm + eps), or 0 where there is no direction to move in.
+struct NormFinish {
+  static constexpr double kEps = 1e-12;
+  double norm, inverse, non_finite;
+
+  static RST_HD NormFinish of(double sum_of_squares) {
+    const double norm = sqrt(sum_of_squares);
+    const bool finite = std::isfinite(norm);
+    return {norm, finite && norm > 0 ? 1 / (norm + kEps) : 0, finite ? 0.0 : 1.0};
+  }
+};
+
 // w + e with e = rho * g / ||g||; `scale` is rho / (||g|| + eps), or 0 for a zero or non-finite norm.
 template <class V>
 struct Perturb {
@@ -92,16 +104,16 @@ RST_HD V fma(One, V x, V y) {
   return x + y;
 }
 
-// SGD as torch.optim.SGD: decay, momentum with dampening, Nesterov. `direction` is -1 to maximize, else 1, over the scale of
-// AMP. `Factor` is One where neither direction nor dampening changes anything.
+// SGD as torch.optim.SGD: decay, momentum with dampening, Nesterov. `grad_multiplier` is -1 to maximize, else 1, over
+// the scale of AMP. `Factor` is One where neither grad_multiplier nor dampening changes anything.
 template <class V, class Factor = V>
 struct Sgd {
   V minus_lr, momentum;
   Factor one_minus_dampening;
   V weight_decay;
-  Factor direction;
+  Factor grad_multiplier;
 
-  RST_HD V decayed(V w, V g) const { return fma(weight_decay, w, direction * g); }
+  RST_HD V decayed(V w, V g) const { return fma(weight_decay, w, grad_multiplier * g); }
   RST_HD V buffer(V buf, V g) const { return fma(one_minus_dampening, g, momentum * buf); }
   RST_HD V nesterov(V buf, V g) const { return fma(momentum, buf, g); }
   RST_HD V update(V w, V d) const { return fma(minus_lr, d, w); }
@@ -111,9 +123,9 @@ struct Sgd {
 // 2019), in the form of torch.optim: step_size = lr / (1 - beta1^t), bias2_sqrt = sqrt(1 - beta2^t).
 template <class V>
 struct Adam {
-  V minus_step_size, one_minus_beta1, beta2, one_minus_beta2, bias2_sqrt, eps, weight_decay, decay, direction;
+  V minus_step_size, one_minus_beta1, beta2, one_minus_beta2, bias2_sqrt, eps, weight_decay, decay, grad_multiplier;
 
-  RST_HD V decayed(V w, V g) const { return fma(weight_decay, w, direction * g); }
+  RST_HD V decayed(V w, V g) const { return fma(weight_decay, w, grad_multiplier * g); }
   RST_HD V shrunk(V w) const { return decay * w; }
   RST_HD V exp_avg(V m, V g) const { return fma(one_minus_beta1, g - m, m); }
   RST_HD V exp_avg_sq(V v, V g) const { return fma(one_minus_beta2 * g, g, beta2 * v); }
@@ -130,8 +142,8 @@ struct AdamNumbers {
   static RST_HD AdamNumbers of(double lr, double beta1, double beta2, double eps, double weight_decay, double t,
                                bool decoupled) {
     const double bias1 = 1 - ::pow(beta1, t), bias2 = 1 - ::pow(beta2, t);
-    return {-lr / bias1, 1 - beta1, beta2, 1 - beta2, ::sqrt(bias2), eps, decoupled ? 0 : weight_decay,
-            decoupled ? 1 - lr * weight_decay : 1};
+    const double coupled_decay = decoupled ? 0 : weight_decay, decay = decoupled ? 1 - lr * weight_decay : 1;
+    return {-lr / bias1, 1 - beta1, beta2, 1 - beta2, ::sqrt(bias2), eps, coupled_decay, decay};
   }
 };
 
@@ -179,7 +191,8 @@ struct RandomBits {
 
 // Stochastic rounding of fp32 to a format that keeps the high bits: adding uniform bits below the cut and truncating
 // rounds away from zero with probability equal to the fraction cut off, so the expectation is the value itself.
-// `random` holds 16 bits. V is float and U uint32_t, or vectors of them; to_bits and from_bits reinterpret one as the other.
+// `random` holds 16 bits. V is float and U uint32_t, or vectors of them; to_bits and from_bits reinterpret one as the
+// other.
 template <class V, class U>
 struct StochasticRound {
   static RST_HD V to_bfloat16(V x, U random) { return x == x ? own_to_bfloat16(x, random) : x; }

@@ -1,8 +1,8 @@
-// The extension module rst_fused._host: what needs Python but no torch. Launch plans, build facts, SIMD levels.
+// The extension module rst_fused._plan_ext: what needs Python but no torch. Launch plans, build facts, SIMD levels.
 #include <map>
 #include <string>
 
-#include "host_plan.h"
+#include "plan/plan.h"
 
 namespace rst {
 
@@ -23,11 +23,11 @@ static std::map<std::string, std::string> build_info() {
           {"CUDA", core().cuda_description == nullptr ? "not built" : core().cuda_description()}};
 }
 
-// What takes the place of a GPU in tests: called as (kernel, blocks, threads per block, arguments). Never freed: Python may
-// be gone when static objects are.
+// Takes the place of a GPU in tests: called as (kernel, blocks, threads per block, arguments). Never freed: Python may
+// be gone when static objects are destroyed.
 static py::object* simulator = nullptr;
 
-static void simulate_gpu(py::object callback, bool device_numbers) {
+static void simulate_gpu(py::object callback, bool scalars_on_device) {
   if (core().simulate_gpu == nullptr) throw py::value_error("the extension was built without CUDA");
   if (simulator == nullptr) simulator = new py::object;
   *simulator = callback;
@@ -39,10 +39,10 @@ static void simulate_gpu(py::object callback, bool device_numbers) {
       throw std::runtime_error(error.what());
     }
   };
-  core().simulate_gpu(callback.is_none() ? nullptr : +launch, device_numbers);
+  core().simulate_gpu(callback.is_none() ? nullptr : +launch, scalars_on_device);
 }
 
-// nullptr until it is made, and for what is no longer.
+// nullptr before construction and after destruction.
 static Plan* made_plan(PyObject* self) {
   const auto held = reinterpret_cast<py::detail::instance*>(self)->get_value_and_holder();
   return held.holder_constructed() ? held.value_ptr<Plan>() : nullptr;
@@ -64,25 +64,26 @@ static void collect_garbage_of_plans(PyHeapTypeObject* heap_type) {
 
 }  // namespace rst
 
-PYBIND11_MODULE(_host, m) {
+PYBIND11_MODULE(_plan_ext, m) {
   using namespace rst;
   m.doc() = "Launch plans of the eager path, and facts about the build.";
   m.def("connect", &connect, py::arg("core"));
   m.def("can_plan", &can_plan);
   m.def("build_info", &build_info);
-  m.def("knows_streams", [] { return core().knows_streams != nullptr && core().knows_streams(); });
-  m.def("simulate_gpu", &simulate_gpu, py::arg("callback"), py::arg("device_numbers") = false);
+  m.def("has_stream_api", [] { return core().has_stream_api != nullptr && core().has_stream_api(); });
+  m.def("simulate_gpu", &simulate_gpu, py::arg("callback"), py::arg("scalars_on_device") = false);
   m.def("cache_bytes", [] { return core().cache_bytes(); });
   m.def("simd_levels", &simd_levels);
   m.def("simd_level", [] { return std::string(core().kernels().name); });
   m.def("select_simd", [](const std::string& name) { return core().select_kernels(name.c_str()); }, py::arg("name"));
   py::class_<Plan>(m, "Plan", py::custom_type_setup(collect_garbage_of_plans))
-      .def(py::init<bool, py::list, py::list, py::list, std::vector<int64_t>, int64_t, int64_t, int64_t, const Plan::Positions&,
-                    const Plan::Positions&, const Plan::Positions&, const Plan::Positions&, py::dict>(),
+      .def(py::init<bool, py::list, py::list, py::list, std::vector<int64_t>, int64_t, int64_t, int64_t,
+                    const Plan::Positions&, const Plan::Positions&, const Plan::Positions&, const Plan::Positions&,
+                    py::dict>(),
            py::arg("gpu"), py::arg("groups"), py::arg("everything"), py::arg("active"), py::arg("sizes"),
-           py::arg("handle"), py::arg("watched"), py::arg("idle"), py::arg("masters"), py::arg("buffers"), py::arg("buffers2"), py::arg("backups"),
-           py::arg("state"))
-      .def("look", &Plan::look)
+           py::arg("handle"), py::arg("watched"), py::arg("idle"), py::arg("masters"), py::arg("buffers"),
+           py::arg("buffers2"), py::arg("backups"), py::arg("state"))
+      .def("poll", &Plan::poll)
       .def("perturb", &Plan::perturb)
       .def("sgd_step", &Plan::sgd_step)
       .def("adam_step", &Plan::adam_step)

@@ -1,11 +1,12 @@
-// The loop every kernel shares: whole vectors, with partial ones at the ends. Included once per SIMD level.
+// The loop that all kernels share: whole vectors, with partial ones at the ends. Included once per SIMD level.
 #pragma once
 
-#include "cpu/kernels.h"
-#include "cpu/simd.h"
-#include "sam_math.h"
+#include "cpu/simd.h"  // first: formulas in math/ find only the overloads for vectors that are declared before them
 
-namespace rst::RST_LEVEL {
+#include "cpu/kernels.h"
+#include "math/sam_math.h"
+
+namespace rst::CPU_CAPABILITY {
 
 template <class T>
 struct ArithmeticOf {
@@ -37,13 +38,13 @@ RST_INLINE V broadcast(double x) {
   }
 }
 
-// With 16-bit numbers a processor looks fewer bytes ahead than memory is away, and what it fetches by itself ends at
-// every page: so kernels fetch those lines themselves, which takes up to a sixth off their time. With fp32 it takes or
-// costs a few hundredths. Where a vector fills a line and stores bypass the cache (AVX-512, measured on Zen 5) an update
-// takes a thirtieth longer with it, and a perturbation gains nothing.
-constexpr int64_t kAhead = 2048, kLine = 64;  // bytes
-RST_INLINE void fetch_ahead(const void* now) {
-  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(now) + kAhead));
+// Kernels over 16-bit dtypes prefetch, which saves up to a sixth of their time: the hardware prefetcher does not look
+// far enough ahead at their speed, and it stops at the end of every page. With fp32 the effect is a few hundredths
+// either way. Where a vector fills a line and stores bypass the cache (AVX-512, measured on Zen 5), an update becomes a
+// thirtieth slower and a perturbation gains nothing, so there is none.
+constexpr int64_t kPrefetchDistance = 2048, kLine = 64;  // bytes
+RST_INLINE void prefetch(const void* current) {
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(current) + kPrefetchDistance));
 }
 
 enum class Part { Whole, WholeStreaming, Some };
@@ -60,7 +61,7 @@ struct At {
     const T* p = static_cast<const T*>(base) + i;
     constexpr int64_t width = kLanes<V> * sizeof(T);
     if constexpr (sizeof(T) == 2 && (part == Part::Whole || (part == Part::WholeStreaming && width < kLine))) {
-      if (i * static_cast<int64_t>(sizeof(T)) % kLine < width) fetch_ahead(p);  // once a line
+      if (i * static_cast<int64_t>(sizeof(T)) % kLine < width) prefetch(p);  // once a line
     }
     if constexpr (part != Part::Some && kInHalves<decltype(raw)>) {
       std::memcpy(&raw.first, p, sizeof(raw.first));
@@ -70,7 +71,7 @@ struct At {
     }
     return Convert<V, T>::widen(raw);
   }
-  // Own: v was computed from elements of T and finite numbers alone, see Convert.
+  // Own: v was computed only from elements of T and finite numbers, see Convert.
   template <class T, bool Own>
   RST_INLINE void store(void* base, V v) const {
     put<T>(base, narrow<T, Own>(v));
@@ -91,7 +92,7 @@ struct At {
     std::memcpy(&raw, static_cast<const T*>(from) + i, bytes<T>());
     write_only<T>(to, raw);
   }
-  // For outputs that the kernel does not read: no line is fetched to be overwritten.
+  // For outputs that the kernel does not read: no line is fetched only to be overwritten.
   template <class T, bool Own>
   RST_INLINE void store_only(void* base, V v) const {
     write_only<T>(base, narrow<T, Own>(v));
@@ -131,9 +132,9 @@ struct At {
 };
 
 // Calls body(At) over the chunk. When streaming, whole vectors start where `streamed` (elements of T) is aligned. For
-// 16-bit T every At starts at an even element, so that a pair of neighbours never parts.
+// 16-bit T every At starts at an even element, so that a pair of neighbours is never split.
 template <class T, class V, class Body>
-RST_INLINE void each(const ChunkCall& c, const void* streamed, Body body) {
+RST_INLINE void for_each_vector(const ChunkArgs& c, const void* streamed, Body body) {
   constexpr int64_t bytes = kLanes<V> * sizeof(T);
   int64_t i = 0;
   const int64_t n = c.count;
@@ -164,4 +165,4 @@ RST_INLINE V magnitude(V w, [[maybe_unused]] bool complex) {
   return abs(w);
 }
 
-}  // namespace rst::RST_LEVEL
+}  // namespace rst::CPU_CAPABILITY

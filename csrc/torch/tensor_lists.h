@@ -1,9 +1,9 @@
-// From lists of tensors to the table of the core, with every check that guards memory.
+// From lists of tensors to a chunk table, with every check that guards memory.
 #pragma once
 
 #include <optional>
 
-#include "checks.h"
+#include "torch/checks.h"
 
 namespace rst {
 
@@ -11,7 +11,7 @@ using OptionalTensor = std::optional<StableTensor>;
 using Sizes = std::vector<int64_t>;
 
 struct Companion {
-  Stream stream;
+  Operand operand;
   const char* name;
   const TensorList& list;
   bool written;
@@ -22,13 +22,13 @@ inline View view_of(const StableTensor& t) {
 }
 
 // Lists that are absent are empty; `lead` is the list every other one must match.
-inline Table make_table(const char* op, const Where& where, const TensorList& lead, const std::vector<Companion>& companions,
-                 const Sizes& group_sizes) {
-  check_rows(op, group_sizes, lead.size());
+inline Table build_chunk_table(const char* op, const OpDevice& device, const TensorList& lead,
+                               const std::vector<Companion>& companions, const Sizes& group_sizes) {
+  check_group_sizes(op, group_sizes, lead.size());
   bool masters = false;
   for (const Companion& c : companions) {
     if (!c.list.empty()) check_length(op, c.name, c.list.size(), lead.size());
-    masters = masters || (c.stream == kMaster && !c.list.empty());
+    masters = masters || (c.operand == kMaster && !c.list.empty());
   }
   Table table;
   table.tensors.resize(lead.size());
@@ -42,33 +42,35 @@ inline Table make_table(const char* op, const Where& where, const TensorList& le
     STD_TORCH_CHECK(describe(dtype, tensor), "rst_fused::", op, ": parameter ", i, " has dtype ", dtype,
                     ", expected float32, float64, bfloat16, float16, complex64 or complex128");
     const bool sixteen_bit = tensor.dtype == DType::BFloat16 || tensor.dtype == DType::Half;
-    STD_TORCH_CHECK(!masters || sixteen_bit, "rst_fused::", op, ": masters go with bfloat16 and float16 parameters, but "
-                    "parameter ", i, " has dtype ", dtype);
+    STD_TORCH_CHECK(!masters || sixteen_bit, "rst_fused::", op,
+                    ": masters go with bfloat16 and float16 parameters, but "
+                    "parameter ",
+                    i, " has dtype ", dtype);
     tensor.state_dtype = masters ? DType::Float : tensor.dtype;
     tensor.row = static_cast<int>(row);
-    View views[kStreams];
+    View views[kOperands];
     for (const Companion& c : companions) {
       if (c.list.empty()) continue;
-      if (c.stream == kParam && sixteen_bit && c.list[i].scalar_type() == ScalarType::Float) {
+      if (c.operand == kParam && sixteen_bit && c.list[i].scalar_type() == ScalarType::Float) {
         // grad_norm of gradients whose weights are fp32 masters
-        check_like(op, c.name, where, i, c.list[i], lead[i], ScalarType::Float);
+        check_like(op, c.name, device, i, c.list[i], lead[i], ScalarType::Float);
         tensor.state_dtype = DType::Float;
         views[kMaster] = view_of(c.list[i]);
         continue;
       }
-      const bool state = c.stream == kMaster || c.stream == kBuffer || c.stream == kBuffer2;
-      check_like(op, c.name, where, i, c.list[i], lead[i], masters && state ? ScalarType::Float : dtype);
-      views[c.stream] = view_of(c.list[i]);
-      if (c.written) check_writable(op, c.name, i, views[c.stream]);
+      const bool state = c.operand == kMaster || is_state(c.operand);
+      check_like(op, c.name, device, i, c.list[i], lead[i], masters && state ? ScalarType::Float : dtype);
+      views[c.operand] = view_of(c.list[i]);
+      if (c.written) check_writable(op, c.name, i, views[c.operand]);
     }
-    place(tensor, views);
+    set_layout(tensor, views);
     tensor.index = static_cast<int64_t>(i);
   }
   table.cut();
   return table;
 }
 
-// Which lists each op takes, for both faces. A master takes the place of a backup.
+// The lists that each op takes, for both bindings. A master takes the place of a backup.
 using Companions = std::vector<Companion>;
 inline const TensorList kNoTensors;
 
@@ -93,7 +95,7 @@ inline Companions restore_lists(const TensorList& params, const TensorList& back
           {kMaster, "masters", masters, false}};
 }
 
-// What every update takes, but for its state and the masters.
+// What every update takes, except its state and the masters.
 inline Companions update_lists(const TensorList& params, const TensorList& grads, const TensorList& backups,
                                const TensorList& first_grads, const TensorList& masters) {
   return {{kParam, "params", params, true},
@@ -106,7 +108,7 @@ inline Companions sgd_lists(const TensorList& params, const TensorList& grads, c
                             const TensorList& first_grads, const TensorList& momentum_buffers,
                             const TensorList& masters) {
   Companions lists = update_lists(params, grads, backups, first_grads, masters);
-  lists.push_back({kBuffer, "momentum_buffers", momentum_buffers, true});
+  lists.push_back({kState0, "momentum_buffers", momentum_buffers, true});
   lists.push_back({kMaster, "masters", masters, true});
   return lists;
 }
@@ -115,8 +117,8 @@ inline Companions adam_lists(const TensorList& params, const TensorList& grads, 
                              const TensorList& first_grads, const TensorList& exp_avgs, const TensorList& exp_avg_sqs,
                              const TensorList& masters) {
   Companions lists = update_lists(params, grads, backups, first_grads, masters);
-  lists.push_back({kBuffer, "exp_avgs", exp_avgs, true});
-  lists.push_back({kBuffer2, "exp_avg_sqs", exp_avg_sqs, true});
+  lists.push_back({kState0, "exp_avgs", exp_avgs, true});
+  lists.push_back({kState1, "exp_avg_sqs", exp_avg_sqs, true});
   lists.push_back({kMaster, "masters", masters, true});
   return lists;
 }

@@ -1,6 +1,6 @@
 // Instantiates all kernels for one SIMD level. A level's .cpp includes the standard headers, sets RST_SIMD_LEVEL and
-// RST_LEVEL, switches the compiler's target and includes this file. Everything that depends on the level lies in
-// namespace rst::RST_LEVEL, so that the linker can never run code made for a newer processor on an older one.
+// CPU_CAPABILITY, switches the compiler's target and includes this file. Everything that depends on the level is in
+// namespace rst::CPU_CAPABILITY, so that the linker can never pick code made for a newer processor on an older one.
 #pragma once
 
 #include "cpu/adam_step.h"
@@ -9,7 +9,7 @@
 #include "cpu/restore.h"
 #include "cpu/sgd_step.h"
 
-namespace rst::RST_LEVEL {
+namespace rst::CPU_CAPABILITY {
 
 template <class T>
 constexpr bool kIs16Bit = sizeof(T) == 2;
@@ -45,7 +45,7 @@ inline void fill(KernelTable& table, DType dtype) {
   }
 }
 
-inline KernelTable make_table(const char* name) {
+inline KernelTable build_kernel_table(const char* name) {
   KernelTable table{};
   table.name = name;
   fill<float>(table, DType::Float);
@@ -55,4 +55,4 @@ inline KernelTable make_table(const char* name) {
   return table;
 }
 
-}  // namespace rst::RST_LEVEL
+}  // namespace rst::CPU_CAPABILITY

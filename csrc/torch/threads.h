@@ -1,10 +1,10 @@
-// The core on torch's own threads: as many as torch.set_num_threads allows.
+// Runs kernels on torch's own threads: as many as torch.set_num_threads allows.
 #pragma once
 
 #include <torch/csrc/stable/c/shim.h>
 #include <torch/headeronly/util/shim_utils.h>
 
-#include "cpu/table.h"
+#include "core/chunk_table.h"
 
 namespace rst {
 
@@ -18,7 +18,8 @@ inline Threads torch_threads() {
   return {static_cast<int>(count), [](int n, void (*fn)(int, void*), void* context) {
             Work work{fn, context};
             auto range = [](int64_t begin, int64_t end, void* w) {
-              for (int64_t k = begin; k < end; ++k) static_cast<Work*>(w)->fn(static_cast<int>(k), static_cast<Work*>(w)->context);
+              const Work& work = *static_cast<Work*>(w);
+              for (int64_t k = begin; k < end; ++k) work.fn(static_cast<int>(k), work.context);
             };
             TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, n, 1, range, &work));
           }};

@@ -1,12 +1,12 @@
-// What autograd knows of a parameter, from C++ and without a Python object for each: p.grad, and p's version counter. The
-// stable ABI has no calls for this, so two functions of torch are looked up by name: without them there are no launch
-// plans, and every step goes through the registered ops.
+// What autograd knows about a parameter, from C++ and without a Python object for each: p.grad, and p's version
+// counter. The stable ABI has no calls for this, so two functions of torch are looked up by name: without them there
+// are no launch plans, and every step goes through the registered ops.
 #pragma once
 
 #include <dlfcn.h>
 
-#include "checks.h"
-#include "core_api.h"
+#include "torch/checks.h"
+#include "torch/plan_api.h"
 
 namespace rst {
 
@@ -14,15 +14,15 @@ namespace rst {
 inline const auto torch_grad =
     reinterpret_cast<AtenTensorHandle (*)(const void*)>(dlsym(RTLD_DEFAULT, "_ZNK3c1010TensorImpl4gradEv"));
 // void torch::autograd::impl::bump_version(const at::Tensor&).
-inline const auto torch_bump_version =
-    reinterpret_cast<void (*)(AtenTensorHandle)>(dlsym(RTLD_DEFAULT, "_ZN5torch8autograd4impl12bump_versionERKN2at6TensorE"));
+inline const auto torch_bump_version = reinterpret_cast<void (*)(AtenTensorHandle)>(
+    dlsym(RTLD_DEFAULT, "_ZN5torch8autograd4impl12bump_versionERKN2at6TensorE"));
 
-inline bool knows_autograd() { return torch_grad != nullptr && torch_bump_version != nullptr; }
+inline bool has_autograd_symbols() { return torch_grad != nullptr && torch_bump_version != nullptr; }
 
 // The TensorImpl that a handle, which is a reference to a tensor, points to.
 inline const void* impl_of(AtenTensorHandle tensor) { return *reinterpret_cast<const void* const*>(tensor); }
 
-// The other way round: a handle that is valid as long as the pointer lies there.
+// The other way round: a handle that is valid as long as the pointer stays there.
 inline AtenTensorHandle handle_at(const void* const* impl) {
   return reinterpret_cast<AtenTensorHandle>(const_cast<const void**>(impl));
 }

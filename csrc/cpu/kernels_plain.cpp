@@ -5,13 +5,13 @@
 #include <vector>
 
 #define RST_SIMD_LEVEL 0
-#define RST_LEVEL plain
-#include "cpu/level.h"
+#define CPU_CAPABILITY plain
+#include "cpu/instantiate.h"
 
 namespace rst {
 
 const KernelTable& plain_kernels() {
-  static const KernelTable table = plain::make_table("plain");
+  static const KernelTable table = plain::build_kernel_table("plain");
   return table;
 }
 

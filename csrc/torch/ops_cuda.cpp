@@ -1,4 +1,5 @@
-// The torch face of the GPU kernels: the same registered ops as in ops.cpp, on the current stream of the tensors' device.
+// The torch binding of the GPU kernels: the same registered ops as in ops_cpu.cpp, on the current stream of the
+// tensors' device.
 #include <dlfcn.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -7,38 +8,40 @@
 #include <string>
 #include <utility>
 
-#include "cpu/ops.h"
-#include "gpu_target.h"
-#include "tables.h"
+#include "cpu/run.h"
+#include "torch/cuda_target.h"
+#include "torch/tensor_lists.h"
 
 namespace rst {
 
 namespace {
 
-using cuda::DeviceNumbers;
+using cuda::DeviceScalars;
 
 using GetStream = AOTITorchError (*)(int32_t device, void** stream);
 
-// From the CUDA part of torch, looked up there by name, so that this library also loads beside a torch without it.
+// Looked up by name in the CUDA part of torch, so that this library also loads with a torch that lacks it.
 GetStream stream_getter() {
   static const auto get = [] {
     void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
-    return library == nullptr ? nullptr : reinterpret_cast<GetStream>(dlsym(library, "aoti_torch_get_current_cuda_stream"));
+    return library == nullptr ? nullptr
+                              : reinterpret_cast<GetStream>(dlsym(library, "aoti_torch_get_current_cuda_stream"));
   }();
   return get;
 }
 
 void* current_stream(int32_t device) {
   void* stream = nullptr;
-  STD_TORCH_CHECK(knows_streams(), "rst_fused: this torch has CUDA tensors, but no aoti_torch_get_current_cuda_stream");
+  STD_TORCH_CHECK(has_stream_api(),
+                  "rst_fused: this torch has CUDA tensors, but no aoti_torch_get_current_cuda_stream");
   TORCH_ERROR_CODE_CHECK(stream_getter()(device, &stream));
   return stream;
 }
 
 struct Target {
-  Where where;
+  OpDevice device;
   cuda::Launcher launcher;
-  bool reads_numbers = true;  // those on the CPU; false: the kernel reads them
+  bool reads_scalars = true;  // scalars on the CPU are read here; false: by the kernel
 };
 
 Target target_of(const char* op, int32_t device) {
@@ -48,7 +51,7 @@ Target target_of(const char* op, int32_t device) {
   }
   const Simulation& sim = simulation();
   STD_TORCH_CHECK(sim.launcher.launch != nullptr, "rst_fused::", op, ": GPU kernels were asked to run on CPU tensors");
-  return {kCpu, sim.launcher, !sim.device_numbers};
+  return {kCpu, sim.launcher, !sim.scalars_on_device};
 }
 
 Target target_of(const char* op, const StableTensor& lead) {
@@ -65,14 +68,15 @@ StableTensor partials_for(const Table& table, int32_t device) {
 
 StableTensor dense_like(const StableTensor& tensor, ScalarType dtype) {
   using torch::stable::detail::from;
-  std::array<StableIValue, 6> stack{from(tensor),       from(std::optional<ScalarType>(dtype)), from(std::nullopt),
-                                    from(std::nullopt), from(std::nullopt),                     from(std::nullopt)};
+  std::array<StableIValue, 6> stack{from(tensor),       from(std::optional<ScalarType>(dtype)),
+                                    from(std::nullopt), from(std::nullopt),
+                                    from(std::nullopt), from(std::nullopt)};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::empty_like", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<StableTensor>(stack[0]);
 }
 
-// Kernels want the tensors of a parameter to lie alike. Where they do not, they work on dense copies, in the order of the
-// parameter's strides, and results are copied back.
+// Kernels need all tensors of a parameter in the same memory layout. Where they differ, kernels work on dense copies,
+// in the order of the parameter's strides, and results are copied back.
 class Copies {
  public:
   Copies(Table& table, const TensorList& lead, const std::vector<Companion>& companions) {
@@ -85,8 +89,8 @@ class Copies {
         if (c.list.empty()) continue;
         StableTensor copy = dense_like(lead[i], c.list[i].scalar_type());
         torch::stable::copy_(copy, c.list[i]);
-        const bool master = tensor.data[c.stream] == nullptr;  // grad_norm was given masters as the parameters
-        tensor.data[master ? kMaster : c.stream] = copy.data_ptr();
+        const bool master = tensor.data[c.operand] == nullptr;  // grad_norm was given masters as the parameters
+        tensor.data[master ? kMaster : c.operand] = copy.data_ptr();
         held_.push_back(copy);
         if (c.written) results_.push_back({c.list[i], copy});
       }
@@ -101,55 +105,56 @@ class Copies {
   std::vector<std::pair<StableTensor, StableTensor>> results_;
 };
 
-// Numbers of a call may lie on the device, for CUDA graphs, or on the CPU.
-const double* rows_of(const char* op, const char* name, const Target& target, const StableTensor& given, size_t rows,
-                      int columns, DeviceNumbers& device) {
-  const Where& where = target.where.holds(given) ? target.where : kCpu;
-  check_numbers(op, name, where, given, ScalarType::Double, static_cast<int64_t>(rows) * columns);
+// Hyperparameters may be in device memory, for CUDA graphs, or on the CPU.
+const double* hyperparams_of(const char* op, const char* name, const Target& target, const StableTensor& given,
+                             size_t rows, int columns, DeviceScalars& on_device) {
+  const OpDevice& place = target.device.holds(given) ? target.device : kCpu;
+  check_scalars(op, name, place, given, ScalarType::Double, static_cast<int64_t>(rows) * columns);
   const double* data = static_cast<const double*>(given.data_ptr());
-  if (given.is_cpu() && target.reads_numbers) return data;
-  device.rows = data;
-  device.columns = columns;
+  if (given.is_cpu() && target.reads_scalars) return data;
+  on_device.hyperparams = data;
+  on_device.columns = columns;
   return nullptr;
 }
 
 // grad_scale and found_inf of AMP. True where an overflow is known already.
-bool read_scaling(const char* op, const Target& target, const OptionalTensor& grad_scale, const OptionalTensor& found_inf,
-                  Call& call, DeviceNumbers& device) {
-  auto there = [&](const char* name, const StableTensor& given) {
-    const Where& where = target.where.holds(given) ? target.where : kCpu;
-    check_numbers(op, name, where, given, ScalarType::Float, 1);
-    return target.where.holds(given);
+bool read_scaling(const char* op, const Target& target, const OptionalTensor& grad_scale,
+                  const OptionalTensor& found_inf, OpParams& op_params, DeviceScalars& on_device) {
+  auto is_on_device = [&](const char* name, const StableTensor& given) {
+    const OpDevice& place = target.device.holds(given) ? target.device : kCpu;
+    check_scalars(op, name, place, given, ScalarType::Float, 1);
+    return target.device.holds(given);
   };
   if (grad_scale.has_value()) {
     const float* data = static_cast<const float*>(grad_scale->data_ptr());
-    if (there("grad_scale", *grad_scale)) {
-      device.grad_scale = data;
+    if (is_on_device("grad_scale", *grad_scale)) {
+      on_device.grad_scale = data;
     } else {
-      call.direction /= *data;
+      op_params.grad_multiplier /= *data;
     }
   }
   if (!found_inf.has_value()) return false;
   const float* data = static_cast<const float*>(found_inf->data_ptr());
-  if (!there("found_inf", *found_inf)) return *data != 0;
-  device.found_inf = data;
+  if (!is_on_device("found_inf", *found_inf)) return *data != 0;
+  on_device.found_inf = data;
   return false;
 }
 
 void grad_norm(StableTensor stats, TensorList grads, TensorList params, bool adaptive, double eta) {
   const char* op = "grad_norm";
   const Target target = target_of(op, stats);
-  check_numbers(op, "stats", target.where, stats, ScalarType::Double, kStats);
+  check_scalars(op, "stats", target.device, stats, ScalarType::Double, kStats);
   if (adaptive) check_length(op, "params", params.size(), grads.size());
   const TensorList none;
-  const std::vector<Companion> companions{{kGrad, "grads", grads, false}, {kParam, "params", adaptive ? params : none, false}};
-  Table table = make_table(op, target.where, grads, companions, {static_cast<int64_t>(grads.size())});
+  const std::vector<Companion> companions{{kGrad, "grads", grads, false},
+                                          {kParam, "params", adaptive ? params : none, false}};
+  Table table = build_chunk_table(op, target.device, grads, companions, {static_cast<int64_t>(grads.size())});
   Copies copies(table, adaptive ? params : grads, companions);
   StableTensor partials = partials_for(table, stats.is_cpu() ? kOnCpu : static_cast<int32_t>(stats.get_device_index()));
-  Call call;
-  call.adaptive = adaptive;
-  call.eta = eta;
-  cuda::grad_norm(table, call, static_cast<double*>(stats.data_ptr()), static_cast<double*>(partials.data_ptr()),
+  OpParams op_params;
+  op_params.adaptive = adaptive;
+  op_params.eta = eta;
+  cuda::grad_norm(table, op_params, static_cast<double*>(stats.data_ptr()), static_cast<double*>(partials.data_ptr()),
                   target.launcher);
 }
 
@@ -158,28 +163,28 @@ void perturb_(TensorList params, TensorList grads, TensorList backups, TensorLis
               int64_t first_index) {
   const char* op = "perturb_";
   const Target target = target_of(op, stats);
-  check_numbers(op, "stats", target.where, stats, ScalarType::Double, kStats);
+  check_scalars(op, "stats", target.device, stats, ScalarType::Double, kStats);
   check_length(op, "grads", grads.size(), params.size());
   if (masters.empty()) check_length(op, "backups", backups.size(), params.size());
   const Companions companions = perturb_lists(params, grads, backups, masters);
-  Table table = make_table(op, target.where, params, companions, group_sizes);
+  Table table = build_chunk_table(op, target.device, params, companions, group_sizes);
   for (Tensor& tensor : table.tensors) tensor.index += first_index;
   Copies copies(table, params, companions);
-  DeviceNumbers device;
-  Call call;
-  call.adaptive = adaptive;
-  call.eta = eta;
-  call.stochastic = stochastic;
-  call.scales = rows_of(op, "rho", target, rho, group_sizes.size(), 1, device);
-  check_numbers(op, "rng", target.where.holds(rng) ? target.where : kCpu, rng, ScalarType::Long, 2);
+  DeviceScalars on_device;
+  OpParams op_params;
+  op_params.adaptive = adaptive;
+  op_params.eta = eta;
+  op_params.stochastic = stochastic;
+  op_params.scales = hyperparams_of(op, "rho", target, rho, group_sizes.size(), 1, on_device);
+  check_scalars(op, "rng", target.device.holds(rng) ? target.device : kCpu, rng, ScalarType::Long, 2);
   const int64_t* numbers = static_cast<const int64_t*>(rng.data_ptr());
-  if (rng.is_cpu() && target.reads_numbers) {
-    call.seed = static_cast<uint64_t>(numbers[0]);
-    call.step = static_cast<uint64_t>(numbers[1]);
+  if (rng.is_cpu() && target.reads_scalars) {
+    op_params.seed = static_cast<uint64_t>(numbers[0]);
+    op_params.step = static_cast<uint64_t>(numbers[1]);
   } else {
-    device.rng = numbers;
+    on_device.rng = numbers;
   }
-  cuda::perturb(table, call, device, static_cast<double*>(stats.data_ptr()), target.launcher);
+  cuda::perturb(table, op_params, on_device, static_cast<double*>(stats.data_ptr()), target.launcher);
   copies.copy_back();
 }
 
@@ -191,12 +196,14 @@ void restore_(TensorList params, TensorList backups, TensorList masters, TensorL
   if (masters.empty()) check_length(op, "backups", backups.size(), params.size());
   if (!first_grads.empty()) check_length(op, "grads", grads.size(), params.size());
   const Companions companions = restore_lists(params, backups, masters, grads, first_grads);
-  Table table = make_table(op, target.where, params, companions, group_sizes);
+  Table table = build_chunk_table(op, target.device, params, companions, group_sizes);
   Copies copies(table, params, companions);
-  DeviceNumbers device;
-  Call call;
-  if (!first_grads.empty()) call.gammas = rows_of(op, "gamma", target, gamma, group_sizes.size(), 1, device);
-  cuda::restore(table, call, device, target.launcher);
+  DeviceScalars on_device;
+  OpParams op_params;
+  if (!first_grads.empty()) {
+    op_params.gammas = hyperparams_of(op, "gamma", target, gamma, group_sizes.size(), 1, on_device);
+  }
+  cuda::restore(table, op_params, on_device, target.launcher);
   copies.copy_back();
 }
 
@@ -208,30 +215,30 @@ void restore_sgd_step_(TensorList params, TensorList grads, TensorList backups, 
   const Target target = target_of(op, params[0]);
   check_length(op, "grads", grads.size(), params.size());
   const Companions companions = sgd_lists(params, grads, backups, first_grads, momentum_buffers, masters);
-  Table table = make_table(op, target.where, params, companions, group_sizes);
+  Table table = build_chunk_table(op, target.device, params, companions, group_sizes);
   Copies copies(table, params, companions);
-  DeviceNumbers device;
-  Call call;
+  DeviceScalars on_device;
+  OpParams op_params;
   std::vector<SgdRow> rows;
-  if (const double* row = rows_of(op, "hyper", target, hyper, group_sizes.size(), 5, device)) {
+  if (const double* row = hyperparams_of(op, "hyper", target, hyper, group_sizes.size(), 5, on_device)) {
     for (size_t r = 0; r < group_sizes.size(); ++r, row += 5) rows.push_back({row[0], row[1], row[2], row[3], row[4]});
   }
-  call.sgd = rows.data();
-  call.nesterov = nesterov;
-  call.direction = maximize ? -1 : 1;
-  if (read_scaling(op, target, grad_scale, found_inf, call, device)) {
+  op_params.sgd = rows.data();
+  op_params.nesterov = nesterov;
+  op_params.grad_multiplier = maximize ? -1 : 1;
+  if (read_scaling(op, target, grad_scale, found_inf, op_params, on_device)) {
     for (Tensor& tensor : table.tensors) tensor.data[kFirstGrad] = nullptr;  // nothing to mix
-    cuda::restore(table, Call{}, {}, target.launcher);
+    cuda::restore(table, OpParams{}, {}, target.launcher);
   } else {
-    cuda::sgd_step(table, call, device, target.launcher);
+    cuda::sgd_step(table, op_params, on_device, target.launcher);
   }
   copies.copy_back();
 }
 
 void sgd_step_(TensorList params, TensorList grads, TensorList momentum_buffers, TensorList masters, StableTensor hyper,
                Sizes group_sizes, bool nesterov, bool maximize, OptionalTensor grad_scale, OptionalTensor found_inf) {
-  restore_sgd_step_(params, grads, {}, {}, momentum_buffers, masters, hyper, group_sizes, nesterov, maximize, grad_scale,
-                    found_inf);
+  restore_sgd_step_(params, grads, {}, {}, momentum_buffers, masters, hyper, group_sizes, nesterov, maximize,
+                    grad_scale, found_inf);
 }
 
 void restore_adam_step_(TensorList params, TensorList grads, TensorList backups, TensorList first_grads,
@@ -245,15 +252,15 @@ void restore_adam_step_(TensorList params, TensorList grads, TensorList backups,
   check_length(op, "exp_avgs", exp_avgs.size(), params.size());
   check_length(op, "exp_avg_sqs", exp_avg_sqs.size(), params.size());
   const Companions companions = adam_lists(params, grads, backups, first_grads, exp_avgs, exp_avg_sqs, masters);
-  Table table = make_table(op, target.where, params, companions, group_sizes);
+  Table table = build_chunk_table(op, target.device, params, companions, group_sizes);
   Copies copies(table, params, companions);
-  DeviceNumbers device, counts;
-  Call call;
-  const double* row = rows_of(op, "hyper", target, hyper, group_sizes.size(), 6, device);
-  const double* step = rows_of(op, "steps", target, steps, group_sizes.size(), 1, counts);
-  device.steps = counts.rows;
+  DeviceScalars on_device, counts;
+  OpParams op_params;
+  const double* row = hyperparams_of(op, "hyper", target, hyper, group_sizes.size(), 6, on_device);
+  const double* step = hyperparams_of(op, "steps", target, steps, group_sizes.size(), 1, counts);
+  on_device.steps = counts.hyperparams;
   std::vector<AdamRow> rows;
-  for (size_t r = 0; r < group_sizes.size(); ++r) {  // what lies on the device is not read here
+  for (size_t r = 0; r < group_sizes.size(); ++r) {  // what is in device memory is not read here
     AdamRow numbers{};
     if (row != nullptr) {
       const double* h = row + 6 * r;
@@ -262,14 +269,14 @@ void restore_adam_step_(TensorList params, TensorList grads, TensorList backups,
     if (step != nullptr) numbers.step = step[r];
     rows.push_back(numbers);
   }
-  call.adam = rows.data();
-  call.decoupled = decoupled;
-  call.direction = maximize ? -1 : 1;
-  if (read_scaling(op, target, grad_scale, found_inf, call, device)) {
+  op_params.adam = rows.data();
+  op_params.decoupled = decoupled;
+  op_params.grad_multiplier = maximize ? -1 : 1;
+  if (read_scaling(op, target, grad_scale, found_inf, op_params, on_device)) {
     for (Tensor& tensor : table.tensors) tensor.data[kFirstGrad] = nullptr;  // nothing to mix
-    cuda::restore(table, Call{}, {}, target.launcher);
+    cuda::restore(table, OpParams{}, {}, target.launcher);
   } else {
-    cuda::adam_step(table, call, device, target.launcher);
+    cuda::adam_step(table, op_params, on_device, target.launcher);
   }
   copies.copy_back();
 }
@@ -283,44 +290,46 @@ void adam_step_(TensorList params, TensorList grads, TensorList exp_avgs, Tensor
 
 }  // namespace
 
-bool knows_streams() { return stream_getter() != nullptr; }
+bool has_stream_api() { return stream_getter() != nullptr; }
 
 Simulation& simulation() {
   static Simulation simulation;
   return simulation;
 }
 
-const CoreOps& gpu_ops() {
+const CoreOps& cuda_ops() {
   static const CoreOps ops{
-      [](const Table& t, const Call& c, double* stats, int32_t device) {
+      [](const Table& t, const OpParams& c, double* stats, int32_t device) {
         StableTensor partials = partials_for(t, device);
-        cuda::grad_norm(t, c, stats, static_cast<double*>(partials.data_ptr()), target_of("grad_norm", device).launcher);
+        cuda::grad_norm(t, c, stats, static_cast<double*>(partials.data_ptr()),
+                        target_of("grad_norm", device).launcher);
       },
-      [](const Table& t, const Call& c, double* stats, const double* rho, int, int32_t device) {
-        Call call = c;
-        call.scales = rho;
-        cuda::perturb(t, call, {}, stats, target_of("perturb_", device).launcher);
+      [](const Table& t, const OpParams& c, double* stats, const double* rho, int, int32_t device) {
+        OpParams op_params = c;
+        op_params.scales = rho;
+        cuda::perturb(t, op_params, {}, stats, target_of("perturb_", device).launcher);
       },
-      [](const Table& t, const Call& c, int32_t device) {
+      [](const Table& t, const OpParams& c, int32_t device) {
         cuda::restore(t, c, {}, target_of("restore_", device).launcher);
       },
-      [](const Table& t, const Call& c, const DeviceNumbers& there, int32_t device) {
-        cuda::sgd_step(t, c, there, target_of("sgd_step_", device).launcher);
+      [](const Table& t, const OpParams& c, const DeviceScalars& on_device, int32_t device) {
+        cuda::sgd_step(t, c, on_device, target_of("sgd_step_", device).launcher);
       },
-      [](const Table& t, const Call& c, const DeviceNumbers& there, int32_t device) {
-        cuda::adam_step(t, c, there, target_of("adam_step_", device).launcher);
+      [](const Table& t, const OpParams& c, const DeviceScalars& on_device, int32_t device) {
+        cuda::adam_step(t, c, on_device, target_of("adam_step_", device).launcher);
       }};
   return ops;
 }
 
 // On CPU tensors the ops of this second namespace run only where something takes the launches instead of a GPU.
-#define RST_GPU_OPS(m)                                                                                          \
-  m.impl("grad_norm", TORCH_BOX(static_cast<void (*)(StableTensor, TensorList, TensorList, bool, double)>(&grad_norm))); \
-  m.impl("perturb_", TORCH_BOX(&perturb_));                                                                     \
-  m.impl("restore_", TORCH_BOX(&restore_));                                                                     \
-  m.impl("sgd_step_", TORCH_BOX(&sgd_step_));                                                                   \
-  m.impl("restore_sgd_step_", TORCH_BOX(&restore_sgd_step_));                                                   \
-  m.impl("adam_step_", TORCH_BOX(&adam_step_));                                                                 \
+#define RST_GPU_OPS(m)                                                                                      \
+  m.impl("grad_norm",                                                                                       \
+         TORCH_BOX(static_cast<void (*)(StableTensor, TensorList, TensorList, bool, double)>(&grad_norm))); \
+  m.impl("perturb_", TORCH_BOX(&perturb_));                                                                 \
+  m.impl("restore_", TORCH_BOX(&restore_));                                                                 \
+  m.impl("sgd_step_", TORCH_BOX(&sgd_step_));                                                               \
+  m.impl("restore_sgd_step_", TORCH_BOX(&restore_sgd_step_));                                               \
+  m.impl("adam_step_", TORCH_BOX(&adam_step_));                                                             \
   m.impl("restore_adam_step_", TORCH_BOX(&restore_adam_step_))
 
 STABLE_TORCH_LIBRARY_IMPL(rst_fused, CUDA, m) { RST_GPU_OPS(m); }

@@ -1,4 +1,4 @@
-// Argument checks of the torch face. They guard memory: a call that would read or write out of bounds raises.
+// Argument checks of the torch binding. They guard memory: a call that would read or write out of bounds raises.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -6,7 +6,7 @@
 
 #include <vector>
 
-#include "cpu/table.h"
+#include "core/chunk_table.h"
 
 namespace rst {
 
@@ -42,22 +42,22 @@ inline void check_length(const char* op, const char* name, size_t given, size_t 
                   ", one per parameter");
 }
 
-// The device that a call runs on.
-struct Where {
+// The device that an op runs on.
+struct OpDevice {
   int32_t type, index;
-  const char* words;
+  const char* name;  // in messages
 
   bool holds(const StableTensor& t) const {
-    int32_t device = 0;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &device));
-    return device == type && (t.is_cpu() || t.get_device_index() == index);
+    int32_t found = 0;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &found));
+    return found == type && (t.is_cpu() || t.get_device_index() == index);
   }
 };
-inline const Where kCpu{aoti_torch_device_type_cpu(), 0, "the CPU"};
+inline const OpDevice kCpu{aoti_torch_device_type_cpu(), 0, "the CPU"};
 
-inline void check_like(const char* op, const char* name, const Where& where, size_t i, const StableTensor& t,
+inline void check_like(const char* op, const char* name, const OpDevice& device, size_t i, const StableTensor& t,
                        const StableTensor& like, ScalarType dtype) {
-  STD_TORCH_CHECK(where.holds(t), "rst_fused::", op, ": ", name, "[", i, "] is not on ", where.words,
+  STD_TORCH_CHECK(device.holds(t), "rst_fused::", op, ": ", name, "[", i, "] is not on ", device.name,
                   ", where this kernel runs");
   STD_TORCH_CHECK(t.scalar_type() == dtype, "rst_fused::", op, ": ", name, "[", i, "] has dtype ", t.scalar_type(),
                   ", expected ", dtype);
@@ -71,17 +71,17 @@ inline void check_writable(const char* op, const char* name, size_t i, const Vie
                   "] is written, but several of its elements share memory (an expanded tensor?); clone it first");
 }
 
-// `given` must be a contiguous tensor of `dtype` there, with at least `least` elements.
-inline void check_numbers(const char* op, const char* name, const Where& where, const StableTensor& given,
+// `given` must be a contiguous tensor of `dtype` on `device`, with at least `least` elements.
+inline void check_scalars(const char* op, const char* name, const OpDevice& device, const StableTensor& given,
                           ScalarType dtype, int64_t least) {
-  STD_TORCH_CHECK(where.holds(given) && given.is_contiguous() && given.scalar_type() == dtype, "rst_fused::", op, ": ",
-                  name, " must be a contiguous tensor of dtype ", dtype, " on ", where.words, ", got ",
+  STD_TORCH_CHECK(device.holds(given) && given.is_contiguous() && given.scalar_type() == dtype, "rst_fused::", op, ": ",
+                  name, " must be a contiguous tensor of dtype ", dtype, " on ", device.name, ", got ",
                   given.scalar_type());
   STD_TORCH_CHECK(given.numel() >= least, "rst_fused::", op, ": ", name, " has ", given.numel(),
                   " elements, expected at least ", least);
 }
 
-inline void check_rows(const char* op, const std::vector<int64_t>& group_sizes, size_t parameters) {
+inline void check_group_sizes(const char* op, const std::vector<int64_t>& group_sizes, size_t parameters) {
   int64_t total = 0;
   for (int64_t size : group_sizes) {
     STD_TORCH_CHECK(size >= 0, "rst_fused::", op, ": group_sizes holds ", size, ", expected counts >= 0");
