@@ -13,27 +13,31 @@ constexpr int64_t kBrief = 8 << 20;
 // drop them.
 template <class Run>
 void Plan::run(Run run) {
-  core().bump_versions(held_, count());
+  core().bump_versions(tensors_.data(), count());
   if (gpu_ || table_.bytes.back() < kBrief) {  // a launch is brief, and memory stays until the stream is done with it
     run();
     return;
   }
-  struct Slots {  // taken out of the plan: another thread that steps meanwhile needs its own
-    TensorListHandle& home;
-    TensorListHandle mine;
-    ~Slots() {  // with Python's lock again
+  struct Held {  // taken out of the plan: another thread that steps meanwhile needs its own
+    Slots& home;
+    Slots mine;
+    ~Held() {  // with Python's lock again
       core().empty_slots(mine);
       home.reset(mine.release());
     }
-  } slots{slots_, taken(slots_)};
-  core().fill_slots(slots.mine, grad_handles_.data());
+  } held{slots_, Slots(slots_ != 0 ? slots_.release() : core().make_slots(count()))};
+  core().fill_slots(held.mine, grad_handles_.data());
   py::gil_scoped_release unlocked;
   run();
 }
 
+void Plan::become(const py::dict& after) {
+  if (PyDict_Update(step_state_.ptr(), after.ptr()) != 0) throw py::error_already_set();
+}
+
 bool Plan::perturb(uintptr_t stats, std::vector<double> rho, bool adaptive, double eta, bool stochastic, uint64_t seed,
-                   uint64_t step, bool keep) {
-  if (!collect(false)) return false;
+                   uint64_t step, bool keep, const py::dict& after) {
+  if (!collect(false, false, nullptr)) return false;
   OpParams params;
   params.adaptive = adaptive;
   params.eta = eta;
@@ -41,42 +45,75 @@ bool Plan::perturb(uintptr_t stats, std::vector<double> rho, bool adaptive, doub
   params.seed = seed;
   params.step = step;
   double* stats_data = reinterpret_cast<double*>(stats);
-  TensorListHandle kept;
-  if (keep) {
-    kept.reset(taken(first_slots_).release());
-    core().fill_slots(kept, grad_handles_.data());
-  }
+  py::object kept;
+  if (keep) kept = first_grads_with(grad_handles_.data());
   run([&] {
     ops_.grad_norm(table_, params, stats_data, device_);
     ops_.perturb(table_, params, stats_data, rho.data(), static_cast<int>(rho.size()), device_);
-    perturbed_ = true;
   });
+  become(after);
   if (keep) {
-    first_grads_.reset(kept.release());
-    note_first_grads();
+    step_state_["first_grads"] = kept;
+    note_first_grads(kept.cast<FirstGrads*>());
   }
   core().clear_grads(grad_handles_.data(), count());
   return true;
 }
 
-TensorListHandle Plan::taken(TensorListHandle& slots) const {
-  return TensorListHandle(slots != 0 ? slots.release() : core().make_slots(count()));
+static uint64_t last_id = 0;
+
+FirstGrads::FirstGrads(int64_t slots, py::list params) : id(++last_id), slots(slots), params(std::move(params)) {}
+
+py::dict FirstGrads::by_parameter() const {
+  py::dict found;
+  const py::list grads = py::module_::import("torch").attr("ops").attr("rst_fused").attr("_tensors_in_slots")(
+      static_cast<int64_t>(slots));
+  for (size_t i = 0; i < params.size(); ++i) found[params[i]] = grads[i];
+  return found;
+}
+
+py::object Plan::first_grads_of(const py::dict& by_parameter) {
+  std::vector<void*> handles;
+  for (const py::handle& param : active_) handles.push_back(tensor_ref(by_parameter[param]).handle);
+  return first_grads_with(handles.data());
+}
+
+py::object Plan::first_grads_with(void* const* handles) {
+  const int64_t slots = first_slots_ != 0 ? first_slots_.release() : core().make_slots(count());
+  py::object made = py::cast(std::make_unique<FirstGrads>(slots, active_));
+  core().fill_slots(slots, handles);
+  return made;
+}
+
+FirstGrads* Plan::first_grads() const {
+  const py::object given = step_state_["first_grads"];
+  if (!py::isinstance<FirstGrads>(given)) return nullptr;
+  auto* const first = given.cast<FirstGrads*>();
+  return first->params.is(active_) ? first : nullptr;
+}
+
+bool Plan::first_grads_in_place(const FirstGrads& first) const {
+  for (size_t i = 0; i < entries_.size(); ++i) {
+    const Entry& entry = entries_[i];
+    TensorFacts g;
+    if (!core().facts_of(core().slot(first.slots, static_cast<int64_t>(i)), g) || g.dtype != entry.dtype ||
+        g.device != device_ || g.ndim != entry.ndim || !equal(g.sizes, entry.sizes(), entry.ndim)) {
+      return false;
+    }
+    const bool noted = first.id == first_grads_id_ && !table_.chunks.empty();
+    if (noted && table_.tensors[i].data[kFirstGrad] != g.data) return false;
+  }
+  return true;
 }
 
 // The first gradients are where the table has the gradients, or there are none. Those of the second pass mostly have
 // the same layout, and `fits` sees where they do not. For tensors that are visited by strides the table is rebuilt.
-void Plan::note_first_grads() {
+void Plan::note_first_grads(const FirstGrads* first) {
+  first_grads_id_ = first == nullptr ? 0 : first->id;
   for (Tensor& t : table_.tensors) {
-    t.data[kFirstGrad] = first_grads_ != 0 ? t.data[kGrad] : nullptr;
+    t.data[kFirstGrad] = first != nullptr ? t.data[kGrad] : nullptr;
     if (t.strided()) table_.chunks.clear();
   }
-}
-
-void Plan::drop_first_grads() {
-  if (first_grads_ == 0) return;
-  core().empty_slots(first_grads_);
-  first_slots_.reset(first_grads_.release());
-  note_first_grads();
 }
 
 bool Plan::first_grads_lost() const {
@@ -84,71 +121,59 @@ bool Plan::first_grads_lost() const {
                      [](const Tensor& t) { return t.has(kFirstGrad) && t.data[kFirstGrad] == t.data[kGrad]; });
 }
 
-template <class Step>
-bool Plan::update(OpParams& params, bool maximize, bool mixing, double scale, Step step) {
-  if (!collect(true)) return false;
+bool Plan::update(int rule, const std::vector<std::vector<double>>& rows, bool option, bool maximize, bool restores,
+                  bool mixing, double scale, const Addresses& on_device, const py::dict& after) {
+  const py::object kept = step_state_["first_grads"];  // held until the end, when StepState has dropped it
+  FirstGrads* const first = mixing ? first_grads() : nullptr;
+  if ((mixing && first == nullptr) || !collect(true, restores, first) || first_grads_lost()) return false;
+  OpParams params;
   params.grad_multiplier = (maximize ? -1 : 1) / scale;
-  if (!mixing) drop_first_grads();
-  if (table_.chunks.empty()) set_all_layouts();
-  if (first_grads_lost()) return false;
-  params.restoring = perturbed_;
-  run([&] {
-    step();
-    perturbed_ = false;
-  });
-  drop_first_grads();
-  return true;
-}
-
-static cuda::DeviceScalars amp_scalars(const Plan::Addresses& on_device) {
+  params.restoring = restores;
   cuda::DeviceScalars scalars;
   scalars.grad_scale = reinterpret_cast<const float*>(on_device[0]);
   scalars.found_inf = reinterpret_cast<const float*>(on_device[1]);
-  return scalars;
+  std::vector<SgdRow> sgd;
+  std::vector<AdamRow> adam;
+  for (size_t r = 0; r < rows.size(); ++r) {
+    const auto& h = rows[r];
+    if (rule == 0) sgd.push_back({h.at(0), h.at(1), h.at(2), h.at(3), h.at(4)});
+    if (rule == 1) adam.push_back({h.at(0), h.at(1), h.at(2), h.at(3), h.at(4), h.at(5), *counter(r) + 1.0});
+  }
+  params.sgd = sgd.data();
+  params.adam = adam.data();
+  params.nesterov = params.decoupled = option;
+  run([&] {
+    if (rule == 0) ops_.sgd_step(table_, params, scalars, device_);
+    if (rule == 1) ops_.adam_step(table_, params, scalars, device_);
+  });
+  for (size_t row = 0; row < counters_.size(); ++row) *counter(row) += 1;
+  core().bump_versions(counters_.data(), static_cast<int64_t>(counters_.size()));
+  become(after);
+  if (first != nullptr) {
+    core().empty_slots(first->slots);
+    first_slots_.reset(first->slots.release());
+    note_first_grads(nullptr);
+  }
+  return true;
 }
 
-bool Plan::sgd_step(const std::vector<std::array<double, 5>>& rows, bool nesterov, bool maximize, bool mixing,
-                    double scale, const Addresses& on_device) {
-  std::vector<SgdRow> hyperparams;
-  for (const auto& r : rows) hyperparams.push_back({r[0], r[1], r[2], r[3], r[4]});
-  OpParams params;
-  params.sgd = hyperparams.data();
-  params.nesterov = nesterov;
-  const auto scalars = amp_scalars(on_device);
-  return update(params, maximize, mixing, scale, [&] { ops_.sgd_step(table_, params, scalars, device_); });
-}
-
-bool Plan::adam_step(const std::vector<std::array<double, 7>>& rows, bool decoupled, bool maximize, bool mixing,
-                     double scale, const Addresses& on_device) {
-  std::vector<AdamRow> hyperparams;
-  for (const auto& r : rows) hyperparams.push_back({r[0], r[1], r[2], r[3], r[4], r[5], r[6]});
-  OpParams params;
-  params.adam = hyperparams.data();
-  params.decoupled = decoupled;
-  const auto scalars = amp_scalars(on_device);
-  return update(params, maximize, mixing, scale, [&] { ops_.adam_step(table_, params, scalars, device_); });
-}
-
-bool Plan::restore() {
-  if (!perturbed_) return true;
-  if (!core().in_place(held_, 0, count(), layouts_.data()) || !companions_in_place(true)) return false;
+bool Plan::restore(const py::dict& after) {
+  if (!in_place(0, backups_end_) || (masters_end_ > count() && !same_state())) return false;
   for (size_t i = 0; i < entries_.size(); ++i) {  // without the gradients, which may be gone
     View views[kOperands];
     for (Operand operand : {kParam, kBackup, kMaster}) views[operand] = views_[i][operand];
     set_layout(table_.tensors[i], views);
   }
   cut();
-  if (!same_layout_) return false;
-  core().bump_versions(held_, count());
-  ops_.restore(table_, OpParams{}, device_);
-  TensorListHandle dropped(hand_over());
-  return true;
-}
-
-int64_t Plan::hand_over() {
-  perturbed_ = false;
+  const bool served = same_layout_;
+  if (served) {
+    core().bump_versions(tensors_.data(), count());
+    ops_.restore(table_, OpParams{}, device_);
+    become(after);
+  }
   table_.chunks.clear();
-  return first_grads_.release();
+  first_grads_id_ = 0;
+  return served;
 }
 
 }  // namespace rst

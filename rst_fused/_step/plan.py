@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 _FLOATS = {float}
 _PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
-_CAN_PLAN = plan_extension() is not None and plan_extension().can_plan() and hasattr(plan_extension().Plan, 'poll')
+_CAN_PLAN = plan_extension() is not None and plan_extension().can_plan()
 _NO_ADDRESSES = (0, 0)
 
 
@@ -158,12 +158,15 @@ class PlanCache:
         backups = [backup_of(opt, p) if backed and not has_master(opt, p) else None for p in columns.params]
         kept = [m if b is None else b for m, b in zip(masters, backups, strict=True)]
         saved = {p: w for p, w in zip(columns.params, kept, strict=True) if w is not None}
+        companions = [*masters, *backups, *columns.steps, *(t for column in columns.states for t in column)]
+        if not all(t is None or type(t) in _PLAIN_TENSORS for t in companions):
+            return False
         if state.saved and {p: id(w) for p, w in saved.items()} != {p: id(w) for p, w in state.saved.items()}:
             return False  # some parameters have only one of both gradients
         plan = plan_extension().Plan(
             gpu=opt.backend.plans == "gpu", groups=opt.param_groups, everything=params, active=columns.params,
             idle=[p for p in params if p.grad is None], sizes=columns.sizes, masters=masters, states=columns.states,
-            backups=backups, steps=columns.steps, groups_of_rows=[id(group) for group, _ in columns.rows],
+            backups=backups, steps=columns.steps, row_groups=[id(group) for group, _ in columns.rows],
             state={} if rule is None else opt.state,  # that of an optimizer instance is its own affair
             step_state=vars(state),
         )  # fmt: skip

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from rst_fused import RST
-from rst_fused._backends import backends, host
+from rst_fused._backends import backends, plan_extension
 
 pytestmark = pytest.mark.skipif(
     not next(b for b in backends() if b.name == "cpu").available, reason="the C++ extension is not built"
@@ -180,7 +180,7 @@ def test_a_size_one_dimension_does_not_defeat_the_plan() -> None:
 
 
 def test_plans_find_what_they_look_up_in_this_torch() -> None:
-    assert host().can_plan()
+    assert plan_extension().can_plan()
 
 
 @pytest.mark.parametrize("shape", [(4,), (1,), (3, 2)])
