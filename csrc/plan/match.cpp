@@ -25,7 +25,7 @@ void TensorListHandle::reset(int64_t handle) {
 }
 
 Plan::Plan(bool gpu, py::list groups, py::list everything, py::list active, std::vector<int64_t> sizes, int64_t handle,
-           int64_t watched, int64_t idle, const Positions& masters, const Positions& buffers, const Positions& buffers2,
+           int64_t watched, int64_t idle, const Positions& masters, const std::vector<Positions>& states,
            const Positions& backups, py::dict state)
     : ops_(gpu ? *core().gpu : core().cpu),
       gpu_(gpu),
@@ -75,11 +75,11 @@ Plan::Plan(bool gpu, py::list groups, py::list everything, py::list active, std:
   }
   add(masters, kMaster);
   masters_ = static_cast<int64_t>(layouts_.size()) - count();
-  add(buffers, kState0);
-  add(buffers2, kState1);
+  if (states.size() > kStates) throw py::value_error("there are more state tensors than any base optimizer has");
+  for (size_t s = 0; s < states.size(); ++s) add(states[s], static_cast<Operand>(kState0 + s));
   add(backups, kBackup);
   for (const auto& views : views_) {
-    for (Operand operand : {kParam, kState0, kState1, kMaster}) {
+    for (Operand operand : {kParam, kState0, kState1, kState2, kMaster}) {
       if (may_overlap(views[operand].ndim, views[operand].sizes, views[operand].strides)) {
         throw py::value_error("a parameter or its state is written, but several of its elements share memory");
       }

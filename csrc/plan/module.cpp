@@ -78,15 +78,13 @@ PYBIND11_MODULE(_plan_ext, m) {
   m.def("select_simd", [](const std::string& name) { return core().select_kernels(name.c_str()); }, py::arg("name"));
   py::class_<Plan>(m, "Plan", py::custom_type_setup(collect_garbage_of_plans))
       .def(py::init<bool, py::list, py::list, py::list, std::vector<int64_t>, int64_t, int64_t, int64_t,
-                    const Plan::Positions&, const Plan::Positions&, const Plan::Positions&, const Plan::Positions&,
-                    py::dict>(),
+                    const Plan::Positions&, const std::vector<Plan::Positions>&, const Plan::Positions&, py::dict>(),
            py::arg("gpu"), py::arg("groups"), py::arg("everything"), py::arg("active"), py::arg("sizes"),
-           py::arg("handle"), py::arg("watched"), py::arg("idle"), py::arg("masters"), py::arg("buffers"),
-           py::arg("buffers2"), py::arg("backups"), py::arg("state"))
+           py::arg("handle"), py::arg("watched"), py::arg("idle"), py::arg("masters"), py::arg("states"),
+           py::arg("backups"), py::arg("state"))
       .def("poll", &Plan::poll)
       .def("perturb", &Plan::perturb)
-      .def("sgd_step", &Plan::sgd_step)
-      .def("adam_step", &Plan::adam_step)
+      .def("update", &Plan::update)
       .def("restore", &Plan::restore)
       .def("hand_over", &Plan::hand_over)
       .def_property_readonly("perturbed", &Plan::perturbed);

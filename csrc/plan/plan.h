@@ -35,12 +35,12 @@ class Plan {
   using Positions = std::vector<int64_t>;
   // groups: the parameter groups. everything: all parameters in their order. active: those with a gradient, in the
   // order of the ops; sizes: how many of them share each row of hyperparameters. `handle` holds the tensors of the
-  // plan: active, masters and buffers, which must stay where they are (`watched` tensors in all), then backups, then
-  // from position `idle` on the parameters without a gradient. masters, buffers, buffers2, backups: the position of
+  // plan: active, masters and states, which must stay where they are (`watched` tensors in all), then backups, then
+  // from position `idle` on the parameters without a gradient. masters, states, backups: the position of
   // each active parameter's companion among them, or -1. `state` is the optimizer's state: a step must find the same
   // tensors in it. `gpu`: which kernels run.
   Plan(bool gpu, py::list groups, py::list everything, py::list active, std::vector<int64_t> sizes, int64_t handle,
-       int64_t watched, int64_t idle, const Positions& masters, const Positions& buffers, const Positions& buffers2,
+       int64_t watched, int64_t idle, const Positions& masters, const std::vector<Positions>& states,
        const Positions& backups, py::dict state);
 
   // Compares the parameter groups with the plan. Bit 0: whether they are its groups and still hold its parameters; bit
@@ -51,14 +51,13 @@ class Plan {
   // False, with nothing changed, if anything is not as it was when the plan was made: then make another one.
   bool perturb(uintptr_t stats, std::vector<double> rho, bool adaptive, double eta, bool stochastic, uint64_t seed,
                uint64_t step, bool keep);
-  // One update of all parameters, restored first if perturbed; false as above. `mixing` uses the gradients that perturb
-  // kept. Gradients are divided by the scale of AMP: by `scale`, or on a GPU by the one at the first address of
-  // `on_device`, with found_inf at the second.
+  // One update of all parameters by the base optimizer with the number `rule`, restored first if perturbed; false as
+  // above. hyperparams: a row per entry of sizes, with the step count last for rules that count steps. `mixing` uses
+  // the gradients that perturb kept. Gradients are divided by the scale of AMP: by `scale`, or on a GPU by the one at
+  // the first address of `on_device`, with found_inf at the second.
   using Addresses = std::array<uintptr_t, 2>;  // 0: none
-  bool sgd_step(const std::vector<std::array<double, 5>>& rows, bool nesterov, bool maximize, bool mixing, double scale,
-                const Addresses& on_device);
-  bool adam_step(const std::vector<std::array<double, 7>>& rows, bool decoupled, bool maximize, bool mixing,
-                 double scale, const Addresses& on_device);
+  bool update(int rule, const std::vector<std::vector<double>>& hyperparams, bool flag, bool maximize, bool mixing,
+              double scale, const Addresses& on_device);
   bool perturbed() const { return perturbed_; }
   // Undoes a perturbation. False, with nothing done, if a parameter is no longer where it was.
   bool restore();
@@ -110,8 +109,6 @@ class Plan {
   bool first_grads_lost() const;
   template <class Run>
   void run(Run run);
-  template <class Step>
-  bool update(OpParams& call, bool maximize, bool mixing, double scale, Step step);
 
   int64_t count() const { return static_cast<int64_t>(entries_.size()); }
 

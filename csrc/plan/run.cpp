@@ -84,49 +84,35 @@ bool Plan::first_grads_lost() const {
                      [](const Tensor& t) { return t.has(kFirstGrad) && t.data[kFirstGrad] == t.data[kGrad]; });
 }
 
-template <class Step>
-bool Plan::update(OpParams& params, bool maximize, bool mixing, double scale, Step step) {
+bool Plan::update(int rule, const std::vector<std::vector<double>>& hyperparams, bool flag, bool maximize, bool mixing,
+                  double scale, const Addresses& on_device) {
+  if (rule < 0 || rule >= kRules) throw py::index_error("rule is not the number of a base optimizer");
+  std::vector<double> rows;
+  for (const auto& row : hyperparams) {
+    if (static_cast<int>(row.size()) != kRuleInfos[rule].row_size()) {
+      throw py::value_error("hyperparams do not have the columns of the rule");
+    }
+    rows.insert(rows.end(), row.begin(), row.end());
+  }
   if (!collect(true)) return false;
-  params.grad_multiplier = (maximize ? -1 : 1) / scale;
   if (!mixing) drop_first_grads();
   if (table_.chunks.empty()) set_all_layouts();
   if (first_grads_lost()) return false;
+  OpParams params;
+  params.rule = rule;
+  params.flag = flag;
+  params.hyperparams = rows.data();
+  params.grad_multiplier = (maximize ? -1 : 1) / scale;
   params.restoring = perturbed_;
+  cuda::DeviceScalars scalars;
+  scalars.grad_scale = reinterpret_cast<const float*>(on_device[0]);
+  scalars.found_inf = reinterpret_cast<const float*>(on_device[1]);
   run([&] {
-    step();
+    ops_.update(table_, params, scalars, device_);
     perturbed_ = false;
   });
   drop_first_grads();
   return true;
-}
-
-static cuda::DeviceScalars amp_scalars(const Plan::Addresses& on_device) {
-  cuda::DeviceScalars scalars;
-  scalars.grad_scale = reinterpret_cast<const float*>(on_device[0]);
-  scalars.found_inf = reinterpret_cast<const float*>(on_device[1]);
-  return scalars;
-}
-
-bool Plan::sgd_step(const std::vector<std::array<double, 5>>& rows, bool nesterov, bool maximize, bool mixing,
-                    double scale, const Addresses& on_device) {
-  std::vector<SgdRow> hyperparams;
-  for (const auto& r : rows) hyperparams.push_back({r[0], r[1], r[2], r[3], r[4]});
-  OpParams params;
-  params.sgd = hyperparams.data();
-  params.nesterov = nesterov;
-  const auto scalars = amp_scalars(on_device);
-  return update(params, maximize, mixing, scale, [&] { ops_.sgd_step(table_, params, scalars, device_); });
-}
-
-bool Plan::adam_step(const std::vector<std::array<double, 7>>& rows, bool decoupled, bool maximize, bool mixing,
-                     double scale, const Addresses& on_device) {
-  std::vector<AdamRow> hyperparams;
-  for (const auto& r : rows) hyperparams.push_back({r[0], r[1], r[2], r[3], r[4], r[5], r[6]});
-  OpParams params;
-  params.adam = hyperparams.data();
-  params.decoupled = decoupled;
-  const auto scalars = amp_scalars(on_device);
-  return update(params, maximize, mixing, scale, [&] { ops_.adam_step(table_, params, scalars, device_); });
 }
 
 bool Plan::restore() {
