@@ -3,7 +3,8 @@
 
 #include <cstdint>
 
-#include "math/sam_math.h"
+#include "core/chunk_table.h"
+#include "math/rules/all.h"
 
 namespace rst {
 
@@ -19,24 +20,25 @@ RST_HD void write_stats(double sum_of_squares, double* stats) {
   stats[kNonFiniteCount] += finish.non_finite;
 }
 
-struct SgdRow {
-  double lr, momentum, dampening, weight_decay, gamma;
-};
-struct AdamRow {
-  double lr, beta1, beta2, eps, weight_decay, gamma, step;
-};
-
 // Values that are the same for all tensors of a call.
 struct OpParams {
-  bool adaptive = false, stochastic = false, nesterov = false, decoupled = false;
+  bool adaptive = false, stochastic = false;
   bool restoring = true;  // updates read w from the backup, where there is one
   double eta = 0;
-  double grad_multiplier = 1;      // -1 to maximize; divided by the gradient scale of AMP
-  const double* scales = nullptr;  // perturb, per row: rho / (norm + eps) on the CPU, rho on a GPU
-  const double* gammas = nullptr;  // restore with mixing: per row
-  const SgdRow* sgd = nullptr;
-  const AdamRow* adam = nullptr;
+  double grad_multiplier = 1;           // -1 to maximize; divided by the gradient scale of AMP
+  const double* scales = nullptr;       // perturb, per row: rho / (norm + eps) on the CPU, rho on a GPU
+  const double* gammas = nullptr;       // restore with mixing: per row
+  int rule = 0;                         // of an update: a RuleIndex
+  bool flag = false;                    // its flag: nesterov, or decoupled
+  const double* hyperparams = nullptr;  // kRuleInfos[rule].row_size() for each row
   uint64_t seed = 0, step = 0;
 };
+
+// Among RST_RULE_VARIANTS, the one with the state tensors that `tensor` has.
+inline int variant_of(int rule, const Tensor& tensor) {
+  const RuleInfo& info = kRuleInfos[rule];
+  const bool has_last = info.most_states > info.fewest_states && tensor.has(kState0 + info.fewest_states);
+  return info.first_variant + has_last;
+}
 
 }  // namespace rst

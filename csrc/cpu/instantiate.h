@@ -3,16 +3,25 @@
 // namespace rst::CPU_CAPABILITY, so that the linker can never pick code made for a newer processor on an older one.
 #pragma once
 
-#include "cpu/adam_step.h"
 #include "cpu/grad_norm.h"
 #include "cpu/perturb.h"
 #include "cpu/restore.h"
-#include "cpu/sgd_step.h"
+#include "cpu/update.h"
 
 namespace rst::CPU_CAPABILITY {
 
 template <class T>
 constexpr bool kIs16Bit = sizeof(T) == 2;
+
+template <class Rule, int States, class T>
+inline void fill_update(Kernel (&update)[2][2]) {
+  update[0][0] = update_chunk<Rule, States, T, false, false>;
+  update[1][0] = update_chunk<Rule, States, T, true, false>;
+  if constexpr (kIs16Bit<T>) {
+    update[0][1] = update_chunk<Rule, States, T, false, true>;
+    update[1][1] = update_chunk<Rule, States, T, true, true>;
+  }
+}
 
 template <class T>
 inline void fill(KernelTable& table, DType dtype) {
@@ -24,24 +33,16 @@ inline void fill(KernelTable& table, DType dtype) {
   table.backup[d] = backup_chunk<T>;
   table.restore[d][0] = restore_chunk<T, false>;
   table.mix[d] = mix_chunk<T>;
-  table.sgd_step[d][0][0][0] = sgd_step_chunk<T, false, false, false>;
-  table.sgd_step[d][0][1][0] = sgd_step_chunk<T, false, true, false>;
-  table.sgd_step[d][1][0][0] = sgd_step_chunk<T, true, false, false>;
-  table.sgd_step[d][1][1][0] = sgd_step_chunk<T, true, true, false>;
-  table.adam_step[d][0][0] = adam_step_chunk<T, false, false>;
-  table.adam_step[d][1][0] = adam_step_chunk<T, true, false>;
+  int variant = 0;
+#define RST_FILL(Rule, states, ...) fill_update<Rule, states, T>(table.update[variant++][d]);
+  RST_RULE_VARIANTS(RST_FILL)
+#undef RST_FILL
   if constexpr (kIs16Bit<T>) {
     table.grad_norm[d][0][1] = grad_norm_chunk<T, false, false>;
     table.grad_norm[d][1][1] = grad_norm_chunk<T, true, true>;
     table.perturb[d][0][1] = perturb_chunk<T, false, true>;
     table.perturb[d][1][1] = perturb_chunk<T, true, true>;
     table.restore[d][1] = restore_chunk<T, true>;
-    table.sgd_step[d][0][0][1] = sgd_step_chunk<T, false, false, true>;
-    table.sgd_step[d][0][1][1] = sgd_step_chunk<T, false, true, true>;
-    table.sgd_step[d][1][0][1] = sgd_step_chunk<T, true, false, true>;
-    table.sgd_step[d][1][1][1] = sgd_step_chunk<T, true, true, true>;
-    table.adam_step[d][0][1] = adam_step_chunk<T, false, true>;
-    table.adam_step[d][1][1] = adam_step_chunk<T, true, true>;
   }
 }
 

@@ -31,8 +31,7 @@ struct KernelTable {
   Kernel backup[kDTypes];
   Kernel restore[kDTypes][2];  // [master]
   Kernel mix[kDTypes];
-  Kernel sgd_step[kDTypes][2][2][2];  // [momentum][mix][master]
-  Kernel adam_step[kDTypes][2][2];    // [mix][master]
+  Kernel update[kRuleVariants][kDTypes][2][2];  // [mix][master]
 };
 
 const KernelTable& plain_kernels();

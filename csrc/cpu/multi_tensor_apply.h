@@ -29,15 +29,6 @@ constexpr int kLanes = Shape<V>::kLanes;
 template <class T, bool Master>
 using State = typename std::conditional<Master, Float32Beside<T>, T>::type;
 
-template <class V>
-RST_INLINE V broadcast(double x) {
-  if constexpr (std::is_same<V, Twin>::value) {
-    return {broadcast<FloatV>(x), broadcast<FloatV>(x)};
-  } else {
-    return V{} + static_cast<typename Shape<V>::Scalar>(x);
-  }
-}
-
 // Kernels over 16-bit dtypes prefetch, which saves up to a sixth of their time: the hardware prefetcher does not look
 // far enough ahead at their speed, and it stops at the end of every page. With fp32 the effect is a few hundredths
 // either way. Where a vector fills a line and stores bypass the cache (AVX-512, measured on Zen 5), an update becomes a

@@ -119,10 +119,6 @@ void run(const Table& table, const OpParams& params, Pick pick, unsigned reads, 
   }
 }
 
-unsigned update_reads(const OpParams& params) {
-  return bit(kParam) | bit(kGrad) | bit(kFirstGrad) | (params.restoring ? bit(kBackup) : 0);
-}
-
 int dtype(const Tensor& tensor) { return static_cast<int>(tensor.dtype); }
 
 }  // namespace
@@ -166,20 +162,13 @@ void restore(const Table& table, const OpParams& params, const Threads& threads)
   run(table, params, mix, bit(kGrad) | bit(kFirstGrad), bit(kGrad), threads);
 }
 
-void sgd_step(const Table& table, const OpParams& params, const Threads& threads) {
-  auto pick = [](const KernelTable& k, const Tensor& t, const OpParams&) {
-    return k.sgd_step[dtype(t)][t.has(kState0)][t.has(kFirstGrad)][t.has(kMaster)];
+void update(const Table& table, const OpParams& params, const Threads& threads) {
+  auto pick = [](const KernelTable& k, const Tensor& t, const OpParams& p) {
+    return k.update[variant_of(p.rule, t)][dtype(t)][t.has(kFirstGrad)][t.has(kMaster)];
   };
-  const unsigned state = bit(kState0) | bit(kMaster);
-  run(table, params, pick, update_reads(params) | state, bit(kParam) | state, threads);
-}
-
-void adam_step(const Table& table, const OpParams& params, const Threads& threads) {
-  auto pick = [](const KernelTable& k, const Tensor& t, const OpParams&) {
-    return k.adam_step[dtype(t)][t.has(kFirstGrad)][t.has(kMaster)];
-  };
-  const unsigned state = bit(kState0) | bit(kState1) | bit(kMaster);
-  run(table, params, pick, update_reads(params) | state, bit(kParam) | state, threads);
+  const unsigned state = bit(kState0) | bit(kState1) | bit(kState2) | bit(kMaster);
+  const unsigned reads = bit(kParam) | bit(kGrad) | bit(kFirstGrad) | (params.restoring ? bit(kBackup) : 0) | state;
+  run(table, params, pick, reads, bit(kParam) | state, threads);
 }
 
 }  // namespace rst

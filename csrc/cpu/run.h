@@ -12,9 +12,9 @@ void perturb(const Table& table, OpParams params, const Threads& threads, const 
              int rows);
 // w <- backup, or the rounded master; with first gradients also g <- (1 - gamma) g1 + gamma g.
 void restore(const Table& table, const OpParams& params, const Threads& threads);
-// One step of SGD, Adam or AdamW. Restores w first (folded into the same pass) where a backup or master is present.
-void sgd_step(const Table& table, const OpParams& params, const Threads& threads);
-void adam_step(const Table& table, const OpParams& params, const Threads& threads);
+// One step of the base optimizer params.rule. Restores w first (folded into the same pass) where a backup or master is
+// present.
+void update(const Table& table, const OpParams& params, const Threads& threads);
 
 // Bytes of the last-level cache. Ops on more data than that write past it.
 int64_t cache_bytes();

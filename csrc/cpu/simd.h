@@ -170,6 +170,18 @@ RST_INLINE Twin sqrt(Twin x) { return {sqrt(x.a), sqrt(x.b)}; }
 RST_INLINE Twin abs(Twin x) { return {abs(x.a), abs(x.b)}; }
 
 template <class V>
+RST_INLINE V broadcast(double x) {
+  if constexpr (std::is_same<V, Twin>::value) {
+    return {broadcast<FloatV>(x), broadcast<FloatV>(x)};
+  } else {
+    return V{} + static_cast<typename std::decay<decltype(V{}[0])>::type>(x);
+  }
+}
+RST_INLINE void assign(FloatV& to, double x) { to = broadcast<FloatV>(x); }
+RST_INLINE void assign(DoubleV& to, double x) { to = broadcast<DoubleV>(x); }
+RST_INLINE void assign(Twin& to, double x) { to = broadcast<Twin>(x); }
+
+template <class V>
 struct Shape {
   using Scalar = typename std::decay<decltype(V{}[0])>::type;
   static constexpr int kLanes = sizeof(V) / sizeof(Scalar);

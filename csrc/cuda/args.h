@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "math/rules/all.h"
+
 namespace rst::cuda {
 
 // 32,764 bytes of kernel arguments from CUDA 13 on, 4 KiB before. The build says which.
@@ -11,13 +13,13 @@ namespace rst::cuda {
 #define RST_CUDA_ARGUMENT_BYTES 32764
 #endif
 constexpr int kArgumentBytes = RST_CUDA_ARGUMENT_BYTES;
-constexpr int kThreads = 512;    // of every block
-constexpr int kRows = 8;         // rows of hyperparameters in one launch
-constexpr int kHyperparams = 7;  // in a row: Adam has the most
+constexpr int kThreads = 512;                // of every block
+constexpr int kRows = 8;                     // rows of hyperparameters in one launch
+constexpr int kHyperparams = longest_row();  // in a row
 
 // The same for all tensors of a launch.
 struct LaunchParams {
-  double hyperparams[kRows][kHyperparams];  // in the order of the schema, Adam's step count last
+  double hyperparams[kRows][kHyperparams];  // in the order of the schema, the step count last
   const double* device_hyperparams;         // not null: they are read from device tensors instead
   const double* device_steps;
   const int64_t* rng;  // [seed, step]; null: the two below
@@ -32,7 +34,8 @@ struct LaunchParams {
   int32_t tensors, chunk;  // chunk: elements that one block works on
   int32_t columns;         // of device_hyperparams
   bool last;               // grad_norm: the launch that finishes the sum
-  bool stochastic, nesterov, decoupled;
+  bool stochastic;
+  bool flag;  // of the rule: nesterov, or decoupled
 };
 
 // One launch over tensors with `Operands` operands each.
@@ -53,9 +56,8 @@ enum NormOperand : int { kNormGrad, kNormWeight, kNormOperands };
 enum PerturbOperand : int { kPerturbParam, kPerturbGrad, kPerturbCopy, kPerturbOperands };  // copy: backup or master
 enum RestoreOperand : int { kRestoreParam, kRestoreSource, kRestoreOperands };
 enum MixOperand : int { kMixGrad, kMixFirst, kMixOperands };
-// source: where w is read, the backup, the master or the parameter itself.
-enum SgdOperand : int { kSgdParam, kSgdGrad, kSgdSource, kSgdFirst, kSgdState0, kSgdOperands };
-enum AdamOperand : int { kAdamParam, kAdamGrad, kAdamSource, kAdamFirst, kAdamState0, kAdamState1, kAdamOperands };
+// source: where w is read, the backup, the master or the parameter itself. All states of the rule are last.
+enum UpdateOperand : int { kUpdateParam, kUpdateGrad, kUpdateSource, kUpdateFirst, kUpdateState0 };
 
 struct GpuKernel {
   const char* name;      // as in the PTX

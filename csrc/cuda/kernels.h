@@ -2,6 +2,7 @@
 #pragma once
 
 #include "core/chunk_table.h"
+#include "core/params.h"
 #include "cuda/args.h"
 
 namespace rst::cuda {
@@ -11,7 +12,6 @@ extern const GpuKernel grad_norm_kernels[kDTypes][2][2][2];  // adaptive, comple
 extern const GpuKernel perturb_kernels[kDTypes][2][2][2];    // adaptive, complex, master
 extern const GpuKernel restore_kernels[kDTypes][2];          // master
 extern const GpuKernel mix_kernels[kDTypes];
-extern const GpuKernel sgd_step_kernels[kDTypes][2][2][2];  // momentum, mixing, master
-extern const GpuKernel adam_step_kernels[kDTypes][2][2];    // mixing, master
+extern const GpuKernel update_kernels[kRuleVariants][kDTypes][2][2];  // mixing, master
 
 }  // namespace rst::cuda

@@ -21,32 +21,28 @@ int32_t chunk_of(const Table& table) {
 
 int64_t chunks_in(const Tensor& tensor, int32_t chunk) { return (tensor.numel + chunk - 1) / chunk; }
 
+// Hyperparameters that travel in the arguments of a launch. Null: none do.
+struct Rows {
+  const double* data = nullptr;
+  int columns = 0, count = 0;
+};
+
 // Collects tensors into launches of one kernel and starts each when it is full.
 template <int Operands>
 class Launches {
   static_assert(sizeof(Args<Operands>) <= kArgumentBytes, "a launch must fit into the arguments of a kernel");
 
  public:
-  // fill(params, row, hyperparams): writes the op's hyperparameters of `row`.
-  using Fill = void (*)(const OpParams& params, int row, double (&hyperparams)[kHyperparams]);
-
-  // `embeds`: hyperparameters travel in the arguments. `done` receives the tensors of launches that have started.
-  Launches(const GpuKernel& kernel, const LaunchParams& launch, const OpParams& params, Fill fill, int rows,
-           bool embeds, const Launcher& launcher, std::vector<const Tensor*>* done = nullptr)
-      : kernel_(kernel),
-        launch_(launch),
-        op_params_(params),
-        fill_(fill),
-        rows_(rows),
-        embeds_(embeds),
-        launcher_(launcher),
-        done_(done) {}
+  // `done` receives the tensors of launches that have started.
+  Launches(const GpuKernel& kernel, const LaunchParams& launch, Rows rows, const Launcher& launcher,
+           std::vector<const Tensor*>* done = nullptr)
+      : kernel_(kernel), launch_(launch), rows_(rows), launcher_(launcher), done_(done) {}
 
   void add(const Tensor& tensor, void* const (&data)[Operands]) {
     if (tensor.numel == 0) return;
     const int64_t chunks = chunks_in(tensor, launch_.chunk);
     constexpr int64_t kMostBlocks = 0x7fffffff;  // in one launch
-    const int reach = embeds_ ? kRows : 1 << 16;
+    const int reach = rows_.data != nullptr ? kRows : 1 << 16;
     if (count_ == Args<Operands>::kTensors || blocks_ + chunks > kMostBlocks ||
         (count_ > 0 && tensor.row - first_row_ >= reach)) {
       flush(false);
@@ -75,8 +71,8 @@ class Launches {
       args.params.device_hyperparams += static_cast<int64_t>(first_row_) * launch_.columns;
     }
     if (launch_.device_steps != nullptr) args.params.device_steps += first_row_;
-    for (int r = 0; embeds_ && r < kRows && first_row_ + r < rows_; ++r) {
-      fill_(op_params_, first_row_ + r, args.params.hyperparams[r]);
+    for (int r = 0; rows_.data != nullptr && r < kRows && first_row_ + r < rows_.count; ++r) {
+      std::copy_n(rows_.data + (first_row_ + r) * rows_.columns, rows_.columns, args.params.hyperparams[r]);
     }
     launcher_.launch(kernel_, static_cast<unsigned>(std::max<int64_t>(blocks_, 1)), &args, launcher_);
     if (done_ != nullptr) done_->insert(done_->end(), waiting_.begin(), waiting_.end());
@@ -92,10 +88,7 @@ class Launches {
  private:
   const GpuKernel& kernel_;
   const LaunchParams& launch_;
-  const OpParams& op_params_;
-  Fill fill_;
-  int rows_;
-  bool embeds_;
+  Rows rows_;
   const Launcher& launcher_;
   std::vector<const Tensor*>* done_;
   std::vector<const Tensor*> waiting_;  // in the launch that is being filled
@@ -119,14 +112,13 @@ LaunchParams launch_params_of(const Table& table, const OpParams& params, const 
   c.grad_multiplier = params.grad_multiplier;
   c.chunk = chunk_of(table);
   c.stochastic = params.stochastic;
-  c.nesterov = params.nesterov;
-  c.decoupled = params.decoupled;
+  c.flag = params.flag;
   return c;
 }
 
-int rows_of(const Table& table) {
-  int rows = 0;
-  for (const Tensor& tensor : table.tensors) rows = std::max(rows, tensor.row + 1);
+Rows rows_of(const Table& table, const double* data, int columns) {
+  Rows rows{data, columns};
+  for (const Tensor& tensor : table.tensors) rows.count = std::max(rows.count, tensor.row + 1);
   return rows;
 }
 
@@ -134,17 +126,15 @@ int dtype(const Tensor& tensor) { return static_cast<int>(tensor.dtype); }
 
 // Tensors of one kernel go together; kernels follow one another in the order of their first tensors.
 template <int Operands, class Pick, class Gather>
-void for_each_kernel(const Table& table, const LaunchParams& launch, const OpParams& params,
-                     typename Launches<Operands>::Fill fill, const Launcher& launcher, Pick pick, Gather operands_of,
-                     bool embeds, std::vector<const Tensor*>* started = nullptr) {
-  const int rows = rows_of(table);
+void for_each_kernel(const Table& table, const LaunchParams& launch, Rows rows, const Launcher& launcher, Pick pick,
+                     Gather operands_of, std::vector<const Tensor*>* started = nullptr) {
   std::vector<const GpuKernel*> done;
   for (const Tensor& lead : table.tensors) {
     if (lead.numel == 0) continue;
     const GpuKernel* kernel = &pick(lead);
     if (std::find(done.begin(), done.end(), kernel) != done.end()) continue;
     done.push_back(kernel);
-    Launches<Operands> launches(*kernel, launch, params, fill, rows, embeds, launcher, started);
+    Launches<Operands> launches(*kernel, launch, rows, launcher, started);
     for (const Tensor& tensor : table.tensors) {
       if (tensor.numel == 0 || &pick(tensor) != kernel) continue;
       void* data[Operands];
@@ -158,6 +148,26 @@ void for_each_kernel(const Table& table, const LaunchParams& launch, const OpPar
 void* source_of(const Tensor& tensor, const OpParams& params) {
   if (tensor.has(kMaster)) return tensor.data[kMaster];
   return tensor.data[tensor.has(kBackup) && params.restoring ? kBackup : kParam];
+}
+
+template <int MostStates>
+void update_with(const Table& table, const OpParams& params, const DeviceScalars& on_device, const Launcher& launcher) {
+  constexpr int kOperands = kUpdateState0 + MostStates;
+  const RuleInfo& info = kRuleInfos[params.rule];
+  const bool all_on_device = on_device.hyperparams != nullptr && (on_device.steps != nullptr || !info.counts_steps);
+  for_each_kernel<kOperands>(
+      table, launch_params_of(table, params, on_device),
+      rows_of(table, all_on_device ? nullptr : params.hyperparams, info.row_size()), launcher,
+      [&](const Tensor& t) -> const GpuKernel& {
+        return update_kernels[variant_of(params.rule, t)][dtype(t)][t.has(kFirstGrad)][t.has(kMaster)];
+      },
+      [&](const Tensor& t, void*(&data)[kOperands]) {
+        data[kUpdateParam] = t.data[kParam];
+        data[kUpdateGrad] = t.data[kGrad];
+        data[kUpdateSource] = source_of(t, params);
+        data[kUpdateFirst] = t.data[kFirstGrad];
+        std::copy_n(t.data + kState0, MostStates, data + kUpdateState0);
+      });
 }
 
 }  // namespace
@@ -174,7 +184,6 @@ void grad_norm(const Table& table, const OpParams& params, double* stats, double
     return grad_norm_kernels[dtype(t)][params.adaptive][params.adaptive && t.complex]
                             [params.adaptive && t.has(kMaster)];
   };
-  auto fill = [](const OpParams&, int, double (&)[kHyperparams]) {};
   LaunchParams launch = launch_params_of(table, params, {});
   launch.stats = stats;
   launch.partials = partials;
@@ -188,7 +197,7 @@ void grad_norm(const Table& table, const OpParams& params, double* stats, double
   if (kernels.empty()) kernels.push_back(&grad_norm_kernels[0][0][0][0]);  // the norm of nothing: one block, no tensor
   int64_t partial = 0;
   for (const GpuKernel* kernel : kernels) {
-    Launches<kNormOperands> launches(*kernel, launch, params, fill, 0, false, launcher);
+    Launches<kNormOperands> launches(*kernel, launch, {}, launcher);
     launches.starts_at(partial);
     for (const Tensor& tensor : table.tensors) {
       if (tensor.numel == 0 || &pick(tensor) != kernel) continue;
@@ -206,9 +215,7 @@ void perturb(const Table& table, const OpParams& params, const DeviceScalars& on
   std::vector<const Tensor*> started;
   try {
     for_each_kernel<kPerturbOperands>(
-        table, launch, params,
-        [](const OpParams& p, int row, double (&hyperparams)[kHyperparams]) { hyperparams[0] = p.scales[row]; },
-        launcher,
+        table, launch, rows_of(table, params.scales, 1), launcher,
         [&](const Tensor& t) -> const GpuKernel& {
           return perturb_kernels[dtype(t)][params.adaptive][params.adaptive && t.complex][t.has(kMaster)];
         },
@@ -217,7 +224,7 @@ void perturb(const Table& table, const OpParams& params, const DeviceScalars& on
           data[kPerturbGrad] = t.data[kGrad];
           data[kPerturbCopy] = t.data[t.has(kMaster) ? kMaster : kBackup];
         },
-        on_device.hyperparams == nullptr, &started);
+        &started);
   } catch (...) {  // a launch failed: undo what earlier launches perturbed; only that has a backup
     Table undo;
     for (const Tensor* tensor : started) {
@@ -231,74 +238,34 @@ void perturb(const Table& table, const OpParams& params, const DeviceScalars& on
 
 void restore(const Table& table, const OpParams& params, const DeviceScalars& on_device, const Launcher& launcher) {
   const LaunchParams launch = launch_params_of(table, params, on_device);
-  auto gamma = [](const OpParams& p, int row, double (&hyperparams)[kHyperparams]) {
-    hyperparams[0] = p.gammas == nullptr ? 1 : p.gammas[row];
-  };
   for_each_kernel<kRestoreOperands>(
-      table, launch, params, gamma, launcher,
+      table, launch, {}, launcher,
       [](const Tensor& t) -> const GpuKernel& { return restore_kernels[dtype(t)][t.has(kMaster)]; },
       [&](const Tensor& t, void*(&data)[kRestoreOperands]) {
         data[kRestoreParam] = t.data[kParam];
         data[kRestoreSource] = source_of(t, params);
-      },
-      false);
+      });
   // An empty tensor has no addresses, so one tensor does not speak for all.
   const auto& tensors = table.tensors;
   if (std::none_of(tensors.begin(), tensors.end(), [](const Tensor& t) { return t.has(kFirstGrad); })) return;
   for_each_kernel<kMixOperands>(
-      table, launch, params, gamma, launcher, [](const Tensor& t) -> const GpuKernel& { return mix_kernels[dtype(t)]; },
+      table, launch, rows_of(table, params.gammas, 1), launcher,
+      [](const Tensor& t) -> const GpuKernel& { return mix_kernels[dtype(t)]; },
       [](const Tensor& t, void*(&data)[kMixOperands]) {
         data[kMixGrad] = t.data[kGrad];
         data[kMixFirst] = t.data[kFirstGrad];
-      },
-      on_device.hyperparams == nullptr);
+      });
 }
 
-void sgd_step(const Table& table, const OpParams& params, const DeviceScalars& on_device, const Launcher& launcher) {
-  const LaunchParams launch = launch_params_of(table, params, on_device);
-  for_each_kernel<kSgdOperands>(
-      table, launch, params,
-      [](const OpParams& p, int row, double (&hyperparams)[kHyperparams]) {
-        const SgdRow& r = p.sgd[row];
-        const double all[] = {r.lr, r.momentum, r.dampening, r.weight_decay, r.gamma};
-        std::copy(std::begin(all), std::end(all), hyperparams);
-      },
-      launcher,
-      [](const Tensor& t) -> const GpuKernel& {
-        return sgd_step_kernels[dtype(t)][t.has(kState0)][t.has(kFirstGrad)][t.has(kMaster)];
-      },
-      [&](const Tensor& t, void*(&data)[kSgdOperands]) {
-        data[kSgdParam] = t.data[kParam];
-        data[kSgdGrad] = t.data[kGrad];
-        data[kSgdSource] = source_of(t, params);
-        data[kSgdFirst] = t.data[kFirstGrad];
-        data[kSgdState0] = t.data[kState0];
-      },
-      on_device.hyperparams == nullptr);
-}
-
-void adam_step(const Table& table, const OpParams& params, const DeviceScalars& on_device, const Launcher& launcher) {
-  const LaunchParams launch = launch_params_of(table, params, on_device);
-  for_each_kernel<kAdamOperands>(
-      table, launch, params,
-      [](const OpParams& p, int row, double (&hyperparams)[kHyperparams]) {
-        const AdamRow& r = p.adam[row];
-        const double all[] = {r.lr, r.beta1, r.beta2, r.eps, r.weight_decay, r.gamma, r.step};
-        std::copy(std::begin(all), std::end(all), hyperparams);
-      },
-      launcher,
-      [](const Tensor& t) -> const GpuKernel& {
-        return adam_step_kernels[dtype(t)][t.has(kFirstGrad)][t.has(kMaster)];
-      },
-      [&](const Tensor& t, void*(&data)[kAdamOperands]) {
-        data[kAdamParam] = t.data[kParam];
-        data[kAdamGrad] = t.data[kGrad];
-        data[kAdamSource] = source_of(t, params);
-        data[kAdamFirst] = t.data[kFirstGrad];
-        data[kAdamState0] = t.data[kState0];
-        data[kAdamState1] = t.data[kState1];
-      },
-      on_device.hyperparams == nullptr || on_device.steps == nullptr);
+void update(const Table& table, const OpParams& params, const DeviceScalars& on_device, const Launcher& launcher) {
+  switch (kRuleInfos[params.rule].most_states) {
+    case 1:
+      return update_with<1>(table, params, on_device, launcher);
+    case 2:
+      return update_with<2>(table, params, on_device, launcher);
+    default:
+      return update_with<3>(table, params, on_device, launcher);
+  }
 }
 
 }  // namespace rst::cuda

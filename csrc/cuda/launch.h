@@ -19,7 +19,7 @@ struct Launcher {
 struct DeviceScalars {
   const double* hyperparams = nullptr;  // or rho, or gamma
   int columns = 0;
-  const double* steps = nullptr;  // of Adam
+  const double* steps = nullptr;  // of a rule that counts steps
   const int64_t* rng = nullptr;
   const float* grad_scale = nullptr;
   const float* found_inf = nullptr;
@@ -34,7 +34,6 @@ void grad_norm(const Table& table, const OpParams& params, double* stats, double
 void perturb(const Table& table, const OpParams& params, const DeviceScalars& on_device, double* stats,
              const Launcher& launcher);
 void restore(const Table& table, const OpParams& params, const DeviceScalars& on_device, const Launcher& launcher);
-void sgd_step(const Table& table, const OpParams& params, const DeviceScalars& on_device, const Launcher& launcher);
-void adam_step(const Table& table, const OpParams& params, const DeviceScalars& on_device, const Launcher& launcher);
+void update(const Table& table, const OpParams& params, const DeviceScalars& on_device, const Launcher& launcher);
 
 }  // namespace rst::cuda

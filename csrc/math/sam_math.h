@@ -1,4 +1,4 @@
-// Every formula of the package, once, for host and device.
+// Every formula of the package, once, for host and device; the base optimizers are in math/rules/.
 //
 // Each functor works on one value of type V and knows nothing of memory: V is float or double in scalar code
 // (CUDA threads, portable CPU code) and a SIMD vector in the CPU kernels. A value type supplies + - * /, construction
@@ -36,6 +36,16 @@ RST_HD float from_bits(uint32_t bits) {
   float x;
   memcpy(&x, &bits, sizeof(x));
   return x;
+}
+
+// A prepared hyperparameter, in the value type of a kernel.
+RST_HD void assign(float& to, double x) { to = static_cast<float>(x); }
+RST_HD void assign(double& to, double x) { to = x; }
+
+// The larger one; NaN if either is, as torch.maximum.
+template <class V>
+RST_HD V maximum(V a, V b) {
+  return (b > a) | (b != b) ? b : a;
 }
 
 // T of ASAM (Kwon et al. 2021, arXiv 2102.11600, section 4): T = |w| + eta.
@@ -103,48 +113,13 @@ template <class V>
 RST_HD V fma(One, V x, V y) {
   return x + y;
 }
+RST_HD void assign(One&, double) {}
 
-// SGD as torch.optim.SGD: decay, momentum with dampening, Nesterov. `grad_multiplier` is -1 to maximize, else 1, over
-// the scale of AMP. `Factor` is One where neither grad_multiplier nor dampening changes anything.
-template <class V, class Factor = V>
-struct Sgd {
-  V minus_lr, momentum;
-  Factor one_minus_dampening;
-  V weight_decay;
-  Factor grad_multiplier;
-
-  RST_HD V decayed(V w, V g) const { return fma(weight_decay, w, grad_multiplier * g); }
-  RST_HD V buffer(V buf, V g) const { return fma(one_minus_dampening, g, momentum * buf); }
-  RST_HD V nesterov(V buf, V g) const { return fma(momentum, buf, g); }
-  RST_HD V update(V w, V d) const { return fma(minus_lr, d, w); }
-};
-
-// Adam (Kingma & Ba 2015) and, with `decay` = 1 - lr * weight_decay and weight_decay = 0, AdamW (Loshchilov & Hutter
-// 2019), in the form of torch.optim: step_size = lr / (1 - beta1^t), bias2_sqrt = sqrt(1 - beta2^t).
-template <class V>
-struct Adam {
-  V minus_step_size, one_minus_beta1, beta2, one_minus_beta2, bias2_sqrt, eps, weight_decay, decay, grad_multiplier;
-
-  RST_HD V decayed(V w, V g) const { return fma(weight_decay, w, grad_multiplier * g); }
-  RST_HD V shrunk(V w) const { return decay * w; }
-  RST_HD V exp_avg(V m, V g) const { return fma(one_minus_beta1, g - m, m); }
-  RST_HD V exp_avg_sq(V v, V g) const { return fma(one_minus_beta2 * g, g, beta2 * v); }
-  RST_HD V update(V w, V m, V v) const {
-    V denominator = sqrt(v) / bias2_sqrt + eps;
-    return w + minus_step_size * m / denominator;
-  }
-};
-
-// The numbers of an Adam step, from hyperparameters and the step count t (from 1).
-struct AdamNumbers {
-  double minus_step_size, one_minus_beta1, beta2, one_minus_beta2, bias2_sqrt, eps, weight_decay, decay;
-
-  static RST_HD AdamNumbers of(double lr, double beta1, double beta2, double eps, double weight_decay, double t,
-                               bool decoupled) {
-    const double bias1 = 1 - ::pow(beta1, t), bias2 = 1 - ::pow(beta2, t);
-    const double coupled_decay = decoupled ? 0 : weight_decay, decay = decoupled ? 1 - lr * weight_decay : 1;
-    return {-lr / bias1, 1 - beta1, beta2, 1 - beta2, ::sqrt(bias2), eps, coupled_decay, decay};
-  }
+// What a base optimizer keeps for an element: see math/rules/.
+template <class V, int N>
+struct States {
+  V at[N > 0 ? N : 1];
+  RST_HD V& operator[](int i) { return at[i]; }
 };
 
 // The random bits of stochastic rounding: a pure function of (seed, step), the tensor's index and the element's. Two

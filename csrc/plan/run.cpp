@@ -123,29 +123,28 @@ bool Plan::first_grads_lost() const {
 
 bool Plan::update(int rule, const std::vector<std::vector<double>>& rows, bool option, bool maximize, bool restores,
                   bool mixing, double scale, const Addresses& on_device, const py::dict& after) {
+  if (rule < 0 || rule >= kRules) throw py::index_error("rule is not the number of a base optimizer");
   const py::object kept = step_state_["first_grads"];  // held until the end, when StepState has dropped it
   FirstGrads* const first = mixing ? first_grads() : nullptr;
   if ((mixing && first == nullptr) || !collect(true, restores, first) || first_grads_lost()) return false;
+  std::vector<double> hyperparams;
+  for (size_t row = 0; row < rows.size(); ++row) {
+    hyperparams.insert(hyperparams.end(), rows[row].begin(), rows[row].end());
+    if (!counters_.empty()) hyperparams.push_back(*counter(row) + 1.0);
+    if (hyperparams.size() != (row + 1) * kRuleInfos[rule].row_size()) {
+      throw py::value_error("hyperparams do not have the columns of the rule");
+    }
+  }
   OpParams params;
+  params.rule = rule;
+  params.flag = option;
+  params.hyperparams = hyperparams.data();
   params.grad_multiplier = (maximize ? -1 : 1) / scale;
   params.restoring = restores;
   cuda::DeviceScalars scalars;
   scalars.grad_scale = reinterpret_cast<const float*>(on_device[0]);
   scalars.found_inf = reinterpret_cast<const float*>(on_device[1]);
-  std::vector<SgdRow> sgd;
-  std::vector<AdamRow> adam;
-  for (size_t r = 0; r < rows.size(); ++r) {
-    const auto& h = rows[r];
-    if (rule == 0) sgd.push_back({h.at(0), h.at(1), h.at(2), h.at(3), h.at(4)});
-    if (rule == 1) adam.push_back({h.at(0), h.at(1), h.at(2), h.at(3), h.at(4), h.at(5), *counter(r) + 1.0});
-  }
-  params.sgd = sgd.data();
-  params.adam = adam.data();
-  params.nesterov = params.decoupled = option;
-  run([&] {
-    if (rule == 0) ops_.sgd_step(table_, params, scalars, device_);
-    if (rule == 1) ops_.adam_step(table_, params, scalars, device_);
-  });
+  run([&] { ops_.update(table_, params, scalars, device_); });
   for (size_t row = 0; row < counters_.size(); ++row) *counter(row) += 1;
   core().bump_versions(counters_.data(), static_cast<int64_t>(counters_.size()));
   become(after);

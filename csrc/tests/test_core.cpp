@@ -93,6 +93,12 @@ struct Model {
     for (Parameter& p : parameters) table.tensors.push_back(p.tensor);
     table.cut();
   }
+  // The table of a rule with so many state tensors.
+  Table with_states(int states) const {
+    Table some = table;
+    for (Tensor& tensor : some.tensors) std::fill(tensor.data + kState0 + states, tensor.data + kMaster, nullptr);
+    return some;
+  }
   std::vector<std::vector<char>> bytes(int operand) const {
     std::vector<std::vector<char>> all;
     for (const Parameter& p : parameters) all.push_back(p.memory[operand]);
@@ -100,17 +106,27 @@ struct Model {
   }
 };
 
+// Hyperparameters of every rule that do something, in the order of its columns, gamma and the step count last.
+void choose(int rule, OpParams& params) {
+  static const double kHyperparams[kRules][longest_row()] = {
+      {0.1, 0.9, 0, 0.01, 2.0},
+      {0.01, 0.9, 0.999, 1e-8, 0.01, 2.0, 1},
+  };
+  params.rule = rule;
+  params.hyperparams = kHyperparams[rule];
+  params.flag = true;
+}
+
 constexpr unsigned kAll = 1u << kParam | 1u << kGrad | 1u << kBackup | 1u << kFirstGrad | 1u << kState0 | 1u << kState1;
 
-static_assert(sizeof(KernelTable) / sizeof(Kernel) == 97, "run the new kernel in run_everything, then count it here");
+static_assert(sizeof(KernelTable) / sizeof(Kernel) == 49 + 16 * kRuleVariants,
+              "run the new kernel in run_everything, then count it here");
 
 std::vector<std::vector<std::vector<char>>> run_everything(bool masters, const Threads& threads) {
   Model model(kAll, masters, 5);
   const auto before = model.bytes(kParam);
   double stats[kStats] = {};
   const double rho[] = {0.5};
-  const SgdRow sgd[] = {{0.1, 0.9, 0, 0.01, 2.0}};
-  const AdamRow adam[] = {{0.01, 0.9, 0.999, 1e-8, 0.01, 2.0, 1}};
   const double gammas[] = {2.0};
   std::vector<std::vector<std::vector<char>>> seen;
   if (masters) restore(model.table, OpParams{}, threads);  // parameters start as their rounded masters
@@ -130,14 +146,13 @@ std::vector<std::vector<std::vector<char>>> run_everything(bool masters, const T
   }
   if (!masters) EXPECT(start == before);
   OpParams params;
-  params.sgd = sgd;
-  params.adam = adam;
-  params.nesterov = true;
-  sgd_step(model.table, params, threads);
-  seen.push_back(model.bytes(kParam));
-  seen.push_back(model.bytes(kState0));
-  adam_step(model.table, params, threads);
-  seen.push_back(model.bytes(kParam));
+  for (int rule = 0; rule < kRules; ++rule) {
+    for (int states = kRuleInfos[rule].fewest_states; states <= kRuleInfos[rule].most_states; ++states) {
+      choose(rule, params);
+      update(model.with_states(states), params, threads);
+      for (int operand : {kParam, kState0, kState1, kState2}) seen.push_back(model.bytes(operand));
+    }
+  }
   params.gammas = gammas;
   restore(model.table, params, threads);
   seen.push_back(model.bytes(kGrad));
@@ -162,13 +177,9 @@ void test_kernels() {
 // Stores past the cache, which otherwise only models take that are larger than it.
 void test_streaming() {
   const double scales[] = {0.5};
-  const SgdRow sgd[] = {{0.1, 0.9, 0, 0.01, 2.0}};
-  const AdamRow adam[] = {{0.01, 0.9, 0.999, 1e-8, 0.01, 2.0, 1}};
   OpParams params;
   params.scales = scales;
   params.stochastic = true;
-  params.sgd = sgd;
-  params.adam = adam;
   for (const KernelTable* level : runnable_kernels()) {
     for (bool masters : {false, true}) {
       std::vector<std::vector<std::vector<char>>> seen[2];
@@ -178,8 +189,15 @@ void test_streaming() {
           if (t.numel == 0) continue;
           const int dtype = static_cast<int>(t.dtype);
           const bool master = t.data[kMaster] != nullptr;
-          for (Kernel kernel : {level->perturb[dtype][0][master], level->sgd_step[dtype][1][0][master],
-                                level->adam_step[dtype][1][master], level->restore[dtype][master]}) {
+          std::vector<std::pair<Kernel, int>> kernels{{level->perturb[dtype][0][master], 0}};
+          for (int rule = 0; rule < kRules; ++rule) {
+            const RuleInfo& info = kRuleInfos[rule];
+            const int variant = info.first_variant + info.most_states - info.fewest_states;
+            for (bool mixing : {false, true}) kernels.push_back({level->update[variant][dtype][mixing][master], rule});
+          }
+          kernels.push_back({level->restore[dtype][master], 0});
+          for (const auto& [kernel, rule] : kernels) {
+            choose(rule, params);
             ChunkArgs c{};
             c.params = &params;
             c.tensor = &t;
@@ -208,10 +226,11 @@ void test_sgd_value() {
   Table table;
   table.tensors = {p.tensor};
   table.cut();
-  const SgdRow row[] = {{0.1, 0.9, 0.2, 0.01, 2.0}};
+  const double row[] = {0.1, 0.9, 0.2, 0.01, 2.0};
   OpParams params;
-  params.sgd = row;
-  sgd_step(table, params, Threads{});
+  params.rule = kSgd;
+  params.hyperparams = row;
+  update(table, params, Threads{});
   for (int i = 0; i < 37; ++i) {
     const double d = 2.0 * g[i] - g1[i] + 0.01 * w[i], buf = 0.9 * m[i] + 0.8 * d;
     EXPECT(std::fabs(static_cast<double*>(p.tensor.data[kParam])[i] - (w[i] - 0.1 * buf)) < 1e-14);

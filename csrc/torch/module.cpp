@@ -23,11 +23,8 @@ CoreApi make_api() {
     perturb(t, params, torch_threads(), stats, rho, rows);
   };
   api.cpu.restore = [](const Table& t, const OpParams& params, int32_t) { restore(t, params, torch_threads()); };
-  api.cpu.sgd_step = [](const Table& t, const OpParams& params, const cuda::DeviceScalars&, int32_t) {
-    sgd_step(t, params, torch_threads());
-  };
-  api.cpu.adam_step = [](const Table& t, const OpParams& params, const cuda::DeviceScalars&, int32_t) {
-    adam_step(t, params, torch_threads());
+  api.cpu.update = [](const Table& t, const OpParams& params, const cuda::DeviceScalars&, int32_t) {
+    update(t, params, torch_threads());
   };
   api.facts_of = &facts_of;
   api.describe = [](int32_t dtype, Tensor& t) {

@@ -4,7 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "cpu/run.h"
-#include "torch/tensor_lists.h"
+#include "torch/step_op.h"
 #include "torch/threads.h"
 
 namespace rst {
@@ -85,65 +85,23 @@ void undo_only(const char* op, const TensorList& params, const TensorList& backu
   restore(table, OpParams{}, torch_threads());
 }
 
-void restore_sgd_step_(TensorList params, TensorList grads, TensorList backups, TensorList first_grads,
-                       TensorList momentum_buffers, TensorList masters, StableTensor hyper, Sizes group_sizes,
-                       bool nesterov, bool maximize, OptionalTensor grad_scale, OptionalTensor found_inf) {
-  const char* op = "restore_sgd_step_";
-  check_length(op, "grads", grads.size(), params.size());
-  const Companions lists = sgd_lists(params, grads, backups, first_grads, momentum_buffers, masters);
-  const Table table = build_chunk_table(op, kCpu, params, lists, group_sizes);
+void update(const StepArgs& args) {
+  args.check_lengths();
+  const Table table = build_chunk_table(args.op, kCpu, args.params, args.lists(), args.group_sizes);
+  const size_t groups = args.group_sizes.size();
+  const double* given = hyperparams(args.op, "hyper", args.hyperparams, args.rule.columns * groups);
+  const double* steps = args.steps == nullptr ? nullptr : hyperparams(args.op, "steps", *args.steps, groups);
+  const std::vector<double> rows = args.rows(given, steps);
   OpParams op_params;
-  const double* row = hyperparams(op, "hyper", hyper, 5 * group_sizes.size());
-  std::vector<SgdRow> rows;
-  for (size_t r = 0; r < group_sizes.size(); ++r, row += 5) rows.push_back({row[0], row[1], row[2], row[3], row[4]});
-  op_params.sgd = rows.data();
-  op_params.nesterov = nesterov;
-  op_params.grad_multiplier = grad_multiplier(maximize, grad_scale);
-  if (overflowed(found_inf)) {
-    undo_only(op, params, backups, masters);
-    return;
+  op_params.rule = args.rule.index;
+  op_params.flag = args.flag;
+  op_params.hyperparams = rows.data();
+  op_params.grad_multiplier = grad_multiplier(args.maximize, args.grad_scale);
+  if (overflowed(args.found_inf)) {
+    undo_only(args.op, args.params, args.backups, args.masters);
+  } else {
+    update(table, op_params, torch_threads());
   }
-  sgd_step(table, op_params, torch_threads());
-}
-
-void sgd_step_(TensorList params, TensorList grads, TensorList momentum_buffers, TensorList masters, StableTensor hyper,
-               Sizes group_sizes, bool nesterov, bool maximize, OptionalTensor grad_scale, OptionalTensor found_inf) {
-  restore_sgd_step_(params, grads, {}, {}, momentum_buffers, masters, hyper, group_sizes, nesterov, maximize,
-                    grad_scale, found_inf);
-}
-
-void restore_adam_step_(TensorList params, TensorList grads, TensorList backups, TensorList first_grads,
-                        TensorList exp_avgs, TensorList exp_avg_sqs, TensorList masters, StableTensor hyper,
-                        StableTensor steps, Sizes group_sizes, bool decoupled, bool maximize, OptionalTensor grad_scale,
-                        OptionalTensor found_inf) {
-  const char* op = "restore_adam_step_";
-  check_length(op, "grads", grads.size(), params.size());
-  check_length(op, "exp_avgs", exp_avgs.size(), params.size());
-  check_length(op, "exp_avg_sqs", exp_avg_sqs.size(), params.size());
-  const Companions lists = adam_lists(params, grads, backups, first_grads, exp_avgs, exp_avg_sqs, masters);
-  const Table table = build_chunk_table(op, kCpu, params, lists, group_sizes);
-  OpParams op_params;
-  const double* row = hyperparams(op, "hyper", hyper, 6 * group_sizes.size());
-  const double* step = hyperparams(op, "steps", steps, group_sizes.size());
-  std::vector<AdamRow> rows;
-  for (size_t r = 0; r < group_sizes.size(); ++r, row += 6) {
-    rows.push_back({row[0], row[1], row[2], row[3], row[4], row[5], step[r]});
-  }
-  op_params.adam = rows.data();
-  op_params.decoupled = decoupled;
-  op_params.grad_multiplier = grad_multiplier(maximize, grad_scale);
-  if (overflowed(found_inf)) {
-    undo_only(op, params, backups, masters);
-    return;
-  }
-  adam_step(table, op_params, torch_threads());
-}
-
-void adam_step_(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_sqs, TensorList masters,
-                StableTensor hyper, StableTensor steps, Sizes group_sizes, bool decoupled, bool maximize,
-                OptionalTensor grad_scale, OptionalTensor found_inf) {
-  restore_adam_step_(params, grads, {}, {}, exp_avgs, exp_avg_sqs, masters, hyper, steps, group_sizes, decoupled,
-                     maximize, grad_scale, found_inf);
 }
 
 }  // namespace
@@ -152,10 +110,7 @@ STABLE_TORCH_LIBRARY_IMPL(rst_fused, CPU, m) {
   m.impl("grad_norm", TORCH_BOX(static_cast<void (*)(StableTensor, TensorList, TensorList, bool, double)>(&grad_norm)));
   m.impl("perturb_", TORCH_BOX(&perturb_));
   m.impl("restore_", TORCH_BOX(&restore_));
-  m.impl("sgd_step_", TORCH_BOX(&sgd_step_));
-  m.impl("restore_sgd_step_", TORCH_BOX(&restore_sgd_step_));
-  m.impl("adam_step_", TORCH_BOX(&adam_step_));
-  m.impl("restore_adam_step_", TORCH_BOX(&restore_adam_step_));
+  RST_RULES(RST_IMPL_STEP)
 }
 
 }  // namespace rst

@@ -10,7 +10,7 @@
 
 #include "cpu/run.h"
 #include "torch/cuda_target.h"
-#include "torch/tensor_lists.h"
+#include "torch/step_op.h"
 
 namespace rst {
 
@@ -207,85 +207,33 @@ void restore_(TensorList params, TensorList backups, TensorList masters, TensorL
   copies.copy_back();
 }
 
-void restore_sgd_step_(TensorList params, TensorList grads, TensorList backups, TensorList first_grads,
-                       TensorList momentum_buffers, TensorList masters, StableTensor hyper, Sizes group_sizes,
-                       bool nesterov, bool maximize, OptionalTensor grad_scale, OptionalTensor found_inf) {
-  const char* op = "restore_sgd_step_";
-  if (params.empty()) return;
-  const Target target = target_of(op, params[0]);
-  check_length(op, "grads", grads.size(), params.size());
-  const Companions companions = sgd_lists(params, grads, backups, first_grads, momentum_buffers, masters);
-  Table table = build_chunk_table(op, target.device, params, companions, group_sizes);
-  Copies copies(table, params, companions);
-  DeviceScalars on_device;
-  OpParams op_params;
-  std::vector<SgdRow> rows;
-  if (const double* row = hyperparams_of(op, "hyper", target, hyper, group_sizes.size(), 5, on_device)) {
-    for (size_t r = 0; r < group_sizes.size(); ++r, row += 5) rows.push_back({row[0], row[1], row[2], row[3], row[4]});
-  }
-  op_params.sgd = rows.data();
-  op_params.nesterov = nesterov;
-  op_params.grad_multiplier = maximize ? -1 : 1;
-  if (read_scaling(op, target, grad_scale, found_inf, op_params, on_device)) {
-    for (Tensor& tensor : table.tensors) tensor.data[kFirstGrad] = nullptr;  // nothing to mix
-    cuda::restore(table, OpParams{}, {}, target.launcher);
-  } else {
-    cuda::sgd_step(table, op_params, on_device, target.launcher);
-  }
-  copies.copy_back();
-}
-
-void sgd_step_(TensorList params, TensorList grads, TensorList momentum_buffers, TensorList masters, StableTensor hyper,
-               Sizes group_sizes, bool nesterov, bool maximize, OptionalTensor grad_scale, OptionalTensor found_inf) {
-  restore_sgd_step_(params, grads, {}, {}, momentum_buffers, masters, hyper, group_sizes, nesterov, maximize,
-                    grad_scale, found_inf);
-}
-
-void restore_adam_step_(TensorList params, TensorList grads, TensorList backups, TensorList first_grads,
-                        TensorList exp_avgs, TensorList exp_avg_sqs, TensorList masters, StableTensor hyper,
-                        StableTensor steps, Sizes group_sizes, bool decoupled, bool maximize, OptionalTensor grad_scale,
-                        OptionalTensor found_inf) {
-  const char* op = "restore_adam_step_";
-  if (params.empty()) return;
-  const Target target = target_of(op, params[0]);
-  check_length(op, "grads", grads.size(), params.size());
-  check_length(op, "exp_avgs", exp_avgs.size(), params.size());
-  check_length(op, "exp_avg_sqs", exp_avg_sqs.size(), params.size());
-  const Companions companions = adam_lists(params, grads, backups, first_grads, exp_avgs, exp_avg_sqs, masters);
-  Table table = build_chunk_table(op, target.device, params, companions, group_sizes);
-  Copies copies(table, params, companions);
+void update(const StepArgs& args) {
+  if (args.params.empty()) return;
+  const Target target = target_of(args.op, args.params[0]);
+  args.check_lengths();
+  const Companions companions = args.lists();
+  Table table = build_chunk_table(args.op, target.device, args.params, companions, args.group_sizes);
+  Copies copies(table, args.params, companions);
   DeviceScalars on_device, counts;
-  OpParams op_params;
-  const double* row = hyperparams_of(op, "hyper", target, hyper, group_sizes.size(), 6, on_device);
-  const double* step = hyperparams_of(op, "steps", target, steps, group_sizes.size(), 1, counts);
+  const size_t groups = args.group_sizes.size();
+  const double* hyperparams =
+      hyperparams_of(args.op, "hyper", target, args.hyperparams, groups, args.rule.columns, on_device);
+  const double* steps =
+      args.steps == nullptr ? nullptr : hyperparams_of(args.op, "steps", target, *args.steps, groups, 1, counts);
   on_device.steps = counts.hyperparams;
-  std::vector<AdamRow> rows;
-  for (size_t r = 0; r < group_sizes.size(); ++r) {  // what is in device memory is not read here
-    AdamRow numbers{};
-    if (row != nullptr) {
-      const double* h = row + 6 * r;
-      numbers = {h[0], h[1], h[2], h[3], h[4], h[5], 0};
-    }
-    if (step != nullptr) numbers.step = step[r];
-    rows.push_back(numbers);
-  }
-  op_params.adam = rows.data();
-  op_params.decoupled = decoupled;
-  op_params.grad_multiplier = maximize ? -1 : 1;
-  if (read_scaling(op, target, grad_scale, found_inf, op_params, on_device)) {
+  const std::vector<double> rows = args.rows(hyperparams, steps);
+  OpParams op_params;
+  op_params.rule = args.rule.index;
+  op_params.flag = args.flag;
+  op_params.hyperparams = rows.data();
+  op_params.grad_multiplier = args.maximize ? -1 : 1;
+  if (read_scaling(args.op, target, args.grad_scale, args.found_inf, op_params, on_device)) {
     for (Tensor& tensor : table.tensors) tensor.data[kFirstGrad] = nullptr;  // nothing to mix
     cuda::restore(table, OpParams{}, {}, target.launcher);
   } else {
-    cuda::adam_step(table, op_params, on_device, target.launcher);
+    cuda::update(table, op_params, on_device, target.launcher);
   }
   copies.copy_back();
-}
-
-void adam_step_(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_sqs, TensorList masters,
-                StableTensor hyper, StableTensor steps, Sizes group_sizes, bool decoupled, bool maximize,
-                OptionalTensor grad_scale, OptionalTensor found_inf) {
-  restore_adam_step_(params, grads, {}, {}, exp_avgs, exp_avg_sqs, masters, hyper, steps, group_sizes, decoupled,
-                     maximize, grad_scale, found_inf);
 }
 
 }  // namespace
@@ -313,26 +261,22 @@ const CoreOps& cuda_ops() {
         cuda::restore(t, c, {}, target_of("restore_", device).launcher);
       },
       [](const Table& t, const OpParams& c, const DeviceScalars& on_device, int32_t device) {
-        cuda::sgd_step(t, c, on_device, target_of("sgd_step_", device).launcher);
-      },
-      [](const Table& t, const OpParams& c, const DeviceScalars& on_device, int32_t device) {
-        cuda::adam_step(t, c, on_device, target_of("adam_step_", device).launcher);
+        cuda::update(t, c, on_device, target_of(kRuleInfos[c.rule].step_op, device).launcher);
       }};
   return ops;
 }
 
-// On CPU tensors the ops of this second namespace run only where something takes the launches instead of a GPU.
-#define RST_GPU_OPS(m)                                                                                      \
+#define RST_IMPL_ALL(m)                                                                                     \
   m.impl("grad_norm",                                                                                       \
          TORCH_BOX(static_cast<void (*)(StableTensor, TensorList, TensorList, bool, double)>(&grad_norm))); \
   m.impl("perturb_", TORCH_BOX(&perturb_));                                                                 \
   m.impl("restore_", TORCH_BOX(&restore_));                                                                 \
-  m.impl("sgd_step_", TORCH_BOX(&sgd_step_));                                                               \
-  m.impl("restore_sgd_step_", TORCH_BOX(&restore_sgd_step_));                                               \
-  m.impl("adam_step_", TORCH_BOX(&adam_step_));                                                             \
-  m.impl("restore_adam_step_", TORCH_BOX(&restore_adam_step_))
+  RST_RULES(RST_IMPL_STEP)
 
-STABLE_TORCH_LIBRARY_IMPL(rst_fused, CUDA, m) { RST_GPU_OPS(m); }
-STABLE_TORCH_LIBRARY_IMPL(rst_fused_gpu, CompositeExplicitAutograd, m) { RST_GPU_OPS(m); }
+STABLE_TORCH_LIBRARY_IMPL(rst_fused, CUDA, m){RST_IMPL_ALL(m)}
+// On CPU tensors the ops of this second namespace run only where something takes the launches instead of a GPU.
+STABLE_TORCH_LIBRARY_IMPL(rst_fused_gpu, CompositeExplicitAutograd, m) {
+  RST_IMPL_ALL(m)
+}
 
 }  // namespace rst

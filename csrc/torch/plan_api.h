@@ -61,8 +61,7 @@ struct CoreOps {
                   int32_t device);
   void (*restore)(const Table& table, const OpParams& params, int32_t device);
   // `on_device`: the numbers of AMP, where they are in GPU memory.
-  void (*sgd_step)(const Table& table, const OpParams& params, const cuda::DeviceScalars& on_device, int32_t device);
-  void (*adam_step)(const Table& table, const OpParams& params, const cuda::DeviceScalars& on_device, int32_t device);
+  void (*update)(const Table& table, const OpParams& params, const cuda::DeviceScalars& on_device, int32_t device);
 };
 
 struct CoreApi {

@@ -95,32 +95,4 @@ inline Companions restore_lists(const TensorList& params, const TensorList& back
           {kMaster, "masters", masters, false}};
 }
 
-// What every update takes, except its state and the masters.
-inline Companions update_lists(const TensorList& params, const TensorList& grads, const TensorList& backups,
-                               const TensorList& first_grads, const TensorList& masters) {
-  return {{kParam, "params", params, true},
-          {kGrad, "grads", grads, false},
-          {kBackup, "backups", backups_or_none(backups, masters), false},
-          {kFirstGrad, "first_grads", first_grads, false}};
-}
-
-inline Companions sgd_lists(const TensorList& params, const TensorList& grads, const TensorList& backups,
-                            const TensorList& first_grads, const TensorList& momentum_buffers,
-                            const TensorList& masters) {
-  Companions lists = update_lists(params, grads, backups, first_grads, masters);
-  lists.push_back({kState0, "momentum_buffers", momentum_buffers, true});
-  lists.push_back({kMaster, "masters", masters, true});
-  return lists;
-}
-
-inline Companions adam_lists(const TensorList& params, const TensorList& grads, const TensorList& backups,
-                             const TensorList& first_grads, const TensorList& exp_avgs, const TensorList& exp_avg_sqs,
-                             const TensorList& masters) {
-  Companions lists = update_lists(params, grads, backups, first_grads, masters);
-  lists.push_back({kState0, "exp_avgs", exp_avgs, true});
-  lists.push_back({kState1, "exp_avg_sqs", exp_avg_sqs, true});
-  lists.push_back({kMaster, "masters", masters, true});
-  return lists;
-}
-
 }  // namespace rst

@@ -119,11 +119,11 @@ def test_misaligned_views(dtype: torch.dtype, offset: int, simulator: gpu_simula
 
 # --- splits ---------------------------------------------------------------------------------------------------------
 def capacity(op: str) -> int:
-    return len(gpu_simulator.args_type(len(gpu_simulator.STREAMS[op]))().numel)
+    return len(gpu_simulator.args_type(len(gpu_simulator.OPERANDS[op]))().numel)
 
 
 def test_400_tensors_need_one_launch_each() -> None:
-    assert min(capacity(op) for op in gpu_simulator.STREAMS) >= 400
+    assert min(capacity(op) for op in gpu_simulator.OPERANDS) >= 400
 
 
 @pytest.mark.parametrize("count", [1, 481, 482, 5000])
@@ -134,7 +134,7 @@ def test_many_tensors(count: int, recorded: list[tuple[str, int, Any]]) -> None:
     assert len(recorded) == -(-count // capacity("sgd_step"))
     addresses, index = [], []
     for _, blocks, args in recorded:
-        n = args.common.tensors
+        n = args.params.tensors
         assert list(args.first_chunk[: n + 1]) == list(range(n + 1)) and blocks == n
         addresses += list(args.data[0][:n])
         index += list(args.index[:n])
@@ -147,24 +147,24 @@ def test_a_billion_elements(recorded: list[tuple[str, int, Any]]) -> None:
     grads = [torch.empty(n, dtype=BF16) for n in sizes]
     ops.grad_norm(grads, backend="simulated")
     ((_, blocks, args),) = recorded
-    chunk = args.common.chunk
-    assert chunk & (chunk - 1) == 0 and blocks == sum(-(-n // chunk) for n in sizes) == args.common.all_partials
+    chunk = args.params.chunk
+    assert chunk & (chunk - 1) == 0 and blocks == sum(-(-n // chunk) for n in sizes) == args.params.all_partials
     assert blocks <= 32768 + len(sizes) and list(args.numel[:3]) == sizes
 
 
-@pytest.mark.parametrize("device_numbers", [False, True])
+@pytest.mark.parametrize("scalars_on_device", [False, True])
 def test_rows_of_hyperparameters(
-    device_numbers: bool, kernels: gpu_simulator.Simulator, monkeypatch: pytest.MonkeyPatch
+    scalars_on_device: bool, kernels: gpu_simulator.Simulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """More groups than one launch holds; numbers by value, or read by the kernel as from the device."""
     rates = [0.1 * (i + 1) for i in range(20)]
     params = tensors(*[5] * 20)
     expected = [p - lr * 2 for p, lr in zip(params, rates, strict=True)]
-    with gpu_simulator.simulated(kernels, monkeypatch, device_numbers):
+    with gpu_simulator.simulated(kernels, monkeypatch, scalars_on_device):
         ops.sgd_step_(
             params, [torch.full((5,), 2.0) for _ in params], None, lr=rates, group_sizes=[1] * 20, backend="simulated"
         )
-        assert len(kernels.launches) == (1 if device_numbers else 3)
+        assert len(kernels.launches) == (1 if scalars_on_device else 3)
     for p, e in zip(params, expected, strict=True):
         torch.testing.assert_close(p, e, rtol=1e-6, atol=1e-7)
 
@@ -175,7 +175,7 @@ def test_norm_of_several_launches(simulator: gpu_simulator.Simulator) -> None:
     stats = ops.grad_norm(grads, backend="simulated")
     expected = sum((g.double() ** 2).sum() for g in grads).sqrt()  # type: ignore[union-attr]
     assert stats[0].item() == pytest.approx(expected.item(), rel=1e-12) and stats[4] == 0
-    assert [args.common.last for _, _, args, _ in simulator.launches] == [False, False, False, True]
+    assert [args.params.last for _, _, args, _ in simulator.launches] == [False, False, False, True]
 
 
 # --- schedules ------------------------------------------------------------------------------------------------------

@@ -35,9 +35,9 @@ FAULTS = [
     ("climbs down", "math/sam_math.h", "return fma(scale, g, w); }", "return fma(-scale, g, w); }", "perturb"),
     ("no backup", "cuda/perturb.cuh", "if constexpr (!Master) store(copy, i, in.w);", "", "perturb"),
     ("neighbours share random bits", "cuda/perturb.cuh", ": bits >> 16;", ": bits;", "perturb"),
-    ("momentum forgotten", "cuda/sgd_step.cuh", "if constexpr (Momentum) store(buffer, i, kept);", "", "sgd_step"),
-    ("step count from elsewhere", "cuda/adam_step.cuh", "c.hyperparams[row][6]", "c.hyperparams[row][5]", "adam_step"),
-    ("numbers before they are there", "cuda/adam_step.cuh", "  __syncthreads();\n", "", "adam_step"),
+    ("momentum forgotten", "cuda/update.cuh", "store(state[s], i, kept[s]);", "", "sgd_step"),
+    ("step count from elsewhere", "cuda/update.cuh", "row][column] :", "row][5] :", "adam_step"),
+    ("numbers before they are there", "cuda/update.cuh", "    __syncthreads();\n", "", "adam_step"),
 ]  # fmt: skip
 SIZES = (7, 40_001, 16_384, 3)
 
@@ -102,7 +102,8 @@ def test_fault_is_found(
 ) -> None:
     csrc = tmp_path / "csrc"
     shutil.copytree(gpu_simulator.ROOT / "csrc", csrc, ignore=shutil.ignore_patterns("*.cpp", "*.cu", "tests"))
-    shutil.copy(gpu_simulator.ROOT / "csrc" / "cuda" / f"{op}.cu", csrc / "cuda")
+    source = "update" if op.endswith("_step") else op
+    shutil.copy(gpu_simulator.ROOT / "csrc" / "cuda" / f"{source}.cu", csrc / "cuda")
     text = (csrc / file).read_text()
     assert text.count(old) >= 1, f"{file} no longer reads {old!r}: adapt the fault"
     (csrc / file).write_text(text.replace(old, new))

@@ -26,10 +26,10 @@ from rst_fused._schemas import SCHEMAS
 ROOT = Path(__file__).parents[2]
 NAMESPACE = "rst_fused_gpu"  # the GPU ops, for tensors of any device: see csrc/torch/ops_cuda.cpp
 VARIABLE = "RST_FUSED_PTXSIM"
-ROWS, NUMBERS, ARGUMENT_BYTES, THREADS = 8, 7, 32764, 512  # csrc/cuda/args.h
+ROWS, HYPERPARAMS, ARGUMENT_BYTES, THREADS = 8, 7, 32764, 512  # csrc/cuda/args.h
 SIZES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2, "16": 2, "32": 4, "64": 8}
-# Streams of each kernel, in order: r read, w written, s state (fp32 beside a master), c copy (the backup or master).
-STREAMS = {
+# Operands of each kernel, in order: r read, w written, s state (fp32 beside a master), c copy (the backup or master).
+OPERANDS = {
     "grad_norm": ("r", "rs"), "perturb": ("w", "r", "c"), "restore": ("w", "rs"), "mix": ("w", "r"),
     "sgd_step": ("w", "r", "ws", "r", "ws"), "adam_step": ("w", "r", "ws", "r", "ws", "ws"),
 }  # fmt: skip
@@ -49,25 +49,24 @@ def missing() -> str | None:
 needed = pytest.mark.skipif(missing() is not None, reason=f"GPU kernels cannot be simulated: {missing()}")
 
 
-class Common(ctypes.Structure):
+class LaunchParams(ctypes.Structure):
     _fields_ = [
-        ("rows", ctypes.c_double * (ROWS * NUMBERS)), ("device_rows", ctypes.c_void_p),
+        ("hyperparams", ctypes.c_double * (ROWS * HYPERPARAMS)), ("device_hyperparams", ctypes.c_void_p),
         ("device_steps", ctypes.c_void_p), ("rng", ctypes.c_void_p), ("seed", ctypes.c_uint64),
         ("step", ctypes.c_uint64), ("stats", ctypes.c_void_p),
         ("partials", ctypes.c_void_p), ("grad_scale", ctypes.c_void_p), ("found_inf", ctypes.c_void_p),
-        ("eta", ctypes.c_double), ("direction", ctypes.c_double), ("first_partial", ctypes.c_int64),
+        ("eta", ctypes.c_double), ("grad_multiplier", ctypes.c_double), ("first_partial", ctypes.c_int64),
         ("all_partials", ctypes.c_int64), ("tensors", ctypes.c_int32), ("chunk", ctypes.c_int32),
-        ("columns", ctypes.c_int32), ("last", ctypes.c_bool), ("stochastic", ctypes.c_bool),
-        ("nesterov", ctypes.c_bool), ("decoupled", ctypes.c_bool),
+        ("columns", ctypes.c_int32), ("last", ctypes.c_bool), ("stochastic", ctypes.c_bool), ("flag", ctypes.c_bool),
     ]  # fmt: skip
 
 
-def args_type(streams: int) -> Any:
-    n = (ARGUMENT_BYTES - ctypes.sizeof(Common) - 16) // (8 + 8 * streams + 4 + 4 + 2)
+def args_type(operands: int) -> Any:
+    n = (ARGUMENT_BYTES - ctypes.sizeof(LaunchParams) - 16) // (8 + 8 * operands + 4 + 4 + 2)
 
     class Args(ctypes.Structure):
         _fields_ = [
-            ("common", Common), ("numel", ctypes.c_int64 * n), ("data", (ctypes.c_uint64 * n) * streams),
+            ("params", LaunchParams), ("numel", ctypes.c_int64 * n), ("data", (ctypes.c_uint64 * n) * operands),
             ("first_chunk", ctypes.c_int32 * (n + 1)), ("index", ctypes.c_int32 * n), ("row", ctypes.c_uint16 * n),
         ]  # fmt: skip
 
@@ -91,9 +90,9 @@ def compile_ptx(folder: Path, architecture: str = "sm_90", csrc: Path = ROOT / "
 
 def decoded(kernel: str, data: bytes) -> tuple[str, Any]:
     """The op of a launch, and its arguments."""
-    op = next((name for name in STREAMS if kernel.startswith(f"rst_{name}_")), "")
-    assert op, f"{kernel} is of no op in STREAMS of {Path(__file__).name}: kernels are called rst_<op>_<dtype>"
-    args = args_type(len(STREAMS[op])).from_buffer_copy(data)
+    op = next((name for name in OPERANDS if kernel.startswith(f"rst_{name}_")), "")
+    assert op, f"{kernel} is of no op in OPERANDS of {Path(__file__).name}: kernels are called rst_<op>_<dtype>"
+    args = args_type(len(OPERANDS[op])).from_buffer_copy(data)
     assert ctypes.sizeof(args) == len(data), "the structures of this file are not those of csrc/cuda/args.h"
     return op, args
 
@@ -115,17 +114,17 @@ class Simulator:
     def launch(self, kernel: str, blocks: int, threads: int, data: bytes) -> None:
         op, args = decoded(kernel, data)
         result = self.modules[self.kernels[kernel]].launch(
-            kernel, blocks, threads, [data], bufs=self._memory(op, kernel, STREAMS[op], args), **self.options
+            kernel, blocks, threads, [data], bufs=self._memory(op, kernel, OPERANDS[op], args), **self.options
         )
         self.launches.append((kernel, blocks, args, result))
         assert not result["reports"], result["reports"]
 
     @staticmethod
-    def _memory(op: str, kernel: str, streams: tuple[str, ...], args: Any) -> list[tuple[np.ndarray, bool]]:
+    def _memory(op: str, kernel: str, operands: tuple[str, ...], args: Any) -> list[tuple[np.ndarray, bool]]:
         """Every byte that the launch may touch, and whether it may write there."""
         size = next(SIZES[part] for part in kernel.removeprefix(f"rst_{op}_").split("_") if part in SIZES)
         master = "master" in kernel
-        common = args.common
+        params = args.params
         found: dict[int, tuple[int, bool]] = {}
 
         def allow(address: int | None, length: int, written: bool) -> None:
@@ -133,19 +132,19 @@ class Simulator:
                 before = found.get(address, (0, False))
                 found[address] = (max(before[0], length), before[1] or written)
 
-        for s, kind in enumerate(streams):
+        for s, kind in enumerate(operands):
             wide = master and kind in ("rs", "ws", "c")
             written = kind[0] == "w" or (kind == "c" and not master)
-            for t in range(common.tensors):
+            for t in range(params.tensors):
                 allow(args.data[s][t], args.numel[t] * (4 if wide else size), written)
-        rows = max((args.row[t] for t in range(common.tensors)), default=0) + 1
-        allow(common.device_rows, rows * common.columns * 8, False)
-        allow(common.device_steps, rows * 8, False)
-        allow(common.rng, 16, False)
-        allow(common.stats, 40, op == "grad_norm")
-        allow(common.partials, common.all_partials * 8, True)
-        allow(common.grad_scale, 4, False)
-        allow(common.found_inf, 4, False)
+        rows = max((args.row[t] for t in range(params.tensors)), default=0) + 1
+        allow(params.device_hyperparams, rows * params.columns * 8, False)
+        allow(params.device_steps, rows * 8, False)
+        allow(params.rng, 16, False)
+        allow(params.stats, 40, op == "grad_norm")
+        allow(params.partials, params.all_partials * 8, True)
+        allow(params.grad_scale, 4, False)
+        allow(params.found_inf, 4, False)
         return [
             (np.ctypeslib.as_array((ctypes.c_uint8 * length).from_address(address)), written)
             for address, (length, written) in found.items()
@@ -156,7 +155,7 @@ _libraries: list[torch.library.Library] = []
 
 
 @contextmanager
-def simulated(simulator: Simulator, monkeypatch: pytest.MonkeyPatch, device_numbers: bool = False) -> Iterator[None]:
+def simulated(simulator: Simulator, monkeypatch: pytest.MonkeyPatch, scalars_on_device: bool = False) -> Iterator[None]:
     """While it lasts, backend "simulated" runs the GPU ops on CPU tensors."""
     if not _libraries:
         _libraries.append(torch.library.Library(NAMESPACE, "DEF"))
@@ -165,7 +164,7 @@ def simulated(simulator: Simulator, monkeypatch: pytest.MonkeyPatch, device_numb
     backend = _backends.Backend("simulated", True, "interpreted PTX", ("cpu",), _backends._ops(NAMESPACE), "gpu")
     monkeypatch.setattr(_backends, "_BY_SPEED", (*_backends._BY_SPEED, backend))
     simulator.launches.clear()
-    _backends.plan_extension().simulate_gpu(simulator.launch, device_numbers)
+    _backends.plan_extension().simulate_gpu(simulator.launch, scalars_on_device)
     try:
         yield
     finally:
