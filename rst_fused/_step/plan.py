@@ -172,8 +172,9 @@ class PlanCache:
         )  # fmt: skip
         columns.grads, columns.backups = [], []  # a kept gradient would be memory that zero_grad cannot free
         if state.saved:  # between the passes: the new plan takes over where the one before it stopped
-            if state.holds_first_grads_elsewhere():
-                state.first_grads = plan.first_grads_of(state.first_grads.by_parameter())
+            state.take_first_grads()
+            if state.mixing:
+                state.first_grads = plan.first_grads_of(state.first_grads)
             state.saved = saved
         self._columns, self._flags = columns, _flags_of(opt)
         self._state, self._state_size = opt.state, len(opt.state)
