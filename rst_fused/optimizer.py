@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -105,7 +106,7 @@ class RST(RandomizedTrials):
         else:
             self._share(params, hyper, rho)
         self._constructed = True
-        outside_of_graphs.prepare(step=RST._step, perturb=RST._perturb)
+        outside_of_graphs.prepare(step=inspect.unwrap(RST.step), perturb=RST.perturb)
 
     # --- construction -----------------------------------------------------------------------------------------------
     def _hyper(self, hyper: Group) -> Group:
@@ -192,19 +193,7 @@ class RST(RandomizedTrials):
         for gradients that are sparse, of another dtype, or without memory of their own.
         """
         if is_compiling():
-            if fire is None:
-                return outside_of_graphs.call["perturb"](self)
-            self._refuse_while_perturbed("perturb")
-            if not fire:
-                return False
-            state = self._step_state
-            state.perturbed = True
-            state.mixing = state.mixes
-            step.perturb(self)
-            return True
-        return self._perturb(fire)
-
-    def _perturb(self, fire: bool | None = None) -> bool:
+            return self._perturb_in_graph(fire)
         self._refuse_while_perturbed("perturb")
         if self.base is not None:
             self._adopt()
@@ -222,7 +211,26 @@ class RST(RandomizedTrials):
             raise
         return True
 
-    @with_hooks
+    def _perturb_in_graph(self, fire: bool | None) -> Any:
+        if fire is None:
+            return outside_of_graphs.call["perturb"](self)
+        self._refuse_while_perturbed("perturb")
+        if not fire:
+            return False
+        state = self._step_state
+        state.perturbed = True
+        state.mixing = state.mixes
+        step.perturb(self, compiling=True)
+        return True
+
+    def _step_in_graph(self, closure: Callable[[], Any] | None = None) -> Any:
+        state = self._step_state
+        if state.finished or closure is not None or state.holds_first_grads_elsewhere():
+            return outside_of_graphs.call["step"](self, closure)
+        step.update(self, compiling=True)
+        return None
+
+    @with_hooks(in_graph=_step_in_graph)
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Restores the weights if they are perturbed, and applies the base optimizer to them, in one pass.
 
@@ -231,15 +239,6 @@ class RST(RandomizedTrials):
         after a perturb() that returned True. An exception, an interrupt too, leaves weights, state and counters all as
         before the update or all as after it.
         """
-        if is_compiling():
-            state = self._step_state
-            if state.finished or closure is not None or state.holds_first_grads_elsewhere():
-                return outside_of_graphs.call["step"](self, closure)
-            step.update(self)
-            return None
-        return self._step(closure)
-
-    def _step(self, closure: Callable[[], Any] | None) -> Any:
         if closure is not None:
             self._refuse_while_perturbed("step(closure)")
             amp.check_closure(self)
@@ -248,7 +247,6 @@ class RST(RandomizedTrials):
             raise RuntimeError("perturb() and step() must both be inside the capture of a CUDA graph, or both outside")
         try:  # around everything: an interrupt may strike anywhere
             loss = None if closure is None else self._passes(closure)
-            self._step_state.count()
             if self.base is not None:
                 self._adopt()
             step.update(self)

@@ -1,5 +1,6 @@
 // Whether a launch plan still fits: parameters, gradients, state and hyperparameters.
 #include "plan/plan.h"
+#include "plan/tensor_words.h"
 
 #include <algorithm>
 #include <numeric>
@@ -10,23 +11,6 @@ namespace {
 
 const CoreApi* core_api = nullptr;
 ptrdiff_t impl_offset = 0;  // of the pointer to the TensorImpl in a Python tensor; 0: not found
-
-// torch says where the TensorImpl of a tensor is (Tensor._cdata), and the Python object is searched for that address.
-ptrdiff_t find_impl_offset() {
-  const py::object torch = py::module_::import("torch");
-  ptrdiff_t found = 0;
-  for (int n = 0; n < 2; ++n) {
-    const py::object tensor = torch.attr("empty")(n);
-    const auto impl = tensor.attr("_cdata").cast<uintptr_t>();
-    const auto* words = reinterpret_cast<const uintptr_t*>(tensor.ptr());
-    const auto size = static_cast<ptrdiff_t>(Py_TYPE(tensor.ptr())->tp_basicsize / sizeof(uintptr_t));
-    const auto* const at = std::find(words, words + size, impl);
-    const ptrdiff_t offset = at == words + size ? 0 : (at - words) * static_cast<ptrdiff_t>(sizeof(uintptr_t));
-    if (n > 0 && offset != found) return 0;
-    found = offset;
-  }
-  return found;
-}
 
 #if PY_VERSION_HEX >= 0x030C0000
 // From Python 3.12 on a dict says when it changes, instead of counting its changes.
@@ -45,6 +29,7 @@ void connect(py::object core) {
   core_api = static_cast<const CoreApi*>(PyCapsule_GetPointer(core.ptr(), kCoreCapsule));
   if (core_api == nullptr) throw py::error_already_set();
   impl_offset = find_impl_offset();
+  core_api->set_first_word(find_first_word());
 #if PY_VERSION_HEX >= 0x030C0000
   if (dict_watcher < 0) dict_watcher = PyDict_AddWatcher(&note_change);
   if (dict_watcher < 0) PyErr_Clear();
@@ -66,7 +51,7 @@ void Slots::reset(int64_t handle) {
 
 Plan::Plan(bool gpu, py::list groups, py::list everything, py::list active, py::list idle, std::vector<int64_t> sizes,
            py::list masters, std::vector<py::list> states, py::list backups, py::list steps,
-           std::vector<int64_t> row_groups, py::dict state, py::dict step_state)
+           std::vector<int64_t> row_groups, py::dict state, py::object step_state)
     : ops_(gpu ? *core().gpu : core().cpu),
       gpu_(gpu),
       groups_(py::cast<std::vector<py::object>>(groups)),
@@ -91,6 +76,9 @@ Plan::Plan(bool gpu, py::list groups, py::list everything, py::list active, py::
     counters_.push_back(tensor_ref(step));
     kept_.append(step);
   }
+  hold_companions();
+  words_.resize(tensors_.size());
+  grad_words_.resize(entries_.size());
   watch_state();
 }
 
@@ -149,6 +137,20 @@ void Plan::add(const py::list& tensors, Operand operand) {
     layouts_.push_back({t.data, t.device, t.dtype, t.ndim, shape.get()});
     copies_.push_back(std::move(shape));
     kept_.append(tensor);
+  }
+}
+
+// Parameters may get another TensorImpl at any time, and torch.utils.swap_tensors asks that nobody but Python holds them.
+// Their companions are held here: then the pointers to their TensorImpls are read from one place.
+void Plan::hold_companions() {
+  const auto companions = static_cast<int64_t>(tensors_.size()) - count();
+  if (companions == 0) return;
+  std::vector<void*> handles;
+  for (auto i = static_cast<size_t>(count()); i < tensors_.size(); ++i) handles.push_back(tensors_[i].handle);
+  companions_.reset(core().make_slots(companions));
+  core().fill_slots(companions_, handles.data());
+  for (auto i = static_cast<size_t>(count()); i < tensors_.size(); ++i) {
+    tensors_[i].handle = static_cast<void*>(&tensors_[i].impl);
   }
 }
 
@@ -334,15 +336,21 @@ bool Plan::same_parameters(const py::list& groups) const {
   return next == everything_.size() && position == groups_.size();
 }
 
-bool Plan::in_place(int64_t begin, int64_t end) const {
-  return core().in_place(tensors_.data(), begin, end, layouts_.data());
+bool Plan::in_place(int64_t begin, int64_t end) {
+  return core().in_place(tensors_.data(), begin, end, layouts_.data(), words_.data());
 }
 
 bool Plan::read_grads() {
-  const auto seen = [](void* plan, int64_t i, const TensorFacts& grad) {
-    return static_cast<Plan*>(plan)->fits(static_cast<size_t>(i), grad);
+  const auto seen = [](void* context, int64_t i, void* data, const TensorFacts* grad) {
+    Plan& plan = *static_cast<Plan*>(context);
+    const auto index = static_cast<size_t>(i);
+    if (grad != nullptr) return plan.fits(index, *grad);
+    plan.entries_[index].grad = data;
+    plan.table_.tensors[index].data[kGrad] = data;  // if the table is to be rebuilt, it reads the entry
+    return true;
   };
-  return core().read_grads(tensors_.data(), count(), layouts_.data(), grad_handles_.data(), seen, this);
+  return core().read_grads(tensors_.data(), count(), layouts_.data(), words_.data(), grad_handles_.data(),
+                           grad_words_.data(), seen, this);
 }
 
 float* Plan::counter(size_t row) const {
@@ -397,13 +405,14 @@ int Plan::visit(visitproc visitor, void* arg) const {
 // A destructor may still call the plan: poll finds no groups then, and no tensor is looked at any more.
 void Plan::clear() {
   tensors_.clear();
+  companions_.reset();
   entries_.clear();
   idle_tensors_.clear();
   counters_.clear();
   masters_end_ = backups_end_ = 0;
   table_ = Table();
   const auto groups = std::exchange(groups_, {});
-  const std::array dicts{std::exchange(state_, py::dict()), std::exchange(step_state_, py::dict())};
+  const py::object state = std::exchange(state_, py::dict()), step_state = std::exchange(step_state_, py::none());
   const std::array lists{std::exchange(everything_, py::list()), std::exchange(active_, py::list()),
                          std::exchange(idle_, py::list()), std::exchange(kept_, py::list()),
                          std::exchange(hyperparams_kept_, py::list())};

@@ -49,10 +49,10 @@ class Plan {
   // order of the ops; idle: the others. sizes: how many active parameters share each row of hyperparameters.
   // masters, states, backups: the companions of the active parameters, or None. steps: the step counter of each row,
   // where the rule counts steps; row_groups: the group of each row, by number. state: the optimizer's state, in which
-  // an update must find the same tensors. step_state: the fields of its StepState. gpu: which kernels run.
+  // an update must find the same tensors. step_state: its StepState. gpu: which kernels run.
   Plan(bool gpu, py::list groups, py::list everything, py::list active, py::list idle, std::vector<int64_t> sizes,
        py::list masters, std::vector<py::list> states, py::list backups, py::list steps,
-       std::vector<int64_t> row_groups, py::dict state, py::dict step_state);
+       std::vector<int64_t> row_groups, py::dict state, py::object step_state);
 
   // Compares the parameter groups with the plan. Bit 0: whether they are its groups and still hold its parameters; from
   // bit 1 on a number that changes whenever a hyperparameter may have changed.
@@ -94,6 +94,7 @@ class Plan {
   };
   void add_params(const std::vector<int64_t>& sizes);
   void add(const py::list& tensors, Operand operand);
+  void hold_companions();
   void watch_state();
 
   // Reads and compares the gradients, and all other tensors of the call. No Python may run between this and the
@@ -105,7 +106,7 @@ class Plan {
   template <class Visit>
   void walk_state(Visit visit) const;
   bool same_state();
-  bool in_place(int64_t begin, int64_t end) const;
+  bool in_place(int64_t begin, int64_t end);
   // If false, the table may be half renewed: kernels may run only after a call that returned true.
   bool read_grads();
   bool fits(size_t index, const TensorFacts& grad);
@@ -117,8 +118,8 @@ class Plan {
   // Cuts the table once every tensor has its layout.
   void cut();
   py::object first_grads_with(void* const* handles);
-  // Those in StepState, if this plan put them there and they are where they were.
-  FirstGrads* first_grads() const;
+  // Null if they are not those of this plan.
+  FirstGrads* first_grads_in(const py::object& given) const;
   bool first_grads_in_place(const FirstGrads& first) const;
   void note_first_grads(const FirstGrads* first);
   // Whether a second gradient was written over the first one.
@@ -134,8 +135,9 @@ class Plan {
   int32_t device_ = kOnCpu;
   std::vector<py::object> groups_;
   py::list everything_, active_, idle_;
-  py::dict state_, step_state_;
-  py::list kept_;                      // references that keep state, companions and counters alive
+  py::dict state_;
+  py::object step_state_;
+  py::list kept_;                      // references that keep state and counters alive
   std::vector<PyObject*> state_seen_;  // keys and values of the optimizer's state, and the values of each value
   std::vector<std::pair<PyObject*, uint64_t>> state_dicts_;  // and their versions at the last call
   uint64_t changes_seen_ = 0;                                // of all dicts that plans watch
@@ -146,10 +148,12 @@ class Plan {
   std::vector<int64_t> shapes_;          // of all entries, side by side, since every step reads them
   std::vector<TensorRef> tensors_;       // parameters, then masters, backups and states
   std::vector<ExpectedLayout> layouts_;  // of these
+  std::vector<TensorWords> words_, grad_words_;  // of these, and of the gradients
   int64_t masters_end_ = 0, backups_end_ = 0;
   std::vector<TensorRef> idle_tensors_, counters_;
   std::vector<int64_t> row_groups_;
   std::vector<void*> grad_handles_;
+  Slots companions_;   // masters, backups and states
   Slots slots_;        // for the gradients, while others may run
   Slots first_slots_;  // for the next first gradients
   uint64_t first_grads_id_ = 0;

@@ -32,7 +32,10 @@ void Plan::run(Run run) {
 }
 
 void Plan::become(const py::dict& after) {
-  if (PyDict_Update(step_state_.ptr(), after.ptr()) != 0) throw py::error_already_set();
+  PyObject *name, *value;
+  for (Py_ssize_t at = 0; PyDict_Next(after.ptr(), &at, &name, &value);) {
+    if (PyObject_SetAttr(step_state_.ptr(), name, value) != 0) throw py::error_already_set();
+  }
 }
 
 bool Plan::perturb(uintptr_t stats, std::vector<double> rho, bool adaptive, double eta, bool stochastic, uint64_t seed,
@@ -53,7 +56,7 @@ bool Plan::perturb(uintptr_t stats, std::vector<double> rho, bool adaptive, doub
   });
   become(after);
   if (keep) {
-    step_state_["first_grads"] = kept;
+    step_state_.attr("first_grads") = kept;
     note_first_grads(kept.cast<FirstGrads*>());
   }
   core().clear_grads(grad_handles_.data(), count());
@@ -85,8 +88,7 @@ py::object Plan::first_grads_with(void* const* handles) {
   return made;
 }
 
-FirstGrads* Plan::first_grads() const {
-  const py::object given = step_state_["first_grads"];
+FirstGrads* Plan::first_grads_in(const py::object& given) const {
   if (!py::isinstance<FirstGrads>(given)) return nullptr;
   auto* const first = given.cast<FirstGrads*>();
   return first->params.is(active_) ? first : nullptr;
@@ -124,8 +126,8 @@ bool Plan::first_grads_lost() const {
 bool Plan::update(int rule, const std::vector<std::vector<double>>& rows, bool option, bool maximize, bool restores,
                   bool mixing, double scale, const Addresses& on_device, const py::dict& after) {
   if (rule < 0 || rule >= kRules) throw py::index_error("rule is not the number of a base optimizer");
-  const py::object kept = step_state_["first_grads"];  // held until the end, when StepState has dropped it
-  FirstGrads* const first = mixing ? first_grads() : nullptr;
+  const py::object kept = mixing ? step_state_.attr("first_grads") : py::object();  // until the end, when StepState drops it
+  FirstGrads* const first = mixing ? first_grads_in(kept) : nullptr;
   if ((mixing && first == nullptr) || !collect(true, restores, first) || first_grads_lost()) return false;
   std::vector<double> hyperparams;
   for (size_t row = 0; row < rows.size(); ++row) {

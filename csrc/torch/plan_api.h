@@ -11,12 +11,12 @@ constexpr const char* kCoreCapsule = "rst_fused._C.core";
 
 constexpr int32_t kOnCpu = -1;
 
-// A Python tensor as a plan knows it: the place in the Python object where the pointer to its TensorImpl is, which is
-// what the stable ABI calls a handle. The object may get another TensorImpl at any time (torch.utils.swap_tensors), so
-// the one that was there when the plan was made serves prefetching alone.
+// A tensor as a plan knows it: a place where the pointer to its TensorImpl is, which is what the stable ABI calls a
+// handle. That of a parameter is in the Python object, which may get another TensorImpl at any time
+// (torch.utils.swap_tensors): `impl`, the one it had when the plan was made, then serves prefetching alone.
 struct TensorRef {
   void* handle;
-  const void* prefetched_impl;
+  const void* impl;
 };
 
 struct TensorFacts {
@@ -36,6 +36,14 @@ inline bool equal(const int64_t* a, const int64_t* b, int ndim) {
   return true;
 }
 
+// The words of a TensorImpl that hold sizes, strides (of up to five dimensions), storage offset, dtype, device and
+// dispatch keys: while they stay the same, so do all of these. Comparing them costs less than a call for each. Where
+// they are is found out when the package is loaded (plan/tensor_words.cpp); a torch that keeps them elsewhere is asked.
+constexpr int kWords = 15;
+struct TensorWords {
+  uint64_t words[kWords];  // the first is the number of dimensions; 0 in all of them: not known
+};
+
 // What kernels were told about a tensor. `shape`: sizes, then strides.
 struct ExpectedLayout {
   void* data;
@@ -52,7 +60,8 @@ struct ExpectedLayout {
 };
 
 // Called with the gradient of the parameter at `index` while it is in the cache; after false it is not called again.
-using SeenGrad = bool(void* context, int64_t index, const TensorFacts& grad);
+// `facts` is null where they are those of the last call, but for the address.
+using SeenGrad = bool(void* context, int64_t index, void* data, const TensorFacts* facts);
 
 // The ops, on torch's threads or on the current stream of a GPU.
 struct CoreOps {
@@ -72,13 +81,16 @@ struct CoreApi {
   // False if the tensor is not an ordinary strided tensor with memory on the CPU or a GPU.
   bool (*facts_of)(void* handle, TensorFacts& facts);
   bool (*describe)(int32_t torch_dtype, Tensor& tensor);
-  // Whether tensors [begin, end) are what `layouts` says.
-  bool (*in_place)(const TensorRef* tensors, int64_t begin, int64_t end, const ExpectedLayout* layouts);
+  // Tells where the words of a TensorImpl begin, in words; 0: not known.
+  void (*set_first_word)(int first_word);
+  // Whether tensors [begin, end) are what `layouts` says. `words`: theirs at the last call.
+  bool (*in_place)(const TensorRef* tensors, int64_t begin, int64_t end, const ExpectedLayout* layouts,
+                   TensorWords* words);
   // Reads the gradients of the first `count` tensors. False if a tensor is not in place, if a gradient is missing or is
   // not an ordinary strided tensor, or if `seen` returns false. `grads` receives their handles; it must hold those of
-  // the last call, or null.
-  bool (*read_grads)(const TensorRef* tensors, int64_t count, const ExpectedLayout* layouts, void** grads,
-                     SeenGrad* seen, void* context);
+  // the last call, or null. `grad_words`: those of the gradients at the last call.
+  bool (*read_grads)(const TensorRef* tensors, int64_t count, const ExpectedLayout* layouts, TensorWords* words,
+                     void** grads, TensorWords* grad_words, SeenGrad* seen, void* context);
   bool (*has_grads)(const TensorRef* tensors, int64_t count);    // whether any of them has one
   void (*clear_grads)(void* const* grads, int64_t count);        // p.grad = None, for `grads` from read_grads
   void (*bump_versions)(const TensorRef* tensors, int64_t count);  // tells autograd that they change

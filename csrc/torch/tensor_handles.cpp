@@ -14,9 +14,49 @@ namespace {
 
 AtenTensorHandle handle_of(const TensorRef& tensor) { return static_cast<AtenTensorHandle>(tensor.handle); }
 
-bool is_in_place(const TensorRef& tensor, const ExpectedLayout& layout) {
+int first_word = 0;
+constexpr uint64_t kMostDimensions = 5;  // of those that a TensorImpl holds itself
+
+const uint64_t* words_of(AtenTensorHandle tensor) { return static_cast<const uint64_t*>(impl_of(tensor)) + first_word; }
+
+bool same_words(AtenTensorHandle tensor, const TensorWords& known) {
+  if (first_word == 0 || known.words[kWords - 1] == 0) return false;
+  const uint64_t* const words = words_of(tensor);
+  uint64_t different = 0;
+  for (int i = 0; i < kWords; ++i) different |= words[i] ^ known.words[i];
+  return different == 0;
+}
+
+void note_words(AtenTensorHandle tensor, TensorWords& known) {
+  if (first_word == 0) return;
+  const uint64_t* const words = words_of(tensor);
+  if (words[0] <= kMostDimensions) std::copy(words, words + kWords, known.words);
+}
+
+void* data_of(AtenTensorHandle tensor) {
+  void* data = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(tensor, &data));
+  return data;
+}
+
+bool is_in_place(const TensorRef& tensor, const ExpectedLayout& layout, TensorWords& words) {
+  const AtenTensorHandle handle = handle_of(tensor);
+  if (same_words(handle, words)) return data_of(handle) == layout.data;
   TensorFacts facts;
-  return read_facts(handle_of(tensor), facts) && layout.fits(facts);
+  if (!read_facts(handle, facts) || !layout.fits(facts)) return false;
+  note_words(handle, words);
+  return true;
+}
+
+bool is_seen(AtenTensorHandle grad, TensorWords& words, SeenGrad* seen, void* context, int64_t index) {
+  if (same_words(grad, words)) {
+    void* const data = data_of(grad);  // null in a storage that was freed, and without elements
+    if (data != nullptr) return seen(context, index, data, nullptr);
+  }
+  TensorFacts facts;
+  if (!read_facts(grad, facts) || !seen(context, index, facts.data, &facts)) return false;
+  note_words(grad, words);
+  return true;
 }
 
 // Handles of slots come back from Python, so those that exist are known.
@@ -61,7 +101,7 @@ const void* word_of(AtenTensorHandle tensor, int word) {
 void prefetch_storage(AtenTensorHandle tensor) { prefetch(word_of(tensor, kStorage), 0x40); }
 void prefetch_tensor(const TensorRef& tensor) {
   prefetch(tensor.handle);
-  prefetch_impl(tensor.prefetched_impl);
+  prefetch_impl(tensor.impl);
 }
 
 // Calls last(i) for every i of [begin, end), and before it each of `steps`, the first one for an i that is furthest
@@ -86,15 +126,17 @@ void clear(AtenTensorHandle tensor) { TORCH_ERROR_CODE_CHECK(aoti_torch_assign_t
 
 bool facts_of(void* handle, TensorFacts& facts) { return read_facts(static_cast<AtenTensorHandle>(handle), facts); }
 
-bool read_grads(const TensorRef* tensors, int64_t count, const ExpectedLayout* layouts, void** grads, SeenGrad* seen,
-                void* context) {
+void set_first_word(int word) { first_word = word; }
+
+bool read_grads(const TensorRef* tensors, int64_t count, const ExpectedLayout* layouts, TensorWords* words,
+                void** grads, TensorWords* grad_words, SeenGrad* seen, void* context) {
   const auto grad = [&](int64_t i) { return static_cast<AtenTensorHandle>(grads[i]); };
   bool fine = true;
   visit(
       0, count,
       [&](int64_t i) {
-        TensorFacts facts;
-        fine = fine && is_in_place(tensors[i], layouts[i]) && read_facts(grad(i), facts) && seen(context, i, facts);
+        fine = fine && is_in_place(tensors[i], layouts[i], words[i]) &&
+               is_seen(grad(i), grad_words[i], seen, context, i);
       },
       [&](int64_t i) {
         prefetch_tensor(tensors[i]);
@@ -120,10 +162,10 @@ bool read_grads(const TensorRef* tensors, int64_t count, const ExpectedLayout* l
   return fine;
 }
 
-bool in_place(const TensorRef* tensors, int64_t begin, int64_t end, const ExpectedLayout* layouts) {
+bool in_place(const TensorRef* tensors, int64_t begin, int64_t end, const ExpectedLayout* layouts, TensorWords* words) {
   bool fine = true;
   visit(
-      begin, end, [&](int64_t i) { fine = fine && is_in_place(tensors[i], layouts[i]); },
+      begin, end, [&](int64_t i) { fine = fine && is_in_place(tensors[i], layouts[i], words[i]); },
       [&](int64_t i) { prefetch_tensor(tensors[i]); },
       [&](int64_t i) { prefetch_storage(handle_of(tensors[i])); });
   return fine;

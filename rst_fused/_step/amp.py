@@ -23,10 +23,6 @@ class Scaling:
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
 
-    @property
-    def given(self) -> bool:
-        return self.grad_scale is not None or self.found_inf is not None
-
     def overflowed(self) -> bool:
         """Whether the CPU knows of an overflow. What a GPU or a compiled graph finds, only the kernels see."""
         found = self.found_inf
@@ -65,13 +61,13 @@ def _on(device: torch.device, number: Tensor | None) -> Tensor | None:
     return number if number is None or number.is_cpu or number.device == device else number.to(device)
 
 
-_NONE = Scaling()
+NONE = Scaling()
 
 
 def scaling(opt: RST) -> Scaling:
     """What a scaler has left. For G-RST an overflow of the first gradients counts too."""
     if "found_inf" not in opt.__dict__ and "grad_scale" not in opt.__dict__:
-        return _NONE
+        return NONE
     grad_scale, found_inf = getattr(opt, "grad_scale", None), getattr(opt, "found_inf", None)
     if found_inf is not None:
         if not isinstance(found_inf, Tensor):  # the number 0 where there was no gradient at all

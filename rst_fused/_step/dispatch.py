@@ -162,7 +162,7 @@ def _commit(
     calls = [partial(getattr(op, "_op", op), *arguments) for op, arguments in (*updates, *others)]
     for params in updated:
         calls.append(partial(torch._C._increment_version, params))  # which the compiled ops do not
-    calls.append(partial(vars(state).update, after))
+    calls += [partial(setattr, state, name, value) for name, value in after.items()]
     versions = [params[0]._version for params in updated]
     queue = iter(calls)
     try:
@@ -191,7 +191,7 @@ def restore(opt: RST, after: dict[str, Any], mixing: bool = False) -> None:
     for op, arguments in _restore_calls(opt, state.saved, mixing):
         op(*arguments)
     bump_versions(list(state.saved))
-    vars(state).update(after)
+    state.become(after)
 
 
 def _restore_calls(opt: RST, saved: dict[Tensor, Tensor], mixing: bool = False) -> list[Call]:

@@ -16,7 +16,7 @@ from torch._C import _len_torch_dispatch_stack
 
 from rst_fused._backends import plan_extension
 from rst_fused._step import validation
-from rst_fused._step.amp import Scaling
+from rst_fused._step.amp import NONE, Scaling
 from rst_fused._step.columns import (
     Columns,
     backup_of,
@@ -59,6 +59,7 @@ class PlanCache:
         self._state: Any = None
         self._state_size = 0
         self._saved: dict[Tensor, Tensor] = {}  # where the plan keeps weights; empty: it was made without backups
+        self._after_perturb: dict[str, Any] = {}  # the fields of StepState that it changes
         self._updates = False  # whether it knows the state that an update needs
         self._stats_address = 0
         self._columns = Columns()
@@ -77,7 +78,7 @@ class PlanCache:
                 return False
         served: bool = self._plan.perturb(
             self._stats_address, cached.rho, opt.adaptive, opt.eta, opt.stochastic_rounding, opt.seed, state.steps,
-            state.mixing, {"saved": self._saved},
+            state.mixing, self._after_perturb,
         )  # fmt: skip
         return served
 
@@ -88,7 +89,7 @@ class PlanCache:
         if not self._updates or (restores and state.saved is not self._saved) or not self._is_current(opt):
             return False
         scale, addresses = 1.0, _NO_ADDRESSES
-        if scaling.given:
+        if scaling is not NONE:
             if not scaling.is_readable_by(opt._devices[0].device, counts_steps=bool(self._columns.steps)):
                 return False
             scale, addresses = scaling.scale(), scaling.addresses()
@@ -168,7 +169,7 @@ class PlanCache:
             idle=[p for p in params if p.grad is None], sizes=columns.sizes, masters=masters, states=columns.states,
             backups=backups, steps=columns.steps, row_groups=[id(group) for group, _ in columns.rows],
             state={} if rule is None else opt.state,  # that of an optimizer instance is its own affair
-            step_state=vars(state),
+            step_state=state,
         )  # fmt: skip
         columns.grads, columns.backups = [], []  # a kept gradient would be memory that zero_grad cannot free
         if state.saved:  # between the passes: the new plan takes over where the one before it stopped
@@ -181,6 +182,7 @@ class PlanCache:
         self._stats_address = opt._devices[0].stats.data_ptr()
         self._updates = updating and rule is not None
         self._saved = saved if backed else {}
+        self._after_perturb = {"saved": self._saved}
         self._plan = plan  # last: an interrupt before leaves no plan, rather than one beside notes of another
         return True
 

@@ -110,7 +110,7 @@ class AdamRule(Rule):
     """torch.optim.Adam and AdamW, which decouples weight decay from the gradient; both with amsgrad."""
 
     index, op = 1, "adam"
-    states = ("exp_avg", "exp_avg_sq")  # TEMPORARY
+    states = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
     numbers = ("lr", "betas", "eps", "weight_decay")
     counts_steps = takes_option = True
     added = {"amsgrad": False}

@@ -12,6 +12,12 @@ from typing import Any
 
 from torch import Tensor
 
+_AFTER_RESTORE: dict[str, Any] = {
+    "perturbed": False, "mixing": False, "captured": False, "saved": {}, "first_grads": {},
+}  # fmt: skip
+_AFTER_SAM_STEP: dict[str, Any] = {**_AFTER_RESTORE, "finished": True, "was_sam": True}
+_AFTER_BASE_STEP: dict[str, Any] = {"finished": True, "was_sam": False}
+
 
 @dataclass
 class StepState:
@@ -44,15 +50,15 @@ class StepState:
 
     def after_restore(self) -> dict[str, Any]:
         """The fields that change when all weights are back. Executors set them together with the last kernel."""
-        return {"perturbed": False, "mixing": False, "captured": False, "saved": {}, "first_grads": {}}
+        return _AFTER_RESTORE
 
     def after_step(self, counts: bool = True) -> dict[str, Any]:
         """The fields that change when the step is done; one that was captured into a CUDA graph does not count."""
-        done = {"finished": True, "was_sam": self.perturbed} if counts else {}
-        return {**self.after_restore(), **done}
+        if not counts:
+            return _AFTER_RESTORE
+        return _AFTER_SAM_STEP if self.perturbed else _AFTER_BASE_STEP
 
     def become(self, fields: dict[str, Any]) -> None:
-        """Sets fields one by one, as torch.compile can trace it."""
         for name, value in fields.items():
             setattr(self, name, value)
 

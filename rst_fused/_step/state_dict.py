@@ -101,8 +101,8 @@ def check(opt: RST, saved: dict[str, Any]) -> None:
         others = [name for name in _STATE_NAMES if name in state and name not in opt.rule.states]
         if others:
             raise ValueError(
-                f"state_dict has {others} of parameter {i}, which base={opt.rule.name!r} does not keep: it was saved by "
-                "another base optimizer"
+                f"state_dict has {others} of parameter {i}, which base={opt.rule.name!r} does not keep: it was saved "
+                "by another base optimizer"
             )
         for name in (*opt.rule.states, "master"):
             if name not in state:

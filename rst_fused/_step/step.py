@@ -9,8 +9,6 @@ from collections import deque
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from torch.compiler import is_compiling
-
 from rst_fused._step import amp, dispatch, validation
 
 if TYPE_CHECKING:
@@ -19,9 +17,9 @@ if TYPE_CHECKING:
 _RUN = operator.methodcaller("__call__")
 
 
-def perturb(opt: RST) -> None:
+def perturb(opt: RST, compiling: bool = False) -> None:
     """Moves the weights to w + e, keeps them, and takes the gradients out of p.grad."""
-    if is_compiling():
+    if compiling:
         dispatch.perturb(opt)
         return
     opt._step_state.captured = capturing = opt.capturing
@@ -34,19 +32,21 @@ def perturb(opt: RST) -> None:
     dispatch.perturb(opt)
 
 
-def update(opt: RST) -> None:
+def update(opt: RST, compiling: bool = False) -> None:
     """Brings the weights back if they are perturbed, and applies the base optimizer to them."""
     state = opt._step_state
+    if not compiling and state.finished:
+        state.count()
     if opt.base is not None:
         _update_by_instance(opt)
         return
-    if is_compiling():
-        dispatch.update(opt, amp.scaling(opt), state.after_step())
+    scaling = amp.scaling(opt)
+    if compiling:
+        dispatch.update(opt, scaling, state.after_step())
         return
     capturing = opt.capturing
     after = state.after_step(counts=not capturing)
-    scaling = amp.scaling(opt)
-    if scaling.given and not capturing:
+    if scaling is not amp.NONE and not capturing:
         if scaling.overflowed():
             validation.check_saved(opt)
             _restore(opt, after)
@@ -65,7 +65,7 @@ def restore(opt: RST) -> None:
     """Abandons a perturbation."""
     state = opt._step_state
     if state.captured:  # nothing has been perturbed, and no backup written
-        vars(state).update(state.after_restore())
+        state.become(state.after_restore())
     elif state.perturbed or state.saved:
         _restore(opt, state.after_restore())
 
@@ -91,9 +91,10 @@ def _update_by_instance(opt: RST) -> None:
     else:
         _restore(opt, nothing_kept)
     if scaling.found_inf is not None and bool(scaling.found_inf):
-        vars(state).update(after)
+        state.become(after)
         return
     if scaling.grad_scale is not None:
         amp.unscale_grads(opt, scaling.grad_scale)
     # In one C call: an interrupt after the step of the base finds it counted.
-    deque(map(_RUN, [opt.base.step, partial(vars(state).update, after)]), maxlen=0)
+    counted = [partial(setattr, state, name, value) for name, value in after.items()]
+    deque(map(_RUN, [opt.base.step, *counted]), maxlen=0)
