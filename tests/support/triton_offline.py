@@ -1,6 +1,6 @@
 """Compiles the Triton kernels for GPUs that need not be there, and says what they use.
 
-    python tests/triton_offline.py [REPORT.json]
+    python tests/support/triton_offline.py [REPORT.json]
 
 Every pointer and number is described as a launch describes it: kernels specialize on none of them.
 """

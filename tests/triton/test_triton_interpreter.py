@@ -23,7 +23,7 @@ BROKEN = [
 
 def test_op_table_and_errors() -> None:
     """float32 here; all dtypes, and mixed ones, are run from PTX."""
-    files = (TESTS / "test_ops.py", TESTS / "test_ops_errors.py")
+    files = (TESTS / "ops/test_ops.py", TESTS / "ops/test_ops_errors.py")
     done = run_pytest("interpreted", *files, "-k", f"triton and ({FLOAT32} or {ERRORS})")
     assert done.get("passed", 0) > 200 and set(done) == {"passed"}
 
@@ -44,6 +44,6 @@ def broken_copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_broken_formulas_are_caught(broken_copy: Path) -> None:
-    ids = [f"tests/test_ops.py::test_against_oracle[{test}]" for *_, test in BROKEN]
+    ids = [f"tests/ops/test_ops.py::test_against_oracle[{test}]" for *_, test in BROKEN]
     done = run_pytest("interpreted", *ids, folder=broken_copy)
     assert done == {"failed": len(BROKEN)}

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from optimizer_cases import GROUPS, METHODS, SHAPES, split
 from oracle_optimizer import BACKENDS, Oracle, Problem, arrays, bits
-from test_optimizer import GROUPS, METHODS, SHAPES, split
 
 from rst_fused import RST, _engine, _places, _preconditions, optimizer
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracle_optimizer import BACKENDS, bits
-from test_faults import every_mode, everything, make
+from optimizer_cases import every_backend, every_mode, everything, make
+from oracle_optimizer import bits
 from torch import nn
 
 from rst_fused import RST
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
 @every_backend

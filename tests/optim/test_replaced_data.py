@@ -6,12 +6,11 @@ import math
 
 import pytest
 import torch
-from oracle_optimizer import BACKENDS, bits
-from test_faults import PROBLEM, every_mode, make, train
+from optimizer_cases import PROBLEM, every_backend, every_mode, make, train
+from oracle_optimizer import bits
 from torch import nn
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
 @every_backend

@@ -10,7 +10,7 @@ import gpu_simulator
 import op_db
 import pytest
 import torch
-from test_gpu_launches import aligned, tensors
+from gpu_simulator import aligned, tensors
 from torch import Tensor
 
 from rst_fused import ops

@@ -23,7 +23,7 @@ import torch
 from rst_fused import _backends
 from rst_fused._schemas import SCHEMAS
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NAMESPACE = "rst_fused_gpu"  # the GPU ops, for tensors of any device: see csrc/torch/ops_cuda.cpp
 VARIABLE = "RST_FUSED_PTXSIM"
 ROWS, HYPERPARAMS, ARGUMENT_BYTES, THREADS = 8, 7, 32764, 512  # csrc/cuda/args.h
@@ -170,3 +170,15 @@ def simulated(simulator: Simulator, monkeypatch: pytest.MonkeyPatch, scalars_on_
         yield
     finally:
         _backends.host().simulate_gpu(None)
+
+
+def tensors(*sizes: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(n, generator=generator, dtype=torch.float64).to(dtype) for n in sizes]
+
+
+def aligned(n: int, dtype: torch.dtype, value: float = 1.0) -> torch.Tensor:
+    """At a multiple of 64 bytes, as a GPU allocator gives it."""
+    t = torch.empty(n + 64, dtype=dtype)
+    first = -t.data_ptr() % 64 // t.element_size()
+    return t[first : first + n].fill_(value)

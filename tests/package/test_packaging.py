@@ -23,7 +23,7 @@ import pytest
 
 pytestmark = pytest.mark.packaging
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 FLAG = "RST_FUSED_BUILD_EXTENSION"
 CUDA_FLAG = "RST_FUSED_BUILD_CUDA"
 FOLDERS = ("csrc", "kernels", "rst_fused", "tests")

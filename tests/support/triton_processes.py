@@ -9,7 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-TESTS = Path(__file__).parent
+SUPPORT = Path(__file__).parent
+TESTS = SUPPORT.parent
 MISSING = None if importlib.util.find_spec("triton") is not None else "triton is not installed (pip install triton)"
 SIMULATOR = "RST_FUSED_PTXSIM"
 # For -k: tests of one dtype, and of calls in which all dtypes are mixed or that have none in their name.
@@ -19,7 +20,7 @@ MIXED = "not many_steps and not -float and not bfloat16 and not complex"
 
 def run_python(*arguments: object, folder: Path = TESTS.parent, **variables: str) -> subprocess.CompletedProcess[str]:
     """A Python process that imports the package from ``folder``."""
-    paths = [str(folder), str(folder / "tests"), os.environ.get("PYTHONPATH", "")]
+    paths = [str(folder), str(folder / "tests/support"), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in paths if p), **variables}
     return subprocess.run(
         [sys.executable, *map(str, arguments)], cwd=folder, env=environment, capture_output=True, text=True, timeout=600

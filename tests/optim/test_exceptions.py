@@ -10,54 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from oracle_optimizer import BACKENDS, Problem, bits
+from optimizer_cases import PROBLEM, every_backend, every_mode, everything, make, train, usable
+from oracle_optimizer import bits
 from torch import nn
 
 from rst_fused import RST, SAM
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-every_backend = pytest.mark.parametrize("backend", BACKENDS)
-PROBLEM = Problem([(5,), (3, 4), (0,), (33,)], 10)
-MODES: dict[str, dict[str, Any]] = {
-    "sgd": {"momentum": 0.9, "lr": 0.05},
-    "adam-mixed": {"base": "adam", "gamma": 2.0},
-    "masters": {"base": "adamw", "master_weights": True, "dtype": torch.bfloat16},
-    "flags": {"momentum": 0.9, "dampening": 0.5},  # no launch plan
-    "instance": {"instance": True},
-}
-every_mode = pytest.mark.parametrize("mode", MODES)
-
-
-def make(mode: str, backend: str, **more: Any) -> tuple[list[nn.Parameter], RST]:
-    options = {"schedule": 1.0, "rho": 0.5, **MODES[mode], **more}
-    params = PROBLEM.parameters(options.pop("dtype", torch.float32))
-    if options.pop("instance", False):
-        return params, RST(base=torch.optim.SGD(params, lr=0.05, momentum=0.9), backend=backend, **options)
-    return params, RST(params, backend=backend, **options)
-
-
-def everything(params: list[nn.Parameter], opt: RST) -> Any:
-    """All that a step may change, exactly."""
-    state = [bits([v for _, v in sorted(opt.state.get(p, {}).items())]) for p in params]
-    numbers = [{k: v for k, v in g.items() if k != "params"} for g in opt.param_groups]
-    return bits(params), state, repr(numbers), (opt.steps, opt.sam_steps, opt._run.perturbed)
-
-
-def train(params: list[nn.Parameter], opt: RST, steps: int = 1, start: int = 0) -> None:
-    for t in range(start, start + steps):
-        opt.step(lambda t=t: PROBLEM.backward(params, t))
-
-
-def usable(params: list[nn.Parameter], opt: RST, mode: str, backend: str, before: int) -> None:
-    """Goes on exactly like a twin that never failed."""
-    others, twin = make(mode, backend)
-    train(others, twin, before)
-    assert bits(params) == bits(others)
-    train(params, opt, 3, before)
-    train(others, twin, 3, before)
-    assert everything(params, opt) == everything(others, twin)
-
-
 class FailingBackward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ import op_db
 import oracle
 import pytest
 import torch
+from op_checks import CASES, check_lists
 from op_db import BACKEND_IDS, BACKENDS, OPS, Sample
 from torch import Tensor
 
@@ -18,10 +19,6 @@ from rst_fused._schemas import SCHEMAS
 pytestmark = pytest.mark.usefixtures("one_thread")
 on_backends = pytest.mark.parametrize(("backend", "device"), BACKENDS, ids=BACKEND_IDS)
 of_dtypes = pytest.mark.parametrize("dtype", op_db.DTYPES, ids=lambda d: str(d).removeprefix("torch."))
-CASES = [
-    pytest.param(op, spec, kind, id=f"{op.name}-{spec.name}-{kind}")
-    for op in OPS.values() for spec in op.specs for kind in spec.kinds()
-]  # fmt: skip
 # float64 results have no wider type to be compared in: the oracle rounds as often as the op.
 NORM_TOLERANCE = 1e-12
 # The CPU kernels add eight squares in fp32, each time off by at most 2^-24 of the sum, whose root is half as far off.
@@ -50,27 +47,6 @@ def test_against_oracle(op: op_db.OpInfo, spec: op_db.Spec, kind: str, backend: 
     else:
         expected = op.oracle(**sample.lists, **sample.options)
     check_lists(op, sample, after, expected, sample.options.get("stochastic_rounding", True))
-
-
-def check_lists(op: op_db.OpInfo, before: Sample, after: Sample, expected: oracle.Results, stochastic: bool) -> None:
-    """Written lists hold what is expected, and between their elements nothing changed; all others are untouched."""
-    for name, tensors in after.lists.items():
-        for i, t in enumerate(tensors):
-            where, old = f"{op.name} {name}[{i}]", before.lists[name][i]
-            if name in expected and name in op.written:
-                op_db.assert_close(where, t, expected[name][i], stochastic and op.name == "perturb_")
-                t.copy_(old)
-            elif name == "backups" and name in op.written:
-                assert op_db.same_bits(t, before.lists["params"][i]), f"{where} is not the parameter"
-                t.copy_(old)
-            elif name == "params" and op.name == "restore_":
-                source = before.lists.get("masters") or before.lists["backups"]
-                assert op_db.same_bits(t, source[i].to(t.dtype)), f"{where} is not what was kept"
-                t.copy_(old)
-            assert op_db.same_bits(op_db.whole(t), op_db.whole(old)), f"{where} was written out of bounds, or at all"
-    for name, value in after.options.items():
-        if isinstance(value, Tensor):
-            assert torch.equal(value, before.options[name]), f"{op.name} changed {name}"
 
 
 # --- norms that have no direction -----------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from triton_processes import MISSING, MIXED, SIMULATOR, TESTS, run_pytest, run_python
+from triton_processes import MISSING, MIXED, SIMULATOR, SUPPORT, TESTS, run_pytest, run_python
 
 NO_SIMULATOR = None if os.environ.get(SIMULATOR) else f"{SIMULATOR} does not name the folder of a PTX interpreter"
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
@@ -27,7 +27,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def report(cache: str, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     path: Path = tmp_path_factory.mktemp("report") / "report.json"
-    done = run_python(TESTS / "triton_offline.py", path, TRITON_CACHE_DIR=cache)
+    done = run_python(SUPPORT / "triton_offline.py", path, TRITON_CACHE_DIR=cache)
     assert done.returncode == 0, done.stderr
     print(done.stdout)
     return json.loads(path.read_text(encoding="utf-8"))
@@ -63,7 +63,7 @@ def test_compile_time(report: list[dict[str, Any]]) -> None:
 
 @simulated
 def test_op_table(cache: str) -> None:
-    files = (TESTS / "test_ops.py", TESTS / "triton_checks.py", TESTS / "test_stochastic_rounding.py")
+    files = (TESTS / "ops/test_ops.py", SUPPORT / "triton_checks.py", TESTS / "ops/test_stochastic_rounding.py")
     chosen = f"triton and {MIXED} or triton_checks or agree_bit_for_bit"
     done = run_pytest("executed_ptx", *files, "-k", chosen, TRITON_CACHE_DIR=cache)
     assert done.get("passed", 0) > 300 and set(done) == {"passed"}

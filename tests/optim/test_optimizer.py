@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from optimizer_cases import GROUPS, METHODS, SHAPES, split
 from oracle_optimizer import BACKENDS, Oracle, Problem, arrays, bits
 from torch import nn
 
@@ -14,15 +15,7 @@ from rst_fused import RST, SAM
 from rst_fused._plan import Plans
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-SHAPES = [(5,), (3, 4), (0,), (33,), ()]
 STEPS = 100
-METHODS: dict[str, dict[str, Any]] = {
-    "sam": {"schedule": 1.0},
-    "asam": {"schedule": 1.0, "adaptive": True, "eta": 0.01},
-    "rst": {"schedule": 0.5},
-    "grst": {"schedule": 0.5, "gamma": "match"},
-    "mixed": {"schedule": lambda t: 0.25 + 0.5 * (t % 2), "gamma": lambda t: 0.5 * (t % 4), "adaptive": True},
-}
 SGD: list[dict[str, Any]] = [
     {},
     {"weight_decay": 0.1},
@@ -31,24 +24,9 @@ SGD: list[dict[str, Any]] = [
     {"momentum": 0.8, "dampening": 0.4},
     {"momentum": 0.9, "maximize": True, "weight_decay": 0.1},
 ]
-# The second group of each run: its own numbers, and in the last rows other flags, so that one call cannot serve both.
-GROUPS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "sgd": ({"lr": 0.02, "momentum": 0.9, "weight_decay": 0.01, "rho": 0.1}, {"lr": 0.05, "momentum": 0.5, "rho": 0.3}),
-    "adam": ({"lr": 0.01, "weight_decay": 0.1, "rho": 0.1}, {"lr": 0.03, "betas": (0.8, 0.95), "eps": 1e-3, "rho": 1}),
-    "adamw": ({"lr": 0.01, "weight_decay": 0.1, "rho": 0.1}, {"lr": 0.03, "betas": (0.8, 0.95), "rho": 0.02}),
-    "sgd-flags": ({"lr": 0.02, "momentum": 0.9, "nesterov": True, "rho": 0.1}, {"lr": 0.05, "rho": 0.3}),
-    "adam-flags": ({"lr": 0.02, "rho": 0.1}, {"lr": 0.01, "maximize": True, "rho": 0.3}),
-}
 # float64: 100 steps of a dozen roundings of 1.1e-16 each, damped by the curvature. float32: as many of 6e-8, but for
 # Adam, whose quotient amplifies where a gradient happens to be small. Measured: 4e-15, 2e-6 (SGD) and 2e-5 (Adam).
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5}
-
-
-def split(params: list[Any], numbers: tuple[dict[str, Any], ...]) -> list[dict[str, Any]]:
-    """Parameter groups: the first three tensors, and the rest."""
-    if len(numbers) == 1:
-        return [{"params": params, **numbers[0]}]
-    return [{"params": params[:3], **numbers[0]}, {"params": params[3:], **numbers[1]}]
 
 
 def run(

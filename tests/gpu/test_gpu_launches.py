@@ -11,7 +11,7 @@ import gpu_simulator
 import op_db
 import pytest
 import torch
-from torch import Tensor
+from gpu_simulator import aligned, tensors
 
 from rst_fused import _backends, ops
 from rst_fused._schemas import SCHEMAS
@@ -35,18 +35,6 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, int, A
 
     with gpu_simulator.simulated(Recorder(), monkeypatch):  # type: ignore[arg-type]
         yield launches
-
-
-def tensors(*sizes: int, dtype: torch.dtype = F32, seed: int = 0) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(n, generator=generator, dtype=torch.float64).to(dtype) for n in sizes]
-
-
-def aligned(n: int, dtype: torch.dtype, value: float = 1.0) -> Tensor:
-    """At a multiple of 64 bytes, as a GPU allocator gives it."""
-    t = torch.empty(n + 64, dtype=dtype)
-    first = -t.data_ptr() % 64 // t.element_size()
-    return t[first : first + n].fill_(value)
 
 
 # --- bytes and widths -----------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 # From the bottom up. A name stands for the module rst_fused.<name> and, if it is a package, all within it.
 # A module may import from lower layers and from its own package, never from its own layer or above.

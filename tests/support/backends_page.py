@@ -1,6 +1,6 @@
 """The tables of docs/backends.md come from the backends and the op table; this file writes them:
 
-    python tests/test_backends_page.py
+    python tests/support/backends_page.py
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import torch
 
 from rst_fused import _backends
 
-PAGE = Path(__file__).parents[1] / "docs/backends.md"
-START, END = "<!-- from here to the end of the tables: python tests/test_backends_page.py -->\n", "<!-- end -->\n"
+PAGE = Path(__file__).parents[2] / "docs/backends.md"
+START, END = "<!-- from here to the end of the tables: python tests/support/backends_page.py -->\n", "<!-- end -->\n"
 SHORT = {
     torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16",
     torch.complex64: "c64", torch.complex128: "c128",
@@ -49,11 +49,6 @@ def tables() -> str:
     for op in op_db.OPS.values():
         lines.append(row([f"`{op.name}`", *[dtypes(op)] * len(known), with_masters(op)]))
     return "".join(lines)
-
-
-def test_page_is_up_to_date() -> None:
-    _, _, rest = PAGE.read_text(encoding="utf-8").partition(START)
-    assert rest.partition(END)[0] == tables(), f"run: python tests/{Path(__file__).name}"
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import op_db
 import oracle
 import pytest
 import torch
-from test_ops import CASES, check_lists
+from op_checks import CASES, check_lists
 
 from rst_fused import ops
 

@@ -261,7 +261,7 @@ def test_replayed_graphs_are_the_eager_steps(options: dict[str, Any], dtype: tor
 
 
 def test_examples_of_the_page_on_gpus() -> None:
-    page = (Path(__file__).parents[1] / "docs" / "gpu.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "gpu.md").read_text()
     namespace: dict[str, Any] = {}
     blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     assert len(blocks) == 2
