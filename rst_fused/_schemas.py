@@ -23,6 +23,7 @@ import torch
 NAMESPACE = "rst_fused"
 SGD_HYPER = ("lr", "momentum", "dampening", "weight_decay", "gamma")
 ADAM_HYPER = ("lr", "beta1", "beta2", "eps", "weight_decay", "gamma")
+LION_HYPER = ("lr", "beta1", "beta2", "weight_decay", "gamma")
 STATS = ("norm", "inverse", "non_finite", "non_finite_count", "ticket")
 
 _RESTORE = "Tensor[] backups, Tensor[] first_grads, "
@@ -31,8 +32,13 @@ _SGD = (
     "bool maximize, Tensor? grad_scale, Tensor? found_inf) -> ()"
 )
 _ADAM = (
-    "Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] masters, Tensor hyper, Tensor steps, "
-    "int[] group_sizes, bool decoupled, bool maximize, Tensor? grad_scale, Tensor? found_inf) -> ()"
+    "Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] masters, "
+    "Tensor hyper, Tensor steps, int[] group_sizes, bool decoupled, bool maximize, Tensor? grad_scale, "
+    "Tensor? found_inf) -> ()"
+)
+_LION = (
+    "Tensor(b!)[] exp_avgs, Tensor(c!)[] masters, Tensor hyper, int[] group_sizes, bool maximize, "
+    "Tensor? grad_scale, Tensor? found_inf) -> ()"
 )
 _PARAMS = "(Tensor(a!)[] params, Tensor[] grads, "
 
@@ -46,6 +52,8 @@ SCHEMAS = {
     "restore_sgd_step_": _PARAMS + _RESTORE + _SGD,
     "adam_step_": _PARAMS + _ADAM,
     "restore_adam_step_": _PARAMS + _RESTORE + _ADAM,
+    "lion_step_": _PARAMS + _LION,
+    "restore_lion_step_": _PARAMS + _RESTORE + _LION,
 }
 
 OPAQUE_NAMESPACE = "rst_fused_reference"  # the same ops in plain torch: see rst_fused._backends

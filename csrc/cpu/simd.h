@@ -49,6 +49,12 @@ RST_INLINE FloatV from_bits(UintV x) { return reinterpret<FloatV>(x); }
 
 RST_INLINE FloatV abs(FloatV x) { return from_bits(to_bits(x) & 0x7fffffffu); }
 RST_INLINE DoubleV abs(DoubleV x) { return x < 0 ? -x : x; }
+RST_INLINE FloatV copysign(FloatV a, FloatV b) { return from_bits(to_bits(abs(a)) | (to_bits(b) & 0x80000000u)); }
+RST_INLINE DoubleV copysign(DoubleV a, DoubleV b) {
+  using Bits = Vector<uint64_t, kDoubleLanes>;
+  const Bits sign = reinterpret<Bits>(b) & (uint64_t{1} << 63);
+  return reinterpret<DoubleV>(reinterpret<Bits>(abs(a)) | sign);
+}
 
 #if RST_SIMD_LEVEL == 2
 RST_INLINE FloatV fma(FloatV a, FloatV b, FloatV c) { return _mm512_fmadd_ps(a, b, c); }
@@ -168,6 +174,12 @@ RST_INLINE Twin operator/(Twin x, Twin y) { return {x.a / y.a, x.b / y.b}; }
 RST_INLINE Twin fma(Twin x, Twin y, Twin z) { return {fma(x.a, y.a, z.a), fma(x.b, y.b, z.b)}; }
 RST_INLINE Twin sqrt(Twin x) { return {sqrt(x.a), sqrt(x.b)}; }
 RST_INLINE Twin abs(Twin x) { return {abs(x.a), abs(x.b)}; }
+template <class V>
+RST_INLINE V maximum(V a, V b);
+template <class V>
+RST_INLINE V sign(V x);
+RST_INLINE Twin maximum(Twin x, Twin y) { return {maximum(x.a, y.a), maximum(x.b, y.b)}; }
+RST_INLINE Twin sign(Twin x) { return {sign(x.a), sign(x.b)}; }
 
 template <class V>
 RST_INLINE V broadcast(double x) {

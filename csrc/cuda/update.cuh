@@ -2,6 +2,8 @@
 // writes w and the state. Per fp32 parameter that is 12 bytes, 8 for each state tensor and 4 with mixing.
 #pragma once
 
+#include <type_traits>
+
 #include "core/params.h"
 #include "cuda/restore.cuh"
 
@@ -68,11 +70,13 @@ __device__ __forceinline__ Rule prepared(const Args<Operands>& args, int t) {
   return Rule::prepare(row, grad_multiplier(c), c.flag);
 }
 
-// Blocks per multiprocessor, and packs in flight in every thread: more would spill registers.
+// Blocks per multiprocessor, and packs in flight in every thread: with more, registers would spill. Only SGD has
+// registers left for two packs of 16-bit elements.
 template <int N, class T>
 constexpr int kUpdateBlocks = N > 1 || sizeof(T) == 8 ? 1 : 2;
-template <int N, class T, bool Mixing, bool Master>
-constexpr int kUpdateUnroll = Master || (N > 1 && (Mixing || sizeof(T) == 2)) ? 1 : 2;
+template <class Rule, int N, class T, bool Mixing, bool Master>
+constexpr int kUpdateUnroll =
+    Master || (sizeof(T) == 2 && !std::is_same<Rule, Sgd>::value) || (N > 1 && Mixing) ? 1 : 2;
 
 template <class Rule>
 constexpr int kUpdateOperands = kUpdateState0 + Rule::kMostStates;
@@ -109,7 +113,7 @@ __device__ __forceinline__ void update(const Args<kUpdateOperands<Rule>>& args) 
       {static_cast<A>(gamma), static_cast<A>(1 - gamma)}};
 #pragma unroll
   for (int s = 0; s < N; ++s) op.state[s] = static_cast<S*>(args.data[kUpdateState0 + s][t]) + piece.begin;
-  for_each_pack<T, kUpdateUnroll<N, T, Mixing, Master>, 1>(packs, piece.count, op);
+  for_each_pack<T, kUpdateUnroll<Rule, N, T, Mixing, Master>, 1>(packs, piece.count, op);
 }
 
 }  // namespace rst::cuda

@@ -26,6 +26,8 @@ RST_HD float sqrt(float a) { return ::sqrtf(a); }
 RST_HD double sqrt(double a) { return ::sqrt(a); }
 RST_HD float abs(float a) { return ::fabsf(a); }
 RST_HD double abs(double a) { return ::fabs(a); }
+RST_HD float copysign(float a, float b) { return ::copysignf(a, b); }
+RST_HD double copysign(double a, double b) { return ::copysign(a, b); }
 
 RST_HD uint32_t to_bits(float x) {
   uint32_t bits;
@@ -46,6 +48,12 @@ RST_HD void assign(double& to, double x) { to = x; }
 template <class V>
 RST_HD V maximum(V a, V b) {
   return (b > a) | (b != b) ? b : a;
+}
+
+// 1 or -1; x itself where it is 0 or NaN.
+template <class V>
+RST_HD V sign(V x) {
+  return abs(x) > 0 ? copysign(V{} + 1.0f, x) : x;
 }
 
 // T of ASAM (Kwon et al. 2021, arXiv 2102.11600, section 4): T = |w| + eta.

@@ -111,13 +111,15 @@ void choose(int rule, OpParams& params) {
   static const double kHyperparams[kRules][longest_row()] = {
       {0.1, 0.9, 0, 0.01, 2.0},
       {0.01, 0.9, 0.999, 1e-8, 0.01, 2.0, 1},
+      {0.01, 0.9, 0.99, 0.01, 2.0},
   };
   params.rule = rule;
   params.hyperparams = kHyperparams[rule];
   params.flag = true;
 }
 
-constexpr unsigned kAll = 1u << kParam | 1u << kGrad | 1u << kBackup | 1u << kFirstGrad | 1u << kState0 | 1u << kState1;
+constexpr unsigned kAllStates = bit(kState0) | bit(kState1) | bit(kState2);
+constexpr unsigned kAll = bit(kParam) | bit(kGrad) | bit(kBackup) | bit(kFirstGrad) | kAllStates;
 
 static_assert(sizeof(KernelTable) / sizeof(Kernel) == 49 + 16 * kRuleVariants,
               "run the new kernel in run_everything, then count it here");

@@ -44,10 +44,12 @@ TRAFFIC = {
     "grad_norm": lambda b, s: (b, 0), "perturb_": lambda b, s: (2 * b, 2 * b), "restore_": lambda b, s: (b, b),
     "restore_sgd_step_": lambda b, s: (3 * b, 2 * b), "sgd_step_": lambda b, s: (3 * b, 2 * b),
     "restore_adam_step_": lambda b, s: (4 * b, 3 * b), "adam_step_": lambda b, s: (4 * b, 3 * b),
+    "restore_lion_step_": lambda b, s: (3 * b, 2 * b), "lion_step_": lambda b, s: (3 * b, 2 * b),
 }  # fmt: skip
 WITH_MASTERS = {
     "perturb_": lambda b, s: (s + b, b), "restore_": lambda b, s: (s, b),
     "sgd_step_": lambda b, s: (b + 2 * s, b + 2 * s), "adam_step_": lambda b, s: (b + 3 * s, b + 3 * s),
+    "lion_step_": lambda b, s: (b + 2 * s, b + 2 * s),
 }  # fmt: skip
 
 
@@ -74,8 +76,12 @@ def run_op(op: str, dtype: torch.dtype, masters: bool, n: int = N) -> None:
         ops.restore_sgd_step_([p], [g], [b], momentum_buffers=[m], lr=0.1, momentum=0.9, **options)
     elif op == "adam_step_":
         ops.adam_step_([p], [g], [m], [v], lr=0.1, step=1, **given, **options)
-    else:
+    elif op == "restore_adam_step_":
         ops.restore_adam_step_([p], [g], [b], [m], [v], lr=0.1, step=1, **options)
+    elif op == "lion_step_":
+        ops.lion_step_([p], [g], [m], lr=0.1, **given, **options)
+    else:
+        ops.restore_lion_step_([p], [g], [b], [m], lr=0.1, **options)
 
 
 @pytest.mark.parametrize("dtype", [F32, F64, *HALVES])
@@ -92,6 +98,13 @@ def test_moves_the_fewest_bytes_16_at_a_time(
 def test_masters_move_the_fewest_bytes(op: str, dtype: torch.dtype, simulator: gpu_simulator.Simulator) -> None:
     run_op(op, dtype, masters=True)
     check_traffic(simulator, WITH_MASTERS[op](2, 4))
+
+
+@pytest.mark.parametrize("dtype", [F32, F64, *HALVES])
+def test_amsgrad_moves_the_fewest_bytes(dtype: torch.dtype, simulator: gpu_simulator.Simulator) -> None:
+    p, g, m, v, largest = (aligned(N, dtype) for _ in range(5))
+    ops.adam_step_([p], [g], [m], [v], max_exp_avg_sqs=[largest], lr=0.1, step=1, backend="simulated")
+    check_traffic(simulator, (5 * dtype.itemsize, 4 * dtype.itemsize))
 
 
 def check_traffic(simulator: gpu_simulator.Simulator, expected: tuple[int, int]) -> None:

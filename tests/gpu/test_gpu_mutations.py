@@ -37,6 +37,8 @@ FAULTS = [
     ("neighbours share random bits", "cuda/perturb.cuh", ": bits >> 16;", ": bits;", "perturb"),
     ("momentum forgotten", "cuda/update.cuh", "store(state[s], i, kept[s]);", "", "sgd_step"),
     ("step count from elsewhere", "cuda/update.cuh", "row][column] :", "row][5] :", "adam_step"),
+    ("largest second moment forgotten", "math/rules/adam.h", "maximum(state[2], v)", "v", "adam_step"),
+    ("beta1 for beta2", "math/rules/lion.h", "fma(one_minus_beta2, g - m", "fma(one_minus_beta1, g - m", "lion_step"),
     ("numbers before they are there", "cuda/update.cuh", "    __syncthreads();\n", "", "adam_step"),
 ]  # fmt: skip
 SIZES = (7, 40_001, 16_384, 3)
@@ -53,6 +55,7 @@ def run_op(op: str, backend: str) -> list[Tensor]:
                 t.copy_(values.abs())
         p, g, b, m = lists
         v = [t.clone() for t in m]
+        largest = [t.clone() for t in b]
         if op == "grad_norm":
             stats = torch.zeros(5, dtype=F64)
             for factor in (1, 2):  # the ticket must be back for the second call
@@ -65,9 +68,11 @@ def run_op(op: str, backend: str) -> list[Tensor]:
             ops.restore_(p, b, backend=backend)
         elif op == "sgd_step":
             ops.sgd_step_(p, g, m, lr=0.1, momentum=0.9, backend=backend)
+        elif op == "lion_step":
+            ops.lion_step_(p, g, m, lr=0.1, backend=backend)
         else:
-            ops.adam_step_(p, g, m, v, lr=0.1, step=4, backend=backend)
-        written += [*p, *b, *m, *v]
+            ops.adam_step_(p, g, m, v, max_exp_avg_sqs=largest, lr=0.1, step=4, backend=backend)
+        written += [*p, *b, *m, *v, *largest]
     return written
 
 
@@ -86,7 +91,7 @@ def agrees(op: str, simulator: Any, monkeypatch: pytest.MonkeyPatch) -> bool:
     return True
 
 
-@pytest.mark.parametrize("op", ["grad_norm", "perturb", "restore", "sgd_step", "adam_step"])
+@pytest.mark.parametrize("op", ["grad_norm", "perturb", "restore", "sgd_step", "adam_step", "lion_step"])
 def test_kernels_as_they_are(
     op: str,
     kernels: gpu_simulator.Simulator,

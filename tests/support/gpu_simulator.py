@@ -31,7 +31,8 @@ SIZES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2, "16": 2, "32":
 # Operands of each kernel, in order: r read, w written, s state (fp32 beside a master), c copy (the backup or master).
 OPERANDS = {
     "grad_norm": ("r", "rs"), "perturb": ("w", "r", "c"), "restore": ("w", "rs"), "mix": ("w", "r"),
-    "sgd_step": ("w", "r", "ws", "r", "ws"), "adam_step": ("w", "r", "ws", "r", "ws", "ws"),
+    "sgd_step": ("w", "r", "ws", "r", "ws"), "adam_step": ("w", "r", "ws", "r", "ws", "ws", "ws"),
+    "lion_step": ("w", "r", "ws", "r", "ws"),
 }  # fmt: skip
 
 

@@ -5,11 +5,12 @@
 namespace rst {
 
 // Adam (Kingma & Ba 2015) and, decoupled, AdamW (Loshchilov & Hutter 2019), in the form of torch.optim: step_size is
-// lr / (1 - beta1^t), bias2_sqrt is sqrt(1 - beta2^t), and the decay is 1 - lr * weight_decay.
+// lr / (1 - beta1^t), bias2_sqrt is sqrt(1 - beta2^t), and the decay is 1 - lr * weight_decay. A third state tensor
+// makes it AMSGrad (Reddi et al. 2018).
 struct Adam {
   enum Column { kLr, kBeta1, kBeta2, kEps, kWeightDecay, kGamma, kColumns, kStep = kColumns };  // as ADAM_HYPER
-  static constexpr const char* kStateNames[] = {"exp_avgs", "exp_avg_sqs"};
-  static constexpr int kFewestStates = 2, kMostStates = 2;
+  static constexpr const char* kStateNames[] = {"exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs"};
+  static constexpr int kFewestStates = 2, kMostStates = 3;
   static constexpr bool kCountsSteps = true, kHasFlag = true, kHasUnitFactors = false;
 
   double minus_step_size, one_minus_beta1, beta2, one_minus_beta2, bias2_sqrt, eps, weight_decay, decay;
@@ -47,7 +48,9 @@ struct Adam {
       const V v = fma(one_minus_beta2 * g, g, beta2 * state[1]);
       state[0] = m;
       state[1] = v;
-      const V denominator = sqrt(v) / bias2_sqrt + eps;
+      V largest = v;
+      if constexpr (N > 2) state[2] = largest = maximum(state[2], v);
+      const V denominator = sqrt(largest) / bias2_sqrt + eps;
       return w + minus_step_size * m / denominator;
     }
   };

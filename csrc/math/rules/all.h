@@ -4,18 +4,22 @@
 #pragma once
 
 #include "math/rules/adam.h"
+#include "math/rules/lion.h"
 #include "math/rules/sgd.h"
 
 // X(rule, name): in the order of the numbers by which a launch plan calls them.
 #define RST_RULES(X) \
   X(Sgd, sgd)        \
-  X(Adam, adam)
+  X(Adam, adam)      \
+  X(Lion, lion)
 
 // X(rule, states, name, suffix): kernels with so many state tensors, and what their names end in.
 #define RST_RULE_VARIANTS(X) \
   X(Sgd, 0, sgd, )           \
   X(Sgd, 1, sgd, _momentum)  \
-  X(Adam, 2, adam, )
+  X(Adam, 2, adam, )         \
+  X(Adam, 3, adam, _amsgrad) \
+  X(Lion, 1, lion, )
 
 namespace rst {
 
