@@ -9,11 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .checks import check_length, check_numbers
-from .multi_tensor import each_part, launch, look, scaling, update_streams
+from .checks import check_length, check_scalars
+from .device_cache import on_device
+from .launch_groups import launch, launch_groups, scaling, update_operands, validate
+from .multi_tensor_apply import ROW, address, kernel, load, locate, store
 from .sam_math import adam_decayed, adam_exp_avg, adam_exp_avg_sq, adam_shrunk, adam_update, mix
-from .tables import on_device
-from .traversal import ROW, address, kernel, load, locate, store
 
 _PARAM, _SOURCE, _GRAD, _FIRST_GRAD, _BUFFER, _BUFFER2, _SLOTS = (tl.constexpr(i) for i in range(7))
 _GIVEN = 6  # lr, beta1, beta2, eps, weight_decay, gamma
@@ -23,7 +23,7 @@ _COLUMNS = tl.constexpr(8)  # these, and both bias corrections
 @triton.jit
 def _step(
     param, source, grad, first_grad, buffer, buffer2, at, count, minus_step_size, one_minus_beta1, beta2,
-    one_minus_beta2, bias2_sqrt, eps, weight_decay, decay, direction, gamma, one_minus_gamma, skipped,
+    one_minus_beta2, bias2_sqrt, eps, weight_decay, decay, grad_multiplier, gamma, one_minus_gamma, skipped,
     T: tl.constexpr, STATE: tl.constexpr, V: tl.constexpr, MIXING: tl.constexpr, MASTER: tl.constexpr,
     WHOLE: tl.constexpr,
 ):  # fmt: skip
@@ -31,7 +31,7 @@ def _step(
     w, g = kept.to(V), load(grad, at, count, WHOLE).to(V)
     if MIXING:
         g = mix(gamma, one_minus_gamma, load(first_grad, at, count, WHOLE).to(V), g)
-    g = adam_decayed(weight_decay, direction, w, g)
+    g = adam_decayed(weight_decay, grad_multiplier, w, g)
     w = adam_shrunk(decay, w)
     m = adam_exp_avg(one_minus_beta1, load(buffer, at, count, WHOLE).to(V), g)
     v = adam_exp_avg_sq(beta2, one_minus_beta2, load(buffer2, at, count, WHOLE).to(V), g)
@@ -46,14 +46,15 @@ def _step(
 
 @kernel
 def adam_step_kernel(
-    table, tensors, rows, maximize_sign, grad_scale, found_inf, T: tl.constexpr, STATE: tl.constexpr, V: tl.constexpr,
-    DECOUPLED: tl.constexpr, MIXING: tl.constexpr, MASTER: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
+    table, tensors, hyperparams, maximize_sign, grad_scale, found_inf, T: tl.constexpr, STATE: tl.constexpr,
+    V: tl.constexpr, DECOUPLED: tl.constexpr, MIXING: tl.constexpr, MASTER: tl.constexpr, BLOCK: tl.constexpr,
+    TAIL: tl.constexpr,
 ):  # fmt: skip
     record, begin, count, whole = locate(table, tensors, _SLOTS, BLOCK)
     param, source = address(record, _PARAM, begin, T), address(record, _SOURCE, begin, STATE)
     grad, first_grad = address(record, _GRAD, begin, T), address(record, _FIRST_GRAD, begin, T)
     buffer, buffer2 = address(record, _BUFFER, begin, STATE), address(record, _BUFFER2, begin, STATE)
-    row = rows + tl.load(record + ROW) * _COLUMNS
+    row = hyperparams + tl.load(record + ROW) * _COLUMNS
     lr, beta1, beta2, eps = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3).to(V)
     gamma, bias1, bias2 = tl.load(row + 5), tl.load(row + 6), tl.load(row + 7)
     minus_step_size, bias2_sqrt = (-lr / bias1).to(V), tl.sqrt(bias2).to(V)
@@ -64,15 +65,15 @@ def adam_step_kernel(
         decay, weight_decay = (1 - lr * weight_decay).to(V), tl.full([], 0, V)
     else:
         decay, weight_decay = tl.full([], 1, V), weight_decay.to(V)
-    direction = (maximize_sign / tl.load(grad_scale).to(tl.float64)).to(V)
+    grad_multiplier = (maximize_sign / tl.load(grad_scale).to(tl.float64)).to(V)
     skipped = tl.load(found_inf) != 0
     for at in range(0, whole, BLOCK):
         _step(param, source, grad, first_grad, buffer, buffer2, at + tl.arange(0, BLOCK), count, minus_step_size,
-              one_minus_beta1, beta2, one_minus_beta2, bias2_sqrt, eps, weight_decay, decay, direction, gamma,
+              one_minus_beta1, beta2, one_minus_beta2, bias2_sqrt, eps, weight_decay, decay, grad_multiplier, gamma,
               one_minus_gamma, skipped, T, STATE, V, MIXING, MASTER, True)  # fmt: skip
     for at in range(whole, count, TAIL):
         _step(param, source, grad, first_grad, buffer, buffer2, at + tl.arange(0, TAIL), count, minus_step_size,
-              one_minus_beta1, beta2, one_minus_beta2, bias2_sqrt, eps, weight_decay, decay, direction, gamma,
+              one_minus_beta1, beta2, one_minus_beta2, bias2_sqrt, eps, weight_decay, decay, grad_multiplier, gamma,
               one_minus_gamma, skipped, T, STATE, V, MIXING, MASTER, False)  # fmt: skip
 
 
@@ -84,24 +85,23 @@ def restore_adam_step_(
 ) -> None:  # fmt: skip
     op = "restore_adam_step_"
     groups = len(group_sizes)
-    check_numbers(op, "hyper", hyper, torch.float64, _GIVEN * groups)
-    check_numbers(op, "steps", steps, torch.float64, groups)
+    check_scalars(op, "hyper", hyper, torch.float64, _GIVEN * groups)
+    check_scalars(op, "steps", steps, torch.float64, groups)
     check_length(op, "exp_avgs", exp_avgs, params)
     check_length(op, "exp_avg_sqs", exp_avg_sqs, params)
     amp = scaling(op, grad_scale, found_inf)
     state = {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
-    streams = update_streams(op, params, grads, backups, first_grads, masters, state)
-    known = look(op, streams, group_sizes)
-    there = next((x.device for x in (hyper, steps) if x.device.type != "cpu"), hyper.device)
-    hyper, steps = on_device(there, hyper, steps)
+    operands = update_operands(op, params, grads, backups, first_grads, masters, state)
+    call = validate(op, operands, group_sizes)
+    device = next((x.device for x in (hyper, steps) if x.device.type != "cpu"), hyper.device)
+    hyper, steps = on_device(device, hyper, steps)
     given, counts = hyper.reshape(-1)[: _GIVEN * groups].view(groups, _GIVEN), steps.reshape(-1)[:groups, None]
     full = torch.cat([given, 1 - given[:, 1:3] ** counts], 1)
-    for part in each_part(known, streams):
-        rows, *amp_there = on_device(part.device, full, *amp)
+    for group in launch_groups(call, operands):
+        hyperparams, *amp_scalars = on_device(group.device, full, *amp)
         launch(
-            adam_step_kernel, part, rows, -1 if maximize else 1, *amp_there, V=part.arithmetic, DECOUPLED=decoupled,
-            MIXING=bool(first_grads), MASTER=bool(masters),
-            wide_state=bool(masters),
+            adam_step_kernel, group, hyperparams, -1 if maximize else 1, *amp_scalars, V=group.arithmetic,
+            DECOUPLED=decoupled, MIXING=bool(first_grads), MASTER=bool(masters), wide_state=bool(masters),
         )  # fmt: skip
 
 

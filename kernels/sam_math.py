@@ -1,7 +1,7 @@
-"""Every formula, for Triton, with the names and the order of csrc/sam_math.h; what a struct there holds comes first.
+"""Every formula, for Triton, with the names and the order of csrc/math; what a struct holds there comes first here.
 
-Arguments are blocks of float32 or float64. A product that feeds an addition is written fma, and kernels are launched
-with fusion off, so that they round where the C++ kernels do.
+Arguments are blocks of float32 or float64. A product that feeds an addition is written as fma, and kernels are launched
+with fusion off, so they round exactly where the C++ kernels do.
 """
 
 import triton
@@ -66,8 +66,8 @@ def mix(gamma, one_minus_gamma, g1, g2):
 
 
 @triton.jit
-def sgd_decayed(weight_decay, direction, w, g):
-    return tl.fma(weight_decay, w, direction * g)
+def sgd_decayed(weight_decay, grad_multiplier, w, g):
+    return tl.fma(weight_decay, w, grad_multiplier * g)
 
 
 @triton.jit
@@ -86,8 +86,8 @@ def sgd_update(minus_lr, w, d):
 
 
 @triton.jit
-def adam_decayed(weight_decay, direction, w, g):
-    return tl.fma(weight_decay, w, direction * g)
+def adam_decayed(weight_decay, grad_multiplier, w, g):
+    return tl.fma(weight_decay, w, grad_multiplier * g)
 
 
 @triton.jit

@@ -1,13 +1,13 @@
 """The fused ops as functions of lists of tensors, for those who write their own training step.
 
 Common to all: every list has one tensor per parameter; dtypes float32, float64, bfloat16, float16, complex64 and
-complex128 may be mixed in one call; tensors may be non-contiguous (not expanded, where written); all companions of a
-parameter share its shape, dtype and device, but for state beside a master copy, which is float32. Numbers may be one
-for all parameters or a sequence with one per group of consecutive parameters, whose lengths ``group_sizes`` gives.
-Results are in place. ``backend`` is "auto", "cuda", "cpu", "triton" or "reference".
+complex128 may be mixed in one call; tensors may be non-contiguous (but not expanded, if they are written); companions
+of a parameter share its shape, dtype and device, except that state beside a master copy is float32. A hyperparameter is
+one number for all parameters, or a sequence with one per group of consecutive parameters, whose lengths are in
+``group_sizes``. Results are in place. ``backend`` is "auto", "cuda", "cpu", "triton" or "reference".
 
-Errors: ValueError names the argument that does not fit, or what is written and shares memory (TypeError: what is no
-tensor), before anything is changed; RuntimeError for a backend that is missing. The traffic given with each op is in
+Errors: ValueError names the argument that does not fit, or tensors that are written and share memory (TypeError: what
+is not a tensor), before anything is changed; RuntimeError if a backend is missing. The traffic stated for each op is in
 bytes per fp32 parameter, the least that can be moved.
 """
 
@@ -39,10 +39,10 @@ def grad_norm(
     (ASAM, Kwon et al. 2021).
 
     Returns ``stats``, float64 of shape (5,): the norm, 1 / (norm + 1e-12) or 0 where the norm is zero or not finite,
-    whether it was not finite (0 or 1), the count of such calls on this tensor, and 0, which kernels use. Sums in fp64
-    (backend "cpu" first adds squares of up to four bytes in fp32, eight at a time: at most 2^-22 off, relatively) in a
-    fixed order: two runs are bit-identical for any number of threads. ``params`` is needed only when adaptive.
-    Traffic: 4 (8).
+    whether it was not finite (0 or 1), the count of such calls on this tensor, and 0, which kernels use. Sums are in
+    fp64 (backend "cpu" first adds squares of up to four bytes in fp32, eight at a time: a relative error of at most
+    2^-22) and in a fixed order: two runs are bit-identical for any number of threads. ``params`` is needed only when
+    adaptive. Traffic: 4 (8).
     """
     if adaptive and params is None:
         raise ValueError("params=None with adaptive=True: ASAM scales gradients by |w|, pass the parameters")
@@ -83,7 +83,7 @@ def perturb_(
         list(params), list(grads), backups, masters, stats, _rows(sizes, rho=rho).flatten(), sizes, adaptive, eta,
         stochastic_rounding, rng, first_index,
     )  # fmt: skip
-    _touch(params, backups)
+    _bump_versions(params, backups)
 
 
 @torch.no_grad()
@@ -109,7 +109,7 @@ def restore_(
     _ops(backend, params).restore_(
         list(params), backups, masters, like["grads"], firsts, _rows(sizes, gamma=gamma).flatten(), sizes
     )
-    _touch(params, like["grads"] if firsts else [])
+    _bump_versions(params, like["grads"] if firsts else [])
 
 
 def sgd_step_(
@@ -166,7 +166,7 @@ def restore_sgd_step_(
         list(params), list(grads), [] if masters else backups, firsts, buffers, masters, hyper, sizes, nesterov,
         maximize, grad_scale, found_inf,
     )  # fmt: skip
-    _touch(params, buffers, masters)
+    _bump_versions(params, buffers, masters)
 
 
 def adam_step_(
@@ -210,7 +210,7 @@ def restore_adam_step_(
         list(params), list(grads), [] if masters else backups, firsts, *state.values(), masters, hyper,
         _rows(sizes, step=step).flatten(), sizes, decoupled, maximize, grad_scale, found_inf,
     )  # fmt: skip
-    _touch(params, *state.values(), masters)
+    _bump_versions(params, *state.values(), masters)
 
 
 # --- arguments ------------------------------------------------------------------------------------------------------
@@ -227,7 +227,7 @@ def _needed(name: str, tensors: Tensors | None) -> list[Tensor]:
 def _listed(name: str, tensors: Tensors | None) -> list[Tensor]:
     if tensors is None:
         return []
-    if isinstance(tensors, Tensor) or not hasattr(tensors, "__len__"):  # whose rows, or what can be read only once
+    if isinstance(tensors, Tensor) or not hasattr(tensors, "__len__"):  # its rows, or what can be read only once
         raise TypeError(f"{name} is a {type(tensors).__name__}: expected a list of tensors")
     return list(tensors)
 
@@ -270,7 +270,7 @@ def _check_apart(**lists: Tensors) -> None:
     if shared is not None:
         names = [f"{name}[{i}]" for name, tensors in lists.items() for i in range(len(tensors))]
         one, other = (names[i] for i in shared)
-        raise ValueError(f"{one} and {other} share memory, and both are written: expected tensors apart")
+        raise ValueError(f"{one} and {other} share memory, and both are written: expected separate tensors")
 
 
 def _sizes(params: Tensors, group_sizes: Sequence[int] | None) -> list[int]:
@@ -285,7 +285,7 @@ def _each(value: Number) -> list[float | Tensor]:
 
 
 def _check_number(name: str, value: Number, low: float = -math.inf) -> None:
-    """Finite and >= low. Tensors of one element pass: they may lie on a GPU, whose value nobody waits for."""
+    """Finite and >= low. One-element tensors pass: they may be on a GPU, and nobody waits for their value."""
     if not is_compiling():
         for x in _each(value):
             if not (isinstance(x, Tensor) and x.numel() == 1):
@@ -293,7 +293,7 @@ def _check_number(name: str, value: Number, low: float = -math.inf) -> None:
 
 
 def _rows(sizes: list[int], **columns: Number) -> Tensor:
-    """float64 of shape (groups, columns); on a GPU if a number lies there."""
+    """float64 of shape (groups, columns); on a GPU if one of the numbers is there."""
     every = [x for value in columns.values() for x in _each(value)]
     device = next((x.device for x in every if isinstance(x, Tensor) and not x.is_cpu), torch.device("cpu"))
     rows: list[Tensor] = []
@@ -307,7 +307,7 @@ def _rows(sizes: list[int], **columns: Number) -> Tensor:
     return torch.stack(rows, dim=1).contiguous()
 
 
-def _touch(*lists: Tensors) -> None:
+def _bump_versions(*lists: Tensors) -> None:
     """Tells autograd that these tensors changed: the compiled ops cannot."""
     if not is_compiling():
         for tensors in lists:

@@ -228,7 +228,7 @@ def _prepared(
     maximize: bool,
     grad_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """The weights before the perturbation, the gradient to apply and the row of numbers without gamma."""
+    """The weights before the perturbation, the gradient to apply, and the hyperparameters without gamma."""
     *numbers, gamma = hyper[row].unbind()
     w = _wide(masters[i] if masters else backups[i] if backups else params[i])
     g = _wide(grads[i])

@@ -1,8 +1,8 @@
-"""Compiles the Triton kernels for GPUs that need not be there, and says what they use.
+"""Compiles the Triton kernels for GPUs that need not be present, and reports what they use.
 
     python tests/triton_offline.py [REPORT.json]
 
-Every pointer and number is described as a launch describes it: kernels specialize on none of them.
+Pointers and scalars are described as a launch describes them: kernels specialize on none of them.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import rst_fused  # noqa: F401  (makes rst_fused.kernels importable in a checkout)
-from rst_fused.kernels import multi_tensor
+from rst_fused.kernels import launch_groups
 from rst_fused.kernels.adam_step import adam_step_kernel
 from rst_fused.kernels.grad_norm import SUMS, finish_kernel, grad_norm_kernel
+from rst_fused.kernels.launch_config import BUILT_IN, WIDE_STATE
 from rst_fused.kernels.perturb import perturb_kernel
 from rst_fused.kernels.restore import mix_kernel, restore_kernel
 from rst_fused.kernels.sgd_step import sgd_step_kernel
-from rst_fused.kernels.sizes import BUILT_IN, WIDE_STATE
 
 ARCHITECTURES = (80, 90, 100)
 ARGUMENTS = {
     "table": "*i64", "tensors": "i32", "partials": "*fp64", "count": "i32", "stats": "*fp64", "rho": "*fp64",
-    "eta": "*fp64", "rng": "*i64", "gammas": "*fp64", "rows": "*fp64", "maximize_sign": "i32", "grad_scale": "*fp32",
-    "found_inf": "*fp32",
+    "eta": "*fp64", "rng": "*i64", "gammas": "*fp64", "hyperparams": "*fp64", "maximize_sign": "i32",
+    "grad_scale": "*fp32", "found_inf": "*fp32",
 }  # fmt: skip
 
 
 def compiled(kernel: Any, constants: dict[str, Any], architecture: int, warps: int = BUILT_IN.warps) -> Any:
     signature = {name: "constexpr" if name in constants else ARGUMENTS[name] for name in kernel.arg_names}
-    options = {**multi_tensor.OPTIONS, "num_warps": warps}
+    options = {**launch_groups.OPTIONS, "num_warps": warps}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
@@ -95,7 +95,7 @@ VARIANTS: dict[str, tuple[Any, dict[str, Any]]] = {
 
 
 def resources(ptx: str, architecture: int) -> dict[str, int]:
-    """Registers, and bytes of stack and of registers that had to go to memory, as the assembler states them."""
+    """Registers, bytes of stack, and bytes of spilled registers, as the assembler reports them."""
     name = "ptxas-blackwell" if architecture >= 100 else "ptxas"
     tool = Path(triton.__file__).parent / "backends/nvidia/bin" / name
     (target,) = re.findall(r"^\.target (\w+)", ptx, re.MULTILINE)
@@ -109,7 +109,7 @@ def resources(ptx: str, architecture: int) -> dict[str, int]:
 
 
 def widths(ptx: str) -> dict[str, list[int]]:
-    """Bytes of one access, of all accesses to global memory in the text."""
+    """Bytes per access, for all accesses to global memory in the text."""
     found: dict[str, set[int]] = {"ld": set(), "st": set()}
     for kind, vector, bits in re.findall(r"\b(ld|st)\.global(?:\.v(\d))?\.b(\d+)", ptx):
         found[kind].add(int(vector or 1) * int(bits) // 8)

@@ -48,7 +48,7 @@ def inputs(dtype: torch.dtype, masters: bool, shift: int = 0) -> Lists:
 
 
 def moved(lists: Lists, device: str) -> Lists:
-    """Copies on ``device`` that lie in memory as the originals: not aligned where those are not."""
+    """Copies on ``device`` with the alignment of the originals."""
     copies: Lists = {}
     for name, tensors in lists.items():
         bases = [torch.empty(t.numel() + t.storage_offset(), dtype=t.dtype, device=device) for t in tensors]
@@ -86,7 +86,7 @@ def run_op(op: str, lists: Lists, backend: str, adaptive: bool) -> list[Tensor]:
 
 
 def compare(op: str, backend: str, device: str, mode: str, shift: int, adaptive: bool) -> str | None:
-    """What is wrong with one call, or None."""
+    """A message about what is wrong with one call, or None."""
     lists = inputs(*MODES[mode], shift)
     expected = run_op(op, moved(lists, "cpu"), "reference", adaptive)
     found = run_op(op, moved(lists, device), backend, adaptive)
@@ -99,15 +99,15 @@ def compare(op: str, backend: str, device: str, mode: str, shift: int, adaptive:
 
 
 def exercise(backend: str, device: str) -> list[str]:
-    """All ops in all modes; what is wrong."""
+    """Runs all ops in all modes; returns messages about what is wrong."""
     found = []
     for op in SCHEMAS:
-        print(f"{backend}: {op}", flush=True)  # so that a crash or a hang has a place
+        print(f"{backend}: {op}", flush=True)  # so that a crash or a hang can be located
         for mode in MODES:
             for shift in (0, 1):
                 for adaptive in (False, True) if op in WITH_NORM else (False,):
-                    words = compare(op, backend, device, mode, shift, adaptive)
-                    found += [] if words is None else [words]
+                    message = compare(op, backend, device, mode, shift, adaptive)
+                    found += [] if message is None else [message]
     return found
 
 
@@ -119,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     device = device_of(args.device)
     names, notes = available_backends(device, args.backend)
-    wrong = [words for name in names for words in exercise(name, device.name)]
+    wrong = [message for name in names for message in exercise(name, device.name)]
     device.synchronize()
     for line in (*notes, *wrong):
         print(line)
