@@ -12,6 +12,7 @@ from . import launch_config
 from .adam_step import restore_adam_step_
 from .checks import SIXTEEN_BIT, TRITON_DTYPE
 from .launch_config import LaunchConfig
+from .lion_step import restore_lion_step_
 from .perturb import perturb_
 from .restore import restore_
 from .sgd_step import restore_sgd_step_
@@ -41,6 +42,7 @@ def _calls(device: torch.device, dtype: torch.dtype, elements: int, masters: boo
     groups, rng = [_TENSORS], torch.tensor([1, 2], device=device)
     stats, rho, gamma, steps = scalars(1, 1, 0, 0, 0), scalars(0.05), scalars(1), scalars(3)
     sgd, adam = scalars(0.1, 0.9, 0, 0.01, 1), scalars(1e-3, 0.9, 0.999, 1e-8, 0.01, 1)
+    lion = scalars(1e-4, 0.9, 0.99, 0.01, 1)
     return {
         "perturb_kernel": lambda: perturb_(
             params, grads, backups, kept, stats, rho, groups, False, 0.0, True, rng, 0
@@ -50,7 +52,10 @@ def _calls(device: torch.device, dtype: torch.dtype, elements: int, masters: boo
             params, grads, backups, [], buffers, kept, sgd, groups, False, False, None, None
         ),
         "adam_step_kernel": lambda: restore_adam_step_(
-            params, grads, backups, [], buffers, squares, kept, adam, steps, groups, True, False, None, None
+            params, grads, backups, [], buffers, squares, [], kept, adam, steps, groups, True, False, None, None
+        ),
+        "lion_step_kernel": lambda: restore_lion_step_(
+            params, grads, backups, [], buffers, kept, lion, groups, False, None, None
         ),
     }  # fmt: skip
 
@@ -79,7 +84,7 @@ def _times(call: Callable[[], None]) -> dict[LaunchConfig, float]:
 def autotune(
     device: torch.device | str = "cuda", dtypes: Sequence[torch.dtype] = DTYPES, elements: int = ELEMENTS
 ) -> dict[str, dict[LaunchConfig, float]]:
-    """Times all candidates of block size and warps for perturbing, restoring and both updates; keeps the fastest ones.
+    """Times all candidates of block size and warps for perturbing, restoring and the updates; keeps the fastest ones.
 
     They are used from then on, by later processes on such a device too: they are saved in the folder that
     RST_FUSED_CACHE_DIR names, or else in ~/.cache/rst_fused ($XDG_CACHE_HOME/rst_fused). bfloat16 and float16 are also

@@ -41,7 +41,7 @@ BUILT_IN = LaunchConfig(8, 4)  # 16-byte accesses of 16-bit numbers
 # close by exchanging data between threads. With 4 there is nothing to exchange.
 WIDE_STATE = LaunchConfig(4, 4)
 CANDIDATES = tuple(LaunchConfig(per_thread, warps) for per_thread in (4, 8, 16) for warps in (2, 4, 8))
-TUNED = ("perturb_kernel", "restore_kernel", "sgd_step_kernel", "adam_step_kernel")
+TUNED = ("perturb_kernel", "restore_kernel", "sgd_step_kernel", "adam_step_kernel", "lion_step_kernel")
 
 Winners = dict[str, LaunchConfig]  # by kernel and dtypes
 _loaded: dict[torch.device, Winners] = {}

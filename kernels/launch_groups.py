@@ -14,17 +14,7 @@ from torch import Tensor
 from triton.compiler import CompiledKernel
 
 from . import device_cache
-from .checks import (
-    TRITON_DTYPE,
-    Operand,
-    check_length,
-    check_lists,
-    check_masters,
-    check_scalars,
-    dense,
-    runs_on,
-    same_layout,
-)
+from .checks import TRITON_DTYPE, Operand, check_lists, dense, runs_on, same_layout
 from .device_cache import Table
 from .launch_config import BUILT_IN, config_for
 
@@ -203,41 +193,6 @@ def launch_groups(
         yield LaunchGroup(layout.device, layout.dtype, layout.state, found)
         for original, copy in back:
             original.copy_(copy)
-
-
-def update_operands(
-    op: str, params: Sequence[Tensor], grads: Sequence[Tensor], backups: Sequence[Tensor],
-    first_grads: Sequence[Tensor], masters: Sequence[Tensor], state: dict[str, Sequence[Tensor]],
-) -> list[Operand]:  # fmt: skip
-    """Parameter, where its weights are read, gradient, first gradient, and the state of the base optimizer."""
-    check_length(op, "grads", grads, params)
-    check_masters(op, masters, params)
-    wide = torch.float32 if masters else None
-    if masters:
-        source = Operand("masters", masters, written=True, dtype=wide)
-    else:
-        source = Operand("backups", backups) if backups else Operand("params", params)
-    kept = [Operand(name, tensors, written=True, dtype=wide) for name, tensors in state.items()]
-    return [
-        Operand("params", params, written=True, read=False), source, Operand("grads", grads),
-        Operand("first_grads", first_grads), *kept,
-    ]  # fmt: skip
-
-
-_NEUTRAL = (
-    ("grad_scale", torch.ones(1, dtype=torch.float32, device="cpu")),
-    ("found_inf", torch.zeros(1, dtype=torch.float32, device="cpu")),
-)
-
-
-def scaling(op: str, grad_scale: Tensor | None, found_inf: Tensor | None) -> list[Tensor]:
-    """Both as tensors: 1 and 0 where AMP is not used."""
-    scalars = []
-    for (name, neutral), given in zip(_NEUTRAL, (grad_scale, found_inf), strict=True):
-        if given is not None:
-            check_scalars(op, name, given, torch.float32, 1)
-        scalars.append(neutral if given is None else given)
-    return scalars
 
 
 # --- launches -------------------------------------------------------------------------------------------------------

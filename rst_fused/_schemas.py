@@ -10,6 +10,8 @@ Conventions shared by all ops
                 far, and 0: a counter for the blocks of GPU kernels, which reset it to 0.
     masters     fp32 copies of bfloat16/float16 parameters; where given, they take the place of backups.
     rng         int64 ``[seed, step]``: stochastic rounding is a pure function of both and of the element's position.
+    state       what the base optimizer keeps; an empty momentum_buffers is SGD without momentum, a non-empty
+                max_exp_avg_sqs is AMSGrad.
     first_grads the gradients of the first pass, for G-RST; empty for RST, which uses the second pass alone.
 """
 
@@ -22,6 +24,7 @@ import torch
 NAMESPACE = "rst_fused"
 SGD_HYPER = ("lr", "momentum", "dampening", "weight_decay", "gamma")
 ADAM_HYPER = ("lr", "beta1", "beta2", "eps", "weight_decay", "gamma")
+LION_HYPER = ("lr", "beta1", "beta2", "weight_decay", "gamma")
 STATS = ("norm", "inverse", "non_finite", "non_finite_count", "ticket")
 
 _RESTORE = "Tensor[] backups, Tensor[] first_grads, "
@@ -30,8 +33,13 @@ _SGD = (
     "bool maximize, Tensor? grad_scale, Tensor? found_inf) -> ()"
 )
 _ADAM = (
-    "Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] masters, Tensor hyper, Tensor steps, "
-    "int[] group_sizes, bool decoupled, bool maximize, Tensor? grad_scale, Tensor? found_inf) -> ()"
+    "Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] masters, "
+    "Tensor hyper, Tensor steps, int[] group_sizes, bool decoupled, bool maximize, Tensor? grad_scale, "
+    "Tensor? found_inf) -> ()"
+)
+_LION = (
+    "Tensor(b!)[] exp_avgs, Tensor(c!)[] masters, Tensor hyper, int[] group_sizes, bool maximize, "
+    "Tensor? grad_scale, Tensor? found_inf) -> ()"
 )
 _PARAMS = "(Tensor(a!)[] params, Tensor[] grads, "
 
@@ -45,6 +53,8 @@ SCHEMAS = {
     "restore_sgd_step_": _PARAMS + _RESTORE + _SGD,
     "adam_step_": _PARAMS + _ADAM,
     "restore_adam_step_": _PARAMS + _RESTORE + _ADAM,
+    "lion_step_": _PARAMS + _LION,
+    "restore_lion_step_": _PARAMS + _RESTORE + _LION,
 }
 
 OPAQUE_NAMESPACE = "rst_fused_reference"  # the same ops in plain torch: see rst_fused._backends

@@ -22,6 +22,7 @@ EXACT = [
     for op, name in (
         ("perturb_", "stochastic"), ("perturb_", "asam_sizes"), ("perturb_", "apart"), ("restore_", "gamma_groups"),
         ("restore_sgd_step_", "sizes"), ("restore_sgd_step_", "gamma_amp"), ("restore_adam_step_", "groups_adamw"),
+        ("restore_adam_step_", "gamma_amsgrad"), ("restore_lion_step_", "groups"), ("restore_lion_step_", "gamma_amp"),
     )
     for kind in ("float32", "float64", "bfloat16", "float16", "complex64")
 ]  # fmt: skip

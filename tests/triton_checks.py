@@ -42,6 +42,11 @@ TRAFFIC = [
     ("restore_sgd_step_", torch.bfloat16, ("momentum_buffers",), {"momentum": 0.9}, 6, 4),
     ("restore_adam_step_", torch.float32, (), {}, 16, 12),
     ("restore_adam_step_", torch.float32, ("first_grads",), {"gamma": 2.0}, 20, 12),
+    ("restore_adam_step_", torch.float32, ("max_exp_avg_sqs",), {}, 20, 16),
+    ("restore_adam_step_", torch.float32, ("max_exp_avg_sqs", "first_grads"), {"gamma": 2.0}, 24, 16),
+    ("restore_lion_step_", torch.float32, (), {}, 12, 8),
+    ("restore_lion_step_", torch.float32, ("first_grads",), {"gamma": 2.0}, 16, 8),
+    ("restore_lion_step_", torch.bfloat16, (), {}, 6, 4),
 ]  # fmt: skip
 
 
@@ -92,7 +97,8 @@ BITWISE = [
         "perturb_": ("stochastic", "asam_sizes", "apart", "negative_rho"),
         "restore_": ("gaps", "gamma_groups"),
         "restore_sgd_step_": ("sizes", "nesterov", "gamma_amp"),
-        "restore_adam_step_": ("sizes", "groups_adamw", "gamma_amp"),
+        "restore_adam_step_": ("sizes", "groups_adamw", "gamma_amp", "gamma_amsgrad", "amsgrad_groups"),
+        "restore_lion_step_": ("sizes", "groups", "gamma_amp"),
     }.items()
     for name in names for kind in ("float32", "float64", "bfloat16", "float16", "complex64")
 ]  # fmt: skip
@@ -129,7 +135,8 @@ def test_norm_is_that_of_the_cpu_kernels(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("op", "name", "kind"),
     [("perturb_", "stochastic", "bfloat16"), ("perturb_", "asam_sizes", "complex64"), ("restore_", "gaps", "float16"),
-     ("restore_sgd_step_", "nesterov", "float32"), ("restore_adam_step_", "masters", "bfloat16")],
+     ("restore_sgd_step_", "nesterov", "float32"), ("restore_adam_step_", "masters", "bfloat16"),
+     ("restore_adam_step_", "gamma_amsgrad_masters", "float16"), ("restore_lion_step_", "groups", "float32")],
 )  # fmt: skip
 def test_bits_do_not_depend_on_block_sizes(
     monkeypatch: pytest.MonkeyPatch, op: str, name: str, kind: str, chosen: tuple[int, int]

@@ -26,6 +26,7 @@ from rst_fused.kernels import launch_groups
 from rst_fused.kernels.adam_step import adam_step_kernel
 from rst_fused.kernels.grad_norm import SUMS, finish_kernel, grad_norm_kernel
 from rst_fused.kernels.launch_config import BUILT_IN, WIDE_STATE
+from rst_fused.kernels.lion_step import lion_step_kernel
 from rst_fused.kernels.perturb import perturb_kernel
 from rst_fused.kernels.restore import mix_kernel, restore_kernel
 from rst_fused.kernels.sgd_step import sgd_step_kernel
@@ -65,11 +66,15 @@ def _perturb(t: Any, state: Any = None, adaptive: bool = False, is_complex: bool
 
 
 def _sgd(t: Any, state: Any = None, mixing: bool = False) -> dict[str, Any]:
-    return _types(t, state) | {"MOMENTUM": True, "NESTEROV": mixing, "MIXING": mixing} | _updating(state)
+    return _types(t, state) | {"FLAG": mixing, "STATES": 1, "SLOTS": 5, "MIXING": mixing} | _updating(state)
 
 
-def _adam(t: Any, state: Any = None, mixing: bool = False) -> dict[str, Any]:
-    return _types(t, state) | {"DECOUPLED": True, "MIXING": mixing} | _updating(state)
+def _adam(t: Any, state: Any = None, mixing: bool = False, states: int = 2) -> dict[str, Any]:
+    return _types(t, state) | {"FLAG": True, "STATES": states, "SLOTS": 7, "MIXING": mixing} | _updating(state)
+
+
+def _lion(t: Any, state: Any = None, mixing: bool = False) -> dict[str, Any]:
+    return _sgd(t, state, mixing) | {"FLAG": False}
 
 
 def _norm(t: Any, adaptive: bool = False, is_complex: bool = False) -> dict[str, Any]:
@@ -91,6 +96,10 @@ VARIANTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "adam fp32": (adam_step_kernel, _adam(F32)),
     "adam fp64 mixing": (adam_step_kernel, _adam(F64, None, True)),
     "adam bf16 master mixing": (adam_step_kernel, _adam(BF16, F32, True)),
+    "amsgrad fp32": (adam_step_kernel, _adam(F32, states=3)),
+    "amsgrad bf16 master mixing": (adam_step_kernel, _adam(BF16, F32, True, 3)),
+    "lion fp32": (lion_step_kernel, _lion(F32)),
+    "lion bf16 master mixing": (lion_step_kernel, _lion(BF16, F32, True)),
 }
 
 
