@@ -12,7 +12,8 @@ export PATH := $(abspath $(BIN)):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 OLDEST := .venv-oldest-torch
-OLDEST_TESTS := ops ops_properties plan optimizer faults resume sam current_numbers traps simd_levels compile
+OLDEST_TESTS := $(addprefix ops/test_,ops ops_properties simd_levels) \
+	$(addprefix optim/test_,plan optimizer exceptions resume sam hyperparameter_changes peer_bugs compile)
 
 DEPENDENCIES := $(BIN)/.dependencies
 EDITABLE := $(BIN)/.editable
@@ -33,10 +34,11 @@ packaging: $(DEPENDENCIES)
 
 # The binary built against the torch of .venv, loaded by the oldest one that it is made for.
 oldest: $(EXTENSION) $(OLDEST)/.dependencies
-	PYTHONPATH=$(CURDIR) $(OLDEST)/bin/python -m pytest $(OLDEST_TESTS:%=tests/test_%.py) $(ARGS)
+	PYTHONPATH=$(CURDIR) $(OLDEST)/bin/python -m pytest $(OLDEST_TESTS:%=tests/%.py) $(ARGS)
 
 lint: $(DEPENDENCIES)
 	$(BIN)/ruff check .
+	$(BIN)/clang-format --dry-run -Werror $(shell find csrc -name "*.h" -o -name "*.cpp" -o -name "*.cu" -o -name "*.cuh")
 
 types: $(DEPENDENCIES)
 	$(BIN)/mypy

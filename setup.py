@@ -82,7 +82,7 @@ def obstacle() -> str | None:
         )
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST_TORCH:
         return f"torch {torch.__version__} is too old for the extension, which needs 2.11 or newer"
-    if not os.path.exists("csrc/module.cpp"):
+    if not os.path.exists("csrc/torch/module.cpp"):
         return "the C++ sources (csrc/) are missing from this copy"
     return None
 
@@ -168,8 +168,8 @@ class Cuda:
     def objects(self, folder: str) -> list[str]:
         """Compiles what has changed since the last time."""
         os.makedirs(folder, exist_ok=True)
-        headers = [*glob("csrc/cuda/*.*h"), *glob("csrc/cuda/*.h"), *glob("csrc/cpu/*.h"), "csrc/sam_math.h"]
-        newest_header = max(os.path.getmtime(path) for path in headers)
+        headers = [path for folder in ("math", "core", "cuda") for path in Path("csrc", folder).rglob("*.*h")]
+        newest_header = max(path.stat().st_mtime for path in headers)
         flags = [*NVCC_FLAGS, *self.defines, *self.code_flags()]
         key = f"{zlib.crc32(' '.join(flags).encode()):08x}"
 
@@ -200,7 +200,7 @@ def cuda() -> Cuda | None:
 
 def add_cuda(extension: Extension, toolkit: Cuda) -> None:
     extension.extra_objects = toolkit.objects(os.path.join("build", "cuda"))
-    extension.sources += ["csrc/gpu_ops.cpp", *glob("csrc/cuda/*.cpp")]
+    extension.sources += ["csrc/torch/ops_cuda.cpp", *glob("csrc/cuda/*.cpp")]
     extension.extra_compile_args += [*toolkit.defines, *toolkit.facts, *(f"-isystem{path}" for path in toolkit.include)]
     extension.library_dirs += toolkit.libraries
     extension.libraries += ["cudart_static", "dl", "rt", "pthread"]
@@ -225,16 +225,15 @@ def with_cuda(command: type) -> type:
 
 
 def extension_modules() -> list[Extension]:
-    host_sources = sorted(glob("csrc/host*.cpp"))
-    gpu_sources = ["csrc/gpu_ops.cpp"]
-    torch_sources = sorted(set(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp")) - {*host_sources, *gpu_sources})
-    host_sources.append("csrc/cpu/table.cpp")  # both lay out chunk tables
+    core_sources = sorted(glob("csrc/core/*.cpp"))  # in both modules, which both make chunk tables
+    torch_sources = sorted(set(glob("csrc/cpu/*.cpp") + glob("csrc/torch/*.cpp")) - {"csrc/torch/ops_cuda.cpp"})
+    plan_sources = sorted(glob("csrc/plan/*.cpp"))
     # Others' headers come in as system headers, which keeps their warnings away. For py_limited_api
     # BuildExtension itself defines Py_LIMITED_API.
     return [
         Extension(
             "rst_fused._C",
-            torch_sources,
+            [*torch_sources, *core_sources],
             include_dirs=[os.path.abspath("csrc")],
             extra_compile_args=[
                 *COMPILE_FLAGS,
@@ -247,8 +246,8 @@ def extension_modules() -> list[Extension]:
             py_limited_api=True,
         ),
         Extension(
-            "rst_fused._host",
-            host_sources,
+            "rst_fused._plan_ext",
+            [*plan_sources, *core_sources],
             include_dirs=[os.path.abspath("csrc")],
             extra_compile_args=[*COMPILE_FLAGS, f"-isystem{pybind11.get_include()}"],
             language="c++",

@@ -60,26 +60,26 @@ def covers(architectures: str, capability: tuple[int, int]) -> bool:
     return False
 
 
-_host: Any = None
+_plan_ext: Any = None
 _import_error = ""
 try:
     # By name, for an error that says what is missing; `from rst_fused import _C` would blame a circular import.
     _core = importlib.import_module("rst_fused._C").core
-    _host = importlib.import_module("rst_fused._host")
-    _host.connect(_core)
+    _plan_ext = importlib.import_module("rst_fused._plan_ext")
+    _plan_ext.connect(_core)
 except ImportError as error:
     _import_error = str(error)
 
 
 def _select_simd() -> None:
     wanted = os.environ.get(_SIMD_VARIABLE)
-    if wanted and not _host.select_simd(wanted):
+    if wanted and not _plan_ext.select_simd(wanted):
         raise ValueError(
-            f"{_SIMD_VARIABLE}={wanted!r}: expected one of {_host.simd_levels()}, the levels this processor can run"
+            f"{_SIMD_VARIABLE}={wanted!r}: expected one of {_plan_ext.simd_levels()}, the levels this processor can run"
         )
 
 
-if _host is not None:
+if _plan_ext is not None:
     _select_simd()
 
 
@@ -129,7 +129,7 @@ def _triton() -> Backend:
 
 
 def _built_reason() -> str:
-    plans = _host.can_plan()
+    plans = _plan_ext.can_plan()
     return "compiled C++ extension" + ("" if plans else ", without launch plans: torch lacks what they look up")
 
 
@@ -139,24 +139,24 @@ _REFERENCE = Backend(
 )  # fmt: skip
 _CPU = (
     Backend("cpu", True, _built_reason(), ("cpu",), _ops(NAMESPACE), "cpu")
-    if _host is not None
+    if _plan_ext is not None
     else Backend("cpu", False, f"the C++ extension is not built ({_import_error}): {_BUILD_HINT}", ("cpu",), None)
 )
 
 
 def _cuda() -> Backend:
     missing = ""
-    if _host is None:
+    if _plan_ext is None:
         missing = f"the C++ extension is not built ({_import_error}): {_BUILD_HINT}"
-    elif _host.build_info()["CUDA"] == "not built":
+    elif _plan_ext.build_info()["CUDA"] == "not built":
         missing = "the extension was built without CUDA: put nvcc on PATH, set RST_FUSED_BUILD_CUDA=1 and install again"
     elif torch.version.cuda is None:
         missing = "this torch was built without CUDA"
-    elif not _host.knows_streams():
+    elif not _plan_ext.has_stream_api():
         missing = "this torch cannot be asked for its current CUDA stream (aoti_torch_get_current_cuda_stream)"
     if missing:
         return Backend("cuda", False, missing, ("cuda",), None)
-    built = _host.build_info()["CUDA"]
+    built = _plan_ext.build_info()["CUDA"]
     return Backend("cuda", True, f"CUDA {built}", ("cuda",), _ops(NAMESPACE), "gpu", built.split()[-1])
 
 
@@ -207,19 +207,19 @@ def _announced(backend: Backend, device: torch.device) -> Backend:
 
 def host() -> Any:
     """The torch-free helper module, or None where the extension is not built."""
-    return _host
+    return _plan_ext
 
 
 def build_info() -> dict[str, str]:
     """How the extension was built; empty where it is not."""
-    return {} if _host is None else dict(_host.build_info())
+    return {} if _plan_ext is None else dict(_plan_ext.build_info())
 
 
 def cache_bytes() -> int | None:
     """Bytes of the last-level cache, past which the CPU kernels write larger data; None without the extension."""
-    return None if _host is None else int(_host.cache_bytes())
+    return None if _plan_ext is None else int(_plan_ext.cache_bytes())
 
 
 def simd_level() -> str:
     """The SIMD level of the CPU kernels in use: plain, avx2 or avx512; "none" without the extension."""
-    return "none" if _host is None else str(_host.simd_level())
+    return "none" if _plan_ext is None else str(_plan_ext.simd_level())

@@ -1,6 +1,6 @@
 """The eager path of compiled kernels: one launch plan per optimizer, made once and checked at every step.
 
-A plan (csrc/host_plan.h) holds the chunk table of all parameters. At each call it looks at the gradient of every
+A plan (csrc/plan/plan.h) holds the chunk table of all parameters. At each call it looks at the gradient of every
 parameter and compares addresses, shapes and dtypes with the table. Whatever does not fit (other gradients than last
 time, storage that moved) makes a new plan; whatever a plan cannot express goes through rst_fused._engine.
 """
@@ -22,6 +22,7 @@ from rst_fused._preconditions import check_base, check_grads, check_rho
 from rst_fused._schemas import NAMESPACE
 
 Column = Sequence[Tensor | None]
+_RULES = {"sgd": 0, "adam": 1, "adamw": 1}  # in the order of csrc/math/rules/all.h
 _UNSCALED: tuple[float, Column] = (1.0, (None, None))
 _FLOATS = {float}
 _PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
@@ -32,7 +33,7 @@ _CAN_PLAN = host() is not None and host().can_plan()
 class _Made:
     """What was made of the hyperparameters while none of them changed."""
 
-    version: int = 0  # see Plan.look; a plan counts from 1
+    version: int = 0  # see Plan.poll; a plan counts from 1
     same_flags: bool = False  # those of the plan
     rho: list[float] | None = None
     rows: tuple[float, list[list[float]]] | None = None  # with the gamma among them
@@ -79,7 +80,7 @@ class Plans:
         """
         if self._plan is None:
             return False, False
-        seen = self._plan.look(opt.param_groups)
+        seen = self._plan.poll(opt.param_groups)
         if self._made.version != seen >> 2:
             self._made = _Made(seen >> 2, self._flags == self._flags_of(opt))
         fits = (
@@ -132,14 +133,12 @@ class Plans:
             self._made.rows = gamma, [row for row in found if row is not None]
         rows = self._made.rows[1]
         flags = self._flags[0]  # as of now: it was compared
-        done: bool
-        if rule.name == "sgd":
-            done = self._plan.sgd_step(rows, flags[1], flags[2], mixing, scale, there)
-        else:
+        number = _RULES[rule.name]
+        if self._lists.steps:
             rows = [[*row, float(step) + 1] for row, step in zip(rows, self._lists.steps, strict=True)]
-            done = self._plan.adam_step(rows, flags[1], flags[2], mixing, scale, there)
-            if done:
-                torch._foreach_add_(self._lists.steps, 1)  # after the step, which may fail
+        done: bool = self._plan.update(number, rows, flags[1], flags[2], mixing, scale, there)
+        if done and self._lists.steps:
+            torch._foreach_add_(self._lists.steps, 1)  # after the step, which may fail
         return done
 
     def _scaling(self, opt: Core) -> tuple[float, Column] | None:
@@ -213,15 +212,15 @@ class Plans:
         if not all(_fits(p, *companions) for p, *companions in zip(lists.params, *columns, strict=True)):
             return  # the ops say what is wrong; a plan trusts what it is made of
         held = list(lists.params)
-        positions = [_append(held, column) for column in columns]
+        masters_at, *states_at, backups_at = [_append(held, column) for column in columns]
         backed = sum(t is not None for t in backups)  # this optimizer's alone: nobody else can move them
         idle = [p for p in params if p.grad is None]
         state = {} if opt.rule is None else opt.state  # that of an optimizer instance is its own affair
         handle = getattr(torch.ops, NAMESPACE)._hold(held + idle)
         gpu = opt.backend.plans == "gpu"
         plan = host().Plan(
-            gpu, opt.param_groups, params, lists.params, lists.sizes, handle, len(held) - backed, len(held), *positions,
-            state,
+            gpu, opt.param_groups, params, lists.params, lists.sizes, handle, len(held) - backed, len(held), masters_at,
+            states_at, backups_at, state,
         )  # fmt: skip
         lists.grads, lists.backups = [], []  # a kept gradient would be memory that zero_grad cannot free
         self._lists = lists

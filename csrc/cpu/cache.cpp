@@ -1,11 +1,11 @@
-// How large the last-level cache is: below it, data stays there from one op to the next.
+// The size of the last-level cache: smaller data stays there from one op to the next.
 #include <unistd.h>
 
 #include <algorithm>
 #include <cstdio>
 #include <string>
 
-#include "cpu/ops.h"
+#include "cpu/run.h"
 
 namespace rst {
 
@@ -29,7 +29,7 @@ int64_t cache_bytes() {
   static const int64_t bytes = [] {
     int64_t found = listed_cache_bytes();
 #if defined(_SC_LEVEL3_CACHE_SIZE)
-    // Some C libraries count the caches of all sockets, or what a hypervisor says of its host: the smaller is right.
+    // Some C libraries count the caches of all sockets, or report those of a hypervisor's host: the smaller is right.
     const int64_t of_library = sysconf(_SC_LEVEL3_CACHE_SIZE);
     if (of_library > 0) found = found > 0 ? std::min(found, of_library) : of_library;
 #endif

@@ -1,13 +1,13 @@
 // grad_norm over one chunk: reads g (and w for ASAM), 4 bytes per fp32 parameter (8 for ASAM); writes nothing.
 #pragma once
 
-#include "cpu/loop.h"
+#include "cpu/multi_tensor_apply.h"
 
-namespace rst::RST_LEVEL {
+namespace rst::CPU_CAPABILITY {
 
 // Eight squares at a time are added in fp32, each addition with an error of at most 2^-24 of the sum, before the sum is
-// widened: converting every number to fp64 would cost more than reading it. Element order is the same at every SIMD level:
-// a block holds one number of 4 bytes, or two of 2 bytes, for each of kNormLanes lanes.
+// widened: converting every number to fp64 would cost more than reading it. Element order is the same at every SIMD
+// level: a block holds one number of 4 bytes, or two of 2 bytes, for each of kNormLanes lanes.
 constexpr int kSquares = 8;
 template <class T>
 constexpr int kNormBlock = kNormLanes * 4 / sizeof(T);
@@ -37,7 +37,7 @@ RST_INLINE FloatV add_squares(const T* block, int k, FloatV sum) {
   }
 }
 
-// Sums over Count vectors of lanes. A tree, for an array would lie in memory.
+// Sums over Count vectors of lanes. A tree: an array would be kept in memory, not in registers.
 template <int Count>
 struct Sums {
   Sums<Count / 2> low, high;
@@ -73,8 +73,8 @@ struct Sums<1> {
 };
 using NormSums = Sums<kNormLanes / kDoubleLanes>;
 
-// The sums of the pieces before, if the chunk comes in pieces.
-RST_INLINE NormSums sums_before(const ChunkCall& c) {
+// The sums of the earlier pieces, if the chunk comes in pieces.
+RST_INLINE NormSums sums_before(const ChunkArgs& c) {
   NormSums sums{};
   if (c.lanes == nullptr) return sums;
   sums.each_pair([&](int k, DoubleV& a, DoubleV& b) __attribute__((always_inline)) {
@@ -84,7 +84,7 @@ RST_INLINE NormSums sums_before(const ChunkCall& c) {
   return sums;
 }
 
-RST_INLINE void pass_on(const ChunkCall& c, NormSums& sums, double total) {
+RST_INLINE void pass_on(const ChunkArgs& c, NormSums& sums, double total) {
   *c.sum = total;
   if (c.lanes == nullptr) return;
   sums.each_pair([&](int k, DoubleV& a, DoubleV& b) __attribute__((always_inline)) {
@@ -93,7 +93,7 @@ RST_INLINE void pass_on(const ChunkCall& c, NormSums& sums, double total) {
   });
 }
 
-// `last`: one more block that lies elsewhere, or null.
+// `last`: one more block, stored elsewhere, or null.
 template <class T>
 RST_INLINE void add_blocks(const T* blocks, int count, const T* last, NormSums& sums) {
   sums.each_pair([&](int k, DoubleV& a, DoubleV& b) __attribute__((always_inline)) {
@@ -108,9 +108,9 @@ RST_INLINE void add_blocks(const T* blocks, int count, const T* last, NormSums& 
   });
 }
 
-// True if the chunk was summed; false, with nothing done, where fp32 did not hold the squares.
+// True if the chunk was summed; false, with nothing done, where the squares are out of fp32's range.
 template <class T>
-bool sum_in_fp32(const ChunkCall& c) {
+bool sum_in_fp32(const ChunkArgs& c) {
   NormSums sums = sums_before(c);
   const T* g = static_cast<const T*>(c.data[kGrad]);
   int64_t i = 0;
@@ -118,7 +118,7 @@ bool sum_in_fp32(const ChunkCall& c) {
   static_assert(kGather % kStride == 0, "pieces of a chunk would be summed in another order than the whole");
   for (; i + kStride <= c.count; i += kStride) {
     if constexpr (sizeof(T) == 2) {
-      for (int64_t k = 0; k < kStride; k += kLine / static_cast<int64_t>(sizeof(T))) fetch_ahead(g + i + k);
+      for (int64_t k = 0; k < kStride; k += kLine / static_cast<int64_t>(sizeof(T))) prefetch(g + i + k);
     }
     add_blocks<T>(g + i, kNormBlocks<T>, nullptr, sums);
   }
@@ -150,13 +150,13 @@ bool sum_in_fp32(const ChunkCall& c) {
 // Sums in fp64 over kNormLanes fixed lanes: element i of the chunk always goes to lane i % kNormLanes, so the result
 // depends neither on the SIMD level nor on the number of threads.
 template <class T, bool Adaptive, bool Master>
-void grad_norm_chunk(const ChunkCall& c) {
+void grad_norm_chunk(const ChunkArgs& c) {
   if constexpr (sizeof(T) < sizeof(double) && !Adaptive) {
     if (sum_in_fp32<T>(c)) return;
   }
   NormSums sums = sums_before(c);
   static_assert(kGather % kNormLanes == 0, "pieces of a chunk would be summed in another order than the whole");
-  const AsamScale<DoubleV> scale{broadcast<DoubleV>(c.call->eta)};
+  const AsamScale<DoubleV> scale{broadcast<DoubleV>(c.params->eta)};
   const bool complex = c.tensor->complex;
 
   auto add = [&](auto at, DoubleV sum) __attribute__((always_inline)) {
@@ -192,4 +192,4 @@ void grad_norm_chunk(const ChunkCall& c) {
   pass_on(c, sums, sums.total());
 }
 
-}  // namespace rst::RST_LEVEL
+}  // namespace rst::CPU_CAPABILITY

@@ -2,12 +2,12 @@
 // With a master copy: reads the master, g; writes the rounded w + e and no backup: 8 bytes per bf16 parameter.
 #pragma once
 
-#include "cpu/loop.h"
+#include "cpu/multi_tensor_apply.h"
 
-namespace rst::RST_LEVEL {
+namespace rst::CPU_CAPABILITY {
 
-// `bits`: those of the pairs of neighbours in v, in order. To be stored by store_exact, which for bfloat16 takes the upper
-// halves alone.
+// `bits`: those of the pairs of neighbours in v, in order. To be stored by store_exact, which for bfloat16 takes the
+// upper halves alone.
 template <class T, bool Own>
 RST_INLINE Twin stochastic_round(Twin v, UintV bits) {
   using Round = StochasticRound<FloatV, UintV>;
@@ -27,12 +27,12 @@ RST_INLINE Twin stochastic_round(Twin v, UintV bits) {
 }
 
 template <class T, bool Adaptive, bool Master, bool Stochastic>
-RST_INLINE void perturb_each(const ChunkCall& c) {
+RST_INLINE void perturb_each(const ChunkArgs& c) {
   using V = Arithmetic<T>;
   using W = State<T, Master>;  // where w is read
-  const Perturb<V> sam{broadcast<V>(c.call->scales[c.tensor->row])};
+  const Perturb<V> sam{broadcast<V>(c.params->scales[c.tensor->row])};
   const AsamPerturb<V> asam{sam.scale};
-  const AsamScale<V> asam_scale{broadcast<V>(c.call->eta)};
+  const AsamScale<V> asam_scale{broadcast<V>(c.params->eta)};
   const bool complex = c.tensor->complex;
   // Local copies: the compiler need not fear that a store changes them.
   void* const param = c.data[kParam];
@@ -43,13 +43,13 @@ RST_INLINE void perturb_each(const ChunkCall& c) {
   [[maybe_unused]] UintV place{};  // of the pairs that come next
   if constexpr (Stochastic) {
     // A chunk never straddles a multiple of 2^32 elements: both are powers of two.
-    random = RandomBits::of(c.call->seed, c.call->step, static_cast<uint64_t>(c.tensor->index),
+    random = RandomBits::of(c.params->seed, c.params->step, static_cast<uint64_t>(c.tensor->index),
                             static_cast<uint64_t>(c.begin) >> 32);
     for (int k = 0; k < kFloatLanes; ++k) place[k] = static_cast<uint32_t>(c.begin) / 2 + k;
     place = RandomBits::place(place);
   }
 
-  each<T, V>(c, Master ? param : backup, RST_BODY(at) {
+  for_each_vector<T, V>(c, Master ? param : backup, RST_BODY(at) {
     const V w = at.template load<W>(source), g = at.template load<T>(grad);
     V moved;
     if constexpr (Adaptive) {
@@ -60,7 +60,8 @@ RST_INLINE void perturb_each(const ChunkCall& c) {
     if constexpr (!Master) at.template copy<T>(backup, param);
     if constexpr (Stochastic) {
       const UintV bits = random.at(place);
-      place += RandomBits::place(static_cast<uint32_t>(at.lanes / 2));  // `each` begins at even elements, one after another
+      // for_each_vector begins at even elements, one vector after another.
+      place += RandomBits::place(static_cast<uint32_t>(at.lanes / 2));
       moved = stochastic_round<T, !Master>(moved, bits);
       if constexpr (Master) {
         at.template store_only_exact<T>(param, moved);
@@ -76,17 +77,17 @@ RST_INLINE void perturb_each(const ChunkCall& c) {
 }
 
 template <class T, bool Adaptive, bool Master>
-void perturb_chunk(const ChunkCall& c) {
+void perturb_chunk(const ChunkArgs& c) {
   if constexpr (sizeof(T) == 2) {
-    if (c.call->stochastic) return perturb_each<T, Adaptive, Master, true>(c);
+    if (c.params->stochastic) return perturb_each<T, Adaptive, Master, true>(c);
   }
   perturb_each<T, Adaptive, Master, false>(c);
 }
 
 // For a zero or non-finite norm: e = 0 whatever g is, so there is only the backup to write.
 template <class T>
-void backup_chunk(const ChunkCall& c) {
+void backup_chunk(const ChunkArgs& c) {
   if (c.data[kBackup] != nullptr) std::memcpy(c.data[kBackup], c.data[kParam], c.count * sizeof(T));
 }
 
-}  // namespace rst::RST_LEVEL
+}  // namespace rst::CPU_CAPABILITY

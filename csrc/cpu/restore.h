@@ -2,14 +2,14 @@
 // mix over one chunk: g <- (1 - gamma) * g1 + gamma * g: 12 bytes per fp32 parameter.
 #pragma once
 
-#include "cpu/loop.h"
+#include "cpu/multi_tensor_apply.h"
 
-namespace rst::RST_LEVEL {
+namespace rst::CPU_CAPABILITY {
 
 template <class T, bool Master>
-void restore_chunk(const ChunkCall& c) {
+void restore_chunk(const ChunkArgs& c) {
   if constexpr (Master) {
-    each<T, Arithmetic<T>>(c, c.data[kParam], RST_BODY(at) {
+    for_each_vector<T, Arithmetic<T>>(c, c.data[kParam], RST_BODY(at) {
       at.template store_only<T, false>(c.data[kParam], at.template load<State<T, true>>(c.data[kMaster]));
     });
   } else {  // bytes, not values: a NaN's payload comes back too
@@ -18,14 +18,14 @@ void restore_chunk(const ChunkCall& c) {
 }
 
 template <class T>
-void mix_chunk(const ChunkCall& c) {
+void mix_chunk(const ChunkArgs& c) {
   using V = Arithmetic<T>;
-  const double gamma = c.call->gammas[c.tensor->row];
+  const double gamma = c.params->gammas[c.tensor->row];
   const Mix<V> mix{broadcast<V>(gamma), broadcast<V>(1 - gamma)};
-  each<T, V>(c, nullptr, RST_BODY(at) {
+  for_each_vector<T, V>(c, nullptr, RST_BODY(at) {
     const V g1 = at.template load<T>(c.data[kFirstGrad]), g2 = at.template load<T>(c.data[kGrad]);
     at.template store<T, true>(c.data[kGrad], mix(g1, g2));
   });
 }
 
-}  // namespace rst::RST_LEVEL
+}  // namespace rst::CPU_CAPABILITY

@@ -1,5 +1,6 @@
 // One vector type per SIMD level, as GCC/Clang vector extensions: arithmetic, comparison and ?: come from the compiler;
-// only what it cannot express (fma, sqrt, fp16, streaming stores) or expresses badly (to_double) is written with intrinsics.
+// only what it cannot express (fma, sqrt, fp16, streaming stores) or expresses badly (to_double) is written with
+// intrinsics.
 //
 // RST_SIMD_LEVEL is 0 (plain: 16-byte vectors, any architecture), 1 (AVX2 + FMA + F16C) or 2 (AVX-512 F/BW/DQ/VL).
 #pragma once
@@ -18,7 +19,7 @@
 #endif
 #endif
 
-#include "cpu/dtypes.h"
+#include "core/dtypes.h"
 
 namespace rst {
 
@@ -48,6 +49,12 @@ RST_INLINE FloatV from_bits(UintV x) { return reinterpret<FloatV>(x); }
 
 RST_INLINE FloatV abs(FloatV x) { return from_bits(to_bits(x) & 0x7fffffffu); }
 RST_INLINE DoubleV abs(DoubleV x) { return x < 0 ? -x : x; }
+RST_INLINE FloatV copysign(FloatV a, FloatV b) { return from_bits(to_bits(abs(a)) | (to_bits(b) & 0x80000000u)); }
+RST_INLINE DoubleV copysign(DoubleV a, DoubleV b) {
+  using Bits = Vector<uint64_t, kDoubleLanes>;
+  const Bits sign = reinterpret<Bits>(b) & (uint64_t{1} << 63);
+  return reinterpret<DoubleV>(reinterpret<Bits>(abs(a)) | sign);
+}
 
 #if RST_SIMD_LEVEL == 2
 RST_INLINE FloatV fma(FloatV a, FloatV b, FloatV c) { return _mm512_fmadd_ps(a, b, c); }
@@ -103,7 +110,8 @@ RST_INLINE void stream(uint16_t* p, Vector<uint16_t, 16> v) {
   _mm256_stream_si256(reinterpret_cast<__m256i*>(p), reinterpret<__m256i>(v));
 }
 RST_INLINE Vector<uint16_t, 16> blend_neighbours(Vector<uint16_t, 16> even, Vector<uint16_t, 16> odd) {
-  return reinterpret<Vector<uint16_t, 16>>(_mm256_blend_epi16(reinterpret<__m256i>(even), reinterpret<__m256i>(odd), 0xaa));
+  return reinterpret<Vector<uint16_t, 16>>(
+      _mm256_blend_epi16(reinterpret<__m256i>(even), reinterpret<__m256i>(odd), 0xaa));
 }
 RST_INLINE Vector<uint16_t, 16> minus_saturated(Vector<uint16_t, 16> a, Vector<uint16_t, 16> b) {
   return reinterpret<Vector<uint16_t, 16>>(_mm256_subs_epu16(reinterpret<__m256i>(a), reinterpret<__m256i>(b)));
@@ -149,7 +157,9 @@ RST_INLINE auto zero_extend(H h) {
   return __builtin_convertvector(h, Vector<uint32_t, sizeof(H) / 2>);
 }
 template <class Scalar, class V>
-RST_INLINE void stream(Scalar* p, V v) { std::memcpy(p, &v, sizeof(v)); }
+RST_INLINE void stream(Scalar* p, V v) {
+  std::memcpy(p, &v, sizeof(v));
+}
 #endif
 
 // Two vectors side by side: the arithmetic of 16-bit dtypes, so that one whole vector of them is worked on at a time.
@@ -164,6 +174,24 @@ RST_INLINE Twin operator/(Twin x, Twin y) { return {x.a / y.a, x.b / y.b}; }
 RST_INLINE Twin fma(Twin x, Twin y, Twin z) { return {fma(x.a, y.a, z.a), fma(x.b, y.b, z.b)}; }
 RST_INLINE Twin sqrt(Twin x) { return {sqrt(x.a), sqrt(x.b)}; }
 RST_INLINE Twin abs(Twin x) { return {abs(x.a), abs(x.b)}; }
+template <class V>
+RST_INLINE V maximum(V a, V b);
+template <class V>
+RST_INLINE V sign(V x);
+RST_INLINE Twin maximum(Twin x, Twin y) { return {maximum(x.a, y.a), maximum(x.b, y.b)}; }
+RST_INLINE Twin sign(Twin x) { return {sign(x.a), sign(x.b)}; }
+
+template <class V>
+RST_INLINE V broadcast(double x) {
+  if constexpr (std::is_same<V, Twin>::value) {
+    return {broadcast<FloatV>(x), broadcast<FloatV>(x)};
+  } else {
+    return V{} + static_cast<typename std::decay<decltype(V{}[0])>::type>(x);
+  }
+}
+RST_INLINE void assign(FloatV& to, double x) { to = broadcast<FloatV>(x); }
+RST_INLINE void assign(DoubleV& to, double x) { to = broadcast<DoubleV>(x); }
+RST_INLINE void assign(Twin& to, double x) { to = broadcast<Twin>(x); }
 
 template <class V>
 struct Shape {
@@ -177,8 +205,8 @@ struct Shape<Twin> {
 };
 
 // Storage format of T in vectors of Shape<V>::kLanes elements: the raw bits, and the conversion to and from arithmetic.
-// Where T is narrower than V, truncate is narrow for values that T holds exactly, and narrow_own for values computed from
-// elements of T and finite numbers alone.
+// Where T is narrower than V, truncate is narrow for values that T holds exactly, and narrow_own for values computed
+// from elements of T and finite numbers alone.
 template <class V, class T>
 struct Convert;
 template <>
@@ -227,11 +255,12 @@ struct Convert<Twin, BFloat16> {
   }
   static RST_INLINE FloatV quiet(FloatV x) { return x == x ? x : from_bits(UintV{} + 0x7fc00000u); }
   static RST_INLINE Raw narrow(Twin v) { return narrow_own({quiet(v.a), quiet(v.b)}); }
-  // Nearest even, as torch rounds: up if the lower half is above its middle, or if it is the middle and the upper half is
-  // odd. Done on all 16-bit halves at once. What was computed from bfloat16 alone has no NaN with anything in its lower half,
-  // which rounding would carry on.
+  // Nearest even, as torch rounds: up if the lower half is above its middle, or if it is the middle and the upper half
+  // is odd. Done on all 16-bit halves at once. What was computed from bfloat16 alone has no NaN with anything in its
+  // lower half, which rounding would carry on.
   static RST_INLINE Raw narrow_own(Twin v) {
-    const Raw upper = truncate(v), lower = blend_neighbours(reinterpret<Raw>(v.a), reinterpret<Raw>(to_bits(v.b) << 16));
+    const Raw upper = truncate(v),
+              lower = blend_neighbours(reinterpret<Raw>(v.a), reinterpret<Raw>(to_bits(v.b) << 16));
     return upper + (minus_saturated(lower, ~upper & 1) >> 15);
   }
   static RST_INLINE Raw truncate(Twin v) { return join(to_bits(v.a), to_bits(v.b)); }

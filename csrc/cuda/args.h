@@ -1,8 +1,10 @@
 // What a GPU kernel is given, by value: the tensors of a launch travel as kernel arguments, so nothing is copied to the
-// device first, and a CUDA graph keeps its own copy. Shared by host and device; knows nothing of torch or CUDA.
+// device first, and a CUDA graph keeps its own copy. Shared by host and device code; knows nothing of torch or CUDA.
 #pragma once
 
 #include <cstdint>
+
+#include "math/rules/all.h"
 
 namespace rst::cuda {
 
@@ -11,55 +13,55 @@ namespace rst::cuda {
 #define RST_CUDA_ARGUMENT_BYTES 32764
 #endif
 constexpr int kArgumentBytes = RST_CUDA_ARGUMENT_BYTES;
-constexpr int kThreads = 512;  // of every block
-constexpr int kRows = 8;       // rows of hyperparameters in one launch
-constexpr int kNumbers = 7;    // in a row: Adam takes the most
+constexpr int kThreads = 512;                // of every block
+constexpr int kRows = 8;                     // rows of hyperparameters in one launch
+constexpr int kHyperparams = longest_row();  // in a row
 
 // The same for all tensors of a launch.
-struct Common {
-  double rows[kRows][kNumbers];     // hyperparameters in the order of the schema, Adam's step count behind them
-  const double* device_rows;        // or, if not null, as device tensors
+struct LaunchParams {
+  double hyperparams[kRows][kHyperparams];  // in the order of the schema, the step count last
+  const double* device_hyperparams;         // not null: they are read from device tensors instead
   const double* device_steps;
-  const int64_t* rng;               // [seed, step]; null: the two below
+  const int64_t* rng;  // [seed, step]; null: the two below
   uint64_t seed, step;
-  double* stats;                    // see rst_fused/_schemas.py
-  double* partials;                 // grad_norm: one sum per chunk of all launches
-  const float* grad_scale;          // of AMP, or null
+  double* stats;            // see rst_fused/_schemas.py
+  double* partials;         // grad_norm: one sum per chunk of all launches
+  const float* grad_scale;  // of AMP, or null
   const float* found_inf;
   double eta;
-  double direction;                 // 1, or -1 to maximize
+  double grad_multiplier;  // 1, or -1 to maximize
   int64_t first_partial, all_partials;
-  int32_t tensors, chunk;           // chunk: elements that one block works on
-  int32_t columns;                  // of device_rows
-  bool last;                        // grad_norm: the launch that finishes the sum
-  bool stochastic, nesterov, decoupled;
+  int32_t tensors, chunk;  // chunk: elements that one block works on
+  int32_t columns;         // of device_hyperparams
+  bool last;               // grad_norm: the launch that finishes the sum
+  bool stochastic;
+  bool flag;  // of the rule: nesterov, or decoupled
 };
 
-// One launch over tensors with `Streams` companions each (the parameter included).
-template <int Streams>
+// One launch over tensors with `Operands` operands each.
+template <int Operands>
 struct Args {
   static constexpr int kTensors =
-      (kArgumentBytes - static_cast<int>(sizeof(Common)) - 16) / (8 + 8 * Streams + 4 + 4 + 2);
-  Common common;
+      (kArgumentBytes - static_cast<int>(sizeof(LaunchParams)) - 16) / (8 + 8 * Operands + 4 + 4 + 2);
+  LaunchParams params;
   int64_t numel[kTensors];  // scalars: a complex number counts as two
-  void* data[Streams][kTensors];
+  void* data[Operands][kTensors];
   int32_t first_chunk[kTensors + 1];  // the blocks of tensor t are those from first_chunk[t] to first_chunk[t + 1]
   int32_t index[kTensors];            // among all parameters of the model: picks the random bits
   uint16_t row[kTensors];
 };
 
-// Which companions each kernel takes, in the order of Args::data.
-enum NormStream : int { kNormGrad, kNormWeight, kNormStreams };
-enum PerturbStream : int { kPerturbParam, kPerturbGrad, kPerturbCopy, kPerturbStreams };  // copy: backup or master
-enum RestoreStream : int { kRestoreParam, kRestoreSource, kRestoreStreams };
-enum MixStream : int { kMixGrad, kMixFirst, kMixStreams };
-// source: where w is read, the backup, the master or the parameter itself.
-enum SgdStream : int { kSgdParam, kSgdGrad, kSgdSource, kSgdFirst, kSgdBuffer, kSgdStreams };
-enum AdamStream : int { kAdamParam, kAdamGrad, kAdamSource, kAdamFirst, kAdamBuffer, kAdamBuffer2, kAdamStreams };
+// The operands of each kernel, in the order of Args::data.
+enum NormOperand : int { kNormGrad, kNormWeight, kNormOperands };
+enum PerturbOperand : int { kPerturbParam, kPerturbGrad, kPerturbCopy, kPerturbOperands };  // copy: backup or master
+enum RestoreOperand : int { kRestoreParam, kRestoreSource, kRestoreOperands };
+enum MixOperand : int { kMixGrad, kMixFirst, kMixOperands };
+// source: where w is read, the backup, the master or the parameter itself. All states of the rule are last.
+enum UpdateOperand : int { kUpdateParam, kUpdateGrad, kUpdateSource, kUpdateFirst, kUpdateState0 };
 
 struct GpuKernel {
   const char* name;      // as in the PTX
-  const void* function;  // what cudaLaunchKernel wants
+  const void* function;  // for cudaLaunchKernel
   int bytes;             // of its arguments
 };
 

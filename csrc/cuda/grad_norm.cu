@@ -5,10 +5,10 @@
 namespace rst::cuda {
 
 #define RST_GRAD_NORM(name, T, adaptive, complex, master) \
-  RST_KERNEL(rst_grad_norm_##name, kNormStreams, 2) { grad_norm<T, adaptive, complex, master>(args); }
-#define RST_WIDE(name, T)                                      \
-  RST_GRAD_NORM(name, T, false, false, false)                  \
-  RST_GRAD_NORM(name##_adaptive, T, true, false, false)        \
+  RST_KERNEL(rst_grad_norm_##name, kNormOperands, 2) { grad_norm<T, adaptive, complex, master>(args); }
+#define RST_WIDE(name, T)                               \
+  RST_GRAD_NORM(name, T, false, false, false)           \
+  RST_GRAD_NORM(name##_adaptive, T, true, false, false) \
   RST_GRAD_NORM(name##_adaptive_complex, T, true, true, false)
 #define RST_HALF(name, T)                               \
   RST_GRAD_NORM(name, T, false, false, false)           \
@@ -20,14 +20,16 @@ RST_WIDE(float64, double)
 RST_HALF(bfloat16, BFloat16)
 RST_HALF(float16, Half)
 
-#define RST_OF(name) RST_ENTRY(rst_grad_norm_##name, kNormStreams)
+#define RST_OF(name) RST_ENTRY(rst_grad_norm_##name, kNormOperands)
 // Without ASAM complex numbers are pairs of scalars, and masters are not read.
-#define RST_WIDE_ROW(name)                                                                    \
+// clang-format off
+#define RST_WIDE_ROW(name) \
   {{{RST_OF(name), {}}, {RST_OF(name), {}}}, {{RST_OF(name##_adaptive), {}}, {RST_OF(name##_adaptive_complex), {}}}}
 #define RST_HALF_ROW(name) \
   {{{RST_OF(name), RST_OF(name)}, {}}, {{RST_OF(name##_adaptive), RST_OF(name##_adaptive_master)}, {}}}
+// clang-format on
 
 const GpuKernel grad_norm_kernels[kDTypes][2][2][2] = {RST_WIDE_ROW(float32), RST_WIDE_ROW(float64),
-                                                               RST_HALF_ROW(bfloat16), RST_HALF_ROW(float16)};
+                                                       RST_HALF_ROW(bfloat16), RST_HALF_ROW(float16)};
 
 }  // namespace rst::cuda

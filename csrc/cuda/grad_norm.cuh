@@ -1,9 +1,9 @@
-// grad_norm: reads g (and w for ASAM), 4 bytes per fp32 parameter (8 for ASAM). One sum in fp64 per chunk; the last block
-// to finish adds them up in order, so that two runs agree bit for bit.
+// grad_norm: reads g (and w for ASAM), 4 bytes per fp32 parameter (8 for ASAM). One sum in fp64 per chunk; the last
+// block to finish adds them up in order, so that two runs agree bit for bit.
 #pragma once
 
-#include "cpu/ops.h"
-#include "cuda/traverse.cuh"
+#include "core/params.h"
+#include "cuda/multi_tensor_apply.cuh"
 
 namespace rst::cuda {
 
@@ -58,22 +58,16 @@ __device__ __forceinline__ double block_sum(double x) {
   return x;
 }
 
-__device__ __forceinline__ void finish_norm(const Common& c) {
+__device__ __forceinline__ void finish_norm(const LaunchParams& c) {
   double sum = 0;
   for (int64_t i = threadIdx.x; i < c.all_partials; i += kThreads) sum += __ldcg(c.partials + i);
   sum = block_sum(sum);
-  if (threadIdx.x != 0) return;
-  const double norm = rst::sqrt(sum);
-  const bool finite = isfinite(norm);
-  c.stats[kNorm] = norm;
-  c.stats[kInverse] = finite && norm > 0 ? 1 / (norm + kNormEps) : 0;
-  c.stats[kNonFinite] = finite ? 0 : 1;
-  c.stats[kNonFiniteCount] += c.stats[kNonFinite];
+  if (threadIdx.x == 0) write_stats(sum, c.stats);
 }
 
 template <class T, bool Adaptive, bool Complex, bool Master>
-__device__ __forceinline__ void grad_norm(const Args<kNormStreams>& args) {
-  const Common& c = args.common;
+__device__ __forceinline__ void grad_norm(const Args<kNormOperands>& args) {
+  const LaunchParams& c = args.params;
   GradNorm<T, Adaptive, Complex, Master> op{};
   if (c.tensors > 0) {
     const Piece piece = piece_of(args);
@@ -82,7 +76,7 @@ __device__ __forceinline__ void grad_norm(const Args<kNormStreams>& args) {
       op.weight = static_cast<const State<T, Master>*>(args.data[kNormWeight][piece.tensor]) + piece.begin;
     }
     op.scale = {c.eta};
-    each<T, Adaptive ? 2 : 4, Complex ? 2 : 1>(aligned(args, piece.tensor), piece.count, op);
+    for_each_pack<T, Adaptive ? 2 : 4, Complex ? 2 : 1>(aligned(args, piece.tensor), piece.count, op);
   }
   const double sum = block_sum(op.sum);
   __shared__ bool last;

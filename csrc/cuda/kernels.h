@@ -1,17 +1,17 @@
 // Every GPU kernel, as the launch code finds it.
 #pragma once
 
-#include "cpu/table.h"
+#include "core/chunk_table.h"
+#include "core/params.h"
 #include "cuda/args.h"
 
 namespace rst::cuda {
 
-// By dtype; then in the order of the flags in the name. A name of null: there is no such kernel.
-extern const GpuKernel grad_norm_kernels[kDTypes][2][2][2];    // adaptive, complex, master
-extern const GpuKernel perturb_kernels[kDTypes][2][2][2];      // adaptive, complex, master
-extern const GpuKernel restore_kernels[kDTypes][2];            // master
+// By dtype, then by the flags. A name of null: there is no such kernel.
+extern const GpuKernel grad_norm_kernels[kDTypes][2][2][2];  // adaptive, complex, master
+extern const GpuKernel perturb_kernels[kDTypes][2][2][2];    // adaptive, complex, master
+extern const GpuKernel restore_kernels[kDTypes][2];          // master
 extern const GpuKernel mix_kernels[kDTypes];
-extern const GpuKernel sgd_step_kernels[kDTypes][2][2][2];     // momentum, mixing, master
-extern const GpuKernel adam_step_kernels[kDTypes][2][2];       // mixing, master
+extern const GpuKernel update_kernels[kRuleVariants][kDTypes][2][2];  // mixing, master
 
 }  // namespace rst::cuda

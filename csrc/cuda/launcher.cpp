@@ -33,7 +33,8 @@ class OnDevice {
 void launch(const GpuKernel& kernel, unsigned blocks, const void* args, const Launcher& self) {
   const OnDevice guard(self.device);
   void* arguments[] = {const_cast<void*>(args)};
-  check(cudaLaunchKernel(kernel.function, dim3(blocks), dim3(kThreads), arguments, 0, static_cast<cudaStream_t>(self.stream)),
+  check(cudaLaunchKernel(kernel.function, dim3(blocks), dim3(kThreads), arguments, 0,
+                         static_cast<cudaStream_t>(self.stream)),
         kernel.name, self.device);
 }
 
@@ -43,8 +44,6 @@ Launcher gpu_launcher(int device, void* stream) { return {&launch, device, strea
 
 #define RST_TEXT_OF(x) #x
 #define RST_TEXT(x) RST_TEXT_OF(x)
-const char* build_description() {
-  return RST_TEXT(RST_CUDA_VERSION) " for " RST_TEXT(RST_CUDA_ARCHITECTURES);
-}
+const char* build_description() { return RST_TEXT(RST_CUDA_VERSION) " for " RST_TEXT(RST_CUDA_ARCHITECTURES); }
 
 }  // namespace rst::cuda

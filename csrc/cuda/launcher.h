@@ -1,11 +1,11 @@
 // The launcher of a real GPU.
 #pragma once
 
-#include "cuda/ops.h"
+#include "cuda/launch.h"
 
 namespace rst::cuda {
 
-// Starts kernels on `stream` of `device`, on whatever device the calling thread was, and leaves it there. Throws
+// Starts kernels on `stream` of `device`; the current device of the calling thread stays as it is. Throws
 // std::runtime_error naming the kernel, the device and CUDA's error.
 Launcher gpu_launcher(int device, void* stream);
 // "13.0 for sm_80, sm_90, ...", as built.

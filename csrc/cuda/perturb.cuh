@@ -2,8 +2,8 @@
 // and writes the rounded w + e, 8 bytes per bf16 parameter.
 #pragma once
 
-#include "cpu/ops.h"
-#include "cuda/traverse.cuh"
+#include "core/params.h"
+#include "cuda/multi_tensor_apply.cuh"
 
 namespace rst::cuda {
 
@@ -98,10 +98,10 @@ struct KeepEach {
 };
 
 template <class T, bool Adaptive, bool Complex, bool Master>
-__device__ __forceinline__ void perturb(const Args<kPerturbStreams>& args) {
+__device__ __forceinline__ void perturb(const Args<kPerturbOperands>& args) {
   using A = Arithmetic<T>;
   using W = State<T, Master>;
-  const Common& c = args.common;
+  const LaunchParams& c = args.params;
   const Piece piece = piece_of(args);
   T* const param = static_cast<T*>(args.data[kPerturbParam][piece.tensor]) + piece.begin;
   W* const copy = static_cast<W*>(args.data[kPerturbCopy][piece.tensor]) + piece.begin;
@@ -111,11 +111,11 @@ __device__ __forceinline__ void perturb(const Args<kPerturbStreams>& args) {
   if (inverse == 0) {  // 0 * inf would be NaN: do not even compute e
     if constexpr (!Master) {
       KeepEach<T> keep{param, copy};
-      each<T, 4, Complex ? 2 : 1>(packs, piece.count, keep);
+      for_each_pack<T, 4, Complex ? 2 : 1>(packs, piece.count, keep);
     }
     return;
   }
-  const A factor = static_cast<A>(number(args, piece.tensor, 0) * inverse);
+  const A factor = static_cast<A>(hyperparam(args, piece.tensor, 0) * inverse);
   RandomBits random{0};
   if constexpr (sizeof(T) == 2) {
     if (c.stochastic) {
@@ -126,9 +126,10 @@ __device__ __forceinline__ void perturb(const Args<kPerturbStreams>& args) {
                               static_cast<uint64_t>(piece.begin) >> 32);
     }
   }
-  PerturbEach<T, Adaptive, Complex, Master> op{param,    copy,   grad, {factor}, {factor}, {static_cast<A>(c.eta)},
-                                               c.stochastic, random, static_cast<uint32_t>(piece.begin)};
-  each<T, Master ? 1 : 2, Complex ? 2 : 1>(packs, piece.count, op);
+  PerturbEach<T, Adaptive, Complex, Master> op{param,        copy,     grad,
+                                               {factor},     {factor}, {static_cast<A>(c.eta)},
+                                               c.stochastic, random,   static_cast<uint32_t>(piece.begin)};
+  for_each_pack<T, Master ? 1 : 2, Complex ? 2 : 1>(packs, piece.count, op);
 }
 
 }  // namespace rst::cuda

@@ -2,7 +2,7 @@
 // mix: g <- (1 - gamma) g1 + gamma g, 12 bytes per fp32 parameter.
 #pragma once
 
-#include "cuda/traverse.cuh"
+#include "cuda/multi_tensor_apply.cuh"
 
 namespace rst::cuda {
 
@@ -29,11 +29,12 @@ struct RestoreEach {
 };
 
 template <class T, bool Master>
-__device__ __forceinline__ void restore(const Args<kRestoreStreams>& args) {
+__device__ __forceinline__ void restore(const Args<kRestoreOperands>& args) {
   const Piece piece = piece_of(args);
-  RestoreEach<T, Master> op{static_cast<T*>(args.data[kRestoreParam][piece.tensor]) + piece.begin,
-                            static_cast<const State<T, Master>*>(args.data[kRestoreSource][piece.tensor]) + piece.begin};
-  each<T, 4, 1>(aligned(args, piece.tensor), piece.count, op);
+  RestoreEach<T, Master> op{
+      static_cast<T*>(args.data[kRestoreParam][piece.tensor]) + piece.begin,
+      static_cast<const State<T, Master>*>(args.data[kRestoreSource][piece.tensor]) + piece.begin};
+  for_each_pack<T, 4, 1>(aligned(args, piece.tensor), piece.count, op);
 }
 
 template <class T>
@@ -60,14 +61,14 @@ struct MixEach {
 };
 
 template <class T>
-__device__ __forceinline__ void mix(const Args<kMixStreams>& args) {
+__device__ __forceinline__ void mix(const Args<kMixOperands>& args) {
   using A = Arithmetic<T>;
   const Piece piece = piece_of(args);
-  const double gamma = number(args, piece.tensor, 0);
+  const double gamma = hyperparam(args, piece.tensor, 0);
   MixEach<T> op{static_cast<T*>(args.data[kMixGrad][piece.tensor]) + piece.begin,
                 static_cast<const T*>(args.data[kMixFirst][piece.tensor]) + piece.begin,
                 {static_cast<A>(gamma), static_cast<A>(1 - gamma)}};
-  each<T, 2, 1>(aligned(args, piece.tensor), piece.count, op);
+  for_each_pack<T, 2, 1>(aligned(args, piece.tensor), piece.count, op);
 }
 
 }  // namespace rst::cuda

@@ -6,7 +6,7 @@ out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
 flags="-O1 -g -std=c++17 -ffp-contract=off -fno-math-errno -Wall -Wextra -Wno-psabi -I. -pthread"
 flags="$flags -fsanitize=address,undefined -fno-sanitize-recover=all"
-for source in cpu/*.cpp tests/test_core.cpp; do
+for source in core/*.cpp cpu/*.cpp tests/test_core.cpp; do
   echo "${CXX:-g++} $source"
   ${CXX:-g++} $flags -c "$source" -o "$out/$(basename "$source").o"
 done

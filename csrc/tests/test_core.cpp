@@ -7,17 +7,17 @@
 #include <random>
 #include <thread>
 
-#include "cpu/ops.h"
+#include "cpu/run.h"
 
 namespace {
 
 int failures = 0;
-#define EXPECT(condition)                                                     \
-  do {                                                                        \
-    if (!(condition)) {                                                       \
-      std::printf("%s:%d: failed: %s\n", __FILE__, __LINE__, #condition);     \
-      ++failures;                                                             \
-    }                                                                         \
+#define EXPECT(condition)                                                 \
+  do {                                                                    \
+    if (!(condition)) {                                                   \
+      std::printf("%s:%d: failed: %s\n", __FILE__, __LINE__, #condition); \
+      ++failures;                                                         \
+    }                                                                     \
   } while (0)
 
 using namespace rst;
@@ -33,19 +33,20 @@ struct Parameter {
   std::vector<std::vector<char>> memory;
   Tensor tensor;
 
-  Parameter(DType dtype, int64_t numel, unsigned streams, bool master, int shift, std::mt19937& random, bool complex = false) {
-    memory.resize(kStreams);
+  Parameter(DType dtype, int64_t numel, unsigned operands, bool master, int shift, std::mt19937& random,
+            bool complex = false) {
+    memory.resize(kOperands);
     tensor.dtype = dtype;
     tensor.state_dtype = master ? DType::Float : dtype;
     tensor.numel = numel;
     tensor.complex = complex;
-    for (int s = 0; s < kStreams; ++s) {
-      if (!(streams >> s & 1)) continue;
+    for (int s = 0; s < kOperands; ++s) {
+      if (!(operands >> s & 1)) continue;
       const int64_t size = size_of(tensor.dtype_of(s));
       memory[s].resize((numel + shift) * size);
       tensor.data[s] = memory[s].data() + shift * size;
       for (int64_t i = 0; i < numel; ++i) put(s, i, std::normal_distribution<double>()(random));
-      if (s == kBuffer2) {
+      if (s == kState1) {
         for (int64_t i = 0; i < numel; ++i) put(s, i, 0);
       }
     }
@@ -57,10 +58,18 @@ struct Parameter {
     std::memcpy(&bits, &single, 4);
     const uint16_t top = static_cast<uint16_t>(bits >> 16), half = float_to_half_bits(single);
     switch (tensor.dtype_of(s)) {
-      case DType::Double: std::memcpy(at, &value, 8); break;
-      case DType::Float: std::memcpy(at, &single, 4); break;
-      case DType::BFloat16: std::memcpy(at, &top, 2); break;
-      case DType::Half: std::memcpy(at, &half, 2); break;
+      case DType::Double:
+        std::memcpy(at, &value, 8);
+        break;
+      case DType::Float:
+        std::memcpy(at, &single, 4);
+        break;
+      case DType::BFloat16:
+        std::memcpy(at, &top, 2);
+        break;
+      case DType::Half:
+        std::memcpy(at, &half, 2);
+        break;
     }
   }
 };
@@ -69,12 +78,12 @@ struct Model {
   std::vector<Parameter> parameters;
   Table table;
 
-  Model(unsigned streams, bool masters, unsigned seed) {
+  Model(unsigned operands, bool masters, unsigned seed) {
     std::mt19937 random(seed);
     int64_t index = 0;
     for (DType dtype : {DType::Float, DType::Double, DType::BFloat16, DType::Half}) {
       const bool master = masters && size_of(dtype) == 2;
-      const unsigned own = master ? (streams | 1u << kMaster) & ~(1u << kBackup) : streams;
+      const unsigned own = master ? (operands | 1u << kMaster) & ~(1u << kBackup) : operands;
       for (int64_t numel : {0, 1, 7, 16, 33, 1000, 16384, 16385, 40001}) {
         parameters.emplace_back(dtype, numel, own, master, static_cast<int>(index % 3), random,
                                 numel % 2 == 0 && size_of(dtype) > 2);
@@ -84,53 +93,70 @@ struct Model {
     for (Parameter& p : parameters) table.tensors.push_back(p.tensor);
     table.cut();
   }
-  std::vector<std::vector<char>> bytes(int stream) const {
+  // The table of a rule with so many state tensors.
+  Table with_states(int states) const {
+    Table some = table;
+    for (Tensor& tensor : some.tensors) std::fill(tensor.data + kState0 + states, tensor.data + kMaster, nullptr);
+    return some;
+  }
+  std::vector<std::vector<char>> bytes(int operand) const {
     std::vector<std::vector<char>> all;
-    for (const Parameter& p : parameters) all.push_back(p.memory[stream]);
+    for (const Parameter& p : parameters) all.push_back(p.memory[operand]);
     return all;
   }
 };
 
-constexpr unsigned kAll = 1u << kParam | 1u << kGrad | 1u << kBackup | 1u << kFirstGrad | 1u << kBuffer | 1u << kBuffer2;
+// Hyperparameters of every rule that do something, in the order of its columns, gamma and the step count last.
+void choose(int rule, OpParams& params) {
+  static const double kHyperparams[kRules][longest_row()] = {
+      {0.1, 0.9, 0, 0.01, 2.0},
+      {0.01, 0.9, 0.999, 1e-8, 0.01, 2.0, 1},
+      {0.01, 0.9, 0.99, 0.01, 2.0},
+  };
+  params.rule = rule;
+  params.hyperparams = kHyperparams[rule];
+  params.flag = true;
+}
 
-static_assert(sizeof(KernelTable) / sizeof(Kernel) == 97, "run the new kernel in run_everything, then count it here");
+constexpr unsigned kAllStates = bit(kState0) | bit(kState1) | bit(kState2);
+constexpr unsigned kAll = bit(kParam) | bit(kGrad) | bit(kBackup) | bit(kFirstGrad) | kAllStates;
+
+static_assert(sizeof(KernelTable) / sizeof(Kernel) == 49 + 16 * kRuleVariants,
+              "run the new kernel in run_everything, then count it here");
 
 std::vector<std::vector<std::vector<char>>> run_everything(bool masters, const Threads& threads) {
   Model model(kAll, masters, 5);
   const auto before = model.bytes(kParam);
   double stats[kStats] = {};
   const double rho[] = {0.5};
-  const SgdRow sgd[] = {{0.1, 0.9, 0, 0.01, 2.0}};
-  const AdamRow adam[] = {{0.01, 0.9, 0.999, 1e-8, 0.01, 2.0, 1}};
   const double gammas[] = {2.0};
   std::vector<std::vector<std::vector<char>>> seen;
-  if (masters) restore(model.table, Call{}, threads);  // parameters start as their rounded masters
+  if (masters) restore(model.table, OpParams{}, threads);  // parameters start as their rounded masters
   const auto start = model.bytes(kParam);
   for (bool adaptive : {false, true}) {
-    Call call;
-    call.adaptive = adaptive;
-    call.eta = 0.01;
-    call.stochastic = true;
-    grad_norm(model.table, call, threads, stats);
+    OpParams params;
+    params.adaptive = adaptive;
+    params.eta = 0.01;
+    params.stochastic = true;
+    grad_norm(model.table, params, threads, stats);
     EXPECT(std::isfinite(stats[kNorm]) && stats[kNorm] > 0);
-    perturb(model.table, call, threads, stats, rho, 1);
+    perturb(model.table, params, threads, stats, rho, 1);
     seen.push_back(model.bytes(kParam));
     EXPECT(seen.back() != start);
-    restore(model.table, call, threads);
+    restore(model.table, params, threads);
     EXPECT(model.bytes(kParam) == start);
   }
   if (!masters) EXPECT(start == before);
-  Call call;
-  call.sgd = sgd;
-  call.adam = adam;
-  call.nesterov = true;
-  sgd_step(model.table, call, threads);
-  seen.push_back(model.bytes(kParam));
-  seen.push_back(model.bytes(kBuffer));
-  adam_step(model.table, call, threads);
-  seen.push_back(model.bytes(kParam));
-  call.gammas = gammas;
-  restore(model.table, call, threads);
+  OpParams params;
+  for (int rule = 0; rule < kRules; ++rule) {
+    for (int states = kRuleInfos[rule].fewest_states; states <= kRuleInfos[rule].most_states; ++states) {
+      choose(rule, params);
+      update(model.with_states(states), params, threads);
+      for (int operand : {kParam, kState0, kState1, kState2}) seen.push_back(model.bytes(operand));
+    }
+  }
+  params.gammas = gammas;
+  restore(model.table, params, threads);
   seen.push_back(model.bytes(kGrad));
   return seen;
 }
@@ -153,13 +179,9 @@ void test_kernels() {
 // Stores past the cache, which otherwise only models take that are larger than it.
 void test_streaming() {
   const double scales[] = {0.5};
-  const SgdRow sgd[] = {{0.1, 0.9, 0, 0.01, 2.0}};
-  const AdamRow adam[] = {{0.01, 0.9, 0.999, 1e-8, 0.01, 2.0, 1}};
-  Call call;
-  call.scales = scales;
-  call.stochastic = true;
-  call.sgd = sgd;
-  call.adam = adam;
+  OpParams params;
+  params.scales = scales;
+  params.stochastic = true;
   for (const KernelTable* level : runnable_kernels()) {
     for (bool masters : {false, true}) {
       std::vector<std::vector<std::vector<char>>> seen[2];
@@ -169,14 +191,21 @@ void test_streaming() {
           if (t.numel == 0) continue;
           const int dtype = static_cast<int>(t.dtype);
           const bool master = t.data[kMaster] != nullptr;
-          for (Kernel kernel : {level->perturb[dtype][0][master], level->sgd_step[dtype][1][0][master],
-                                level->adam_step[dtype][1][master], level->restore[dtype][master]}) {
-            ChunkCall c{};
-            c.call = &call;
+          std::vector<std::pair<Kernel, int>> kernels{{level->perturb[dtype][0][master], 0}};
+          for (int rule = 0; rule < kRules; ++rule) {
+            const RuleInfo& info = kRuleInfos[rule];
+            const int variant = info.first_variant + info.most_states - info.fewest_states;
+            for (bool mixing : {false, true}) kernels.push_back({level->update[variant][dtype][mixing][master], rule});
+          }
+          kernels.push_back({level->restore[dtype][master], 0});
+          for (const auto& [kernel, rule] : kernels) {
+            choose(rule, params);
+            ChunkArgs c{};
+            c.params = &params;
             c.tensor = &t;
             c.count = static_cast<int>(std::min(t.numel, kChunk));
             c.streaming = streaming;
-            std::copy(t.data, t.data + kStreams, c.data);
+            std::copy(t.data, t.data + kOperands, c.data);
             c.source = t.data[master ? kMaster : kBackup];
             kernel(c);
             seen[streaming].push_back(model.parameters[t.index].memory);
@@ -194,15 +223,16 @@ void test_sgd_value() {
   std::vector<double> w(37), g(37), b(37), m(37), g1(37);
   std::memcpy(w.data(), p.tensor.data[kBackup], 37 * 8);
   std::memcpy(g.data(), p.tensor.data[kGrad], 37 * 8);
-  std::memcpy(m.data(), p.tensor.data[kBuffer], 37 * 8);
+  std::memcpy(m.data(), p.tensor.data[kState0], 37 * 8);
   std::memcpy(g1.data(), p.tensor.data[kFirstGrad], 37 * 8);
   Table table;
   table.tensors = {p.tensor};
   table.cut();
-  const SgdRow row[] = {{0.1, 0.9, 0.2, 0.01, 2.0}};
-  Call call;
-  call.sgd = row;
-  sgd_step(table, call, Threads{});
+  const double row[] = {0.1, 0.9, 0.2, 0.01, 2.0};
+  OpParams params;
+  params.rule = kSgd;
+  params.hyperparams = row;
+  update(table, params, Threads{});
   for (int i = 0; i < 37; ++i) {
     const double d = 2.0 * g[i] - g1[i] + 0.01 * w[i], buf = 0.9 * m[i] + 0.8 * d;
     EXPECT(std::fabs(static_cast<double*>(p.tensor.data[kParam])[i] - (w[i] - 0.1 * buf)) < 1e-14);
@@ -220,9 +250,9 @@ void test_non_finite() {
     table.cut();
     double stats[kStats] = {};
     const double rho[] = {0.5};
-    grad_norm(table, Call{}, Threads{}, stats);
+    grad_norm(table, OpParams{}, Threads{}, stats);
     EXPECT(stats[kNonFinite] == (bad == 0 ? 0 : 1) && stats[kInverse] == 0);
-    perturb(table, Call{}, Threads{}, stats, rho, 1);
+    perturb(table, OpParams{}, Threads{}, stats, rho, 1);
     EXPECT(p.memory[kParam] == before && p.memory[kBackup] == before);
   }
 }
@@ -247,8 +277,10 @@ void test_table() {
   empty.cut();
   EXPECT(first_chunk(empty, 0, 2) == 0 && first_chunk(empty, 2, 2) == 0 && useful_threads(empty, 4, 8) == 1);
 
-  const int64_t sizes[] = {2, 3, 4}, dense[] = {12, 4, 1}, last[] = {1, 8, 2}, gaps[] = {24, 8, 2}, expanded[] = {0, 4, 1};
-  EXPECT(is_dense(3, sizes, dense) && is_dense(3, sizes, last) && !is_dense(3, sizes, gaps) && !is_dense(3, sizes, expanded));
+  const int64_t sizes[] = {2, 3, 4}, dense[] = {12, 4, 1}, last[] = {1, 8, 2}, gaps[] = {24, 8, 2},
+                expanded[] = {0, 4, 1};
+  EXPECT(is_dense(3, sizes, dense) && is_dense(3, sizes, last) && !is_dense(3, sizes, gaps) &&
+         !is_dense(3, sizes, expanded));
   EXPECT(!may_overlap(3, sizes, dense) && !may_overlap(3, sizes, gaps) && may_overlap(3, sizes, expanded));
 }
 
@@ -259,29 +291,29 @@ void test_strided() {
   for (size_t i = 0; i < g.size(); ++i) g[i] = static_cast<float>(i % 7) - 3;
   const std::vector<float> before = w;
   const int64_t sizes[] = {40, 50}, ws[] = {100, 2}, gs[] = {1, 40}, bs[] = {50, 1};
-  View views[kStreams];
+  View views[kOperands];
   views[kParam] = {w.data(), 2, sizes, ws};
   views[kGrad] = {g.data(), 2, sizes, gs};
   views[kBackup] = {backup.data(), 2, sizes, bs};
   Tensor tensor;
-  place(tensor, views);
+  set_layout(tensor, views);
   EXPECT(tensor.strided() && tensor.numel == 2000);
   Table table;
   table.tensors = {tensor};
   table.cut();
   const double stats[kStats] = {1, 1, 0, 0, 0}, rho[] = {0.5};
-  perturb(table, Call{}, Threads{}, stats, rho, 1);
+  perturb(table, OpParams{}, Threads{}, stats, rho, 1);
   for (int i = 0; i < 40; ++i) {
     for (int j = 0; j < 50; ++j) {
       EXPECT(w[i * 100 + j * 2] == before[i * 100 + j * 2] + 0.5f * g[j * 40 + i]);
       EXPECT(w[i * 100 + j * 2 + 1] == before[i * 100 + j * 2 + 1]);
     }
   }
-  restore(table, Call{}, Threads{});
+  restore(table, OpParams{}, Threads{});
   EXPECT(w == before);
 }
 
-// A tensor with gaps is summed piece by piece, a dense one as it lies: to the same norm, bit for bit.
+// A tensor with gaps is summed piece by piece, a dense one in place: to the same norm, bit for bit.
 void test_strided_norm() {
   constexpr int64_t kGap = 2;
   std::mt19937 random(4);
@@ -289,7 +321,7 @@ void test_strided_norm() {
     Parameter dense(dtype, 20011, 1u << kParam | 1u << kGrad, false, 0, random);
     Tensor strided = dense.tensor;
     strided.sizes = {strided.numel};
-    strided.strides.assign(kStreams, kGap);
+    strided.strides.assign(kOperands, kGap);
     const int64_t size = size_of(dtype);
     std::vector<char> spread[2];
     for (int s : {kParam, kGrad}) {
@@ -303,16 +335,16 @@ void test_strided_norm() {
     for (const KernelTable* level : runnable_kernels()) {
       EXPECT(select_kernels(level->name));
       for (bool adaptive : {false, true}) {
-        Call call;
-        call.adaptive = adaptive;
-        call.eta = 0.01;
+        OpParams params;
+        params.adaptive = adaptive;
+        params.eta = 0.01;
         double norms[2] = {};
         for (bool gaps : {false, true}) {
           Table table;
           table.tensors = {gaps ? strided : dense.tensor};
           table.cut();
           double stats[kStats] = {};
-          grad_norm(table, call, Threads{}, stats);
+          grad_norm(table, params, Threads{}, stats);
           norms[gaps] = stats[kNorm];
         }
         EXPECT(norms[0] > 100 && norms[0] < 200 + 100 * adaptive && norms[1] == norms[0]);

@@ -1,0 +1,70 @@
+// Element types of the kernels, and the scalar float16 conversions that the plain SIMD level needs.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#define RST_INLINE inline __attribute__((always_inline))
+
+namespace rst {
+
+enum class DType : int { Float = 0, Double = 1, BFloat16 = 2, Half = 3 };
+constexpr int kDTypes = 4;
+inline int64_t size_of(DType t) { return t == DType::Float ? 4 : t == DType::Double ? 8 : 2; }
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+// The builtin type that stores an element of T.
+template <class T>
+struct StorageOf {
+  using type = T;
+};
+template <>
+struct StorageOf<BFloat16> {
+  using type = uint16_t;
+};
+template <>
+struct StorageOf<Half> {
+  using type = uint16_t;
+};
+
+RST_INLINE float half_bits_to_float(uint16_t h) {
+  uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16, exponent = (h >> 10) & 31u, mantissa = h & 0x3ffu, bits;
+  float value;
+  if (exponent == 0) {  // zero or subnormal: the mantissa counts quanta of 2^-24
+    value = static_cast<float>(mantissa) * 0x1p-24f;
+    std::memcpy(&bits, &value, 4);
+    bits |= sign;
+  } else if (exponent == 31) {
+    bits = sign | 0x7f800000u | (mantissa << 13) | (mantissa != 0 ? 0x400000u : 0u);
+  } else {
+    bits = sign | ((exponent + 112) << 23) | (mantissa << 13);
+  }
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+RST_INLINE uint16_t float_to_half_bits(float value) {  // nearest even
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  uint32_t sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u | ((magnitude >> 13) & 0x3ffu));
+  if (magnitude >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);  // rounds to 65536 or more
+  if (magnitude < 0x38800000u) {  // below 2^-14: adding 0.5 leaves the count of 2^-24 quanta in the low bits
+    float shifted;
+    std::memcpy(&shifted, &magnitude, 4);
+    shifted += 0.5f;
+    uint32_t quanta;
+    std::memcpy(&quanta, &shifted, 4);
+    return static_cast<uint16_t>(sign | (quanta - 0x3f000000u));
+  }
+  uint32_t rounded = magnitude + 0xfffu + ((magnitude >> 13) & 1u);
+  return static_cast<uint16_t>(sign | ((rounded - 0x38000000u) >> 13));
+}
+
+}  // namespace rst

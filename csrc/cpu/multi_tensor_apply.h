@@ -1,0 +1,159 @@
+// The loop that all kernels share: whole vectors, with partial ones at the ends. Included once per SIMD level.
+#pragma once
+
+#include "cpu/simd.h"  // first: formulas in math/ find only the overloads for vectors that are declared before them
+
+#include "cpu/kernels.h"
+#include "math/sam_math.h"
+
+namespace rst::CPU_CAPABILITY {
+
+template <class T>
+struct ArithmeticOf {
+  using type = Twin;  // 16-bit dtypes compute in fp32
+};
+template <>
+struct ArithmeticOf<float> {
+  using type = FloatV;
+};
+template <>
+struct ArithmeticOf<double> {
+  using type = DoubleV;
+};
+template <class T>
+using Arithmetic = typename ArithmeticOf<T>::type;
+template <class V>
+constexpr int kLanes = Shape<V>::kLanes;
+
+// The format of a parameter's state: its own, or fp32 beside a master copy.
+template <class T, bool Master>
+using State = typename std::conditional<Master, Float32Beside<T>, T>::type;
+
+// Kernels over 16-bit dtypes prefetch, which saves up to a sixth of their time: the hardware prefetcher does not look
+// far enough ahead at their speed, and it stops at the end of every page. With fp32 the effect is a few hundredths
+// either way. Where a vector fills a line and stores bypass the cache (AVX-512, measured on Zen 5), an update becomes a
+// thirtieth slower and a perturbation gains nothing, so there is none.
+constexpr int64_t kPrefetchDistance = 2048, kLine = 64;  // bytes
+RST_INLINE void prefetch(const void* current) {
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(current) + kPrefetchDistance));
+}
+
+enum class Part { Whole, WholeStreaming, Some };
+
+// `lanes` elements from element `i` on. Missing lanes of a partial vector read as zero and are not written.
+template <class V, Part part>
+struct At {
+  int64_t i;
+  int lanes;
+
+  template <class T>
+  RST_INLINE V load(const void* base) const {
+    typename Convert<V, T>::Raw raw{};
+    const T* p = static_cast<const T*>(base) + i;
+    constexpr int64_t width = kLanes<V> * sizeof(T);
+    if constexpr (sizeof(T) == 2 && (part == Part::Whole || (part == Part::WholeStreaming && width < kLine))) {
+      if (i * static_cast<int64_t>(sizeof(T)) % kLine < width) prefetch(p);  // once a line
+    }
+    if constexpr (part != Part::Some && kInHalves<decltype(raw)>) {
+      std::memcpy(&raw.first, p, sizeof(raw.first));
+      std::memcpy(&raw.second, p + kLanes<V> / 2, sizeof(raw.second));
+    } else {
+      std::memcpy(&raw, p, bytes<T>());
+    }
+    return Convert<V, T>::widen(raw);
+  }
+  // Own: v was computed only from elements of T and finite numbers, see Convert.
+  template <class T, bool Own>
+  RST_INLINE void store(void* base, V v) const {
+    put<T>(base, narrow<T, Own>(v));
+  }
+  // For a v that T can hold exactly.
+  template <class T>
+  RST_INLINE void store_exact(void* base, V v) const {
+    put<T>(base, Convert<V, T>::truncate(v));
+  }
+  template <class T>
+  RST_INLINE void store_only_exact(void* base, V v) const {
+    write_only<T>(base, Convert<V, T>::truncate(v));
+  }
+  // The bits as they are: not even the payload of a NaN changes.
+  template <class T>
+  RST_INLINE void copy(void* to, const void* from) const {
+    typename Convert<V, T>::Raw raw{};
+    std::memcpy(&raw, static_cast<const T*>(from) + i, bytes<T>());
+    write_only<T>(to, raw);
+  }
+  // For outputs that the kernel does not read: no line is fetched only to be overwritten.
+  template <class T, bool Own>
+  RST_INLINE void store_only(void* base, V v) const {
+    write_only<T>(base, narrow<T, Own>(v));
+  }
+
+ private:
+  template <class T, bool Own>
+  RST_INLINE auto narrow(V v) const {
+    if constexpr (Own) {
+      return Convert<V, T>::narrow_own(v);
+    } else {
+      return Convert<V, T>::narrow(v);
+    }
+  }
+  template <class T>
+  RST_INLINE size_t bytes() const {
+    return part == Part::Some ? lanes * sizeof(T) : kLanes<V> * sizeof(T);
+  }
+  template <class T, class Raw>
+  RST_INLINE void put(void* base, Raw raw) const {
+    T* p = static_cast<T*>(base) + i;
+    if constexpr (part != Part::Some && kInHalves<Raw>) {
+      std::memcpy(p, &raw.first, sizeof(raw.first));
+      std::memcpy(p + kLanes<V> / 2, &raw.second, sizeof(raw.second));
+    } else {
+      std::memcpy(p, &raw, bytes<T>());
+    }
+  }
+  template <class T, class Raw>
+  RST_INLINE void write_only(void* base, Raw raw) const {
+    if constexpr (part == Part::WholeStreaming) {
+      stream(reinterpret_cast<typename StorageOf<T>::type*>(static_cast<T*>(base) + i), raw);
+    } else {
+      put<T>(base, raw);
+    }
+  }
+};
+
+// Calls body(At) over the chunk. When streaming, whole vectors start where `streamed` (elements of T) is aligned. For
+// 16-bit T every At starts at an even element, so that a pair of neighbours is never split.
+template <class T, class V, class Body>
+RST_INLINE void for_each_vector(const ChunkArgs& c, const void* streamed, Body body) {
+  constexpr int64_t bytes = kLanes<V> * sizeof(T);
+  int64_t i = 0;
+  const int64_t n = c.count;
+  if (c.streaming && streamed != nullptr) {
+    const int64_t past = static_cast<int64_t>(reinterpret_cast<uintptr_t>(streamed) % bytes);
+    const int64_t head = past == 0 ? 0 : (bytes - past) / static_cast<int64_t>(sizeof(T));
+    const bool parts_pairs = sizeof(T) == 2 && head % 2 != 0;
+    if (past % static_cast<int64_t>(sizeof(T)) == 0 && head <= n && !parts_pairs) {
+      if (head > 0) body(At<V, Part::Some>{0, static_cast<int>(head)});
+      for (i = head; i + kLanes<V> <= n; i += kLanes<V>) body(At<V, Part::WholeStreaming>{i, kLanes<V>});
+    }
+  }
+  for (; i + kLanes<V> <= n; i += kLanes<V>) body(At<V, Part::Whole>{i, kLanes<V>});
+  if (i < n) body(At<V, Part::Some>{i, static_cast<int>(n - i)});
+}
+
+#define RST_BODY(at) [&](auto at) __attribute__((always_inline))
+
+// |w| per scalar; for complex w, |w| of the pair in both its lanes.
+template <class V>
+RST_INLINE V magnitude(V w, [[maybe_unused]] bool complex) {
+  if constexpr (!std::is_same<V, Twin>::value) {  // there are no complex 16-bit dtypes
+    if (complex) {
+      const V square = w * w;
+      return sqrt(square + swap_pairs(square));
+    }
+  }
+  return abs(w);
+}
+
+}  // namespace rst::CPU_CAPABILITY

@@ -1,0 +1,174 @@
+#include "cpu/run.h"
+
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <vector>
+
+namespace rst {
+
+namespace {
+
+using Pick = Kernel (*)(const KernelTable& kernels, const Tensor& tensor, const OpParams& params);
+
+// `sums`: one per chunk, for grad_norm; else null.
+struct Job {
+  const Table* table;
+  const OpParams* params;
+  Pick pick;
+  unsigned reads, writes;  // a bit per operand
+  double* sums;
+  bool backwards;  // from the last block to the first
+  const KernelTable& kernels = rst::kernels();
+  bool streaming = false;
+  int blocks = 1;
+  std::atomic<int> next{0};
+};
+
+int count_bits(unsigned bits) { return __builtin_popcount(bits); }
+
+void run_strided(const Job& job, const Tensor& tensor, Kernel kernel, ChunkArgs c) {
+  alignas(64) char packed[kOperands][kGather * 8];
+  const void* const source = c.source;
+  const int64_t end = c.begin + c.count;
+  c.streaming = false;
+  double lanes[kNormLanes] = {};
+  if (job.sums != nullptr) c.lanes = lanes;
+  for (; c.begin < end; c.begin += c.count) {
+    c.count = std::min(kGather, end - c.begin);
+    for (int s = 0; s < kOperands; ++s) {
+      if (tensor.data[s] == nullptr) continue;
+      if (job.reads >> s & 1) gather(tensor, s, c.begin, c.count, packed[s]);
+      if (source == tensor.data[s]) c.source = packed[s];
+      c.data[s] = packed[s];
+    }
+    kernel(c);
+    for (int s = 0; s < kOperands; ++s) {
+      if (tensor.data[s] != nullptr && (job.writes >> s & 1)) scatter(tensor, s, c.begin, c.count, packed[s]);
+    }
+  }
+}
+
+void run_chunk(const Job& job, int64_t index) {
+  const Chunk& chunk = job.table->chunks[index];
+  const Tensor& tensor = job.table->tensors[chunk.tensor];
+  ChunkArgs c{};
+  c.params = job.params;
+  c.tensor = &tensor;
+  c.begin = chunk.begin;
+  c.count = chunk.count;
+  c.streaming = job.streaming;
+  if (job.sums != nullptr) c.sum = job.sums + index;
+  const bool backed = tensor.has(kBackup) && job.params->restoring;
+  const int source = tensor.has(kMaster) ? kMaster : backed ? kBackup : kParam;
+  const Kernel kernel = job.pick(job.kernels, tensor, *job.params);
+  if (tensor.strided()) {
+    c.source = tensor.data[source];
+    run_strided(job, tensor, kernel, c);
+  } else {
+    std::copy(tensor.data, tensor.data + kOperands, c.data);
+    for (int s = 0; chunk.begin != 0 && s < kOperands; ++s) {
+      if (c.data[s] != nullptr) c.data[s] = static_cast<char*>(c.data[s]) + chunk.begin * size_of(tensor.dtype_of(s));
+    }
+    c.source = c.data[source];
+    kernel(c);
+  }
+}
+
+// Orders the streaming stores of this thread before whatever it publishes next.
+void finish_streaming() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
+// Each thread takes the next block when it has finished one. So all threads work in one region of memory, which DRAM
+// serves better than regions far apart, and a delayed thread does not delay the others. Which thread takes a block does
+// not change its result.
+void run_blocks(int, void* context) {
+  Job& job = *static_cast<Job*>(context);
+  for (int turn = job.next++; turn < job.blocks; turn = job.next++) {
+    const int b = job.backwards ? job.blocks - 1 - turn : turn;
+    const int64_t end = first_chunk(*job.table, b + 1, job.blocks);
+    for (int64_t i = first_chunk(*job.table, b, job.blocks); i < end; ++i) run_chunk(job, i);
+  }
+  if (job.streaming) finish_streaming();
+}
+
+void run(const Table& table, const OpParams& params, Pick pick, unsigned reads, unsigned writes, const Threads& threads,
+         double* sums = nullptr, bool backwards = false) {
+  constexpr int64_t kBlockBytes = 512 << 10;  // of one operand
+  Job job{&table, &params, pick, reads, writes, sums, backwards};
+  unsigned present = 0;
+  for (int s = 0; s < kOperands && !table.chunks.empty(); ++s) {  // of the first tensor that has elements
+    if (table.tensors[table.chunks.front().tensor].data[s] != nullptr) present |= 1u << s;
+  }
+  const int operands = count_bits(job.reads & present) + count_bits(job.writes & present);
+  // Bypassing the cache pays only when the data would not have stayed in it for the next op.
+  job.streaming = job.table->bytes.back() * operands > cache_bytes();
+  const int parts = threads.parallel == nullptr ? 1 : useful_threads(table, operands, threads.count);
+  job.blocks = static_cast<int>(std::max<int64_t>(parts == 1 ? 1 : 4 * parts, table.bytes.back() / kBlockBytes));
+  if (parts == 1) {
+    run_blocks(0, &job);
+  } else {
+    threads.parallel(parts, run_blocks, &job);
+  }
+}
+
+int dtype(const Tensor& tensor) { return static_cast<int>(tensor.dtype); }
+
+}  // namespace
+
+void grad_norm(const Table& table, const OpParams& params, const Threads& threads, double* stats) {
+  std::vector<double> sums(table.chunks.size());
+  auto pick = [](const KernelTable& k, const Tensor& t, const OpParams& c) {
+    return k.grad_norm[dtype(t)][c.adaptive][t.has(kMaster)];
+  };
+  run(table, params, pick, bit(kGrad) | (params.adaptive ? bit(kParam) | bit(kMaster) : 0), 0, threads, sums.data());
+  double total = 0;
+  for (double sum : sums) total += sum;
+  write_stats(total, stats);
+}
+
+void perturb(const Table& table, OpParams params, const Threads& threads, const double* stats, const double* rho,
+             int rows) {
+  std::vector<double> scales(rho, rho + rows);
+  for (double& scale : scales) scale *= stats[kInverse];
+  params.scales = scales.data();
+  auto pick = [](const KernelTable& k, const Tensor& t, const OpParams& c) {
+    return k.perturb[dtype(t)][c.adaptive][t.has(kMaster)];
+  };
+  if (stats[kInverse] == 0) {  // 0 * inf would be NaN: do not even compute e
+    auto keep = [](const KernelTable& k, const Tensor& t, const OpParams&) { return k.backup[dtype(t)]; };
+    run(table, params, keep, bit(kParam), bit(kBackup), threads);
+    return;
+  }
+  // Backwards: the norm, which went forwards, left the last gradients in the cache, and the forward pass, which comes
+  // next, begins with the first weights.
+  run(table, params, pick, bit(kParam) | bit(kGrad) | bit(kMaster), bit(kParam) | bit(kBackup), threads, nullptr, true);
+}
+
+void restore(const Table& table, const OpParams& params, const Threads& threads) {
+  auto pick = [](const KernelTable& k, const Tensor& t, const OpParams&) {
+    return k.restore[dtype(t)][t.has(kMaster)];
+  };
+  run(table, params, pick, bit(kBackup) | bit(kMaster), bit(kParam), threads);
+  if (params.gammas == nullptr) return;
+  auto mix = [](const KernelTable& k, const Tensor& t, const OpParams&) { return k.mix[dtype(t)]; };
+  run(table, params, mix, bit(kGrad) | bit(kFirstGrad), bit(kGrad), threads);
+}
+
+void update(const Table& table, const OpParams& params, const Threads& threads) {
+  auto pick = [](const KernelTable& k, const Tensor& t, const OpParams& p) {
+    return k.update[variant_of(p.rule, t)][dtype(t)][t.has(kFirstGrad)][t.has(kMaster)];
+  };
+  const unsigned state = bit(kState0) | bit(kState1) | bit(kState2) | bit(kMaster);
+  const unsigned reads = bit(kParam) | bit(kGrad) | bit(kFirstGrad) | (params.restoring ? bit(kBackup) : 0) | state;
+  run(table, params, pick, reads, bit(kParam) | state, threads);
+}
+
+}  // namespace rst

@@ -1,0 +1,77 @@
+// Every base optimizer. A rule is a struct with the columns of its hyperparameters (gamma last, then the step count if
+// it has one), the names of its state tensors, of which the last may be absent (a variant of its own), and what it
+// prepares from a row of hyperparameters. Its Step holds the whole recipe: operator()(w, g, state) returns the new w.
+#pragma once
+
+#include "math/rules/adam.h"
+#include "math/rules/lion.h"
+#include "math/rules/sgd.h"
+
+// X(rule, name): in the order of the numbers by which a launch plan calls them.
+#define RST_RULES(X) \
+  X(Sgd, sgd)        \
+  X(Adam, adam)      \
+  X(Lion, lion)
+
+// X(rule, states, name, suffix): kernels with so many state tensors, and what their names end in.
+#define RST_RULE_VARIANTS(X) \
+  X(Sgd, 0, sgd, )           \
+  X(Sgd, 1, sgd, _momentum)  \
+  X(Adam, 2, adam, )         \
+  X(Adam, 3, adam, _amsgrad) \
+  X(Lion, 1, lion, )
+
+namespace rst {
+
+#define RST_COUNT(...) +1
+constexpr int kRuleVariants = 0 RST_RULE_VARIANTS(RST_COUNT);
+#undef RST_COUNT
+
+#define RST_RULE_INDEX(Rule, name) k##Rule,
+enum RuleIndex : int { RST_RULES(RST_RULE_INDEX) kRules };
+#undef RST_RULE_INDEX
+
+struct RuleInfo {
+  int index;
+  const char *step_op, *restore_step_op;
+  int columns;  // of hyperparameters, without the step count
+  int fewest_states, most_states;
+  bool counts_steps;
+  const char* const* state_names;
+  int first_variant;  // among RST_RULE_VARIANTS
+
+  constexpr int row_size() const { return columns + counts_steps; }
+};
+
+namespace detail {
+
+#define RST_RULE_VARIANT_COUNT(Rule, name) Rule::kMostStates - Rule::kFewestStates + 1,
+constexpr int kVariantCounts[] = {RST_RULES(RST_RULE_VARIANT_COUNT)};
+#undef RST_RULE_VARIANT_COUNT
+// The number of variants of all rules before this one.
+constexpr int variants_before(int rule) { return rule == 0 ? 0 : variants_before(rule - 1) + kVariantCounts[rule - 1]; }
+static_assert(variants_before(kRules) == kRuleVariants, "RST_RULE_VARIANTS lists every number of states of every rule");
+
+}  // namespace detail
+
+#define RST_RULE_INFO(Rule, name) \
+  {k##Rule,                       \
+   #name "_step_",                \
+   "restore_" #name "_step_",     \
+   Rule::kColumns,                \
+   Rule::kFewestStates,           \
+   Rule::kMostStates,             \
+   Rule::kCountsSteps,            \
+   Rule::kStateNames,             \
+   detail::variants_before(k##Rule)},
+constexpr RuleInfo kRuleInfos[] = {RST_RULES(RST_RULE_INFO)};
+#undef RST_RULE_INFO
+
+// The most doubles in a row of hyperparameters.
+constexpr int longest_row() {
+  int longest = 0;
+  for (const RuleInfo& info : kRuleInfos) longest = info.row_size() > longest ? info.row_size() : longest;
+  return longest;
+}
+
+}  // namespace rst

@@ -1,0 +1,91 @@
+// The extension module rst_fused._plan_ext: what needs Python but no torch. Launch plans, build facts, SIMD levels.
+#include <map>
+#include <string>
+
+#include "plan/plan.h"
+
+namespace rst {
+
+static std::vector<std::string> simd_levels() {
+  std::vector<std::string> names;
+  for (const KernelTable* table : core().runnable_kernels()) names.push_back(table->name);
+  return names;
+}
+
+static std::map<std::string, std::string> build_info() {
+  return {{"compiler", __VERSION__},
+          {"C++ standard", std::to_string(__cplusplus)},
+#if defined(__x86_64__)
+          {"SIMD levels compiled", "plain, avx2, avx512"},
+#else
+          {"SIMD levels compiled", "plain"},
+#endif
+          {"CUDA", core().cuda_description == nullptr ? "not built" : core().cuda_description()}};
+}
+
+// Takes the place of a GPU in tests: called as (kernel, blocks, threads per block, arguments). Never freed: Python may
+// be gone when static objects are destroyed.
+static py::object* simulator = nullptr;
+
+static void simulate_gpu(py::object callback, bool scalars_on_device) {
+  if (core().simulate_gpu == nullptr) throw py::value_error("the extension was built without CUDA");
+  if (simulator == nullptr) simulator = new py::object;
+  *simulator = callback;
+  auto launch = [](const cuda::GpuKernel& kernel, unsigned blocks, const void* args, const cuda::Launcher&) {
+    py::gil_scoped_acquire locked;
+    try {
+      (*simulator)(kernel.name, blocks, cuda::kThreads, py::bytes(static_cast<const char*>(args), kernel.bytes));
+    } catch (py::error_already_set& error) {  // torch carries messages through, but no Python objects
+      throw std::runtime_error(error.what());
+    }
+  };
+  core().simulate_gpu(callback.is_none() ? nullptr : +launch, scalars_on_device);
+}
+
+// nullptr before construction and after destruction.
+static Plan* made_plan(PyObject* self) {
+  const auto held = reinterpret_cast<py::detail::instance*>(self)->get_value_and_holder();
+  return held.holder_constructed() ? held.value_ptr<Plan>() : nullptr;
+}
+
+static void collect_garbage_of_plans(PyHeapTypeObject* heap_type) {
+  PyTypeObject& type = heap_type->ht_type;
+  type.tp_flags |= Py_TPFLAGS_HAVE_GC;
+  type.tp_traverse = [](PyObject* self, visitproc visit, void* arg) {
+    Py_VISIT(Py_TYPE(self));
+    const Plan* plan = made_plan(self);
+    return plan == nullptr ? 0 : plan->visit(visit, arg);
+  };
+  type.tp_clear = [](PyObject* self) {
+    if (Plan* plan = made_plan(self)) plan->clear();
+    return 0;
+  };
+}
+
+}  // namespace rst
+
+PYBIND11_MODULE(_plan_ext, m) {
+  using namespace rst;
+  m.doc() = "Launch plans of the eager path, and facts about the build.";
+  m.def("connect", &connect, py::arg("core"));
+  m.def("can_plan", &can_plan);
+  m.def("build_info", &build_info);
+  m.def("has_stream_api", [] { return core().has_stream_api != nullptr && core().has_stream_api(); });
+  m.def("simulate_gpu", &simulate_gpu, py::arg("callback"), py::arg("scalars_on_device") = false);
+  m.def("cache_bytes", [] { return core().cache_bytes(); });
+  m.def("simd_levels", &simd_levels);
+  m.def("simd_level", [] { return std::string(core().kernels().name); });
+  m.def("select_simd", [](const std::string& name) { return core().select_kernels(name.c_str()); }, py::arg("name"));
+  py::class_<Plan>(m, "Plan", py::custom_type_setup(collect_garbage_of_plans))
+      .def(py::init<bool, py::list, py::list, py::list, std::vector<int64_t>, int64_t, int64_t, int64_t,
+                    const Plan::Positions&, const std::vector<Plan::Positions>&, const Plan::Positions&, py::dict>(),
+           py::arg("gpu"), py::arg("groups"), py::arg("everything"), py::arg("active"), py::arg("sizes"),
+           py::arg("handle"), py::arg("watched"), py::arg("idle"), py::arg("masters"), py::arg("states"),
+           py::arg("backups"), py::arg("state"))
+      .def("poll", &Plan::poll)
+      .def("perturb", &Plan::perturb)
+      .def("update", &Plan::update)
+      .def("restore", &Plan::restore)
+      .def("hand_over", &Plan::hand_over)
+      .def_property_readonly("perturbed", &Plan::perturbed);
+}

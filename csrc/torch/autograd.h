@@ -1,0 +1,64 @@
+// What autograd knows about a parameter, from C++ and without a Python object for each: p.grad, and p's version
+// counter. The stable ABI has no calls for this, so two functions of torch are looked up by name: without them there
+// are no launch plans, and every step goes through the registered ops.
+#pragma once
+
+#include <dlfcn.h>
+
+#include "torch/checks.h"
+#include "torch/plan_api.h"
+
+namespace rst {
+
+// const at::Tensor& c10::TensorImpl::grad() const; a reference to a tensor is what the stable ABI calls its handle.
+inline const auto torch_grad =
+    reinterpret_cast<AtenTensorHandle (*)(const void*)>(dlsym(RTLD_DEFAULT, "_ZNK3c1010TensorImpl4gradEv"));
+// void torch::autograd::impl::bump_version(const at::Tensor&).
+inline const auto torch_bump_version = reinterpret_cast<void (*)(AtenTensorHandle)>(
+    dlsym(RTLD_DEFAULT, "_ZN5torch8autograd4impl12bump_versionERKN2at6TensorE"));
+
+inline bool has_autograd_symbols() { return torch_grad != nullptr && torch_bump_version != nullptr; }
+
+// The TensorImpl that a handle, which is a reference to a tensor, points to.
+inline const void* impl_of(AtenTensorHandle tensor) { return *reinterpret_cast<const void* const*>(tensor); }
+
+// The other way round: a handle that is valid as long as the pointer stays there.
+inline AtenTensorHandle handle_at(const void* const* impl) {
+  return reinterpret_cast<AtenTensorHandle>(const_cast<const void**>(impl));
+}
+
+// Undefined tensors all point to the same TensorImpl.
+inline const StableTensor undefined;
+
+// The handle of p.grad, which belongs to p, or null.
+inline AtenTensorHandle grad_of(AtenTensorHandle param) {
+  AtenTensorHandle grad = torch_grad(impl_of(param));
+  return impl_of(grad) == impl_of(undefined.get()) ? nullptr : grad;
+}
+
+inline const int32_t strided_layout = aoti_torch_layout_strided();
+inline const int32_t cpu_device = aoti_torch_device_type_cpu();
+inline const int32_t cuda_device = aoti_torch_device_type_cuda();
+
+// False if the tensor is not an ordinary strided tensor of the CPU or a GPU.
+inline bool read_facts(AtenTensorHandle tensor, TensorFacts& facts) {
+  int32_t layout = 0, device = 0, dtype = 0;
+  int64_t ndim = 0;
+  int64_t *sizes = nullptr, *strides = nullptr;
+  if (aoti_torch_get_layout(tensor, &layout) != 0 || layout != strided_layout ||
+      aoti_torch_get_device_type(tensor, &device) != 0 || (device != cpu_device && device != cuda_device) ||
+      aoti_torch_get_dtype(tensor, &dtype) != 0 || aoti_torch_get_dim(tensor, &ndim) != 0 ||
+      aoti_torch_get_sizes(tensor, &sizes) != 0 || aoti_torch_get_strides(tensor, &strides) != 0 ||
+      aoti_torch_get_data_ptr(tensor, &facts.data) != 0) {
+    return false;
+  }
+  facts.device = kOnCpu;
+  if (device == cuda_device && aoti_torch_get_device_index(tensor, &facts.device) != 0) return false;
+  facts.dtype = dtype;
+  facts.ndim = static_cast<int>(ndim);
+  facts.sizes = sizes;
+  facts.strides = strides;
+  return true;
+}
+
+}  // namespace rst

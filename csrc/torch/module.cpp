@@ -1,0 +1,76 @@
+// The extension module rst_fused._C. Importing it registers the ops; its attribute `core` is the capsule of plan_api.h.
+#include <Python.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#ifdef RST_CUDA_VERSION
+#include "torch/cuda_target.h"
+#endif
+#include "torch/autograd.h"
+#include "torch/tensor_handles.h"
+#include "torch/threads.h"
+
+namespace rst {
+
+namespace {
+
+CoreApi make_api() {
+  CoreApi api{};
+  api.cpu.grad_norm = [](const Table& t, const OpParams& params, double* stats, int32_t) {
+    grad_norm(t, params, torch_threads(), stats);
+  };
+  api.cpu.perturb = [](const Table& t, const OpParams& params, double* stats, const double* rho, int rows, int32_t) {
+    perturb(t, params, torch_threads(), stats, rho, rows);
+  };
+  api.cpu.restore = [](const Table& t, const OpParams& params, int32_t) { restore(t, params, torch_threads()); };
+  api.cpu.update = [](const Table& t, const OpParams& params, const cuda::DeviceScalars&, int32_t) {
+    update(t, params, torch_threads());
+  };
+  api.facts_of = &facts_of;
+  api.describe = [](int32_t dtype, Tensor& t) {
+    return describe(torch::stable::detail::to<ScalarType>(torch::stable::detail::from(dtype)), t);
+  };
+  api.in_place = &in_place;
+  api.release = &release;
+  api.has_autograd_symbols = &has_autograd_symbols;
+  api.read_grads = &read_grads;
+  api.has_grads = &has_grads;
+  api.clear_grads = &clear_grads;
+  api.make_slots = &make_slots;
+  api.fill_slots = &fill_slots;
+  api.empty_slots = &empty_slots;
+  api.bump_versions = &bump_versions;
+  api.runnable_kernels = &runnable_kernels;
+  api.select_kernels = &select_kernels;
+  api.kernels = &kernels;
+  api.cache_bytes = &cache_bytes;
+#ifdef RST_CUDA_VERSION
+  api.gpu = &cuda_ops();
+  api.cuda_description = &cuda::build_description;
+  api.has_stream_api = &has_stream_api;
+  api.simulate_gpu = [](auto* launch, bool scalars_on_device) {
+    simulation().launcher.launch = launch;
+    simulation().scalars_on_device = scalars_on_device;
+  };
+#endif
+  return api;
+}
+
+}  // namespace
+
+}  // namespace rst
+
+extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {
+  static PyModuleDef definition = {
+      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  static rst::CoreApi api = rst::make_api();
+  PyObject* module = PyModule_Create(&definition);
+  if (module == nullptr) return nullptr;
+  PyObject* capsule = PyCapsule_New(&api, rst::kCoreCapsule, nullptr);
+  if (capsule == nullptr || PyModule_AddObject(module, "core", capsule) < 0) {
+    Py_XDECREF(capsule);
+    Py_DECREF(module);
+    return nullptr;
+  }
+  return module;
+}

@@ -1,0 +1,98 @@
+// From lists of tensors to a chunk table, with every check that guards memory.
+#pragma once
+
+#include <optional>
+
+#include "torch/checks.h"
+
+namespace rst {
+
+using OptionalTensor = std::optional<StableTensor>;
+using Sizes = std::vector<int64_t>;
+
+struct Companion {
+  Operand operand;
+  const char* name;
+  const TensorList& list;
+  bool written;
+};
+
+inline View view_of(const StableTensor& t) {
+  return {t.data_ptr(), static_cast<int>(t.dim()), t.sizes().data(), t.strides().data()};
+}
+
+// Lists that are absent are empty; `lead` is the list every other one must match.
+inline Table build_chunk_table(const char* op, const OpDevice& device, const TensorList& lead,
+                               const std::vector<Companion>& companions, const Sizes& group_sizes) {
+  check_group_sizes(op, group_sizes, lead.size());
+  bool masters = false;
+  for (const Companion& c : companions) {
+    if (!c.list.empty()) check_length(op, c.name, c.list.size(), lead.size());
+    masters = masters || (c.operand == kMaster && !c.list.empty());
+  }
+  Table table;
+  table.tensors.resize(lead.size());
+  size_t row = 0;
+  int64_t left = group_sizes.empty() ? 0 : group_sizes[0];
+  for (size_t i = 0; i < lead.size(); ++i) {
+    while (left == 0) left = group_sizes[++row];
+    --left;
+    Tensor& tensor = table.tensors[i];
+    const ScalarType dtype = lead[i].scalar_type();
+    STD_TORCH_CHECK(describe(dtype, tensor), "rst_fused::", op, ": parameter ", i, " has dtype ", dtype,
+                    ", expected float32, float64, bfloat16, float16, complex64 or complex128");
+    const bool sixteen_bit = tensor.dtype == DType::BFloat16 || tensor.dtype == DType::Half;
+    STD_TORCH_CHECK(!masters || sixteen_bit, "rst_fused::", op,
+                    ": masters go with bfloat16 and float16 parameters, but "
+                    "parameter ",
+                    i, " has dtype ", dtype);
+    tensor.state_dtype = masters ? DType::Float : tensor.dtype;
+    tensor.row = static_cast<int>(row);
+    View views[kOperands];
+    for (const Companion& c : companions) {
+      if (c.list.empty()) continue;
+      if (c.operand == kParam && sixteen_bit && c.list[i].scalar_type() == ScalarType::Float) {
+        // grad_norm of gradients whose weights are fp32 masters
+        check_like(op, c.name, device, i, c.list[i], lead[i], ScalarType::Float);
+        tensor.state_dtype = DType::Float;
+        views[kMaster] = view_of(c.list[i]);
+        continue;
+      }
+      const bool state = c.operand == kMaster || is_state(c.operand);
+      check_like(op, c.name, device, i, c.list[i], lead[i], masters && state ? ScalarType::Float : dtype);
+      views[c.operand] = view_of(c.list[i]);
+      if (c.written) check_writable(op, c.name, i, views[c.operand]);
+    }
+    set_layout(tensor, views);
+    tensor.index = static_cast<int64_t>(i);
+  }
+  table.cut();
+  return table;
+}
+
+// The lists that each op takes, for both bindings. A master takes the place of a backup.
+using Companions = std::vector<Companion>;
+inline const TensorList kNoTensors;
+
+inline const TensorList& backups_or_none(const TensorList& backups, const TensorList& masters) {
+  return masters.empty() ? backups : kNoTensors;
+}
+
+inline Companions perturb_lists(const TensorList& params, const TensorList& grads, const TensorList& backups,
+                                const TensorList& masters) {
+  return {{kParam, "params", params, true},
+          {kGrad, "grads", grads, false},
+          {kBackup, "backups", backups_or_none(backups, masters), true},
+          {kMaster, "masters", masters, false}};
+}
+
+inline Companions restore_lists(const TensorList& params, const TensorList& backups, const TensorList& masters,
+                                const TensorList& grads, const TensorList& first_grads) {
+  return {{kParam, "params", params, true},
+          {kGrad, "grads", first_grads.empty() ? kNoTensors : grads, true},
+          {kBackup, "backups", backups_or_none(backups, masters), false},
+          {kFirstGrad, "first_grads", first_grads, false},
+          {kMaster, "masters", masters, false}};
+}
+
+}  // namespace rst

@@ -1,0 +1,47 @@
+"""The CUDA kernels over the op table, executed without a GPU: see gpu_simulator.
+
+Bounds are those of every single tensor, so guard bytes are everywhere; races, missing fences and barriers are reported.
+"""
+
+from __future__ import annotations
+
+import gpu_simulator
+import op_db
+import oracle
+import pytest
+import torch
+from op_checks import CASES, check_lists
+
+from rst_fused import ops
+
+pytestmark = [pytest.mark.usefixtures("one_thread"), gpu_simulator.needed]
+
+
+def test_every_instruction_is_known(kernels: gpu_simulator.Simulator) -> None:
+    assert [found for module in kernels.modules.values() for found in module.unsupported()] == []
+
+
+@pytest.mark.parametrize(("op", "spec", "kind"), CASES)
+def test_against_oracle(
+    op: op_db.OpInfo, spec: op_db.Spec, kind: str, simulator: gpu_simulator.Simulator
+) -> None:
+    sample = op_db.build(op, spec, kind)
+    after = sample.copied()
+    result = after.run(op.name, "simulated")
+    if op.oracle is None:
+        norm = oracle.grad_norm(**sample.lists, **sample.options)
+        assert result.tolist() == pytest.approx(oracle.stats_of(norm), rel=1e-12, abs=0)
+        expected: oracle.Results = {}
+    else:
+        expected = op.oracle(**sample.lists, **sample.options)
+    check_lists(op, sample, after, expected, sample.options.get("stochastic_rounding", True))
+    assert simulator.launches or all(t.numel() == 0 for tensors in sample.lists.values() for t in tensors)
+
+
+def test_parameters_that_require_grad_and_lie_otherwise_than_their_gradients(
+    simulator: gpu_simulator.Simulator,
+) -> None:
+    """The copies that kernels work on come back into a leaf of autograd's graph."""
+    p = torch.nn.Parameter(torch.ones(3, 4))
+    ops.sgd_step_([p], [torch.arange(12.0).view(4, 3).t()], None, lr=1.0, backend="simulated")
+    assert torch.equal(p.detach(), 1 - torch.arange(12.0).view(4, 3).t())

@@ -1,0 +1,184 @@
+"""GPU kernels without a GPU: the PTX that nvcc makes of them, run by an interpreter on ordinary memory.
+
+RST_FUSED_PTXSIM names the folder with the interpreter's module, ptxsim. Everything up to the launch is what a GPU would
+get: the registered ops hand their launches to ``Simulator.launch`` instead.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from rst_fused import _backends
+from rst_fused._schemas import SCHEMAS
+
+ROOT = Path(__file__).parents[2]
+NAMESPACE = "rst_fused_gpu"  # the GPU ops, for tensors of any device: see csrc/torch/ops_cuda.cpp
+VARIABLE = "RST_FUSED_PTXSIM"
+ROWS, HYPERPARAMS, ARGUMENT_BYTES, THREADS = 8, 7, 32764, 512  # csrc/cuda/args.h
+SIZES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2, "16": 2, "32": 4, "64": 8}
+# Operands of each kernel, in order: r read, w written, s state (fp32 beside a master), c copy (the backup or master).
+OPERANDS = {
+    "grad_norm": ("r", "rs"), "perturb": ("w", "r", "c"), "restore": ("w", "rs"), "mix": ("w", "r"),
+    "sgd_step": ("w", "r", "ws", "r", "ws"), "adam_step": ("w", "r", "ws", "r", "ws", "ws", "ws"),
+    "lion_step": ("w", "r", "ws", "r", "ws"),
+}  # fmt: skip
+
+
+def missing() -> str | None:
+    """Why kernels cannot be simulated here; None if they can."""
+    if _backends.build_info().get("CUDA", "not built") == "not built":
+        return "the extension was built without CUDA"
+    if shutil.which("nvcc") is None:
+        return "nvcc is not on PATH"
+    if not os.environ.get(VARIABLE):
+        return f"{VARIABLE} does not name the folder of a PTX interpreter"
+    return None
+
+
+needed = pytest.mark.skipif(missing() is not None, reason=f"GPU kernels cannot be simulated: {missing()}")
+
+
+class LaunchParams(ctypes.Structure):
+    _fields_ = [
+        ("hyperparams", ctypes.c_double * (ROWS * HYPERPARAMS)), ("device_hyperparams", ctypes.c_void_p),
+        ("device_steps", ctypes.c_void_p), ("rng", ctypes.c_void_p), ("seed", ctypes.c_uint64),
+        ("step", ctypes.c_uint64), ("stats", ctypes.c_void_p),
+        ("partials", ctypes.c_void_p), ("grad_scale", ctypes.c_void_p), ("found_inf", ctypes.c_void_p),
+        ("eta", ctypes.c_double), ("grad_multiplier", ctypes.c_double), ("first_partial", ctypes.c_int64),
+        ("all_partials", ctypes.c_int64), ("tensors", ctypes.c_int32), ("chunk", ctypes.c_int32),
+        ("columns", ctypes.c_int32), ("last", ctypes.c_bool), ("stochastic", ctypes.c_bool), ("flag", ctypes.c_bool),
+    ]  # fmt: skip
+
+
+def args_type(operands: int) -> Any:
+    n = (ARGUMENT_BYTES - ctypes.sizeof(LaunchParams) - 16) // (8 + 8 * operands + 4 + 4 + 2)
+
+    class Args(ctypes.Structure):
+        _fields_ = [
+            ("params", LaunchParams), ("numel", ctypes.c_int64 * n), ("data", (ctypes.c_uint64 * n) * operands),
+            ("first_chunk", ctypes.c_int32 * (n + 1)), ("index", ctypes.c_int32 * n), ("row", ctypes.c_uint16 * n),
+        ]  # fmt: skip
+
+    return Args
+
+
+def nvcc_flags() -> list[str]:
+    """Those of setup.py that decide what a kernel computes."""
+    return ["-O3", "-std=c++17", "-fmad=false", f"-DRST_CUDA_ARGUMENT_BYTES={ARGUMENT_BYTES}"]
+
+
+def compile_ptx(folder: Path, architecture: str = "sm_90", csrc: Path = ROOT / "csrc") -> dict[str, Path]:
+    """The PTX of every source, by its stem."""
+    made = {}
+    for source in sorted((csrc / "cuda").glob("*.cu")):
+        made[source.stem] = folder / f"{source.stem}.ptx"
+        command = ["nvcc", *nvcc_flags(), f"-I{csrc}", f"-arch={architecture}", "-ptx", str(source)]
+        subprocess.run([*command, "-o", str(made[source.stem])], check=True, capture_output=True)
+    return made
+
+
+def decoded(kernel: str, data: bytes) -> tuple[str, Any]:
+    """The op of a launch, and its arguments."""
+    op = next((name for name in OPERANDS if kernel.startswith(f"rst_{name}_")), "")
+    assert op, f"{kernel} is of no op in OPERANDS of {Path(__file__).name}: kernels are called rst_<op>_<dtype>"
+    args = args_type(len(OPERANDS[op])).from_buffer_copy(data)
+    assert ctypes.sizeof(args) == len(data), "the structures of this file are not those of csrc/cuda/args.h"
+    return op, args
+
+
+class Simulator:
+    """Runs launches, and keeps what the interpreter counted and reported."""
+
+    def __init__(self, ptx: dict[str, Path]) -> None:
+        folder = os.environ[VARIABLE]
+        if folder not in sys.path:
+            sys.path.insert(0, folder)
+        from ptxsim import Module  # type: ignore[import-not-found]
+
+        self.modules = {stem: Module(path.read_text()) for stem, path in ptx.items()}
+        self.kernels = {name: stem for stem, module in self.modules.items() for name in module.names()}
+        self.options: dict[str, Any] = {"check": 2}
+        self.launches: list[tuple[str, int, Any, dict[str, Any]]] = []
+
+    def launch(self, kernel: str, blocks: int, threads: int, data: bytes) -> None:
+        op, args = decoded(kernel, data)
+        result = self.modules[self.kernels[kernel]].launch(
+            kernel, blocks, threads, [data], bufs=self._memory(op, kernel, OPERANDS[op], args), **self.options
+        )
+        self.launches.append((kernel, blocks, args, result))
+        assert not result["reports"], result["reports"]
+
+    @staticmethod
+    def _memory(op: str, kernel: str, operands: tuple[str, ...], args: Any) -> list[tuple[np.ndarray, bool]]:
+        """Every byte that the launch may touch, and whether it may write there."""
+        size = next(SIZES[part] for part in kernel.removeprefix(f"rst_{op}_").split("_") if part in SIZES)
+        master = "master" in kernel
+        params = args.params
+        found: dict[int, tuple[int, bool]] = {}
+
+        def allow(address: int | None, length: int, written: bool) -> None:
+            if address and length:
+                before = found.get(address, (0, False))
+                found[address] = (max(before[0], length), before[1] or written)
+
+        for s, kind in enumerate(operands):
+            wide = master and kind in ("rs", "ws", "c")
+            written = kind[0] == "w" or (kind == "c" and not master)
+            for t in range(params.tensors):
+                allow(args.data[s][t], args.numel[t] * (4 if wide else size), written)
+        rows = max((args.row[t] for t in range(params.tensors)), default=0) + 1
+        allow(params.device_hyperparams, rows * params.columns * 8, False)
+        allow(params.device_steps, rows * 8, False)
+        allow(params.rng, 16, False)
+        allow(params.stats, 40, op == "grad_norm")
+        allow(params.partials, params.all_partials * 8, True)
+        allow(params.grad_scale, 4, False)
+        allow(params.found_inf, 4, False)
+        return [
+            (np.ctypeslib.as_array((ctypes.c_uint8 * length).from_address(address)), written)
+            for address, (length, written) in found.items()
+        ]
+
+
+_libraries: list[torch.library.Library] = []
+
+
+@contextmanager
+def simulated(simulator: Simulator, monkeypatch: pytest.MonkeyPatch, scalars_on_device: bool = False) -> Iterator[None]:
+    """While it lasts, backend "simulated" runs the GPU ops on CPU tensors."""
+    if not _libraries:
+        _libraries.append(torch.library.Library(NAMESPACE, "DEF"))
+        for name, schema in SCHEMAS.items():
+            _libraries[0].define(name + schema)
+    backend = _backends.Backend("simulated", True, "interpreted PTX", ("cpu",), _backends._ops(NAMESPACE), "gpu")
+    monkeypatch.setattr(_backends, "_BY_SPEED", (*_backends._BY_SPEED, backend))
+    simulator.launches.clear()
+    _backends.host().simulate_gpu(simulator.launch, scalars_on_device)
+    try:
+        yield
+    finally:
+        _backends.host().simulate_gpu(None)
+
+
+def tensors(*sizes: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(n, generator=generator, dtype=torch.float64).to(dtype) for n in sizes]
+
+
+def aligned(n: int, dtype: torch.dtype, value: float = 1.0) -> torch.Tensor:
+    """At a multiple of 64 bytes, as a GPU allocator gives it."""
+    t = torch.empty(n + 64, dtype=dtype)
+    first = -t.data_ptr() % 64 // t.element_size()
+    return t[first : first + n].fill_(value)

@@ -1,0 +1,37 @@
+"""Tests of Triton run in processes of their own: what they change in triton would affect other tests."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+SUPPORT = Path(__file__).parent
+TESTS = SUPPORT.parent
+MISSING = None if importlib.util.find_spec("triton") is not None else "triton is not installed (pip install triton)"
+SIMULATOR = "RST_FUSED_PTXSIM"
+# For -k: tests of one dtype, and tests of calls that mix all dtypes or have none in their name.
+FLOAT32 = "float32"
+MIXED = "not many_steps and not -float and not bfloat16 and not complex"
+
+
+def run_python(*arguments: object, folder: Path = TESTS.parent, **variables: str) -> subprocess.CompletedProcess[str]:
+    """A Python process that imports the package from ``folder``."""
+    paths = [str(folder), str(folder / "tests/support"), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in paths if p), **variables}
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)], cwd=folder, env=environment, capture_output=True, text=True, timeout=600
+    )
+
+
+def run_pytest(plugin: str, *arguments: object, folder: Path = TESTS.parent, **variables: str) -> dict[str, int]:
+    """{"passed": .., "failed": ..}; the output of failures becomes the test's own."""
+    done = run_python(
+        "-m", "pytest", "-p", plugin, "-q", "-p", "no:cacheprovider", *arguments, folder=folder, **variables
+    )
+    print(done.stdout[-20000:], done.stderr[-4000:])
+    summary = done.stdout.strip().splitlines()[-1] if done.stdout.strip() else ""
+    return {what: int(count) for count, what in re.findall(r"(\d+) (passed|failed|errors?|skipped)", summary)}

@@ -1,0 +1,51 @@
+"""The op table on the Triton kernels in Triton's interpreter, on the CPU; and which errors these tests catch."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from triton_processes import FLOAT32, MISSING, TESTS, run_pytest
+
+pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+
+ERRORS = "wrong_argument and (perturb_ or grad_norm)"
+# (file, formula, the same formula broken, a test that sees it)
+BROKEN = [
+    ("sam_math.py", "tl.fma(scale, g, w)", "tl.fma(-scale, g, w)", "perturb_-negative_rho-float32-triton"),
+    ("sam_math.py", "one_minus_gamma * g1", "gamma * g1", "restore_-gamma_0-float32-triton"),
+    ("sgd_step.py", "tl.fma(momentum, buffer, d)", "tl.fma(momentum, d, buffer)", "sgd_step_-nesterov-float32-triton"),
+    ("adam_step.py", "bias2_sqrt) + eps", "bias2_sqrt + eps)", "adam_step_-groups-float32-triton"),
+    ("adam_step.py", "maximum(state[2], v)", "state[2]", "adam_step_-amsgrad_small-float32-triton"),
+    ("lion_step.py", "sign(c), decay * w", "sign(c), w", "lion_step_-groups-float32-triton"),
+    ("multi_tensor_apply.py", "offsets < count, 0.0", "offsets < count - 1, 0.0", "grad_norm-small-float32-triton"),
+]
+
+
+def test_op_table_and_errors() -> None:
+    """In float32 only; all dtypes, and mixed ones, run from PTX."""
+    files = (TESTS / "ops/test_ops.py", TESTS / "ops/test_ops_errors.py")
+    done = run_pytest("interpreted", *files, "-k", f"triton and ({FLOAT32} or {ERRORS})")
+    assert done.get("passed", 0) > 200 and set(done) == {"passed"}
+
+
+@pytest.fixture(scope="module")
+def broken_copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The package with every formula of BROKEN broken."""
+    copy = tmp_path_factory.mktemp("broken")
+    for name in ("kernels", "rst_fused", "tests"):
+        shutil.copytree(TESTS.parent / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (copy / "csrc").mkdir()  # marks a checkout
+    for file, formula, wrong, _ in BROKEN:
+        path = copy / "kernels" / file
+        text = path.read_text(encoding="utf-8")
+        assert formula in text, f"{formula!r} is not in {file}"
+        path.write_text(text.replace(formula, wrong), encoding="utf-8")
+    return copy
+
+
+def test_broken_formulas_are_caught(broken_copy: Path) -> None:
+    ids = [f"tests/ops/test_ops.py::test_against_oracle[{test}]" for *_, test in BROKEN]
+    done = run_pytest("interpreted", *ids, folder=broken_copy)
+    assert done == {"failed": len(BROKEN)}
