@@ -32,8 +32,8 @@ DTYPES: dict[str, dict[str, Any]] = {
     "fp32": {}, "bf16": {"dtype": torch.bfloat16}, "masters": {"dtype": torch.bfloat16, "master_weights": True},
 }  # fmt: skip
 BASES: dict[str, dict[str, Any]] = {
-    "sgd": {"base": "sgd", "momentum": 0.9, "weight_decay": 0.01}, "adamw": {"base": "adamw"},
-    "amsgrad": {"base": "adam", "amsgrad": True}, "lion": {"base": "lion"},
+    "sgd": {"base": "sgd", "momentum": 0.9, "weight_decay": 0.01}, "adamw": {"base": "adamw", "amsgrad": True},
+    "lion": {"base": "lion"},
 }  # fmt: skip
 CASES = covering({
     "perturb": PATHS, "step": PATHS, "restore": PATHS,

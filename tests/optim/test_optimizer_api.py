@@ -22,7 +22,7 @@ PROBLEM = Problem(SHAPES, 40)
 BASES: dict[str, dict[str, Any]] = {
     "sgd": {"base": "sgd", "lr": 0.05, "momentum": 0.9},
     "adamw": {"base": "adamw", "lr": 0.01},
-    "lion": {"base": "lion", "lr": 0.005},
+    "lion": {"base": "lion", "lr": 0.005, "betas": (0.9, 0.99)},
     "instance": {"base": torch.optim.SGD, "lr": 0.05, "momentum": 0.9},
 }
 every_base = pytest.mark.parametrize("base", BASES)
@@ -185,7 +185,7 @@ SCHEDULERS: dict[str, Any] = {
 def test_schedulers_without_a_warning(name: str, closure: bool, base: str) -> None:
     """The same numbers as on torch.optim, and momentum or beta1 cycle under OneCycleLR."""
     params, opt = make(base)
-    cls = torch.optim.AdamW if base == "adamw" else torch.optim.SGD
+    cls = torch.optim.AdamW if base in ("adamw", "lion") else torch.optim.SGD
     plain = cls(PROBLEM.parameters(torch.float32), **{k: v for k, v in BASES[base].items() if k != "base"})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -197,7 +197,7 @@ def test_schedulers_without_a_warning(name: str, closure: bool, base: str) -> No
             for s in (ours, theirs):
                 s.step(*([1.0] if name == "ReduceLROnPlateau" else []))
             group, other = opt.param_groups[0], plain.param_groups[0]
-            cycled = "betas" if base == "adamw" else "momentum"
+            cycled = "momentum" if cls is torch.optim.SGD else "betas"
             assert (group["lr"], group[cycled]) == (other["lr"], other[cycled])
             seen.append((group["lr"], group[cycled]))
     assert len(set(seen)) > 2
