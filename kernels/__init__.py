@@ -1,6 +1,6 @@
-"""Triton kernels of every op, installed as rst_fused.kernels: the GPU backend that needs no compiler of C++ or CUDA.
+"""Triton kernels for every op, installed as rst_fused.kernels: the GPU backend that needs no C++ or CUDA compiler.
 
-The functions take the arguments of rst_fused._schemas. Nothing here knows of the rest of the package.
+The functions take the arguments given in rst_fused._schemas. Nothing here depends on the rest of the package.
 """
 
 try:
@@ -12,13 +12,14 @@ except ImportError as error:
     ) from error
 
 from .adam_step import adam_step_, restore_adam_step_
+from .autotune import autotune
 from .grad_norm import grad_norm
+from .lion_step import lion_step_, restore_lion_step_
 from .perturb import perturb_
 from .restore import restore_
 from .sgd_step import restore_sgd_step_, sgd_step_
-from .tuning import autotune
 
 __all__ = [
-    "adam_step_", "autotune", "grad_norm", "perturb_", "restore_", "restore_adam_step_", "restore_sgd_step_",
-    "sgd_step_",
+    "adam_step_", "autotune", "grad_norm", "lion_step_", "perturb_", "restore_", "restore_adam_step_",
+    "restore_lion_step_", "restore_sgd_step_", "sgd_step_",
 ]  # fmt: skip

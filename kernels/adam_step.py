@@ -1,5 +1,6 @@
 """Adam and AdamW, from the backup or the master when weights are perturbed (restore folded in): reads w, g, m, v (and
-g1 for G-RST), writes w, m, v: 28 bytes per fp32 parameter (32 for G-RST).
+g1 for G-RST), writes w, m, v: 28 bytes per fp32 parameter (32 for G-RST). AMSGrad reads and writes one more state
+tensor: 36 (40).
 """
 
 from collections.abc import Sequence
@@ -9,104 +10,83 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .checks import check_length, check_numbers
-from .multi_tensor import each_part, launch, look, scaling, update_streams
-from .sam_math import adam_decayed, adam_exp_avg, adam_exp_avg_sq, adam_shrunk, adam_update, mix
-from .tables import on_device
-from .traversal import ROW, address, kernel, load, locate, store
+from .checks import check_length, check_scalars
+from .device_cache import on_device
+from .multi_tensor_apply import kernel
+from .sam_math import divide, maximum, sqrt
+from .update import launch_update, update
 
-_PARAM, _SOURCE, _GRAD, _FIRST_GRAD, _BUFFER, _BUFFER2, _SLOTS = (tl.constexpr(i) for i in range(7))
 _GIVEN = 6  # lr, beta1, beta2, eps, weight_decay, gamma
-_COLUMNS = tl.constexpr(8)  # these, and both bias corrections
+_COLUMNS = tl.constexpr(8)  # these, with both bias corrections before gamma
 
 
 @triton.jit
-def _step(
-    param, source, grad, first_grad, buffer, buffer2, at, count, minus_step_size, one_minus_beta1, beta2,
-    one_minus_beta2, bias2_sqrt, eps, weight_decay, decay, direction, gamma, one_minus_gamma, skipped,
-    T: tl.constexpr, STATE: tl.constexpr, V: tl.constexpr, MIXING: tl.constexpr, MASTER: tl.constexpr,
-    WHOLE: tl.constexpr,
-):  # fmt: skip
-    kept = load(source, at, count, WHOLE)
-    w, g = kept.to(V), load(grad, at, count, WHOLE).to(V)
-    if MIXING:
-        g = mix(gamma, one_minus_gamma, load(first_grad, at, count, WHOLE).to(V), g)
-    g = adam_decayed(weight_decay, direction, w, g)
-    w = adam_shrunk(decay, w)
-    m = adam_exp_avg(one_minus_beta1, load(buffer, at, count, WHOLE).to(V), g)
-    v = adam_exp_avg_sq(beta2, one_minus_beta2, load(buffer2, at, count, WHOLE).to(V), g)
-    updated = adam_update(minus_step_size, bias2_sqrt, eps, w, m, v)
-    if not skipped:
-        store(buffer, at, count, m.to(STATE), WHOLE)
-        store(buffer2, at, count, v.to(STATE), WHOLE)
-        if MASTER:
-            store(source, at, count, updated.to(STATE), WHOLE)
-    store(param, at, count, tl.where(skipped, kept.to(T), updated.to(T)), WHOLE)
-
-
-@kernel
-def adam_step_kernel(
-    table, tensors, rows, maximize_sign, grad_scale, found_inf, T: tl.constexpr, STATE: tl.constexpr, V: tl.constexpr,
-    DECOUPLED: tl.constexpr, MIXING: tl.constexpr, MASTER: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
-):  # fmt: skip
-    record, begin, count, whole = locate(table, tensors, _SLOTS, BLOCK)
-    param, source = address(record, _PARAM, begin, T), address(record, _SOURCE, begin, STATE)
-    grad, first_grad = address(record, _GRAD, begin, T), address(record, _FIRST_GRAD, begin, T)
-    buffer, buffer2 = address(record, _BUFFER, begin, STATE), address(record, _BUFFER2, begin, STATE)
-    row = rows + tl.load(record + ROW) * _COLUMNS
+def prepare(row, DECOUPLED: tl.constexpr, V: tl.constexpr):
     lr, beta1, beta2, eps = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3).to(V)
-    gamma, bias1, bias2 = tl.load(row + 5), tl.load(row + 6), tl.load(row + 7)
+    weight_decay, bias1, bias2 = tl.load(row + 4), tl.load(row + 5), tl.load(row + 6)
     minus_step_size, bias2_sqrt = (-lr / bias1).to(V), tl.sqrt(bias2).to(V)
     one_minus_beta1, one_minus_beta2, beta2 = (1 - beta1).to(V), (1 - beta2).to(V), beta2.to(V)
-    one_minus_gamma, gamma = (1 - gamma).to(V), gamma.to(V)
-    weight_decay = tl.load(row + 4)
     if DECOUPLED:
         decay, weight_decay = (1 - lr * weight_decay).to(V), tl.full([], 0, V)
     else:
         decay, weight_decay = tl.full([], 1, V), weight_decay.to(V)
-    direction = (maximize_sign / tl.load(grad_scale).to(tl.float64)).to(V)
-    skipped = tl.load(found_inf) != 0
-    for at in range(0, whole, BLOCK):
-        _step(param, source, grad, first_grad, buffer, buffer2, at + tl.arange(0, BLOCK), count, minus_step_size,
-              one_minus_beta1, beta2, one_minus_beta2, bias2_sqrt, eps, weight_decay, decay, direction, gamma,
-              one_minus_gamma, skipped, T, STATE, V, MIXING, MASTER, True)  # fmt: skip
-    for at in range(whole, count, TAIL):
-        _step(param, source, grad, first_grad, buffer, buffer2, at + tl.arange(0, TAIL), count, minus_step_size,
-              one_minus_beta1, beta2, one_minus_beta2, bias2_sqrt, eps, weight_decay, decay, direction, gamma,
-              one_minus_gamma, skipped, T, STATE, V, MIXING, MASTER, False)  # fmt: skip
+    return minus_step_size, one_minus_beta1, beta2, one_minus_beta2, bias2_sqrt, eps, weight_decay, decay
+
+
+@triton.jit
+def step(prepared, w, g, state, DECOUPLED: tl.constexpr):
+    """As torch.optim.Adam (Kingma & Ba 2015). A third state tensor makes it AMSGrad (Reddi et al. 2018)."""
+    minus_step_size, one_minus_beta1, beta2, one_minus_beta2, bias2_sqrt, eps, weight_decay, decay = prepared
+    g = tl.fma(weight_decay, w, g)
+    w = decay * w
+    m = tl.fma(one_minus_beta1, g - state[0], state[0])
+    v = tl.fma(one_minus_beta2 * g, g, beta2 * state[1])
+    if len(state) == 3:
+        largest = maximum(state[2], v)
+        new = (m, v, largest)
+    else:
+        largest = v
+        new = (m, v)
+    denominator = divide(sqrt(largest), bias2_sqrt) + eps
+    return w + divide(minus_step_size * m, denominator), new
+
+
+@kernel
+def adam_step_kernel(
+    table, tensors, hyperparams, maximize_sign, grad_scale, found_inf, FLAG: tl.constexpr, T: tl.constexpr,
+    STATE: tl.constexpr, V: tl.constexpr, SLOTS: tl.constexpr, STATES: tl.constexpr, MIXING: tl.constexpr,
+    MASTER: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    update(prepare, step, _COLUMNS, table, tensors, hyperparams, maximize_sign, grad_scale, found_inf, FLAG, T, STATE,
+           V, SLOTS, STATES, MIXING, MASTER, BLOCK, TAIL)  # fmt: skip
 
 
 @torch.no_grad()
 def restore_adam_step_(
     params: Sequence[Tensor], grads: Sequence[Tensor], backups: Sequence[Tensor], first_grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor], masters: Sequence[Tensor], hyper: Tensor, steps: Tensor,
-    group_sizes: Sequence[int], decoupled: bool, maximize: bool, grad_scale: Tensor | None, found_inf: Tensor | None,
+    exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor], max_exp_avg_sqs: Sequence[Tensor],
+    masters: Sequence[Tensor], hyper: Tensor, steps: Tensor, group_sizes: Sequence[int], decoupled: bool,
+    maximize: bool, grad_scale: Tensor | None, found_inf: Tensor | None,
 ) -> None:  # fmt: skip
-    op = "restore_adam_step_"
-    groups = len(group_sizes)
-    check_numbers(op, "hyper", hyper, torch.float64, _GIVEN * groups)
-    check_numbers(op, "steps", steps, torch.float64, groups)
+    op, groups = "restore_adam_step_", len(group_sizes)
+    check_scalars(op, "hyper", hyper, torch.float64, _GIVEN * groups)
+    check_scalars(op, "steps", steps, torch.float64, groups)
     check_length(op, "exp_avgs", exp_avgs, params)
     check_length(op, "exp_avg_sqs", exp_avg_sqs, params)
-    amp = scaling(op, grad_scale, found_inf)
-    state = {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
-    streams = update_streams(op, params, grads, backups, first_grads, masters, state)
-    known = look(op, streams, group_sizes)
-    there = next((x.device for x in (hyper, steps) if x.device.type != "cpu"), hyper.device)
-    hyper, steps = on_device(there, hyper, steps)
+    state = {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "max_exp_avg_sqs": max_exp_avg_sqs}
+    launch_update(
+        op, adam_step_kernel, params, grads, backups, first_grads, state, masters,
+        _with_bias_corrections(hyper, steps, groups), group_sizes, maximize, grad_scale, found_inf, decoupled,
+    )  # fmt: skip
+
+
+def _with_bias_corrections(hyper: Tensor, steps: Tensor, groups: int) -> Tensor:
+    """Rows of _COLUMNS numbers. 1 - beta^step is computed by torch: the kernels have no accurate power."""
+    device = next((x.device for x in (hyper, steps) if x.device.type != "cpu"), hyper.device)
+    hyper, steps = on_device(device, hyper, steps)
     given, counts = hyper.reshape(-1)[: _GIVEN * groups].view(groups, _GIVEN), steps.reshape(-1)[:groups, None]
-    full = torch.cat([given, 1 - given[:, 1:3] ** counts], 1)
-    for part in each_part(known, streams):
-        rows, *amp_there = on_device(part.device, full, *amp)
-        launch(
-            adam_step_kernel, part, rows, -1 if maximize else 1, *amp_there, V=part.arithmetic, DECOUPLED=decoupled,
-            MIXING=bool(first_grads), MASTER=bool(masters),
-            wide_state=bool(masters),
-        )  # fmt: skip
+    return torch.cat([given[:, :-1], 1 - given[:, 1:3] ** counts, given[:, -1:]], 1)
 
 
-def adam_step_(
-    params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor],
-    *args: object,
-) -> None:  # fmt: skip
-    restore_adam_step_(params, grads, [], [], exp_avgs, exp_avg_sqs, *args)  # type: ignore[arg-type]
+def adam_step_(params: Sequence[Tensor], grads: Sequence[Tensor], *args: object) -> None:
+    restore_adam_step_(params, grads, [], [], *args)  # type: ignore[arg-type]

@@ -1,6 +1,6 @@
-"""What a call may be given: everything that would be read or written out of bounds raises here.
+"""Checks of a call's arguments: whatever would be read or written out of bounds raises here.
 
-The first list of a call leads: every other one has a tensor of the same shape and device for each of its tensors.
+The first list of a call leads: every other list has a tensor of the same shape and device for each of its tensors.
 """
 
 from collections.abc import Sequence
@@ -19,10 +19,10 @@ TRITON_DTYPE = {
     torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16,
     torch.complex64: tl.float32, torch.complex128: tl.float64,
 }  # fmt: skip
-KEPT = "kept"  # dtype of weights: the parameter's, or float32 where they are the masters of a 16-bit one
+KEPT = "kept"  # dtype of weights: the parameter's, or float32 where they are the masters of a 16-bit parameter
 
 
-# --- lists -----------------------------------------------------------------------------------------------------------
+# --- lists and scalars ----------------------------------------------------------------------------------------------
 def _require(condition: bool, op: str, complaint: str) -> None:
     if not condition:
         raise RuntimeError(f"rst_fused::{op}: {complaint}")
@@ -42,10 +42,10 @@ def check_masters(op: str, masters: Sequence[Tensor], params: Sequence[Tensor]) 
         )  # fmt: skip
 
 
-def check_numbers(
+def check_scalars(
     op: str, name: str, given: Tensor, dtype: torch.dtype, least: int, on: torch.device | None = None
 ) -> None:
-    """``given`` may be on the CPU or on a device; ``on``: where it has to be."""
+    """At least ``least`` of them. They may be on the CPU or on a device, unless ``on`` says where they must be."""
     good = given.dtype == dtype and given.is_contiguous() and (on is None or given.device.type == on.type)
     where = "" if on is None else f" on {on.type}"
     got = f"got {given.dtype} on {given.device}"
@@ -60,15 +60,15 @@ def runs_on(op: str, name: str, given: Tensor) -> None:
     )  # fmt: skip
 
 
-def _check_rows(op: str, group_sizes: Sequence[int], count: int) -> None:
+def _check_groups(op: str, group_sizes: Sequence[int], count: int) -> None:
     _require(all(size >= 0 for size in group_sizes), op, f"group_sizes holds {group_sizes}, expected counts >= 0")
     total = sum(group_sizes)
     _require(total == count, op, f"group_sizes sum to {total}, expected the number of parameters, {count}")
 
 
-# --- how tensors lie ------------------------------------------------------------------------------------------------
+# --- memory layout --------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class Stream:
+class Operand:
     """One list of a call. Empty: absent. ``dtype``: None for the parameter's own."""
 
     name: str
@@ -85,14 +85,14 @@ def _order(shape: Sequence[int], stride: Sequence[int]) -> list[int]:
 
 @lru_cache(maxsize=4096)
 def dense(shape: torch.Size, stride: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides without gaps in the same order of dimensions; those of dimensions of size 1 stay."""
+    """Strides without gaps, with the dimensions in the same order; those of dimensions of size 1 stay as they are."""
     out, step = list(stride), 1
     for d in reversed(_order(shape, stride)):
         out[d], step = step, step * shape[d]
     return tuple(out)
 
 
-def alike(shape: torch.Size, a: tuple[int, ...], b: tuple[int, ...]) -> bool:
+def same_layout(shape: torch.Size, a: tuple[int, ...], b: tuple[int, ...]) -> bool:
     return all(x == y or size == 1 for size, x, y in zip(shape, a, b, strict=True)) or 0 in shape
 
 
@@ -116,39 +116,38 @@ def _writable(shape: torch.Size, stride: tuple[int, ...]) -> bool:
 _facts = attrgetter("dtype", "shape", "device", "layout")
 
 
-def _check_stream(op: str, s: Stream, lead: Sequence[Tensor], facts: Sequence[Any]) -> None:
-    """Whatever would be read or written out of bounds raises."""
-    check_length(op, s.name, s.tensors, lead)
-    theirs = list(map(_facts, s.tensors))
-    if s.dtype is not None or theirs != facts:
-        for i, ((dtype, shape, device, layout), (own, *like)) in enumerate(zip(theirs, facts, strict=True)):
-            expected = own if s.dtype is None else s.dtype
-            if s.dtype == KEPT:
+def _check_operand(op: str, operand: Operand, lead: Sequence[Tensor], facts: Sequence[Any]) -> None:
+    check_length(op, operand.name, operand.tensors, lead)
+    own_facts = list(map(_facts, operand.tensors))
+    if operand.dtype is not None or own_facts != facts:
+        for i, ((dtype, shape, device, layout), (own, *like)) in enumerate(zip(own_facts, facts, strict=True)):
+            expected = own if operand.dtype is None else operand.dtype
+            if operand.dtype == KEPT:
                 expected = torch.float32 if dtype == torch.float32 and own in SIXTEEN_BIT else own
             if dtype != expected or [device, layout] != like[1:]:
                 raise RuntimeError(
-                    f"rst_fused::{op}: {s.name}[{i}] is {layout} of dtype {dtype} on {device}, expected {expected} on "
-                    f"{like[1]}"
+                    f"rst_fused::{op}: {operand.name}[{i}] is {layout} of dtype {dtype} on {device}, expected "
+                    f"{expected} on {like[1]}"
                 )
-            _require(shape == like[0], op, f"{s.name}[{i}] does not have the shape of the parameter")
-    for i, t in enumerate(s.tensors if s.written else ()):
+            _require(shape == like[0], op, f"{operand.name}[{i}] does not have the shape of the parameter")
+    for i, t in enumerate(operand.tensors if operand.written else ()):
         if not _writable(t.shape, t.stride()):
             raise RuntimeError(
-                f"rst_fused::{op}: {s.name}[{i}] is written, but several of its elements share memory (an expanded "
-                "tensor?); clone it first"
+                f"rst_fused::{op}: {operand.name}[{i}] is written, but several of its elements share memory (an "
+                "expanded tensor?); clone it first"
             )
 
 
-def check_lists(op: str, streams: Sequence[Stream], group_sizes: Sequence[int]) -> None:
-    """Raises for whatever would be read or written out of bounds. The first stream leads."""
-    lead = streams[0].tensors
-    _check_rows(op, group_sizes, len(lead))
+def check_lists(op: str, operands: Sequence[Operand], group_sizes: Sequence[int]) -> None:
+    """Raises for whatever would be read or written out of bounds. The first operand leads."""
+    lead = operands[0].tensors
+    _check_groups(op, group_sizes, len(lead))
     facts = list(map(_facts, lead))
     for i, (dtype, _, _, layout) in enumerate(facts):
         if dtype not in TRITON_DTYPE or layout != torch.strided:
             raise RuntimeError(
-                f"rst_fused::{op}: {streams[0].name}[{i}] is {layout} of dtype {dtype}, which no kernel serves"
+                f"rst_fused::{op}: {operands[0].name}[{i}] is {layout} of dtype {dtype}, which no kernel serves"
             )
-    for s in streams:
-        if s.tensors:
-            _check_stream(op, s, lead, facts)
+    for operand in operands:
+        if operand.tensors:
+            _check_operand(op, operand, lead, facts)

@@ -1,7 +1,7 @@
 """grad_norm: reads g (and w for ASAM), 4 bytes per fp32 parameter (8 for ASAM); writes nothing.
 
-In two stages, both in a fixed order, so that two runs are bit-identical: a sum in float64 for each chunk, then one
-program adds these.
+Two stages, both in a fixed order, so that two runs are bit-identical: a float64 sum per chunk, then one program adds
+those sums.
 """
 
 from collections.abc import Sequence
@@ -11,15 +11,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .checks import KEPT, Stream, check_length, check_numbers, runs_on
-from .multi_tensor import each_part, launch, look
+from .checks import KEPT, Operand, check_length, check_scalars, runs_on
+from .device_cache import on_device
+from .launch_groups import launch, launch_groups, validate
+from .multi_tensor_apply import address, kernel, load, locate, magnitude
 from .sam_math import asam_scale, asam_squared_norm, squared_norm
-from .tables import on_device
-from .traversal import address, kernel, load, locate, magnitude
 
 NORM_EPS = tl.constexpr(1e-12)
 _GRAD, _WEIGHT, _SLOTS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-SUMS = 1024  # partial sums that the last stage reads at a time
+SUMS = 1024  # partial sums that the last stage reads at once
 
 
 @triton.jit
@@ -50,7 +50,7 @@ def grad_norm_kernel(
 
 @kernel
 def finish_kernel(partials, count, stats, BLOCK: tl.constexpr):
-    so_far = tl.load(stats + 3)  # ahead of the sum, whose barrier parts it from the store
+    so_far = tl.load(stats + 3)  # before the sum, whose barrier separates it from the store
     sum = tl.zeros([BLOCK], tl.float64)
     for at in range(0, count, BLOCK):
         offsets = at + tl.arange(0, BLOCK)
@@ -67,17 +67,17 @@ def finish_kernel(partials, count, stats, BLOCK: tl.constexpr):
 @torch.no_grad()
 def grad_norm(stats: Tensor, grads: Sequence[Tensor], params: Sequence[Tensor], adaptive: bool, eta: float) -> None:
     op = "grad_norm"
-    check_numbers(op, "stats", stats, torch.float64, 5, on=grads[0].device if grads else None)
+    check_scalars(op, "stats", stats, torch.float64, 5, on=grads[0].device if grads else None)
     runs_on(op, "stats", stats)
     if adaptive:
         check_length(op, "params", params, grads)
-    streams = [Stream("grads", grads), Stream("params", params if adaptive else [], dtype=KEPT)]
-    known = look(op, streams, [len(grads)])
+    operands = [Operand("grads", grads), Operand("params", params if adaptive else [], dtype=KEPT)]
+    call = validate(op, operands, [len(grads)])
     partials = [torch.empty(0, dtype=torch.float64, device=stats.device)]
-    for part in each_part(known, streams, split_complex=adaptive):
-        (eta_there,) = on_device(part.device, torch.tensor([eta], dtype=torch.float64, device="cpu"))
-        sums = torch.empty(part.chunks, dtype=torch.float64, device=part.device)
-        launch(grad_norm_kernel, part, sums, eta_there, ADAPTIVE=adaptive, COMPLEX=part.complex)
+    for group in launch_groups(call, operands, split_complex=adaptive):
+        (eta_scalar,) = on_device(group.device, torch.tensor([eta], dtype=torch.float64, device="cpu"))
+        sums = torch.empty(group.chunks, dtype=torch.float64, device=group.device)
+        launch(grad_norm_kernel, group, sums, eta_scalar, ADAPTIVE=adaptive, COMPLEX=group.complex)
         partials.append(sums.to(stats.device, non_blocking=True))
     joined = torch.cat(partials) if len(partials) > 2 else partials[-1]
     launch(finish_kernel, stats.device, joined, joined.numel(), stats, BLOCK=SUMS)

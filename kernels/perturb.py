@@ -10,18 +10,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .checks import SIXTEEN_BIT, Stream, check_length, check_masters, check_numbers
-from .multi_tensor import each_part, launch, look
+from .checks import SIXTEEN_BIT, Operand, check_length, check_masters, check_scalars
+from .device_cache import on_device
+from .launch_groups import launch, launch_groups, validate
+from .multi_tensor_apply import INDEX, ROW, address, kernel, load, locate, magnitude, store
 from .sam_math import asam_perturb, asam_scale, perturb, random_bits, random_key, random_pair, to_bfloat16, to_float16
-from .tables import on_device
-from .traversal import INDEX, ROW, address, kernel, load, locate, magnitude, store
 
 _PARAM, _SOURCE, _GRAD, _BACKUP, _SLOTS = (tl.constexpr(i) for i in range(5))
 
 
 @triton.jit
 def _stochastic(x, key, first, T: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr):
-    """x rounded to a number of T; the block begins at the element ``first``, which is even."""
+    """x rounded to a value of type T; the block begins at element ``first``, which is even."""
     if WHOLE:
         bits = random_pair(key, (first >> 1) + tl.arange(0, BLOCK // 2).to(tl.uint32))
         random = tl.interleave(bits & 0xFFFF, bits >> 16)
@@ -64,7 +64,7 @@ def perturb_kernel(
     param, source = address(record, _PARAM, begin, T), address(record, _SOURCE, begin, STATE)
     grad, backup = address(record, _GRAD, begin, T), address(record, _BACKUP, begin, T)
     inverse = tl.load(stats + 1)
-    moving = inverse != 0  # else e = 0 whatever g is: 0 * inf would be NaN
+    moving = inverse != 0  # otherwise e = 0 whatever g is: 0 * inf would be NaN
     scale = (tl.load(rho + tl.load(record + ROW)) * inverse).to(V)
     eta = tl.load(eta).to(V)
     key = tl.full([], 0, tl.uint32)
@@ -86,23 +86,23 @@ def perturb_(
     first_index: int,
 ) -> None:  # fmt: skip
     op = "perturb_"
-    check_numbers(op, "stats", stats, torch.float64, 5)
-    check_numbers(op, "rng", rng, torch.int64, 2)
-    check_numbers(op, "rho", rho, torch.float64, len(group_sizes))
+    check_scalars(op, "stats", stats, torch.float64, 5)
+    check_scalars(op, "rng", rng, torch.int64, 2)
+    check_scalars(op, "rho", rho, torch.float64, len(group_sizes))
     check_length(op, "grads", grads, params)
     check_masters(op, masters, params)
     if not masters:
         check_length(op, "backups", backups, params)
-    source = Stream("masters", masters, dtype=torch.float32) if masters else Stream("params", params)
-    streams = [
-        Stream("params", params, written=True, read=False), source, Stream("grads", grads),
-        Stream("backups", [] if masters else backups, written=True, read=False),
+    source = Operand("masters", masters, dtype=torch.float32) if masters else Operand("params", params)
+    operands = [
+        Operand("params", params, written=True, read=False), source, Operand("grads", grads),
+        Operand("backups", [] if masters else backups, written=True, read=False),
     ]  # fmt: skip
-    known = look(op, streams, group_sizes)
+    call = validate(op, operands, group_sizes)
     etas = torch.tensor([eta], dtype=torch.float64, device="cpu")
-    for part in each_part(known, streams, first_index, split_complex=adaptive):
-        numbers = on_device(part.device, stats, rho, etas, rng)
+    for group in launch_groups(call, operands, first_index, split_complex=adaptive):
+        scalars = on_device(group.device, stats, rho, etas, rng)
         launch(
-            perturb_kernel, part, *numbers, V=part.arithmetic, ADAPTIVE=adaptive, COMPLEX=part.complex,
-            MASTER=bool(masters), STOCHASTIC=stochastic and part.dtype in SIXTEEN_BIT,
+            perturb_kernel, group, *scalars, V=group.arithmetic, ADAPTIVE=adaptive, COMPLEX=group.complex,
+            MASTER=bool(masters), STOCHASTIC=stochastic and group.dtype in SIXTEEN_BIT,
         )  # fmt: skip

@@ -10,11 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .checks import Stream, check_length, check_masters, check_numbers
-from .multi_tensor import each_part, launch, look
+from .checks import Operand, check_length, check_masters, check_scalars
+from .device_cache import on_device
+from .launch_groups import launch, launch_groups, validate
+from .multi_tensor_apply import ROW, address, kernel, load, locate, store
 from .sam_math import mix
-from .tables import on_device
-from .traversal import ROW, address, kernel, load, locate, store
 
 _PARAM, _SOURCE, _RESTORE_SLOTS = (tl.constexpr(i) for i in range(3))
 _GRAD, _FIRST_GRAD, _MIX_SLOTS = (tl.constexpr(i) for i in range(3))
@@ -22,7 +22,7 @@ _GRAD, _FIRST_GRAD, _MIX_SLOTS = (tl.constexpr(i) for i in range(3))
 
 @triton.jit
 def _restore(param, source, at, count, T: tl.constexpr, WHOLE: tl.constexpr):
-    # Without masters source has dtype T: bits are copied, a NaN's payload too.
+    # Without masters, source has dtype T: the bits are copied, including the payload of a NaN.
     store(param, at, count, load(source, at, count, WHOLE).to(T), WHOLE)
 
 
@@ -68,13 +68,13 @@ def restore_(
         check_length(op, "backups", backups, params)
     if first_grads:
         check_length(op, "grads", grads, params)
-        check_numbers(op, "gamma", gamma, torch.float64, len(group_sizes))
-    source = Stream("masters", masters, dtype=torch.float32) if masters else Stream("backups", backups)
-    restored = [Stream("params", params, written=True, read=False), source]
-    mixed = [Stream("grads", grads, written=True), Stream("first_grads", first_grads)]
-    known = look(op, [*restored, *(mixed if first_grads else ())], group_sizes)
-    for part in each_part(known, restored):
-        launch(restore_kernel, part)
-    for part in each_part(known, mixed) if first_grads else ():
-        (gammas,) = on_device(part.device, gamma)
-        launch(mix_kernel, part, gammas, V=part.arithmetic)
+        check_scalars(op, "gamma", gamma, torch.float64, len(group_sizes))
+    source = Operand("masters", masters, dtype=torch.float32) if masters else Operand("backups", backups)
+    restored = [Operand("params", params, written=True, read=False), source]
+    mixed = [Operand("grads", grads, written=True), Operand("first_grads", first_grads)]
+    call = validate(op, [*restored, *(mixed if first_grads else ())], group_sizes)
+    for group in launch_groups(call, restored):
+        launch(restore_kernel, group)
+    for group in launch_groups(call, mixed) if first_grads else ():
+        (gammas,) = on_device(group.device, gamma)
+        launch(mix_kernel, group, gammas, V=group.arithmetic)

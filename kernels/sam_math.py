@@ -1,7 +1,7 @@
-"""Every formula, for Triton, with the names and the order of csrc/sam_math.h; what a struct there holds comes first.
+"""The formulas of csrc/math/sam_math.h, for Triton, with the same names; what a struct holds there comes first here.
 
-Arguments are blocks of float32 or float64. A product that feeds an addition is written fma, and kernels are launched
-with fusion off, so that they round where the C++ kernels do.
+Arguments are blocks of float32 or float64. A product that feeds an addition is written as fma, and kernels are launched
+with fusion off, so they round exactly where the C++ kernels do.
 """
 
 import triton
@@ -26,6 +26,18 @@ def divide(a, b):
         return a / b
     else:
         return tl.div_rn(a, b)  # / is approximate in float32
+
+
+@triton.jit
+def maximum(a, b):
+    """The larger one; NaN if either is, as torch.maximum."""
+    return tl.where((b > a) | (b != b), b, a)
+
+
+@triton.jit
+def sign(x):
+    """1 or -1; x itself where it is 0 or NaN."""
+    return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, x)).to(x.dtype)
 
 
 @triton.jit
@@ -63,52 +75,6 @@ def asam_perturb(scale, w, g, t):
 def mix(gamma, one_minus_gamma, g1, g2):
     """G-RST (Zhao et al. 2022, arXiv 2203.09962): (1 - gamma) g1 + gamma g2."""
     return tl.fma(gamma, g2, one_minus_gamma * g1)
-
-
-@triton.jit
-def sgd_decayed(weight_decay, direction, w, g):
-    return tl.fma(weight_decay, w, direction * g)
-
-
-@triton.jit
-def sgd_buffer(momentum, one_minus_dampening, buf, g):
-    return tl.fma(one_minus_dampening, g, momentum * buf)
-
-
-@triton.jit
-def sgd_nesterov(momentum, buf, g):
-    return tl.fma(momentum, buf, g)
-
-
-@triton.jit
-def sgd_update(minus_lr, w, d):
-    return tl.fma(minus_lr, d, w)
-
-
-@triton.jit
-def adam_decayed(weight_decay, direction, w, g):
-    return tl.fma(weight_decay, w, direction * g)
-
-
-@triton.jit
-def adam_shrunk(decay, w):
-    return decay * w
-
-
-@triton.jit
-def adam_exp_avg(one_minus_beta1, m, g):
-    return tl.fma(one_minus_beta1, g - m, m)
-
-
-@triton.jit
-def adam_exp_avg_sq(beta2, one_minus_beta2, v, g):
-    return tl.fma(one_minus_beta2 * g, g, beta2 * v)
-
-
-@triton.jit
-def adam_update(minus_step_size, bias2_sqrt, eps, w, m, v):
-    denominator = divide(sqrt(v), bias2_sqrt) + eps
-    return w + divide(minus_step_size * m, denominator)
 
 
 @triton.jit

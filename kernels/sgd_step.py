@@ -9,67 +9,42 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .checks import check_numbers
-from .multi_tensor import each_part, launch, look, scaling, update_streams
-from .sam_math import mix, sgd_buffer, sgd_decayed, sgd_nesterov, sgd_update
-from .tables import on_device
-from .traversal import ROW, address, kernel, load, locate, store
+from .checks import check_scalars
+from .multi_tensor_apply import kernel
+from .update import launch_update, update
 
-_PARAM, _SOURCE, _GRAD, _FIRST_GRAD, _BUFFER, _SLOTS = (tl.constexpr(i) for i in range(6))
 _COLUMNS = tl.constexpr(5)  # lr, momentum, dampening, weight_decay, gamma
 
 
 @triton.jit
-def _step(
-    param, source, grad, first_grad, buffer, at, count, minus_lr, momentum, one_minus_dampening, weight_decay,
-    direction, gamma, one_minus_gamma, skipped, T: tl.constexpr, STATE: tl.constexpr, V: tl.constexpr,
-    MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, MIXING: tl.constexpr, MASTER: tl.constexpr, WHOLE: tl.constexpr,
-):  # fmt: skip
-    kept = load(source, at, count, WHOLE)
-    w, g = kept.to(V), load(grad, at, count, WHOLE).to(V)
-    if MIXING:
-        g = mix(gamma, one_minus_gamma, load(first_grad, at, count, WHOLE).to(V), g)
-    d = sgd_decayed(weight_decay, direction, w, g)
-    if MOMENTUM:
-        buf = sgd_buffer(momentum, one_minus_dampening, load(buffer, at, count, WHOLE).to(V), d)
-        if NESTEROV:
-            d = sgd_nesterov(momentum, buf, d)
-        else:
-            d = buf
-    updated = sgd_update(minus_lr, w, d)
-    if not skipped:
-        if MOMENTUM:
-            store(buffer, at, count, buf.to(STATE), WHOLE)
-        if MASTER:
-            store(source, at, count, updated.to(STATE), WHOLE)
-    store(param, at, count, tl.where(skipped, kept.to(T), updated.to(T)), WHOLE)
+def prepare(row, NESTEROV: tl.constexpr, V: tl.constexpr):
+    minus_lr, momentum = (-tl.load(row)).to(V), tl.load(row + 1).to(V)
+    one_minus_dampening, weight_decay = (1 - tl.load(row + 2)).to(V), tl.load(row + 3).to(V)
+    return minus_lr, momentum, one_minus_dampening, weight_decay
+
+
+@triton.jit
+def step(prepared, w, g, state, NESTEROV: tl.constexpr):
+    """As torch.optim.SGD. Without a state tensor there is no momentum."""
+    minus_lr, momentum, one_minus_dampening, weight_decay = prepared
+    d = tl.fma(weight_decay, w, g)
+    if len(state) == 0:
+        new = state
+    else:
+        buffer = tl.fma(one_minus_dampening, d, momentum * state[0])
+        d = tl.fma(momentum, buffer, d) if NESTEROV else buffer
+        new = (buffer,)
+    return tl.fma(minus_lr, d, w), new
 
 
 @kernel
 def sgd_step_kernel(
-    table, tensors, rows, maximize_sign, grad_scale, found_inf, T: tl.constexpr, STATE: tl.constexpr, V: tl.constexpr,
-    MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, MIXING: tl.constexpr, MASTER: tl.constexpr, BLOCK: tl.constexpr,
-    TAIL: tl.constexpr,
+    table, tensors, hyperparams, maximize_sign, grad_scale, found_inf, FLAG: tl.constexpr, T: tl.constexpr,
+    STATE: tl.constexpr, V: tl.constexpr, SLOTS: tl.constexpr, STATES: tl.constexpr, MIXING: tl.constexpr,
+    MASTER: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    record, begin, count, whole = locate(table, tensors, _SLOTS, BLOCK)
-    param, source = address(record, _PARAM, begin, T), address(record, _SOURCE, begin, STATE)
-    grad, first_grad = address(record, _GRAD, begin, T), address(record, _FIRST_GRAD, begin, T)
-    buffer = address(record, _BUFFER, begin, STATE)
-    row = rows + tl.load(record + ROW) * _COLUMNS
-    minus_lr, momentum = (-tl.load(row)).to(V), tl.load(row + 1).to(V)
-    one_minus_dampening, weight_decay = (1 - tl.load(row + 2)).to(V), tl.load(row + 3).to(V)
-    gamma = tl.load(row + 4)
-    one_minus_gamma, gamma = (1 - gamma).to(V), gamma.to(V)
-    direction = (maximize_sign / tl.load(grad_scale).to(tl.float64)).to(V)
-    skipped = tl.load(found_inf) != 0
-    for at in range(0, whole, BLOCK):
-        _step(param, source, grad, first_grad, buffer, at + tl.arange(0, BLOCK), count, minus_lr, momentum,
-              one_minus_dampening, weight_decay, direction, gamma, one_minus_gamma, skipped, T, STATE, V,
-              MOMENTUM, NESTEROV, MIXING, MASTER, True)  # fmt: skip
-    for at in range(whole, count, TAIL):
-        _step(param, source, grad, first_grad, buffer, at + tl.arange(0, TAIL), count, minus_lr, momentum,
-              one_minus_dampening, weight_decay, direction, gamma, one_minus_gamma, skipped, T, STATE, V,
-              MOMENTUM, NESTEROV, MIXING, MASTER, False)  # fmt: skip
+    update(prepare, step, _COLUMNS, table, tensors, hyperparams, maximize_sign, grad_scale, found_inf, FLAG, T, STATE,
+           V, SLOTS, STATES, MIXING, MASTER, BLOCK, TAIL)  # fmt: skip
 
 
 @torch.no_grad()
@@ -79,17 +54,12 @@ def restore_sgd_step_(
     nesterov: bool, maximize: bool, grad_scale: Tensor | None, found_inf: Tensor | None,
 ) -> None:  # fmt: skip
     op = "restore_sgd_step_"
-    check_numbers(op, "hyper", hyper, torch.float64, _COLUMNS.value * len(group_sizes))
-    amp = scaling(op, grad_scale, found_inf)
-    streams = update_streams(op, params, grads, backups, first_grads, masters, {"momentum_buffers": momentum_buffers})
-    known = look(op, streams, group_sizes)
-    for part in each_part(known, streams):
-        rows, *amp_there = on_device(part.device, hyper, *amp)
-        launch(
-            sgd_step_kernel, part, rows, -1 if maximize else 1, *amp_there, V=part.arithmetic,
-            MOMENTUM=bool(momentum_buffers), NESTEROV=nesterov, MIXING=bool(first_grads), MASTER=bool(masters),
-            wide_state=bool(masters),
-        )  # fmt: skip
+    check_scalars(op, "hyper", hyper, torch.float64, _COLUMNS.value * len(group_sizes))
+    state = {"momentum_buffers": momentum_buffers}
+    launch_update(
+        op, sgd_step_kernel, params, grads, backups, first_grads, state, masters, hyper, group_sizes, maximize,
+        grad_scale, found_inf, nesterov,
+    )  # fmt: skip
 
 
 def sgd_step_(params: Sequence[Tensor], grads: Sequence[Tensor], *args: object) -> None:

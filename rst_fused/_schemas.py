@@ -2,15 +2,16 @@
 
 Conventions shared by all ops
     lists       one entry per parameter, all lists of a call equally long; an optional list is empty when absent. A
-                parameter that was not perturbed stands as its own backup, and without a first gradient its gradient
-                stands for both.
-    rows        hyperparameters are float64 tensors with one row per group of consecutive parameters; ``group_sizes``
+                parameter that was not perturbed is its own backup, and without a first gradient its gradient is both.
+    hyper       hyperparameters are float64 tensors with one row per group of consecutive parameters; ``group_sizes``
                 says how many parameters each row covers.
     stats       float64 ``[norm, inverse, non_finite, non_finite_count, ticket]``: the gradient norm, ``1 / (norm +
                 1e-12)`` or 0 where there is no direction, whether the norm was not finite, how often that happened so
-                far, and 0: room for GPU kernels to count their blocks in, which they leave at 0.
+                far, and 0: a counter for the blocks of GPU kernels, which reset it to 0.
     masters     fp32 copies of bfloat16/float16 parameters; where given, they take the place of backups.
     rng         int64 ``[seed, step]``: stochastic rounding is a pure function of both and of the element's position.
+    state       what the base optimizer keeps; an empty momentum_buffers is SGD without momentum, a non-empty
+                max_exp_avg_sqs is AMSGrad.
     first_grads the gradients of the first pass, for G-RST; empty for RST, which uses the second pass alone.
 """
 

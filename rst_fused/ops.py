@@ -1,13 +1,13 @@
 """The fused ops as functions of lists of tensors, for those who write their own training step.
 
 Common to all: every list has one tensor per parameter; dtypes float32, float64, bfloat16, float16, complex64 and
-complex128 may be mixed in one call; tensors may be non-contiguous (not expanded, where written); all companions of a
-parameter share its shape, dtype and device, but for state beside a master copy, which is float32. Numbers may be one
-for all parameters or a sequence with one per group of consecutive parameters, whose lengths ``group_sizes`` gives.
-Results are in place. ``backend`` is "auto", "cuda", "cpu", "triton" or "reference".
+complex128 may be mixed in one call; tensors may be non-contiguous (but not expanded, if they are written); companions
+of a parameter share its shape, dtype and device, except that state beside a master copy is float32. A hyperparameter is
+one number for all parameters, or a sequence with one per group of consecutive parameters, whose lengths are in
+``group_sizes``. Results are in place. ``backend`` is "auto", "cuda", "cpu", "triton" or "reference".
 
-Errors: ValueError names the argument that does not fit, or what is written and shares memory (TypeError: what is no
-tensor), before anything is changed; RuntimeError for a backend that is missing. The traffic given with each op is in
+Errors: ValueError names the argument that does not fit, or tensors that are written and share memory (TypeError: what
+is not a tensor), before anything is changed; RuntimeError if a backend is missing. The traffic stated for each op is in
 bytes per fp32 parameter, the least that can be moved.
 """
 
@@ -27,6 +27,7 @@ from rst_fused._schemas import STATS
 
 Number = float | Tensor | Sequence[float | Tensor]
 Tensors = Sequence[Tensor]
+_READ = ("grads", "backups", "first_grads")  # the lists that no update writes
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64, torch.complex128)
 
 
@@ -39,10 +40,10 @@ def grad_norm(
     (ASAM, Kwon et al. 2021).
 
     Returns ``stats``, float64 of shape (5,): the norm, 1 / (norm + 1e-12) or 0 where the norm is zero or not finite,
-    whether it was not finite (0 or 1), the count of such calls on this tensor, and 0, which kernels use. Sums in fp64
-    (backend "cpu" first adds squares of up to four bytes in fp32, eight at a time: at most 2^-22 off, relatively) in a
-    fixed order: two runs are bit-identical for any number of threads. ``params`` is needed only when adaptive.
-    Traffic: 4 (8).
+    whether it was not finite (0 or 1), the count of such calls on this tensor, and 0, which kernels use. Sums are in
+    fp64 (backend "cpu" first adds squares of up to four bytes in fp32, eight at a time: a relative error of at most
+    2^-22) and in a fixed order: two runs are bit-identical for any number of threads. ``params`` is needed only when
+    adaptive. Traffic: 4 (8).
     """
     if adaptive and params is None:
         raise ValueError("params=None with adaptive=True: ASAM scales gradients by |w|, pass the parameters")
@@ -83,7 +84,7 @@ def perturb_(
         list(params), list(grads), backups, masters, stats, _rows(sizes, rho=rho).flatten(), sizes, adaptive, eta,
         stochastic_rounding, rng, first_index,
     )  # fmt: skip
-    _touch(params, backups)
+    _bump_versions(params, backups)
 
 
 @torch.no_grad()
@@ -109,7 +110,7 @@ def restore_(
     _ops(backend, params).restore_(
         list(params), backups, masters, like["grads"], firsts, _rows(sizes, gamma=gamma).flatten(), sizes
     )
-    _touch(params, like["grads"] if firsts else [])
+    _bump_versions(params, like["grads"] if firsts else [])
 
 
 def sgd_step_(
@@ -146,71 +147,118 @@ def restore_sgd_step_(
     (24 with ``first_grads``).
     """
     buffers = _listed("momentum_buffers", momentum_buffers)
-    masters, backups = _listed("masters", masters), _listed("backups", backups)
-    firsts = _listed("first_grads", first_grads)
-    _check(
-        "params", params, {"grads": grads, "backups": backups, "first_grads": firsts},
-        {"masters": masters}, {"momentum_buffers": buffers}, ["grads"],
-    )  # fmt: skip
+    lists = _update_lists(params, grads, backups, first_grads, {"momentum_buffers": buffers}, masters)
     _check_number("momentum", momentum)
     if params and not buffers and any(float(x) != 0 for x in _each(momentum)):
         raise ValueError(f"momentum_buffers=None with momentum={momentum!r}: pass zeros_like buffers, or momentum=0")
     if params and not buffers and nesterov:
         raise ValueError("nesterov=True without momentum: expected momentum > 0 and momentum_buffers")
-    _check_apart(params=params, momentum_buffers=buffers, masters=masters)
-    sizes = _sizes(params, group_sizes)
-    hyper = _rows(
-        sizes, lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, gamma=gamma
-    )  # in the order of SGD_HYPER
-    _ops(backend, params).restore_sgd_step_(
-        list(params), list(grads), [] if masters else backups, firsts, buffers, masters, hyper, sizes, nesterov,
-        maximize, grad_scale, found_inf,
-    )  # fmt: skip
-    _touch(params, buffers, masters)
+    hyper = {"lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay, "gamma": gamma}
+    _update("restore_sgd_step_", backend, lists, hyper, None, group_sizes, nesterov, maximize, grad_scale, found_inf)
 
 
 def adam_step_(
-    params: Tensors, grads: Tensors, exp_avgs: Tensors, exp_avg_sqs: Tensors, *, step: Number, lr: Number = 1e-3,
-    beta1: Number = 0.9, beta2: Number = 0.999, eps: Number = 1e-8, weight_decay: Number = 0.0, decoupled: bool = False,
-    maximize: bool = False, masters: Tensors | None = None, group_sizes: Sequence[int] | None = None,
-    grad_scale: Tensor | None = None, found_inf: Tensor | None = None, backend: str = "auto",
+    params: Tensors, grads: Tensors, exp_avgs: Tensors, exp_avg_sqs: Tensors, *, step: Number,
+    max_exp_avg_sqs: Tensors | None = None, lr: Number = 1e-3, beta1: Number = 0.9, beta2: Number = 0.999,
+    eps: Number = 1e-8, weight_decay: Number = 0.0, decoupled: bool = False, maximize: bool = False,
+    masters: Tensors | None = None, group_sizes: Sequence[int] | None = None, grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None, backend: str = "auto",
 ) -> None:  # fmt: skip
     """One step of Adam (Kingma & Ba 2015) or, when ``decoupled``, AdamW (Loshchilov & Hutter 2019), as torch.optim.
 
-    ``step`` counts from 1 and includes this step. AMP as in sgd_step_. Traffic: 28.
+    With ``max_exp_avg_sqs``, which start at zero, it is AMSGrad (Reddi et al. 2018): v_max = max(v_max, v) takes the
+    place of v in the denominator. ``step`` counts from 1 and includes this step. AMP as in sgd_step_. Traffic: 28
+    (AMSGrad 36).
     """
     restore_adam_step_(
-        params, grads, None, exp_avgs, exp_avg_sqs, step=step, lr=lr, beta1=beta1, beta2=beta2, eps=eps,
-        weight_decay=weight_decay, decoupled=decoupled, maximize=maximize, masters=masters, group_sizes=group_sizes,
-        grad_scale=grad_scale, found_inf=found_inf, backend=backend,
+        params, grads, None, exp_avgs, exp_avg_sqs, max_exp_avg_sqs=max_exp_avg_sqs, step=step, lr=lr, beta1=beta1,
+        beta2=beta2, eps=eps, weight_decay=weight_decay, decoupled=decoupled, maximize=maximize, masters=masters,
+        group_sizes=group_sizes, grad_scale=grad_scale, found_inf=found_inf, backend=backend,
     )  # fmt: skip
 
 
 @torch.no_grad()
 def restore_adam_step_(
     params: Tensors, grads: Tensors, backups: Tensors | None, exp_avgs: Tensors, exp_avg_sqs: Tensors, *, step: Number,
-    first_grads: Tensors | None = None, gamma: Number = 1.0, lr: Number = 1e-3, beta1: Number = 0.9,
-    beta2: Number = 0.999, eps: Number = 1e-8, weight_decay: Number = 0.0, decoupled: bool = False,
+    max_exp_avg_sqs: Tensors | None = None, first_grads: Tensors | None = None, gamma: Number = 1.0, lr: Number = 1e-3,
+    beta1: Number = 0.9, beta2: Number = 0.999, eps: Number = 1e-8, weight_decay: Number = 0.0,
+    decoupled: bool = False, maximize: bool = False, masters: Tensors | None = None,
+    group_sizes: Sequence[int] | None = None, grad_scale: Tensor | None = None, found_inf: Tensor | None = None,
+    backend: str = "auto",
+) -> None:  # fmt: skip
+    """Restore, mixing and Adam(W) in one pass, as restore_sgd_step_, with AMSGrad as in adam_step_.
+
+    Traffic: 28 (32 with ``first_grads``); AMSGrad 36 (40).
+    """
+    _check_number("step", step, 1)
+    state = {
+        "exp_avgs": _needed("exp_avgs", exp_avgs), "exp_avg_sqs": _needed("exp_avg_sqs", exp_avg_sqs),
+        "max_exp_avg_sqs": _listed("max_exp_avg_sqs", max_exp_avg_sqs),
+    }  # fmt: skip
+    lists = _update_lists(params, grads, backups, first_grads, state, masters, ["exp_avgs", "exp_avg_sqs"])
+    hyper = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay, "gamma": gamma}
+    _update("restore_adam_step_", backend, lists, hyper, step, group_sizes, decoupled, maximize, grad_scale, found_inf)
+
+
+def lion_step_(
+    params: Tensors, grads: Tensors, exp_avgs: Tensors, *, lr: Number = 1e-4, beta1: Number = 0.9, beta2: Number = 0.99,
+    weight_decay: Number = 0.0, maximize: bool = False, masters: Tensors | None = None,
+    group_sizes: Sequence[int] | None = None, grad_scale: Tensor | None = None, found_inf: Tensor | None = None,
+    backend: str = "auto",
+) -> None:  # fmt: skip
+    """One step of Lion (Chen et al. 2023, arXiv 2302.06675, algorithm 2): c = beta1 m + (1 - beta1) g;
+    w = (1 - lr weight_decay) w - lr sign(c); m = beta2 m + (1 - beta2) g.
+
+    ``exp_avgs`` (m) start at zero. sign(0) is 0, and a NaN stays NaN; a complex number counts as two reals. AMP as in
+    sgd_step_. Traffic: 20.
+    """
+    restore_lion_step_(
+        params, grads, None, exp_avgs, lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay, maximize=maximize,
+        masters=masters, group_sizes=group_sizes, grad_scale=grad_scale, found_inf=found_inf, backend=backend,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def restore_lion_step_(
+    params: Tensors, grads: Tensors, backups: Tensors | None, exp_avgs: Tensors, *, first_grads: Tensors | None = None,
+    gamma: Number = 1.0, lr: Number = 1e-4, beta1: Number = 0.9, beta2: Number = 0.99, weight_decay: Number = 0.0,
     maximize: bool = False, masters: Tensors | None = None, group_sizes: Sequence[int] | None = None,
     grad_scale: Tensor | None = None, found_inf: Tensor | None = None, backend: str = "auto",
 ) -> None:  # fmt: skip
-    """Restore, mixing and Adam(W) in one pass, as restore_sgd_step_. Traffic: 28 (32 with ``first_grads``)."""
-    masters, backups = _listed("masters", masters), _listed("backups", backups)
+    """Restore, mixing and Lion in one pass, as restore_sgd_step_. Traffic: 20 (24 with ``first_grads``)."""
+    state = {"exp_avgs": _needed("exp_avgs", exp_avgs)}
+    lists = _update_lists(params, grads, backups, first_grads, state, masters, ["exp_avgs"])
+    hyper = {"lr": lr, "beta1": beta1, "beta2": beta2, "weight_decay": weight_decay, "gamma": gamma}
+    _update("restore_lion_step_", backend, lists, hyper, None, group_sizes, maximize, grad_scale, found_inf)
+
+
+# --- what the updates share -----------------------------------------------------------------------------------------
+def _update_lists(
+    params: Tensors, grads: Tensors, backups: Tensors | None, first_grads: Tensors | None,
+    state: dict[str, list[Tensor]], masters: Tensors | None, needed: Sequence[str] = (),
+) -> dict[str, list[Tensor]]:  # fmt: skip
+    """All lists in the order of the schemas, checked. ``needed`` are those of ``state`` that may not be empty."""
+    kept, backed_up = _listed("masters", masters), _listed("backups", backups)
     firsts = _listed("first_grads", first_grads)
-    _check_number("step", step, 1)
-    state = {"exp_avgs": _needed("exp_avgs", exp_avgs), "exp_avg_sqs": _needed("exp_avg_sqs", exp_avg_sqs)}
-    like = {"grads": grads, "backups": backups, "first_grads": firsts}
-    _check("params", params, like, {"masters": masters}, state, ["grads", *state])
-    _check_apart(params=params, **state, masters=masters)
+    like = {"grads": grads, "backups": backed_up, "first_grads": firsts}
+    _check("params", params, like, {"masters": kept}, state, ["grads", *needed])
+    _check_apart(params=params, **state, masters=kept)
+    return {
+        "params": list(params), "grads": list(grads), "backups": [] if kept else backed_up, "first_grads": firsts,
+        **state, "masters": kept,
+    }  # fmt: skip
+
+
+def _update(
+    op: str, backend: str, lists: dict[str, list[Tensor]], hyper: dict[str, Number], step: Number | None,
+    group_sizes: Sequence[int] | None, *options: Any,
+) -> None:  # fmt: skip
+    """``hyper``: in the order of the op's columns (SGD_HYPER, ADAM_HYPER, LION_HYPER)."""
+    params = lists["params"]
     sizes = _sizes(params, group_sizes)
-    hyper = _rows(
-        sizes, lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay, gamma=gamma
-    )  # in the order of ADAM_HYPER
-    _ops(backend, params).restore_adam_step_(
-        list(params), list(grads), [] if masters else backups, firsts, *state.values(), masters, hyper,
-        _rows(sizes, step=step).flatten(), sizes, decoupled, maximize, grad_scale, found_inf,
-    )  # fmt: skip
-    _touch(params, *state.values(), masters)
+    steps = [] if step is None else [_rows(sizes, step=step).flatten()]
+    getattr(_ops(backend, params), op)(*lists.values(), _rows(sizes, **hyper), *steps, sizes, *options)
+    _bump_versions(*(tensors for name, tensors in lists.items() if name not in _READ))
 
 
 # --- arguments ------------------------------------------------------------------------------------------------------
@@ -227,7 +275,7 @@ def _needed(name: str, tensors: Tensors | None) -> list[Tensor]:
 def _listed(name: str, tensors: Tensors | None) -> list[Tensor]:
     if tensors is None:
         return []
-    if isinstance(tensors, Tensor) or not hasattr(tensors, "__len__"):  # whose rows, or what can be read only once
+    if isinstance(tensors, Tensor) or not hasattr(tensors, "__len__"):  # its rows, or what can be read only once
         raise TypeError(f"{name} is a {type(tensors).__name__}: expected a list of tensors")
     return list(tensors)
 
@@ -270,7 +318,7 @@ def _check_apart(**lists: Tensors) -> None:
     if shared is not None:
         names = [f"{name}[{i}]" for name, tensors in lists.items() for i in range(len(tensors))]
         one, other = (names[i] for i in shared)
-        raise ValueError(f"{one} and {other} share memory, and both are written: expected tensors apart")
+        raise ValueError(f"{one} and {other} share memory, and both are written: expected separate tensors")
 
 
 def _sizes(params: Tensors, group_sizes: Sequence[int] | None) -> list[int]:
@@ -285,7 +333,7 @@ def _each(value: Number) -> list[float | Tensor]:
 
 
 def _check_number(name: str, value: Number, low: float = -math.inf) -> None:
-    """Finite and >= low. Tensors of one element pass: they may lie on a GPU, whose value nobody waits for."""
+    """Finite and >= low. One-element tensors pass: they may be on a GPU, and nobody waits for their value."""
     if not is_compiling():
         for x in _each(value):
             if not (isinstance(x, Tensor) and x.numel() == 1):
@@ -293,7 +341,7 @@ def _check_number(name: str, value: Number, low: float = -math.inf) -> None:
 
 
 def _rows(sizes: list[int], **columns: Number) -> Tensor:
-    """float64 of shape (groups, columns); on a GPU if a number lies there."""
+    """float64 of shape (groups, columns); on a GPU if one of the numbers is there."""
     every = [x for value in columns.values() for x in _each(value)]
     device = next((x.device for x in every if isinstance(x, Tensor) and not x.is_cpu), torch.device("cpu"))
     rows: list[Tensor] = []
@@ -307,7 +355,7 @@ def _rows(sizes: list[int], **columns: Number) -> Tensor:
     return torch.stack(rows, dim=1).contiguous()
 
 
-def _touch(*lists: Tensors) -> None:
+def _bump_versions(*lists: Tensors) -> None:
     """Tells autograd that these tensors changed: the compiled ops cannot."""
     if not is_compiling():
         for tensors in lists:

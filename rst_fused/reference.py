@@ -1,12 +1,13 @@
-"""Every formula in plain torch: the oracle of the tests, and the backend where nothing is compiled.
+"""Every formula in plain torch: the backend where nothing is compiled.
 
-The functors carry the names they have in csrc/sam_math.h; the ops have the signatures of rst_fused._schemas. Arithmetic
-is that of the tensors given (bfloat16 and float16 are computed in float32), so float64 inputs give float64 results.
+Formulas have the names they have in csrc/math; the ops have the signatures of rst_fused._schemas. Arithmetic is in the
+dtype of the tensors given (in float32 for bfloat16 and float16), so float64 inputs give float64 results.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ NORM_EPS = 1e-12
 _MASK32 = 0xFFFFFFFF
 
 
-# --- functors -------------------------------------------------------------------------------------------------------
+# --- formulas -------------------------------------------------------------------------------------------------------
 def asam_scale(magnitude: Tensor, eta: float) -> Tensor:
     """T = |w| + eta (ASAM, Kwon et al. 2021, section 4)."""
     return magnitude + eta
@@ -46,31 +47,51 @@ def mix(g1: Tensor, g2: Tensor, gamma: Tensor) -> Tensor:
     return gamma * g2 + (1 - gamma) * g1
 
 
-def sgd(
-    w: Tensor, g: Tensor, buf: Tensor | None, hyper: Sequence[Tensor], nesterov: bool
-) -> tuple[Tensor, Tensor | None]:
-    """The new (w, momentum buffer), as torch.optim.SGD (whose first step has a zero buffer and no dampening)."""
+State = tuple[Tensor, ...]
+
+
+def sgd(w: Tensor, g: Tensor, state: State, hyper: Sequence[Tensor], nesterov: bool) -> tuple[Tensor, State]:
+    """The new w and state, as torch.optim.SGD (whose first step has a zero buffer and no dampening).
+
+    The state is the momentum buffer; without one there is no momentum.
+    """
     lr, momentum, dampening, weight_decay = hyper
     d = g + weight_decay * w
-    if buf is not None:
-        buf = momentum * buf + (1 - dampening) * d
-        d = d + momentum * buf if nesterov else buf
-    return w - lr * d, buf
+    if state:
+        buffer = momentum * state[0] + (1 - dampening) * d
+        state = (buffer,)
+        d = d + momentum * buffer if nesterov else buffer
+    return w - lr * d, state
 
 
 def adam(
-    w: Tensor, g: Tensor, m: Tensor, v: Tensor, hyper: Sequence[Tensor], step: Tensor, decoupled: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The new (w, exp_avg, exp_avg_sq), as torch.optim.Adam, or AdamW when ``decoupled``."""
+    w: Tensor, g: Tensor, state: State, hyper: Sequence[Tensor], step: Tensor, decoupled: bool
+) -> tuple[Tensor, State]:
+    """The new w and state, as torch.optim.Adam, or AdamW when ``decoupled``.
+
+    The state is (exp_avg, exp_avg_sq), with max_exp_avg_sq for AMSGrad (Reddi et al. 2018).
+    """
     lr, beta1, beta2, eps, weight_decay = hyper
+    m, v, *largest = state
     if decoupled:
         w = w * (1 - lr * weight_decay)
     else:
         g = g + weight_decay * w
     m = m + (1 - beta1) * (g - m)
     v = beta2 * v + (1 - beta2) * g * g
+    largest = [torch.maximum(x, v) for x in largest]
     bias1, bias2 = 1 - beta1**step, 1 - beta2**step
-    return w - (lr / bias1) * m / (v.sqrt() / bias2.sqrt() + eps), m, v
+    root = (largest[0] if largest else v).sqrt()
+    return w - (lr / bias1) * m / (root / bias2.sqrt() + eps), (m, v, *largest)
+
+
+def lion(w: Tensor, g: Tensor, state: State, hyper: Sequence[Tensor]) -> tuple[Tensor, State]:
+    """The new w and state, the exp_avg, of Lion (Chen et al. 2023, arXiv 2302.06675, algorithm 2)."""
+    lr, beta1, beta2, weight_decay = hyper
+    (m,) = state
+    c = m + (1 - beta1) * (g - m)
+    sign = torch.where(c.isnan(), c, c.sign())
+    return w * (1 - lr * weight_decay) - lr * sign, (m + (1 - beta2) * (g - m),)
 
 
 def random_bits(rng: Tensor, tensor_index: int, element: Tensor) -> Tensor:
@@ -216,46 +237,40 @@ def restore_(
             _write(grads[i], mix(_wide(first_grads[i]), _wide(grads[i]), gamma[row]))
 
 
-def _prepared(
-    i: int,
-    row: int,
+def _update(
+    formula: Callable[[Tensor, Tensor, State, list[Tensor], int], tuple[Tensor, State]],
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     backups: Sequence[Tensor],
     first_grads: Sequence[Tensor],
+    state_lists: Sequence[Sequence[Tensor]],
     masters: Sequence[Tensor],
     hyper: Tensor,
+    group_sizes: Sequence[int],
     maximize: bool,
     grad_scale: Tensor | None,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """The weights before the perturbation, the gradient to apply and the row of numbers without gamma."""
-    *numbers, gamma = hyper[row].unbind()
-    w = _wide(masters[i] if masters else backups[i] if backups else params[i])
-    g = _wide(grads[i])
-    if first_grads:
-        g = mix(_wide(first_grads[i]), g, gamma)
-    if grad_scale is not None:
-        g = g / grad_scale.to(g.device)
-    return w, (-g if maximize else g), numbers
-
-
-def _finish(
-    i: int,
-    params: Sequence[Tensor],
-    backups: Sequence[Tensor],
-    masters: Sequence[Tensor],
-    updated: Tensor,
-    state: Sequence[tuple[Tensor, Tensor]],
     found_inf: Tensor | None,
 ) -> None:
-    """Writes the update; where ``found_inf`` is not 0, only what restores the weights."""
-    kept = masters[i] if masters else backups[i] if backups else params[i]
-    skip = None if found_inf is None else (found_inf != 0).to(kept.device)
-    for old, new in state:
-        _write(old, new, old, skip)
-    if masters:
-        _write(masters[i], updated, kept, skip)
-    _write(params[i], updated, kept, skip)
+    """Applies ``formula``(w, g, state, hyperparameters without gamma, row) to every parameter.
+
+    Weights are those before the perturbation. Where ``found_inf`` is not 0, they are only restored.
+    """
+    sources = masters or backups or params
+    for i, row in enumerate(_rows(group_sizes)):
+        *numbers, gamma = hyper[row].unbind()
+        w, g = _wide(sources[i]), _wide(grads[i])
+        if first_grads:
+            g = mix(_wide(first_grads[i]), g, gamma)
+        if grad_scale is not None:
+            g = g / grad_scale.to(g.device)
+        state = [tensors[i] for tensors in state_lists if tensors]
+        updated, new_state = formula(w, -g if maximize else g, tuple(map(_wide, state)), numbers, row)
+        skip = None if found_inf is None else (found_inf != 0).to(w.device)
+        for old, new in zip(state, new_state, strict=True):
+            _write(old, new, old, skip)
+        if masters:
+            _write(masters[i], updated, masters[i], skip)
+        _write(params[i], updated, sources[i], skip)
 
 
 @torch.no_grad()
@@ -269,18 +284,12 @@ def restore_sgd_step_(
     hyper: Tensor,
     group_sizes: Sequence[int],
     nesterov: bool,
-    maximize: bool,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
+    *options: Any,
 ) -> None:
-    for i, row in enumerate(_rows(group_sizes)):
-        w, g, numbers = _prepared(
-            i, row, params, grads, backups, first_grads, masters, hyper, maximize, grad_scale
-        )
-        buf = _wide(momentum_buffers[i]) if momentum_buffers else None
-        updated, new_buf = sgd(w, g, buf, numbers, nesterov)
-        state = [] if new_buf is None else [(momentum_buffers[i], new_buf)]
-        _finish(i, params, backups, masters, updated, state, found_inf)
+    _update(
+        lambda w, g, state, numbers, row: sgd(w, g, state, numbers, nesterov),
+        params, grads, backups, first_grads, [momentum_buffers], masters, hyper, group_sizes, *options,
+    )  # fmt: skip
 
 
 @torch.no_grad()
@@ -291,27 +300,46 @@ def restore_adam_step_(
     first_grads: Sequence[Tensor],
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
+    max_exp_avg_sqs: Sequence[Tensor],
     masters: Sequence[Tensor],
     hyper: Tensor,
     steps: Tensor,
     group_sizes: Sequence[int],
     decoupled: bool,
-    maximize: bool,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
+    *options: Any,
 ) -> None:
-    for i, row in enumerate(_rows(group_sizes)):
-        w, g, numbers = _prepared(
-            i, row, params, grads, backups, first_grads, masters, hyper, maximize, grad_scale
-        )
-        m, v = _wide(exp_avgs[i]), _wide(exp_avg_sqs[i])
-        updated, m, v = adam(w, g, m, v, numbers, steps[row], decoupled)
-        _finish(i, params, backups, masters, updated, [(exp_avgs[i], m), (exp_avg_sqs[i], v)], found_inf)
+    _update(
+        lambda w, g, state, numbers, row: adam(w, g, state, numbers, steps[row], decoupled),
+        params, grads, backups, first_grads, [exp_avgs, exp_avg_sqs, max_exp_avg_sqs], masters, hyper, group_sizes,
+        *options,
+    )  # fmt: skip
 
 
-def sgd_step_(params: Sequence[Tensor], grads: Sequence[Tensor], *args: object) -> None:
-    restore_sgd_step_(params, grads, [], [], *args)  # type: ignore[arg-type]
+@torch.no_grad()
+def restore_lion_step_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    backups: Sequence[Tensor],
+    first_grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    masters: Sequence[Tensor],
+    hyper: Tensor,
+    group_sizes: Sequence[int],
+    *options: Any,
+) -> None:
+    _update(
+        lambda w, g, state, numbers, row: lion(w, g, state, numbers),
+        params, grads, backups, first_grads, [exp_avgs], masters, hyper, group_sizes, *options,
+    )  # fmt: skip
 
 
-def adam_step_(params: Sequence[Tensor], grads: Sequence[Tensor], *args: object) -> None:
-    restore_adam_step_(params, grads, [], [], *args)  # type: ignore[arg-type]
+def sgd_step_(params: Sequence[Tensor], grads: Sequence[Tensor], *args: Any) -> None:
+    restore_sgd_step_(params, grads, [], [], *args)
+
+
+def adam_step_(params: Sequence[Tensor], grads: Sequence[Tensor], *args: Any) -> None:
+    restore_adam_step_(params, grads, [], [], *args)
+
+
+def lion_step_(params: Sequence[Tensor], grads: Sequence[Tensor], *args: Any) -> None:
+    restore_lion_step_(params, grads, [], [], *args)

@@ -25,7 +25,10 @@ CLOSE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # |difference| <= this * (1
 CLOSE_NORM = {torch.float32: 1e-9, torch.bfloat16: 4 * 2.0**-24}
 SGD: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
 ADAM: dict[str, Any] = {"lr": 0.1, "step": 3, "weight_decay": 0.01, "decoupled": True}
+LION: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.01}
 WITH_NORM = ("grad_norm", "perturb_")
+AMSGRAD = " (amsgrad)"
+CALLS = (*SCHEMAS, f"adam_step_{AMSGRAD}", f"restore_adam_step_{AMSGRAD}")
 Lists = dict[str, list[Tensor]]
 
 
@@ -41,6 +44,7 @@ def inputs(dtype: torch.dtype, masters: bool, shift: int = 0) -> Lists:
     lists = {
         "params": tensors(dtype), "grads": tensors(dtype), "first_grads": tensors(dtype), "backups": tensors(dtype),
         "momentum_buffers": tensors(state), "exp_avgs": tensors(state), "exp_avg_sqs": tensors(state, positive=True),
+        "max_exp_avg_sqs": tensors(state, positive=True),
     }  # fmt: skip
     if masters:
         lists["masters"] = [p.float() for p in lists["params"]]
@@ -48,7 +52,7 @@ def inputs(dtype: torch.dtype, masters: bool, shift: int = 0) -> Lists:
 
 
 def moved(lists: Lists, device: str) -> Lists:
-    """Copies on ``device`` that lie in memory as the originals: not aligned where those are not."""
+    """Copies on ``device`` with the alignment of the originals."""
     copies: Lists = {}
     for name, tensors in lists.items():
         bases = [torch.empty(t.numel() + t.storage_offset(), dtype=t.dtype, device=device) for t in tensors]
@@ -56,14 +60,18 @@ def moved(lists: Lists, device: str) -> Lists:
     return copies
 
 
-def run_op(op: str, lists: Lists, backend: str, adaptive: bool) -> list[Tensor]:
-    """Calls ``op`` in place, after the norm that it needs; returns what may have changed."""
+def run_op(call: str, lists: Lists, backend: str, adaptive: bool) -> list[Tensor]:
+    """Runs one of CALLS in place, after the norm that it needs; returns what may have changed."""
+    op = call.removesuffix(AMSGRAD)
     params, grads, masters = lists["params"], lists["grads"], lists.get("masters")
     device = params[0].device
     own: dict[str, Any] = {"backend": backend, "masters": masters}
     amp: dict[str, Any] = {"grad_scale": torch.full((1,), 2.0).to(device), "found_inf": torch.zeros(1).to(device)}
     mixing: dict[str, Any] = {"first_grads": lists["first_grads"], "gamma": 1.5}
     adam: dict[str, Any] = {"exp_avgs": lists["exp_avgs"], "exp_avg_sqs": lists["exp_avg_sqs"], **ADAM}
+    if call != op:
+        adam["max_exp_avg_sqs"] = lists["max_exp_avg_sqs"]
+    lion: dict[str, Any] = {"exp_avgs": lists["exp_avgs"], **LION}
     calls: dict[str, Callable[[], object]] = {
         "sgd_step_": lambda: ops.sgd_step_(params, grads, lists["momentum_buffers"], **SGD, **amp, **own),
         "restore_sgd_step_": lambda: ops.restore_sgd_step_(
@@ -71,6 +79,9 @@ def run_op(op: str, lists: Lists, backend: str, adaptive: bool) -> list[Tensor]:
         "adam_step_": lambda: ops.adam_step_(params, grads, **adam, **amp, **own),
         "restore_adam_step_": lambda: ops.restore_adam_step_(
             params, grads, lists["backups"], **adam, **mixing, **own),
+        "lion_step_": lambda: ops.lion_step_(params, grads, **lion, **amp, **own),
+        "restore_lion_step_": lambda: ops.restore_lion_step_(
+            params, grads, lists["backups"], **lion, **mixing, **own),
         "restore_": lambda: ops.restore_(params, lists["backups"], grads=grads, **mixing, **own),
     }  # fmt: skip
     changed = [t for tensors in lists.values() for t in tensors]
@@ -85,29 +96,29 @@ def run_op(op: str, lists: Lists, backend: str, adaptive: bool) -> list[Tensor]:
     return [*changed, stats]
 
 
-def compare(op: str, backend: str, device: str, mode: str, shift: int, adaptive: bool) -> str | None:
-    """What is wrong with one call, or None."""
+def compare(call: str, backend: str, device: str, mode: str, shift: int, adaptive: bool) -> str | None:
+    """A message about what is wrong with one call, or None."""
     lists = inputs(*MODES[mode], shift)
-    expected = run_op(op, moved(lists, "cpu"), "reference", adaptive)
-    found = run_op(op, moved(lists, device), backend, adaptive)
+    expected = run_op(call, moved(lists, "cpu"), "reference", adaptive)
+    found = run_op(call, moved(lists, device), backend, adaptive)
     for e, f in zip(expected, found, strict=True):
         tolerance = CLOSE.get(e.dtype, CLOSE_NORM[MODES[mode][0]]) * (1 + e.abs().double())
         wrong = ~((f.cpu().double() - e.double()).abs() <= tolerance)  # NaN is wrong
         if wrong.any():
-            return f"{backend}: {op}, {mode}, offset {shift}, adaptive {adaptive}: {int(wrong.sum())} of {e.numel()}"
+            return f"{backend}: {call}, {mode}, offset {shift}, adaptive {adaptive}: {int(wrong.sum())} of {e.numel()}"
     return None
 
 
 def exercise(backend: str, device: str) -> list[str]:
-    """All ops in all modes; what is wrong."""
+    """Runs all ops in all modes; returns messages about what is wrong."""
     found = []
-    for op in SCHEMAS:
-        print(f"{backend}: {op}", flush=True)  # so that a crash or a hang has a place
+    for call in CALLS:
+        print(f"{backend}: {call}", flush=True)  # so that a crash or a hang can be located
         for mode in MODES:
             for shift in (0, 1):
-                for adaptive in (False, True) if op in WITH_NORM else (False,):
-                    words = compare(op, backend, device, mode, shift, adaptive)
-                    found += [] if words is None else [words]
+                for adaptive in (False, True) if call in WITH_NORM else (False,):
+                    message = compare(call, backend, device, mode, shift, adaptive)
+                    found += [] if message is None else [message]
     return found
 
 
@@ -119,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     device = device_of(args.device)
     names, notes = available_backends(device, args.backend)
-    wrong = [words for name in names for words in exercise(name, device.name)]
+    wrong = [message for name in names for message in exercise(name, device.name)]
     device.synchronize()
     for line in (*notes, *wrong):
         print(line)

@@ -19,6 +19,7 @@ from rst_fused._schemas import SCHEMAS
 pytestmark = pytest.mark.usefixtures("one_thread")
 on_backends = pytest.mark.parametrize(("backend", "device"), BACKENDS, ids=BACKEND_IDS)
 of_dtypes = pytest.mark.parametrize("dtype", op_db.DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+UPDATES = [op for op in OPS.values() if op.name.endswith("_step_")]
 # float64 results have no wider type to be compared in: the oracle rounds as often as the op.
 NORM_TOLERANCE = 1e-12
 # The CPU kernels add eight squares in fp32, each time off by at most 2^-24 of the sum, whose root is half as far off.
@@ -158,10 +159,38 @@ def test_complex_adaptive_uses_the_modulus(backend: str, device: str) -> None:
     torch.testing.assert_close(w[0], expected, rtol=1e-12, atol=0)
 
 
+@on_backends
+@of_dtypes
+def test_lion_where_the_sign_is_none(dtype: torch.dtype, backend: str, device: str) -> None:
+    """sign(0) = 0: there the weight only decays. sign(NaN) is NaN, and no neighbour notices."""
+    w = [torch.ones(20, dtype=dtype, device=device)]
+    g, m = [torch.zeros_like(w[0])], [torch.zeros_like(w[0])]
+    g[0][3], g[0][7], g[0][11] = 2.0, math.nan, -0.0
+    ops.lion_step_(w, g, m, lr=0.5, beta1=0.5, beta2=0.75, weight_decay=0.25, backend=backend)
+    expected, mean = torch.full_like(w[0], 0.875), torch.zeros_like(w[0])
+    expected[3], mean[3] = 0.375, 0.5
+    expected[7] = mean[7] = math.nan
+    torch.testing.assert_close(w[0], expected, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(m[0], mean, rtol=0, atol=0, equal_nan=True)
+
+
+@on_backends
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *op_db.HALVES])
+def test_amsgrad_keeps_nan(dtype: torch.dtype, backend: str, device: str) -> None:
+    """As torch.maximum: a NaN in v, or in the largest v so far, stays where it is."""
+    w = [torch.ones(20, dtype=dtype, device=device)]
+    g, m, v, largest = ([torch.ones_like(w[0])] for _ in range(4))
+    v[0][3], largest[0][7] = math.nan, math.nan
+    ops.adam_step_(w, g, m, v, max_exp_avg_sqs=largest, step=2, lr=0.5, backend=backend)
+    nan = torch.zeros(20, dtype=torch.bool, device=device)
+    nan[3] = nan[7] = True
+    assert torch.equal(w[0].isnan(), nan) and torch.equal(largest[0].isnan(), nan)
+
+
 # --- tensors that stand for others ----------------------------------------------------------------------------------
 @on_backends
 @pytest.mark.parametrize("layout", ["small", "apart"])
-@pytest.mark.parametrize("op", [OPS["restore_sgd_step_"], OPS["restore_adam_step_"]], ids=lambda op: op.name)
+@pytest.mark.parametrize("op", [op for op in UPDATES if op.restores], ids=lambda op: op.name)
 @pytest.mark.parametrize("kind", ["float32", "mixed"])
 def test_parameters_as_their_own_backup(op: op_db.OpInfo, layout: str, kind: str, backend: str, device: str) -> None:
     """A parameter that was not perturbed is its own backup, and its gradient is its own first gradient."""
@@ -190,12 +219,18 @@ def test_lazy_conjugates_and_negatives(backend: str, device: str) -> None:
 
 # --- many steps -----------------------------------------------------------------------------------------------------
 @on_backends
-@pytest.mark.parametrize("op", [OPS["sgd_step_"], OPS["adam_step_"]], ids=lambda op: op.name)
-def test_many_steps(op: op_db.OpInfo, backend: str, device: str) -> None:
+@pytest.mark.parametrize(
+    ("op_name", "state", "options"),
+    [("sgd_step_", ("momentum_buffers",), {"momentum": 0.9}), ("adam_step_", (), {}),
+     ("adam_step_", ("max_exp_avg_sqs",), {}), ("lion_step_", (), {})],
+    ids=["sgd", "adam", "amsgrad", "lion"],
+)  # fmt: skip
+def test_many_steps(
+    op_name: str, state: tuple[str, ...], options: dict[str, Any], backend: str, device: str
+) -> None:
     """100 steps in float64 against the oracle fed with its own results: state is carried as it should be."""
-    state = ("momentum_buffers",) if op.name == "sgd_step_" else ()
-    rich: dict[str, Any] = {"momentum": 0.9, "weight_decay": 0.01} if state else {"weight_decay": 0.01}
-    sample = op_db.build(op, op_db.Spec("many", "apart", state, rich), "float64", device)
+    op = OPS[op_name]
+    sample = op_db.build(op, op_db.Spec("many", "apart", state, {**options, "weight_decay": 0.01}), "float64", device)
     for name in set(op.written) & set(sample.lists) - {"params"}:
         for t in sample.lists[name]:
             t.zero_()
@@ -217,9 +252,10 @@ def test_many_steps(op: op_db.OpInfo, backend: str, device: str) -> None:
 
 # --- autograd, schemas, fake kernels --------------------------------------------------------------------------------
 def one_sample(op: str, device: str = "cpu") -> Sample:
-    buffers = ("momentum_buffers",) if "sgd" in op else ()
+    """With every state list."""
+    state = ("momentum_buffers",) if "sgd" in op else ("max_exp_avg_sqs",) if "adam" in op else ()
     options = {"momentum": 0.9} if "sgd" in op else {}
-    return op_db.build(OPS[op], op_db.Spec("one", "small", buffers, options), "float32", device)
+    return op_db.build(OPS[op], op_db.Spec("one", "small", state, options), "float32", device)
 
 
 @on_backends

@@ -20,9 +20,10 @@ from rst_fused._schemas import SCHEMAS
 
 on_backends = pytest.mark.parametrize(("backend", "device"), BACKENDS, ids=BACKEND_IDS)
 ALL = tuple(OPS)
-STEPS = ("sgd_step_", "restore_sgd_step_", "adam_step_", "restore_adam_step_")
-SGD, ADAM = STEPS[:2], STEPS[2:]
-RESTORING = ("restore_", "restore_sgd_step_", "restore_adam_step_")
+SGD, ADAM, LION = ((f"{rule}_step_", f"restore_{rule}_step_") for rule in ("sgd", "adam", "lion"))
+STEPS = (*SGD, *ADAM, *LION)
+RESTORING_STEPS = tuple(op for op in STEPS if op.startswith("restore_"))
+RESTORING = ("restore_", *RESTORING_STEPS)
 WITH_PARAMS = tuple(op for op in OPS if op != "grad_norm")
 WITH_GRADS = tuple(op for op in OPS if "grads" in OPS[op].lists)
 WITH_GROUPS = tuple(op for op in OPS if "group_sizes" in SCHEMAS[op])
@@ -115,7 +116,7 @@ def sharing(one: str, other: str) -> Change:
 
 def _companion(name: str, of: tuple[str, ...], dtype: str = "float32") -> list[Wrong]:
     """All that can be wrong with a list of tensors."""
-    with_it = (name,) if name in ("first_grads", "momentum_buffers", "masters") else ()
+    with_it = (name,) if name in ("first_grads", "momentum_buffers", "max_exp_avg_sqs", "masters") else ()
     with_it += ("grads",) if name == "first_grads" and of == ("restore_",) else ()
     rows = {
         "short": (shorten(name), f"{name} has 1 tensors, expected 2"),
@@ -130,11 +131,12 @@ def _companion(name: str, of: tuple[str, ...], dtype: str = "float32") -> list[W
 ERRORS = [
     *_companion("grads", ("perturb_", *STEPS)),
     *_companion("backups", ("perturb_", *RESTORING)),
-    *_companion("first_grads", ("restore_sgd_step_", "restore_adam_step_")),
+    *_companion("first_grads", RESTORING_STEPS),
     *_companion("first_grads", ("restore_",)),
     *_companion("momentum_buffers", SGD),
-    *_companion("exp_avgs", ADAM),
+    *_companion("exp_avgs", (*ADAM, *LION)),
     *_companion("exp_avg_sqs", ADAM),
+    *_companion("max_exp_avg_sqs", ADAM),
     *_companion("masters", ("perturb_", "restore_", *STEPS), "bfloat16"),
     Wrong("integers", WITH_GRADS, replace("grads", lambda t: t.long()), r"\[1\] is .*int64"),
     Wrong("integer_params", WITH_PARAMS, replace("params", lambda t: t.long()), r"params\[1\] is .*torch.int64"),
@@ -145,7 +147,7 @@ ERRORS = [
     Wrong("no_backups", ("perturb_", "restore_"), remove("backups"), "backups=None"),
     Wrong("no_buffers", SGD, option(momentum=0.9), "momentum_buffers=None with momentum=0.9"),
     Wrong("no_buffers_by_group", SGD, option(momentum=[0.0, 0.9], group_sizes=[1, 1]), "momentum_buffers=None"),
-    Wrong("no_exp_avgs", ADAM, remove("exp_avgs"), "exp_avgs=None"),
+    Wrong("no_exp_avgs", (*ADAM, *LION), remove("exp_avgs"), "exp_avgs=None"),
     Wrong("no_exp_avg_sqs", ADAM, remove("exp_avg_sqs"), "exp_avg_sqs=None"),
     Wrong("adaptive_without_params", ("grad_norm",), option(adaptive=True), "params=None with adaptive=True"),
     Wrong("mixing_without_grads", ("restore_",), remove("grads"), "grads=None with first_grads",
@@ -156,7 +158,7 @@ ERRORS = [
         Wrong(f"{name}_by_group", of, option(**{name: [2.0] * 3, "group_sizes": [1, 1]}), f"{name}=.* has 3 values")
         for name, of in (
             ("rho", ("perturb_",)), ("gamma", RESTORING), ("lr", STEPS), ("weight_decay", STEPS), ("dampening", SGD),
-            ("beta1", ADAM), ("beta2", ADAM), ("eps", ADAM), ("step", ADAM),
+            ("beta1", (*ADAM, *LION)), ("beta2", (*ADAM, *LION)), ("eps", ADAM), ("step", ADAM),
         )
     ),
     *(
@@ -169,7 +171,8 @@ ERRORS = [
         for one, other, of in (
             ("params", "params", WITH_PARAMS), ("params", "backups", ("perturb_",)),
             ("params", "momentum_buffers", SGD), ("momentum_buffers", "momentum_buffers", SGD),
-            ("params", "exp_avgs", ADAM), ("exp_avgs", "exp_avg_sqs", ADAM),
+            ("params", "exp_avgs", (*ADAM, *LION)), ("exp_avgs", "exp_avg_sqs", ADAM),
+            ("exp_avg_sqs", "max_exp_avg_sqs", ADAM),
         )
     ),
     Wrong("shared_grads", ("restore_",), sharing("params", "grads"), r"params\[0\] and grads\[1\] share memory",
@@ -184,7 +187,7 @@ ERRORS = [
         Wrong(f"{name}_{what}", of, option(**{name: value}), match, error)
         for name, of in (
             ("rho", ("perturb_",)), ("gamma", RESTORING), ("lr", STEPS), ("weight_decay", STEPS), ("momentum", SGD),
-            ("dampening", SGD), ("beta1", ADAM), ("beta2", ADAM), ("eps", ADAM), ("step", STEPS[2:]),
+            ("dampening", SGD), ("beta1", (*ADAM, *LION)), ("beta2", (*ADAM, *LION)), ("eps", ADAM), ("step", ADAM),
         )
         for what, value, match, error in (
             ("nan", math.nan, f"{name}=nan: expected a finite number", ValueError),
@@ -199,7 +202,8 @@ ERRORS = [
         Wrong(f"bare_{name}", of, bare(name), f"{name} is a (Tensor|Parameter): expected a l", TypeError, lists=more)
         for name, of, more in (
             ("params", WITH_PARAMS, ()), ("grads", WITH_GRADS, ()), ("backups", ("perturb_", *RESTORING), ()),
-            ("exp_avgs", ADAM, ()), ("momentum_buffers", SGD, ("momentum_buffers",)),
+            ("exp_avgs", (*ADAM, *LION), ()), ("momentum_buffers", SGD, ("momentum_buffers",)),
+            ("max_exp_avg_sqs", ADAM, ("max_exp_avg_sqs",)),
             ("masters", ("perturb_", "restore_", *STEPS), ("masters",)),
             ("first_grads", RESTORING, ("grads", "first_grads")),
         )
@@ -297,6 +301,7 @@ W, H, B = (lambda: [torch.ones(3), torch.ones(2)]), torch.bfloat16, (lambda: [to
 D5, D6, D1, STATS = (torch.zeros(n, dtype=torch.float64) for n in (5, 6, 1, 5))
 RNG = torch.zeros(2, dtype=torch.int64)
 AMP: tuple[Any, ...] = (None, None)
+RESTORE: tuple[Any, ...] = (W(), W(), [], [])  # neither backups nor first gradients
 RAW: list[tuple[str, tuple[Any, ...], str]] = [
     ("grad_norm", (STATS[:3], W(), [], False, 0.0), "stats has 3 elements"),
     ("grad_norm", (STATS.float(), W(), [], False, 0.0), "stats must be a contiguous tensor of dtype"),
@@ -324,10 +329,15 @@ RAW: list[tuple[str, tuple[Any, ...], str]] = [
     ("restore_sgd_step_", (W(), W(), [], [], [], [], D5, [2], False, False, D1, None), "grad_scale must be"),
     ("restore_sgd_step_", (W(), W(), [], [], [], [], D5, [2], False, False, None, D1), "found_inf must be"),
     ("sgd_step_", (W(), W(), [], [], D5.float(), [2], False, False, *AMP), "hyper must be"),
-    ("restore_adam_step_", (W(), W(), [], [], [], W(), [], D6, D1, [2], False, False, *AMP), "exp_avgs has 0 entries"),
-    ("restore_adam_step_", (W(), W(), [], [], W(), B(), [], D6, D1, [2], False, False, *AMP), r"exp_avg_sqs\[1\] does"),
-    ("adam_step_", (W(), W(), W(), W(), [], D6, D1[:0], [2], False, False, *AMP), "steps has 0 elements"),
-    ("adam_step_", (W(), W(), W(), W(), [], D5, D1, [2], False, False, *AMP), "hyper has 5 elements, expected at"),
+    ("restore_adam_step_", (*RESTORE, [], W(), [], [], D6, D1, [2], False, False, *AMP), "exp_avgs has 0 entries"),
+    ("restore_adam_step_", (*RESTORE, W(), B(), [], [], D6, D1, [2], False, False, *AMP), r"exp_avg_sqs\[1\] does"),
+    ("restore_adam_step_", (*RESTORE, W(), W(), B(), [], D6, D1, [2], False, False, *AMP), r"max_exp_avg_sqs\[1\] d"),
+    ("adam_step_", (W(), W(), W(), W(), [], [], D6, D1[:0], [2], False, False, *AMP), "steps has 0 elements"),
+    ("adam_step_", (W(), W(), W(), W(), [], [], D5, D1, [2], False, False, *AMP), "hyper has 5 elements, expected at"),
+    ("restore_lion_step_", (*RESTORE, [], [], D5, [2], False, *AMP), "exp_avgs has 0 entries"),
+    ("restore_lion_step_", (*RESTORE, B(), [], D5, [2], False, *AMP), r"exp_avgs\[1\] does not have the shape"),
+    ("restore_lion_step_", (*RESTORE, W(), [], D5[:4], [2], False, *AMP), "hyper has 4 elements, expected at"),
+    ("lion_step_", (W(), W(), W(), [], D5, [2], False, D1, None), "grad_scale must be"),
 ]
 
 

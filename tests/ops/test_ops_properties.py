@@ -34,7 +34,7 @@ def places(draw: st.DrawFn, size: tuple[int, ...]) -> Place:
 
 
 SHAPES = st.lists(st.integers(0, 7), max_size=4) | st.lists(st.integers(1, 1500), min_size=1, max_size=1)
-COMPANIONS = ("grads", "backups", "first_grads", "momentum_buffers", "exp_avgs", "exp_avg_sqs")
+COMPANIONS = ("grads", "backups", "first_grads", *op_db.STATE)
 
 
 @st.composite
@@ -102,16 +102,32 @@ def test_restore_sgd_step(
 @examples
 @given(
     lists=tensor_lists(), gamma=numbers(-1, 3), beta1=numbers(0, 0.99), beta2=numbers(0, 0.999), decay=numbers(0, 0.5),
-    step=st.integers(1, 10**5), decoupled=st.booleans(), maximize=st.booleans(),
+    step=st.integers(1, 10**5), decoupled=st.booleans(), maximize=st.booleans(), amsgrad=st.booleans(),
 )  # fmt: skip
 def test_restore_adam_step(
     lists: dict[str, list[Tensor]], gamma: float, beta1: float, beta2: float, decay: float, step: int, decoupled: bool,
-    maximize: bool, backend: str, device: str,
+    maximize: bool, amsgrad: bool, backend: str, device: str,
 ) -> None:  # fmt: skip
     names = ("params", "grads", "backups", "first_grads", "exp_avgs", "exp_avg_sqs")
+    names += ("max_exp_avg_sqs",) if amsgrad else ()
     options = {"gamma": gamma, "beta1": beta1, "beta2": beta2, "weight_decay": decay, "eps": 1e-4, "lr": 0.01}
     sample = on_device(lists, names, device, **options, step=step, decoupled=decoupled, maximize=maximize)
     check("restore_adam_step_", sample, backend)
+
+
+@on_backends
+@examples
+@given(
+    lists=tensor_lists(), gamma=numbers(-1, 3), beta1=numbers(0, 0.99), beta2=numbers(0, 0.999), decay=numbers(0, 0.5),
+    maximize=st.booleans(),
+)  # fmt: skip
+def test_restore_lion_step(
+    lists: dict[str, list[Tensor]], gamma: float, beta1: float, beta2: float, decay: float, maximize: bool,
+    backend: str, device: str,
+) -> None:  # fmt: skip
+    names = ("params", "grads", "backups", "first_grads", "exp_avgs")
+    options = {"gamma": gamma, "beta1": beta1, "beta2": beta2, "weight_decay": decay, "lr": 0.01}
+    check("restore_lion_step_", on_device(lists, names, device, **options, maximize=maximize), backend)
 
 
 # --- the geometry of e ----------------------------------------------------------------------------------------------

@@ -118,26 +118,35 @@ ADAM = [
     (torch.optim.AdamW, {"weight_decay": 0.0}),
     (torch.optim.AdamW, {"weight_decay": 0.1}),
     (torch.optim.AdamW, {"weight_decay": 0.1, "maximize": True, "betas": (0.8, 0.99), "eps": 0.1}),
+    (torch.optim.Adam, {"amsgrad": True}),
+    (torch.optim.Adam, {"amsgrad": True, "weight_decay": 0.1, "maximize": True, "betas": (0.6, 0.7)}),
+    (torch.optim.AdamW, {"amsgrad": True, "weight_decay": 0.1, "betas": (0.8, 0.6)}),
 ]
 ADAM_IDS = [f"{cls.__name__}-{'-'.join(options) or 'plain'}" for cls, options in ADAM]
 ADAMS = pytest.mark.parametrize(("cls", "options"), ADAM, ids=ADAM_IDS)
 
 
+ADAM_STATE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+State = dict[str, list[Tensor]]
+
+
 def run_adam(
     cls: type, dtype: torch.dtype, backend: str, options: dict[str, Any], foreach: bool
-) -> tuple[list[Tensor], list[Tensor], list[Tensor], Torch]:
+) -> tuple[list[Tensor], State, Torch]:
+    """Weights, state and what torch.optim makes of them."""
     w = weights(dtype)
-    theirs, m, v = Torch(cls, w, lr=0.01, foreach=foreach, **options), *([torch.zeros_like(t) for t in w] for _ in "mv")
+    theirs = Torch(cls, w, lr=0.01, foreach=foreach, **options)
+    state = {name: [torch.zeros_like(t) for t in w] for name in ADAM_STATE[: 3 if options.get("amsgrad") else 2]}
     beta1, beta2 = options.get("betas", (0.9, 0.999))
-    ours = {k: x for k, x in options.items() if k != "betas"}
+    ours = {k: x for k, x in options.items() if k not in ("betas", "amsgrad")}
     for step in range(1, STEPS + 1):
         g = gradients(step, w)
         theirs.step(g)
         ops.adam_step_(
-            w, g, m, v, step=step, lr=0.01, beta1=beta1, beta2=beta2, decoupled=cls is torch.optim.AdamW,
-            backend=backend, **ours,
+            w, g, **{f"{name}s": tensors for name, tensors in state.items()}, step=step, lr=0.01, beta1=beta1,
+            beta2=beta2, decoupled=cls is torch.optim.AdamW, backend=backend, **ours,
         )  # fmt: skip
-    return w, m, v, theirs
+    return w, state, theirs
 
 
 def correctly_rounded_sqrt(t: Tensor) -> Tensor:
@@ -155,8 +164,8 @@ def test_adam_but_for_the_root(
     """With a correctly rounded root in torch.optim, all bits agree: the root is the only difference."""
     monkeypatch.setattr(torch.Tensor, "sqrt", correctly_rounded_sqrt)
     monkeypatch.setattr(torch, "_foreach_sqrt", lambda ts: [correctly_rounded_sqrt(t) for t in ts])
-    w, m, v, theirs = run_adam(cls, dtype, "cpu", options, foreach)
-    assert same(m, theirs.state("exp_avg")) and same(v, theirs.state("exp_avg_sq"))
+    w, state, theirs = run_adam(cls, dtype, "cpu", options, foreach)
+    assert all(same(ours, theirs.state(name)) for name, ours in state.items())
     assert same(w, theirs.params)
 
 
@@ -165,20 +174,29 @@ def test_adam_but_for_the_root(
 @FOREACH
 @ADAMS
 def test_adam(cls: type, options: dict[str, Any], foreach: bool, dtype: torch.dtype, backend: str) -> None:
-    w, m, v, theirs = run_adam(cls, dtype, backend, options, foreach)
+    w, state, theirs = run_adam(cls, dtype, backend, options, foreach)
     if backend == "cpu" and FUSES and cls is torch.optim.AdamW:  # no weights, and so no roots, in the moments
-        assert same(m, theirs.state("exp_avg")) and same(v, theirs.state("exp_avg_sq"))
+        assert all(same(ours, theirs.state(name)) for name, ours in state.items())
     # An update is about a hundredth of a weight, so a root that is off seldom moves a weight by one spacing.
     assert spacings(w, theirs.params) <= STEPS / 2
-    assert spacings(m, theirs.state("exp_avg")) <= 2 * STEPS and spacings(v, theirs.state("exp_avg_sq")) <= 2 * STEPS
+    assert all(spacings(ours, theirs.state(name)) <= 2 * STEPS for name, ours in state.items())
+
+
+def test_amsgrad_differs_from_adam() -> None:
+    """In the cases above the largest second moment is not always the last one."""
+    for cls, options in (case for case in ADAM if case[1].get("amsgrad")):
+        _, state, _ = run_adam(cls, torch.float64, "reference", options, False)
+        larger = [(a > b).any() for a, b in zip(state["max_exp_avg_sq"], state["exp_avg_sq"], strict=True)]
+        assert all(larger[2:])
 
 
 @ON
 @WIDE
 def test_adam_with_a_small_beta1(dtype: torch.dtype, backend: str) -> None:
     """Where torch.lerp switches to its other form the bound remains."""
-    w, m, v, theirs = run_adam(torch.optim.AdamW, dtype, backend, {"betas": (0.3, 0.9), "weight_decay": 0.1}, False)
-    assert spacings(w, theirs.params) <= STEPS / 2 and spacings(m, theirs.state("exp_avg")) <= 2 * STEPS
+    w, state, theirs = run_adam(torch.optim.AdamW, dtype, backend, {"betas": (0.3, 0.9), "weight_decay": 0.1}, False)
+    assert spacings(w, theirs.params) <= STEPS / 2
+    assert spacings(state["exp_avg"], theirs.state("exp_avg")) <= 2 * STEPS
 
 
 @ON
@@ -187,8 +205,35 @@ def test_16_bit(dtype: torch.dtype, backend: str) -> None:
     """Both round to 16 bits, torch three to five times a step and this package once for each result."""
     w, theirs = run_sgd(dtype, backend, {"momentum": 0.9, "weight_decay": 0.05}, False)
     assert spacings(w, theirs.params) <= 2 * STEPS
-    w, _, _, adam = run_adam(torch.optim.AdamW, dtype, backend, {"eps": 1e-3, "weight_decay": 0.1}, False)
+    w, _, adam = run_adam(torch.optim.AdamW, dtype, backend, {"eps": 1e-3, "weight_decay": 0.1}, False)
     assert spacings(w, adam.params) <= 2 * STEPS
+
+
+LION = [
+    {},
+    {"weight_decay": 0.1},
+    {"weight_decay": 0.1, "betas": (0.95, 0.98)},
+    {"betas": (0.3, 0.6), "maximize": True},
+]
+
+
+@ON
+@WIDE
+@FOREACH
+@pytest.mark.parametrize("options", LION, ids=lambda o: "-".join(o) or "plain")
+def test_lion(options: dict[str, Any], foreach: bool, dtype: torch.dtype, backend: str) -> None:
+    """Torch has no Lion; pytorch_optimizer has. Both take the same signs, and round a mean and a decay otherwise."""
+    package = pytest.importorskip("pytorch_optimizer", reason="Lion is compared with that of pytorch_optimizer")
+    w = weights(dtype)
+    theirs, m = Torch(package.Lion, w, lr=0.01, foreach=foreach, **options), [torch.zeros_like(t) for t in w]
+    beta1, beta2 = options.get("betas", (0.9, 0.99))
+    ours = {k: x for k, x in options.items() if k != "betas"}
+    for step in range(1, STEPS + 1):
+        g = gradients(step, w)
+        theirs.step(g)
+        ops.lion_step_(w, g, m, lr=0.01, beta1=beta1, beta2=beta2, backend=backend, **ours)
+    # A step rounds three numbers, each at most once more or once less.
+    assert spacings(w, theirs.params) <= 1.5 * STEPS and spacings(m, theirs.state("exp_avg")) <= 2 * STEPS
 
 
 @ON

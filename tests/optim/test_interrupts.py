@@ -97,7 +97,7 @@ def test_interrupt_at_every_line(case: str, form: str, backend: str) -> None:
         where = f"line {stop} of {count}"
         assert not ended, where
         assert all(b in pair for b, pair in zip(bits(params), allowed, strict=True)), where
-        assert not opt._run.perturbed, where
+        assert not opt._step_state.perturbed, where
         opt.zero_grad()
         opt.step(lambda params=params: PROBLEM.backward(params, 2))
         assert all(p.isfinite().all() for p in params), where

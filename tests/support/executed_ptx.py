@@ -26,7 +26,7 @@ import triton  # noqa: E402
 import triton_offline  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
-from rst_fused.kernels import multi_tensor  # noqa: E402
+from rst_fused.kernels import launch_groups  # noqa: E402
 
 os.environ["TRITON_INTERPRET"] = "1"
 sys.path.insert(0, os.environ["RST_FUSED_PTXSIM"])
@@ -35,8 +35,8 @@ from ptxsim import Module  # type: ignore[import-not-found]  # noqa: E402
 
 ARCHITECTURE = int(os.environ.get("RST_FUSED_PTX_ARCHITECTURE", "90"))
 launches: list[dict[str, Any]] = []  # what each launch did, for tests that count bytes
-_memory: list[tuple[Tensor, bool]] = []  # the tensors of the part at hand, and whether they may be written
-_prepare = multi_tensor._prepare
+_memory: list[tuple[Tensor, bool]] = []  # the tensors of the launch group at hand, and whether they may be written
+_prepare = launch_groups._prepare
 
 
 def flat(t: Tensor) -> Tensor:
@@ -45,20 +45,20 @@ def flat(t: Tensor) -> Tensor:
     return t.as_strided((t.numel(),), (1,))
 
 
-def prepare(streams: Sequence[Any], layout: Any) -> Any:
-    used, back = _prepare(streams, layout)
+def prepare(operands: Sequence[Any], layout: Any) -> Any:
+    used, back = _prepare(operands, layout)
     by_address: dict[int, tuple[Tensor, bool]] = {}
-    for stream, tensors in zip(streams, used, strict=True):
+    for operand, tensors in zip(operands, used, strict=True):
         for t in tensors:
             if t.numel():
-                written = stream.written or by_address.get(t.data_ptr(), (t, False))[1]
+                written = operand.written or by_address.get(t.data_ptr(), (t, False))[1]
                 by_address[t.data_ptr()] = (flat(t), written)
     _memory[:] = by_address.values()
     return used, back
 
 
 class Driver:
-    """As much of one as Triton needs to say what a launch would compile."""
+    """The part of a driver that Triton needs to tell what a launch would compile."""
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", ARCHITECTURE, 32)
@@ -76,8 +76,8 @@ def binder(kernel: Any) -> Any:
 
 
 def check_specialization(kernel: Any, args: Sequence[Any], constants: dict[str, Any], warps: int) -> None:
-    """A launch with these arguments would use the binary that is executed here: none of them is special to it."""
-    _, specialization, _ = binder(kernel)(*args, **constants, **multi_tensor.OPTIONS, num_warps=warps)
+    """A launch with these arguments would use the binary that is executed here: it specializes on none of them."""
+    _, specialization, _ = binder(kernel)(*args, **constants, **launch_groups.OPTIONS, num_warps=warps)
     given = [name for name in kernel.arg_names if name not in constants]
     found = [what for what in specialization if what[0] != "constexpr"]
     assert found == [(triton_offline.ARGUMENTS[name], None) for name in given], dict(zip(given, found, strict=True))
@@ -110,7 +110,7 @@ def run(
     launches.append({"kernel": name, "threads": 32 * warps, **statistics})
 
 
-multi_tensor._prepare = prepare
-multi_tensor.run = run
+launch_groups._prepare = prepare
+launch_groups.run = run
 # Around blocks, tails and chunks.
 op_db.SIZES = (0, 1, 3, 127, 128, 129, 1023, 1024, 1025, 8191, 8192, 8193, 17000)

@@ -1,7 +1,7 @@
 """A pytest plugin that runs Triton kernels in Triton's interpreter, on CPU tensors: `pytest -p interpreted`.
 
-It has to be loaded before triton, and mends two things of Triton 3.6: its interpreter cuts numbers to bfloat16 where
-hardware rounds to the nearest, and has loop bounds that are tensors, which NumPy 2.4 no longer takes for numbers.
+It must be loaded before triton, and fixes two problems of Triton 3.6: its interpreter truncates to bfloat16 where
+hardware rounds to nearest, and has tensors as loop bounds, which NumPy 2.4 no longer accepts as numbers.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ def patch(tensor: Any, scope: Any) -> None:
 
 
 def patch_once(function: Any) -> Any:
-    """Once for each launch and module: the interpreter does it again for every function that a kernel calls, which
-    takes longer than all else."""
+    """Once per launch and module: the interpreter patches again for every function that a kernel calls, which takes
+    longer than everything else."""
     modules = frozenset(m.__name__ for m in function.__globals__.values() if m is tl or m is tl.core)
     if modules not in _scopes:
         scope = _scopes[modules] = _patch_all(function)
         restore = scope.restore
 
-        def leave() -> None:  # only the kernel's own scope is ever left
+        def leave() -> None:  # only the kernel's own scope is ever restored
             restore()
             _scopes.clear()
 
@@ -65,8 +65,9 @@ interpreter._patch_lang = patch_once
 
 import op_db  # noqa: E402
 
-from rst_fused.kernels import sizes  # noqa: E402
+from rst_fused.kernels import launch_config  # noqa: E402
 
-# NumPy is quick in few large blocks; a whole chunk still takes two, and a tail too.
-sizes.BUILT_IN, sizes.WIDE_STATE = sizes.Sizes(2, 64), sizes.Sizes(1, 64)
+# NumPy is fast on few large blocks; a whole chunk still takes two of them, and so does a tail.
+launch_config.BUILT_IN = launch_config.LaunchConfig(2, 64)
+launch_config.WIDE_STATE = launch_config.LaunchConfig(1, 64)
 op_db.SIZES = (0, 1, 3, 15, 16, 17, 1023, 4097, 8191, 8192, 8193, 16401)

@@ -102,8 +102,9 @@ def dense(size: Sequence[int], order: Sequence[int] | None = None, offset: int =
 
 # Around the widths of vectors, of gathered pieces (1024) and of chunks (16384).
 SIZES = (0, 1, 3, 15, 16, 17, 1023, 1024, 1025, 16383, 16384, 16385, 40000)
-# The names of all lists that ops take.
+# The names of all lists that ops take, and of those that base optimizers keep.
 LISTS = tuple(dict.fromkeys(re.findall(r"Tensor(?:\(\w!\))?\[\] (\w+)", " ".join(SCHEMAS.values()))))
+STATE = ("momentum_buffers", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs")
 
 
 def _apart(name: str) -> list[Place]:
@@ -170,12 +171,15 @@ def whole(t: Tensor) -> Tensor:
     return flat.set_(t.untyped_storage(), 0, (t.untyped_storage().nbytes() // t.element_size(),), (1,))
 
 
+_SECOND_MOMENTS = dict.fromkeys(("exp_avg_sqs", "max_exp_avg_sqs"), 0.01)
+
+
 @functools.cache
 def _normal(name: str, i: int, length: int, pairs: bool) -> Tensor:
     generator = torch.Generator().manual_seed(zlib.crc32(f"{name} {i}".encode()))
     flat = torch.randn((length, 2) if pairs else (length,), dtype=torch.float64, generator=generator)
-    flat = flat.abs() if name == "exp_avg_sqs" else flat
-    flat = flat * {"grads": 0.1, "first_grads": 0.1, "exp_avgs": 0.1, "exp_avg_sqs": 0.01}.get(name, 1.0)
+    flat = flat.abs() if name in _SECOND_MOMENTS else flat
+    flat = flat * {"grads": 0.1, "first_grads": 0.1, "exp_avgs": 0.1, **_SECOND_MOMENTS}.get(name, 1.0)
     return torch.view_as_complex(flat) if pairs else flat
 
 
@@ -207,7 +211,7 @@ def build(op: OpInfo, spec: Spec, kind: str, device: str = "cpu") -> Sample:
     names = [n for n in (*op.lists, *spec.lists) if not (masters and n == "backups")]
     lists = {}
     for name in names:
-        wide = masters and name in ("masters", "momentum_buffers", "exp_avgs", "exp_avg_sqs")
+        wide = masters and name in ("masters", *STATE)
         lists[name] = [
             make(name, i, place, torch.float32 if wide else dtypes[i % len(dtypes)], device)
             for i, place in enumerate(LAYOUTS[spec.layout](name))
@@ -275,6 +279,7 @@ _SGD = (
     Spec("masters_overflow", lists=(*_SGD_BUFFER, *_MASTERS), options={**_SGD_RICH, "found_inf": _float32(1.0)}),
     *_everywhere(_SGD_BUFFER, **_SGD_RICH),
 )
+_LARGEST = ("max_exp_avg_sqs",)
 _ADAM_BY_GROUP = {
     "step": [1, 7, 1000], "lr": [0.1, 0.01, 0.02], "beta1": [0.0, 0.9, 0.3], "beta2": [0.9, 0.999, 0.99],
     "eps": [1e-8, 1e-3, 0.1], "weight_decay": [0.01, 0.0, 0.1],
@@ -292,6 +297,28 @@ _ADAM = (
     Spec("overflow", options={"weight_decay": 0.1, "found_inf": _float32(2.0)}),
     Spec("masters", lists=_MASTERS, options={"weight_decay": 0.1}),
     Spec("masters_adamw", "apart", _MASTERS, {"weight_decay": 0.1, "decoupled": True}),
+    Spec("masters_overflow", lists=_MASTERS, options={"found_inf": _float32(1.0)}),
+    *_everywhere(weight_decay=0.1),
+    Spec("amsgrad_first_step", lists=_LARGEST, options={"step": 1}),
+    Spec("amsgrad_groups", lists=_LARGEST, options=_ADAM_BY_GROUP),
+    Spec("amsgrad_maximize", lists=_LARGEST, options={"weight_decay": 0.1, "maximize": True}),
+    Spec("amsgrad_amp", lists=_LARGEST, options={**_AMP, "weight_decay": 0.1, "decoupled": True}),
+    Spec("amsgrad_overflow", lists=_LARGEST, options={"found_inf": _float32(2.0)}),
+    Spec("amsgrad_masters", "apart", (*_LARGEST, *_MASTERS), {"weight_decay": 0.1, "decoupled": True}),
+    *(Spec(f"amsgrad_{layout}", layout, _LARGEST, {"weight_decay": 0.1}) for layout in LAYOUTS),
+)
+_LION_BY_GROUP = {
+    "lr": [0.1, 0.01, 0.02], "beta1": [0.0, 0.9, 0.3], "beta2": [0.9, 0.999, 0.5], "weight_decay": [0.01, 0.0, 0.1],
+}  # fmt: skip
+_LION = (
+    Spec("plain"),
+    Spec("maximize", options={"weight_decay": 0.1, "maximize": True}),
+    Spec("groups", options=_LION_BY_GROUP),
+    Spec("tensor_lr", options={"lr": _float32(0.25), "weight_decay": 0.1}),
+    Spec("amp", options={**_AMP, "weight_decay": 0.1}),
+    Spec("overflow", options={"weight_decay": 0.1, "found_inf": _float32(2.0)}),
+    Spec("masters", lists=_MASTERS, options={"weight_decay": 0.1}),
+    Spec("masters_apart", "apart", _MASTERS, {"weight_decay": 0.1}),
     Spec("masters_overflow", lists=_MASTERS, options={"found_inf": _float32(1.0)}),
     *_everywhere(weight_decay=0.1),
 )
@@ -348,8 +375,9 @@ _RESTORE = (
     Spec("gamma_masters", "gaps", ("grads", *_FIRST, *_MASTERS), {"gamma": 2.0}),
 )
 _SGD_LISTS, _ADAM_LISTS = ("params", "grads"), ("params", "grads", "exp_avgs", "exp_avg_sqs")
+_LION_LISTS, _LION_WRITTEN = ("params", "grads", "exp_avgs"), ("params", "exp_avgs", "masters")
 _SGD_WRITTEN = ("params", "momentum_buffers", "masters")
-_ADAM_WRITTEN = ("params", "exp_avgs", "exp_avg_sqs", "masters")
+_ADAM_WRITTEN = ("params", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "masters")
 _MOVED = ("params", "backups")
 _LR, _STEP = {"lr": 0.1}, {"lr": 0.01, "step": 5}
 OPS = {
@@ -360,13 +388,21 @@ OPS = {
         OpInfo("restore_", ("params", "backups"), ("params", "grads"), _RESTORE, {}, oracle.restore_, True),
         OpInfo("sgd_step_", _SGD_LISTS, _SGD_WRITTEN, _SGD, _LR, oracle.sgd_step_),
         OpInfo("adam_step_", _ADAM_LISTS, _ADAM_WRITTEN, _ADAM, _STEP, oracle.adam_step_),
+        OpInfo("lion_step_", _LION_LISTS, _LION_WRITTEN, _LION, {"lr": 0.01}, oracle.lion_step_),
         OpInfo(
             "restore_sgd_step_", (*_SGD_LISTS, "backups"), _SGD_WRITTEN,
             _with_restore(_SGD, _SGD_BUFFER, **_SGD_RICH), _LR, oracle.restore_sgd_step_, True,
         ),
         OpInfo(
             "restore_adam_step_", (*_ADAM_LISTS, "backups"), _ADAM_WRITTEN,
-            _with_restore(_ADAM, weight_decay=0.1), _STEP, oracle.restore_adam_step_, True,
+            (*_with_restore(_ADAM, weight_decay=0.1),
+             Spec("gamma_amsgrad", "sizes", (*_LARGEST, *_FIRST), {"weight_decay": 0.1, "gamma": 2.0}),
+             Spec("gamma_amsgrad_masters", lists=(*_LARGEST, *_FIRST, *_MASTERS), options={"gamma": 0.5})),
+            _STEP, oracle.restore_adam_step_, True,
+        ),
+        OpInfo(
+            "restore_lion_step_", (*_LION_LISTS, "backups"), _LION_WRITTEN,
+            _with_restore(_LION, weight_decay=0.1), {"lr": 0.01}, oracle.restore_lion_step_, True,
         ),
     )
 }  # fmt: skip

@@ -1,8 +1,9 @@
 """What every op must compute, in float64 numpy: written from the papers, sharing no line with the package.
 
 Foret et al. 2021 (SAM, arXiv 2010.01412), Kwon et al. 2021 (ASAM, arXiv 2102.11600), Zhao et al. 2022 (RST and G-RST,
-arXiv 2203.09962), Kingma & Ba 2015 (Adam), Loshchilov & Hutter 2019 (AdamW), Sutskever et al. 2013 (Nesterov), with the
-conventions of torch.optim (dampening; decay added to the gradient; eps outside the root).
+arXiv 2203.09962), Kingma & Ba 2015 (Adam), Loshchilov & Hutter 2019 (AdamW), Reddi et al. 2018 (AMSGrad), Sutskever et
+al. 2013 (Nesterov), with the conventions of torch.optim (dampening; decay added to the gradient; eps outside the root);
+Chen et al. 2023 (Lion, arXiv 2302.06675).
 
 Each result is a ``Bounded``: its value and the sum of the magnitudes of the terms it was made of. Rounding errors, in
 any order of evaluation, are a small multiple of the unit roundoff times that sum: no tolerance is found by trial.
@@ -143,11 +144,12 @@ def restore_adam_step_(
     weight_decay: Any = 0.0, decoupled: bool = False, maximize: bool = False, group_sizes: Any = None,
     grad_scale: Any = None, found_inf: Any = None, **lists: Any,
 ) -> Results:  # fmt: skip
-    """m and v as in Kingma & Ba; w - lr (m / c1) / (sqrt(v / c2) + eps), c = 1 - beta^step."""
+    """m and v as in Kingma & Ba; w - lr (m / c1) / (sqrt(v / c2) + eps), c = 1 - beta^step. AMSGrad: the largest v."""
     sizes = group_sizes or [len(lists["params"])]
     columns = [per_parameter(x, sizes) for x in (lr, gamma, beta1, beta2, eps, weight_decay, step)]
     skip = found_inf is not None and float(found_inf) != 0
-    out: Results = {"params": [], "exp_avgs": [], "exp_avg_sqs": []}
+    largest = lists.get("max_exp_avg_sqs")
+    out: Results = {"params": [], "exp_avgs": [], "exp_avg_sqs": [], **({"max_exp_avg_sqs": []} if largest else {})}
     for i in range(len(lists["params"])):
         rate, mixing, b1, b2, epsilon, decay, t = (column[i] for column in columns)
         w0, g = _inputs(i, mixing, lists, maximize, grad_scale)
@@ -157,13 +159,46 @@ def restore_adam_step_(
         m, ms = b1 * m0 + (1 - b1) * d, np.abs(m0) + (1 - b1) * ds  # however the mean is written
         v, vs = b2 * v0 + (1 - b2) * d * d, b2 * v0 + (1 - b2) * (d * d + np.abs(d) * ds)
         c1, c2 = 1 - b1**t, 1 - b2**t
-        root = np.sqrt(v / c2) + epsilon
-        # A rounded d moves sqrt(v) by at most sqrt(1 - beta2) times the error of d, since v >= (1 - beta2) d^2.
+        top0 = numbers(largest[i]) if largest else v
+        top = np.maximum(top0, v)
+        root = np.sqrt(top / c2) + epsilon
+        # A rounded d moves sqrt(v) by at most sqrt(1 - beta2) times the error of d, since v >= (1 - beta2) d^2; and the
+        # root of max(v, ..) by no more than that of v.
         uncertain = np.abs(m) / root**2 * math.sqrt((1 - b2) / c2) * ds
         ws = np.abs(w0) + rate / c1 * (ms / root + uncertain)
-        results = {"params": (w - rate * m / c1 / root, ws), "exp_avgs": (m, ms), "exp_avg_sqs": (v, vs)}
-        for name, old in (("params", w0), ("exp_avgs", m0), ("exp_avg_sqs", v0)):
-            out[name].append(Bounded(old, 0 * old) if skip else Bounded(*results[name]))
+        results = {
+            "params": (w0, w - rate * m / c1 / root, ws), "exp_avgs": (m0, m, ms), "exp_avg_sqs": (v0, v, vs),
+            "max_exp_avg_sqs": (top0, top, np.maximum(top0, vs)),
+        }  # fmt: skip
+        for name in out:
+            old, new, scale = results[name]
+            out[name].append(Bounded(old, 0 * old) if skip else Bounded(new, scale))
+    return _with_masters(out, lists)
+
+
+def restore_lion_step_(
+    *, lr: Any = 1e-4, gamma: Any = 1.0, beta1: Any = 0.9, beta2: Any = 0.99, weight_decay: Any = 0.0,
+    maximize: bool = False, group_sizes: Any = None, grad_scale: Any = None, found_inf: Any = None, **lists: Any,
+) -> Results:  # fmt: skip
+    """c = beta1 m + (1 - beta1) g; w - lr (sign(c) + decay w); m = beta2 m + (1 - beta2) g."""
+    sizes = group_sizes or [len(lists["params"])]
+    columns = [per_parameter(x, sizes) for x in (lr, gamma, beta1, beta2, weight_decay)]
+    skip = found_inf is not None and float(found_inf) != 0
+    out: Results = {"params": [], "exp_avgs": []}
+    for i in range(len(lists["params"])):
+        rate, mixing, b1, b2, decay = (column[i] for column in columns)
+        w0, g = _inputs(i, mixing, lists, maximize, grad_scale)
+        m0 = numbers(lists["exp_avgs"][i])
+        c, m = b1 * m0 + (1 - b1) * g.value, b2 * m0 + (1 - b2) * g.value
+        # However the means are written, m0 is added to (1 - beta) (g - m0).
+        cs, ms = (np.abs(m0) + (1 - b) * (g.scale + np.abs(m0)) for b in (b1, b2))
+        w = w0 - rate * (np.sign(c) + decay * w0)
+        # Rounding errors are a multiple of the unit roundoff times cs. Where they reach |c| the sign may be the other
+        # one, which moves w by two steps: cs / |c| allows that exactly there, and next to nothing where c is not small.
+        doubt = cs / np.maximum(np.abs(c), 1e-300)
+        ws = np.abs(w0) * (1 + abs(rate * decay)) + abs(rate) * (1 + 2 * doubt)
+        for name, (old, new, scale) in {"params": (w0, w, ws), "exp_avgs": (m0, m, ms)}.items():
+            out[name].append(Bounded(old, 0 * old) if skip else Bounded(new, scale))
     return _with_masters(out, lists)
 
 
@@ -174,3 +209,4 @@ def _with_masters(out: Results, lists: dict[str, Any]) -> Results:
 
 sgd_step_ = restore_sgd_step_
 adam_step_ = restore_adam_step_
+lion_step_ = restore_lion_step_

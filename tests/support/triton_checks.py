@@ -1,6 +1,6 @@
-"""What the op table cannot say of the Triton kernels as a GPU gets them: bytes, widths, bits, capture by torch.compile.
+"""What the op table cannot check of the Triton kernels as a GPU gets them: bytes, widths, bits, torch.compile capture.
 
-Collected by test_triton_ptx alone, in a process where the plugin executed_ptx runs the kernels' PTX.
+Collected by test_triton_ptx only, in a process where the plugin executed_ptx runs the kernels' PTX.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 
 from rst_fused import ops
-from rst_fused.kernels import sizes, traversal
+from rst_fused.kernels import launch_config, multi_tensor_apply
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-CHUNK = traversal.CHUNK.value
-HEADER = 24 * 8 * 128  # bytes a program may read of tables and numbers: 24 of them, by each of its threads
+CHUNK = multi_tensor_apply.CHUNK.value
+HEADER = 24 * 8 * 128  # bytes of tables and scalars that a program may read: 24 values, by each of its threads
 of_dtypes = pytest.mark.parametrize("dtype", op_db.DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 
 
 # --- bytes and widths -----------------------------------------------------------------------------------------------
-# (op, dtype, lists, options) -> bytes read and written per parameter, of them in 16-byte accesses: all but those named.
+# (op, dtype, lists, options) -> bytes read and written per parameter, all of them in 16-byte accesses.
 TRAFFIC = [
     ("grad_norm", torch.float32, (), {}, 4, 0),
     ("grad_norm", torch.bfloat16, (), {}, 2, 0),
@@ -42,6 +42,11 @@ TRAFFIC = [
     ("restore_sgd_step_", torch.bfloat16, ("momentum_buffers",), {"momentum": 0.9}, 6, 4),
     ("restore_adam_step_", torch.float32, (), {}, 16, 12),
     ("restore_adam_step_", torch.float32, ("first_grads",), {"gamma": 2.0}, 20, 12),
+    ("restore_adam_step_", torch.float32, ("max_exp_avg_sqs",), {}, 20, 16),
+    ("restore_adam_step_", torch.float32, ("max_exp_avg_sqs", "first_grads"), {"gamma": 2.0}, 24, 16),
+    ("restore_lion_step_", torch.float32, (), {}, 12, 8),
+    ("restore_lion_step_", torch.float32, ("first_grads",), {"gamma": 2.0}, 16, 8),
+    ("restore_lion_step_", torch.bfloat16, (), {}, 6, 4),
 ]  # fmt: skip
 
 
@@ -67,7 +72,7 @@ def run_aligned(op: str, dtype: torch.dtype, lists: tuple[str, ...], options: di
 def test_bytes_per_parameter_and_16_byte_accesses(
     op: str, dtype: torch.dtype, lists: tuple[str, ...], options: dict[str, Any], read: int, written: int
 ) -> None:
-    """The least that can be moved is what is moved, 16 bytes at a time; besides, programs read tables and numbers."""
+    """Kernels move the least that can be moved, 16 bytes at a time; in addition programs read tables and scalars."""
     n = 2 * CHUNK
     launch = run_aligned(op, dtype, lists, options, n)
     programs = 2 * n * (2 if dtype.is_complex else 1) // CHUNK
@@ -78,7 +83,7 @@ def test_bytes_per_parameter_and_16_byte_accesses(
 
 
 def test_state_beside_masters_moves_in_16_bytes() -> None:
-    """There 16-bit gradients and parameters take 8 bytes at a time, and no number passes through shared memory."""
+    """16-bit gradients and parameters then move 8 bytes at a time, and nothing passes through shared memory."""
     launch = run_aligned("restore_adam_step_", torch.bfloat16, ("masters",), {}, 2 * CHUNK)
     n = 4 * CHUNK
     assert 16 * launch["ld_width"][16] == 12 * n and 16 * launch["st_width"][16] == 12 * n
@@ -92,7 +97,8 @@ BITWISE = [
         "perturb_": ("stochastic", "asam_sizes", "apart", "negative_rho"),
         "restore_": ("gaps", "gamma_groups"),
         "restore_sgd_step_": ("sizes", "nesterov", "gamma_amp"),
-        "restore_adam_step_": ("sizes", "groups_adamw", "gamma_amp"),
+        "restore_adam_step_": ("sizes", "groups_adamw", "gamma_amp", "gamma_amsgrad", "amsgrad_groups"),
+        "restore_lion_step_": ("sizes", "groups", "gamma_amp"),
     }.items()
     for name in names for kind in ("float32", "float64", "bfloat16", "float16", "complex64")
 ]  # fmt: skip
@@ -107,7 +113,7 @@ def test_every_op_has_rows() -> None:
 @pytest.mark.skipif("cpu" not in op_db.BACKEND_IDS, reason="the C++ extension is not built")
 @pytest.mark.parametrize(("op", "name", "kind"), BITWISE)
 def test_same_bits_as_the_cpu_kernels(op: str, name: str, kind: str) -> None:
-    """Where formulas round at the same places there is one result."""
+    """Formulas that round at the same places have one result."""
     sample = op_db.build(OPS[op], op_db.spec_of(op, name), kind)
     results = [sample.copied() for _ in range(2)]
     for result, backend in zip(results, ("cpu", "triton"), strict=True):
@@ -129,7 +135,8 @@ def test_norm_is_that_of_the_cpu_kernels(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("op", "name", "kind"),
     [("perturb_", "stochastic", "bfloat16"), ("perturb_", "asam_sizes", "complex64"), ("restore_", "gaps", "float16"),
-     ("restore_sgd_step_", "nesterov", "float32"), ("restore_adam_step_", "masters", "bfloat16")],
+     ("restore_sgd_step_", "nesterov", "float32"), ("restore_adam_step_", "masters", "bfloat16"),
+     ("restore_adam_step_", "gamma_amsgrad_masters", "float16"), ("restore_lion_step_", "groups", "float32")],
 )  # fmt: skip
 def test_bits_do_not_depend_on_block_sizes(
     monkeypatch: pytest.MonkeyPatch, op: str, name: str, kind: str, chosen: tuple[int, int]
@@ -137,7 +144,7 @@ def test_bits_do_not_depend_on_block_sizes(
     sample = op_db.build(OPS[op], op_db.spec_of(op, name), kind)
     built_in, tuned = sample.copied(), sample.copied()
     built_in.run(op, "triton")
-    monkeypatch.setattr(sizes, "forced", [sizes.Sizes(*chosen)])
+    monkeypatch.setattr(launch_config, "forced", [launch_config.LaunchConfig(*chosen)])
     executed_ptx.launches.clear()
     tuned.run(op, "triton")
     assert {launch["threads"] for launch in executed_ptx.launches} == {32 * chosen[1]}

@@ -1,8 +1,8 @@
-"""Compiles the Triton kernels for GPUs that need not be there, and says what they use.
+"""Compiles the Triton kernels for GPUs that need not be present, and reports what they use.
 
     python tests/support/triton_offline.py [REPORT.json]
 
-Every pointer and number is described as a launch describes it: kernels specialize on none of them.
+Pointers and scalars are described as a launch describes them: kernels specialize on none of them.
 """
 
 from __future__ import annotations
@@ -22,25 +22,26 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import rst_fused  # noqa: F401  (makes rst_fused.kernels importable in a checkout)
-from rst_fused.kernels import multi_tensor
+from rst_fused.kernels import launch_groups
 from rst_fused.kernels.adam_step import adam_step_kernel
 from rst_fused.kernels.grad_norm import SUMS, finish_kernel, grad_norm_kernel
+from rst_fused.kernels.launch_config import BUILT_IN, WIDE_STATE
+from rst_fused.kernels.lion_step import lion_step_kernel
 from rst_fused.kernels.perturb import perturb_kernel
 from rst_fused.kernels.restore import mix_kernel, restore_kernel
 from rst_fused.kernels.sgd_step import sgd_step_kernel
-from rst_fused.kernels.sizes import BUILT_IN, WIDE_STATE
 
 ARCHITECTURES = (80, 90, 100)
 ARGUMENTS = {
     "table": "*i64", "tensors": "i32", "partials": "*fp64", "count": "i32", "stats": "*fp64", "rho": "*fp64",
-    "eta": "*fp64", "rng": "*i64", "gammas": "*fp64", "rows": "*fp64", "maximize_sign": "i32", "grad_scale": "*fp32",
-    "found_inf": "*fp32",
+    "eta": "*fp64", "rng": "*i64", "gammas": "*fp64", "hyperparams": "*fp64", "maximize_sign": "i32",
+    "grad_scale": "*fp32", "found_inf": "*fp32",
 }  # fmt: skip
 
 
 def compiled(kernel: Any, constants: dict[str, Any], architecture: int, warps: int = BUILT_IN.warps) -> Any:
     signature = {name: "constexpr" if name in constants else ARGUMENTS[name] for name in kernel.arg_names}
-    options = {**multi_tensor.OPTIONS, "num_warps": warps}
+    options = {**launch_groups.OPTIONS, "num_warps": warps}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
@@ -65,11 +66,15 @@ def _perturb(t: Any, state: Any = None, adaptive: bool = False, is_complex: bool
 
 
 def _sgd(t: Any, state: Any = None, mixing: bool = False) -> dict[str, Any]:
-    return _types(t, state) | {"MOMENTUM": True, "NESTEROV": mixing, "MIXING": mixing} | _updating(state)
+    return _types(t, state) | {"FLAG": mixing, "STATES": 1, "SLOTS": 5, "MIXING": mixing} | _updating(state)
 
 
-def _adam(t: Any, state: Any = None, mixing: bool = False) -> dict[str, Any]:
-    return _types(t, state) | {"DECOUPLED": True, "MIXING": mixing} | _updating(state)
+def _adam(t: Any, state: Any = None, mixing: bool = False, states: int = 2) -> dict[str, Any]:
+    return _types(t, state) | {"FLAG": True, "STATES": states, "SLOTS": 7, "MIXING": mixing} | _updating(state)
+
+
+def _lion(t: Any, state: Any = None, mixing: bool = False) -> dict[str, Any]:
+    return _sgd(t, state, mixing) | {"FLAG": False}
 
 
 def _norm(t: Any, adaptive: bool = False, is_complex: bool = False) -> dict[str, Any]:
@@ -91,11 +96,15 @@ VARIANTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "adam fp32": (adam_step_kernel, _adam(F32)),
     "adam fp64 mixing": (adam_step_kernel, _adam(F64, None, True)),
     "adam bf16 master mixing": (adam_step_kernel, _adam(BF16, F32, True)),
+    "amsgrad fp32": (adam_step_kernel, _adam(F32, states=3)),
+    "amsgrad bf16 master mixing": (adam_step_kernel, _adam(BF16, F32, True, 3)),
+    "lion fp32": (lion_step_kernel, _lion(F32)),
+    "lion bf16 master mixing": (lion_step_kernel, _lion(BF16, F32, True)),
 }
 
 
 def resources(ptx: str, architecture: int) -> dict[str, int]:
-    """Registers, and bytes of stack and of registers that had to go to memory, as the assembler states them."""
+    """Registers, bytes of stack, and bytes of spilled registers, as the assembler reports them."""
     name = "ptxas-blackwell" if architecture >= 100 else "ptxas"
     tool = Path(triton.__file__).parent / "backends/nvidia/bin" / name
     (target,) = re.findall(r"^\.target (\w+)", ptx, re.MULTILINE)
@@ -109,7 +118,7 @@ def resources(ptx: str, architecture: int) -> dict[str, int]:
 
 
 def widths(ptx: str) -> dict[str, list[int]]:
-    """Bytes of one access, of all accesses to global memory in the text."""
+    """Bytes per access, for all accesses to global memory in the text."""
     found: dict[str, set[int]] = {"ld": set(), "st": set()}
     for kind, vector, bits in re.findall(r"\b(ld|st)\.global(?:\.v(\d))?\.b(\d+)", ptx):
         found[kind].add(int(vector or 1) * int(bits) // 8)

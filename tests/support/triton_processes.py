@@ -1,4 +1,4 @@
-"""Triton's tests run in processes of their own: what they change in triton would disturb others."""
+"""Tests of Triton run in processes of their own: what they change in triton would affect other tests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SUPPORT = Path(__file__).parent
 TESTS = SUPPORT.parent
 MISSING = None if importlib.util.find_spec("triton") is not None else "triton is not installed (pip install triton)"
 SIMULATOR = "RST_FUSED_PTXSIM"
-# For -k: tests of one dtype, and of calls in which all dtypes are mixed or that have none in their name.
+# For -k: tests of one dtype, and tests of calls that mix all dtypes or have none in their name.
 FLOAT32 = "float32"
 MIXED = "not many_steps and not -float and not bfloat16 and not complex"
 

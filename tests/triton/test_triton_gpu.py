@@ -22,6 +22,7 @@ EXACT = [
     for op, name in (
         ("perturb_", "stochastic"), ("perturb_", "asam_sizes"), ("perturb_", "apart"), ("restore_", "gamma_groups"),
         ("restore_sgd_step_", "sizes"), ("restore_sgd_step_", "gamma_amp"), ("restore_adam_step_", "groups_adamw"),
+        ("restore_adam_step_", "gamma_amsgrad"), ("restore_lion_step_", "groups"), ("restore_lion_step_", "gamma_amp"),
     )
     for kind in ("float32", "float64", "bfloat16", "float16", "complex64")
 ]  # fmt: skip
@@ -57,7 +58,7 @@ def test_norm(dtype: torch.dtype) -> None:
 
 
 def sam_step(w: list[Any], g: list[Any], backups: list[Any], buffers: list[Any], numbers: dict[str, Any]) -> None:
-    """Through the registered ops, with all numbers on the device."""
+    """Through the registered ops, with all scalars on the device."""
     triton = torch.ops.rst_fused_triton
     triton.grad_norm(numbers["stats"], g, [], False, 0.0)
     triton.perturb_(
@@ -70,7 +71,7 @@ def sam_step(w: list[Any], g: list[Any], backups: list[Any], buffers: list[Any],
 
 @pytest.mark.parametrize("warm", [True, False], ids=["table_exists", "table_is_captured"])
 def test_graph_replay_is_the_eager_step(warm: bool) -> None:
-    """Numbers on the device may change between replays; memory freed since the capture must not matter."""
+    """Scalars on the device may change between replays; memory freed since the capture must not matter."""
     generator = torch.Generator().manual_seed(0)
 
     def fresh() -> list[torch.Tensor]:
@@ -121,7 +122,7 @@ def test_no_host_sync() -> None:
 
 @pytest.mark.slow
 def test_more_than_2_to_the_32_bytes_apart() -> None:
-    """Places in a tensor are 64-bit numbers."""
+    """Offsets in a tensor are 64-bit numbers."""
     n = 2**31 + 12345
     if torch.cuda.mem_get_info()[0] < 5 * n:
         pytest.skip("needs 10 GiB of free device memory")

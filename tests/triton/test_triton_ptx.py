@@ -1,4 +1,4 @@
-"""The Triton kernels as a GPU gets them, without a GPU: compiled offline, and their PTX executed over the op table."""
+"""The Triton kernels as a GPU gets them, without a GPU: compiled offline, and their PTX executed on the op table."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from triton_processes import MISSING, MIXED, SIMULATOR, SUPPORT, TESTS, run_pyte
 NO_SIMULATOR = None if os.environ.get(SIMULATOR) else f"{SIMULATOR} does not name the folder of a PTX interpreter"
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 simulated = pytest.mark.skipif(NO_SIMULATOR is not None, reason=str(NO_SIMULATOR))
-MOST_REGISTERS = 128  # with 128 threads that lets 4 programs, and 64 KiB of loads, be under way on a multiprocessor
-MOST_SECONDS = 20.0  # for one kernel; 0.2 to 0.7 on a machine that does nothing else
+MOST_REGISTERS = 128  # with 128 threads, 4 programs and 64 KiB of loads are in flight on a multiprocessor
+MOST_SECONDS = 20.0  # per kernel; 0.2 to 0.7 on an idle machine
 
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Kernels that both tests need are compiled once, and none comes from an earlier run."""
+    """Kernels that both tests need are compiled once; none comes from an earlier run."""
     return str(tmp_path_factory.mktemp("triton"))
 
 
@@ -40,20 +40,20 @@ def test_every_kernel_is_compiled(report: list[dict[str, Any]]) -> None:
 
 
 def test_every_architecture_compiles_without_spills(report: list[dict[str, Any]]) -> None:
-    """A stack frame may hold what a call of division needs, never a register that had to go."""
+    """A stack frame may hold what a call to division needs, never a spilled register."""
     assert {row["sm"] for row in report} == {80, 90, 100}
     assert [row for row in report if row["spills"]] == []
     assert [row for row in report if row["registers"] > MOST_REGISTERS] == []
 
 
-def test_all_streams_have_16_byte_accesses(report: list[dict[str, Any]]) -> None:
+def test_all_operands_have_16_byte_accesses(report: list[dict[str, Any]]) -> None:
     rows = [row for row in report if row["kernel"] != "grad_norm finish"]
     assert [row for row in rows if 16 not in row["ld"]] == []
     assert [row for row in rows if 16 not in row["st"] and not row["kernel"].startswith("grad_norm")] == []
 
 
 def test_only_sums_use_shared_memory(report: list[dict[str, Any]]) -> None:
-    """Elsewhere it would mean that threads exchange numbers, because accesses do not fit each other."""
+    """Elsewhere it would mean that threads exchange data, because their accesses do not match."""
     assert [row for row in report if row["shared"] and not row["kernel"].startswith("grad_norm")] == []
 
 

@@ -1,4 +1,4 @@
-"""What the Triton backend reuses from one call to the next, and what it must notice: no kernel runs here."""
+"""What the Triton backend reuses from one call to the next, and which changes it must notice. No kernel runs here."""
 
 from __future__ import annotations
 
@@ -21,21 +21,22 @@ HYPER = torch.tensor([[0.1, 0.9, 0.0, 0.01, 1.0]], dtype=torch.float64)
 
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The modules, the launches that were asked for, and how often lists were checked; nothing is remembered."""
+    """The modules, the requested launches, and how often lists were checked; nothing is remembered from before."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # CPU tensors are taken
     found = SimpleNamespace(launches=[], checked=0)
-    for name in ("multi_tensor", "tables", "sgd_step"):
+    for name in ("launch_groups", "device_cache", "sgd_step"):
         setattr(found, name, importlib.import_module(f"rst_fused.kernels.{name}"))
-    check_lists = found.multi_tensor.check_lists
+    check_lists = found.launch_groups.check_lists
 
     def counted(*args: Any) -> None:
         found.checked += 1
         check_lists(*args)
 
-    monkeypatch.setattr(found.multi_tensor, "run", lambda *args: found.launches.append(args))
-    monkeypatch.setattr(found.multi_tensor, "check_lists", counted)
-    for module, name in ((found.multi_tensor, "_looks"), (found.tables, "_tables"), (found.tables, "_numbers")):
-        monkeypatch.setattr(module, name, type(getattr(module, name))())
+    monkeypatch.setattr(found.launch_groups, "run", lambda *args: found.launches.append(args))
+    monkeypatch.setattr(found.launch_groups, "check_lists", counted)
+    for module, names in ((found.launch_groups, ["_validated"]), (found.device_cache, ["_tables", "_scalars"])):
+        for name in names:
+            monkeypatch.setattr(module, name, type(getattr(module, name))())
     return found
 
 
@@ -54,7 +55,7 @@ def step(kernels: Any, given: Lists) -> list[list[int]]:
     params, grads, buffers = given["params"], given["grads"], given["buffers"]
     kernels.sgd_step.sgd_step_(params, grads, buffers, [], HYPER, [len(params)], False, False, None, None)
     _, _, _, (table, tensors, *_), *_ = kernels.launches[-1]
-    width = kernels.tables.HEADER.value + kernels.sgd_step._SLOTS.value
+    width = kernels.device_cache.HEADER.value + 5  # addresses of one tensor
     return table[: tensors * width].view(tensors, width).tolist()
 
 
@@ -71,7 +72,7 @@ def test_other_tensors_of_the_same_kind_are_not_checked_again_but_always_found(k
         records = step(kernels, given)
         assert [r[5:] for r in records] == addresses(given)
         assert [r[:5] for r in records] == [[24, 24, 0, 0, 0], [8, 8, 0, 1, 1]]
-    assert kernels.checked == 1 and len(kernels.tables._tables) == 3
+    assert kernels.checked == 1 and len(kernels.device_cache._tables) == 3
 
 
 def test_a_tensor_that_moved_is_noticed(kernels: Any) -> None:
@@ -82,7 +83,7 @@ def test_a_tensor_that_moved_is_noticed(kernels: Any) -> None:
 
 
 def test_calls_that_take_turns_are_all_remembered(kernels: Any) -> None:
-    """Such as those of two models, or of steps in which some gradients are missing."""
+    """For example those of two models, or of steps in which some gradients are missing."""
     few, many = lists(), lists(3)
     for given in (few, many) * 3:
         assert [r[5:] for r in step(kernels, given)] == addresses(given)
@@ -139,7 +140,7 @@ def test_written_tensors_with_shared_elements_are_refused_at_any_call(kernels: A
     ],
     ids=["strides", "neg", "gaps"],
 )
-def test_tensors_that_lie_otherwise_pass_through_copies_at_any_call(
+def test_tensors_of_another_layout_pass_through_copies_at_any_call(
     kernels: Any, change: Callable[[Tensor], Tensor]
 ) -> None:
     given = lists()
@@ -168,7 +169,7 @@ def test_nothing_keeps_tensors_alive(kernels: Any) -> None:
 
 
 def test_without_the_comparison_of_torch_every_call_is_checked(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels.multi_tensor, "TensorGuards", None)
+    monkeypatch.setattr(kernels.launch_groups, "TensorGuards", None)
     given = lists()
     for _ in range(3):
         assert [r[5:] for r in step(kernels, given)] == addresses(given)
@@ -176,7 +177,7 @@ def test_without_the_comparison_of_torch_every_call_is_checked(kernels: Any, mon
 
 
 def test_the_default_device_of_torch_does_not_matter(kernels: Any) -> None:
-    """torch.set_default_device("cuda") must not put on a GPU what is to be sent there."""
+    """torch.set_default_device("cuda") must not create on a GPU what has to be sent there."""
     given = lists()
     with torch.device("meta"):
         assert [r[5:] for r in step(kernels, given)] == addresses(given)
@@ -184,37 +185,37 @@ def test_the_default_device_of_torch_does_not_matter(kernels: Any) -> None:
     assert {x.device.type for x in args if isinstance(x, Tensor)} == {"cpu"}
 
 
-# --- numbers --------------------------------------------------------------------------------------------------------
-def test_the_same_numbers_are_sent_once(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    tables, sent, meta = kernels.tables, [], torch.device("meta")
-    monkeypatch.setattr(tables, "_upload", lambda host, device: sent.append(host) or host.to(device))
-    monkeypatch.setattr(tables, "_stream", lambda _: 0)
+# --- scalars --------------------------------------------------------------------------------------------------------
+def test_the_same_scalars_are_sent_once(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, sent, meta = kernels.device_cache, [], torch.device("meta")
+    monkeypatch.setattr(cache, "_upload", lambda host, device: sent.append(host) or host.to(device))
+    monkeypatch.setattr(cache, "_stream", lambda _: 0)
     rho, rng = torch.tensor([0.5], dtype=torch.float64), torch.tensor([3, 1])
-    first = tables.on_device(meta, rho, rng)
-    again = tables.on_device(meta, rho.clone(), rng.clone())
+    first = cache.on_device(meta, rho, rng)
+    again = cache.on_device(meta, rho.clone(), rng.clone())
     assert len(sent) == 1 and all(a is b for a, b in zip(first, again, strict=True))
     rho[0] = 0.25  # the same tensor, another number
-    tables.on_device(meta, rho, rng)
+    cache.on_device(meta, rho, rng)
     for other in (0.0, -0.0):  # equal as numbers, not as bits
-        tables.on_device(meta, torch.tensor([other], dtype=torch.float64), rng)
-    tables.on_device(meta, rho)
+        cache.on_device(meta, torch.tensor([other], dtype=torch.float64), rng)
+    cache.on_device(meta, rho)
     assert len(sent) == 5
-    monkeypatch.setattr(tables, "_stream", lambda _: 1)  # would not wait for a copy on another stream
-    tables.on_device(meta, rho)
+    monkeypatch.setattr(cache, "_stream", lambda _: 1)  # would not wait for a copy on another stream
+    cache.on_device(meta, rho)
     assert len(sent) == 6
-    for k in range(tables._NUMBERS + 5):
-        tables.on_device(meta, torch.tensor([k]))
-    assert len(tables._numbers) == tables._NUMBERS
+    for k in range(cache._MOST_SCALARS + 5):
+        cache.on_device(meta, torch.tensor([k]))
+    assert len(cache._scalars) == cache._MOST_SCALARS
 
 
 # --- launches -------------------------------------------------------------------------------------------------------
 def test_triton_is_asked_for_a_binary_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The next launches go to the binary, with all constants in the order of the kernel's arguments."""
-    multi_tensor = importlib.import_module("rst_fused.kernels.multi_tensor")
+    launch_groups = importlib.import_module("rst_fused.kernels.launch_groups")
     direct: list[Any] = []
     asked: list[Any] = []
 
-    class Binary(multi_tensor.CompiledKernel):
+    class Binary(launch_groups.CompiledKernel):
         def __init__(self) -> None:
             pass
 
@@ -228,20 +229,20 @@ def test_triton_is_asked_for_a_binary_once(monkeypatch: pytest.MonkeyPatch) -> N
         def __getitem__(self, grid: Any) -> Any:
             return lambda *args, **constants: asked.append((grid, args, constants)) or Binary()
 
-    monkeypatch.setattr(multi_tensor, "_binaries", {})
+    monkeypatch.setattr(launch_groups, "_binaries", {})
     cpu, function = torch.device("cpu"), Function()
     for programs in (3, 4):
-        multi_tensor.run(function, cpu, programs, ("table", 7), {"BLOCK": 64, "T": "fp32"}, 4)
-    assert asked == [((3,), ("table", 7), {"BLOCK": 64, "T": "fp32", "num_warps": 4, **multi_tensor.OPTIONS})]
+        launch_groups.run(function, cpu, programs, ("table", 7), {"BLOCK": 64, "T": "fp32"}, 4)
+    assert asked == [((3,), ("table", 7), {"BLOCK": 64, "T": "fp32", "num_warps": 4, **launch_groups.OPTIONS})]
     assert direct == [((4, 1, 1), ("table", 7, "fp32", 64))]
-    multi_tensor.run(function, cpu, 3, ("table", 7), {"BLOCK": 32, "T": "fp32"}, 4)
-    multi_tensor.run(function, cpu, 3, ("table", 7), {"BLOCK": 32, "T": "fp32"}, 8)
+    launch_groups.run(function, cpu, 3, ("table", 7), {"BLOCK": 32, "T": "fp32"}, 4)
+    launch_groups.run(function, cpu, 3, ("table", 7), {"BLOCK": 32, "T": "fp32"}, 8)
     assert len(asked) == 3, "other constants or warps are another binary"
 
 
 def test_the_default_dtype_of_torch_does_not_matter(kernels: Any) -> None:
-    """What stands for AMP where it is not in use has the dtype of what AMP gives: one binary serves both."""
-    path = kernels.multi_tensor.__file__
+    """Without AMP, its stand-ins have the dtypes of what AMP passes: one binary serves both."""
+    path = importlib.import_module("rst_fused.kernels.update").__file__
     spec = importlib.util.spec_from_file_location("rst_fused.kernels.loaded_again", path)
     assert spec is not None and spec.loader is not None
     again = importlib.util.module_from_spec(spec)

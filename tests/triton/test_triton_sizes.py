@@ -1,5 +1,5 @@
-"""Block sizes of the Triton kernels: the table, the file of what was measured, and how autotune chooses. Nothing is
-timed here."""
+"""Launch configurations of the Triton kernels: the table, the file of what was measured, and how autotune chooses.
+Nothing is timed here."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ FILE = "triton-NVIDIA-H200-cuda-90-3.6.0.json"
 def kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """The modules, on a machine with an H200 and nothing measured yet; and its file."""
     found = SimpleNamespace(folder=tmp_path / "cache", file=tmp_path / "cache" / FILE)
-    for name in ("sizes", "tuning", "multi_tensor"):
+    for name in ("launch_config", "autotune", "launch_groups"):
         setattr(found, name, importlib.import_module(f"rst_fused.kernels.{name}"))
     monkeypatch.setenv("RST_FUSED_CACHE_DIR", str(found.folder))
-    monkeypatch.setattr(found.sizes, "identity", lambda device: dict(HERE))
-    monkeypatch.setattr(found.sizes, "_loaded", {})
+    monkeypatch.setattr(found.launch_config, "identity", lambda device: dict(HERE))
+    monkeypatch.setattr(found.launch_config, "_loaded", {})
     return found
 
 
 def chosen(kernels: Any, kernel: str, dtype: str = "fp32", state: str = "fp32", wide: bool = False) -> tuple[int, int]:
-    found = kernels.sizes.sizes(kernel, META, dtype, state, wide)
+    found = kernels.launch_config.config_for(kernel, META, dtype, state, wide)
     return found.per_thread, found.warps
 
 
@@ -50,8 +50,8 @@ def leave(kernels: Any, **changes: Any) -> None:
 def test_built_in_sizes_where_nothing_was_measured(kernels: Any) -> None:
     assert chosen(kernels, "sgd_step_kernel") == (8, 4)
     assert chosen(kernels, "sgd_step_kernel", "bf16", "fp32", wide=True) == (4, 4)
-    assert not kernels.folder.exists(), "a look makes no folder"
-    assert {kernels.sizes.BUILT_IN, kernels.sizes.WIDE_STATE} <= set(kernels.sizes.CANDIDATES)
+    assert not kernels.folder.exists(), "reading creates no folder"
+    assert {kernels.launch_config.BUILT_IN, kernels.launch_config.WIDE_STATE} <= set(kernels.launch_config.CANDIDATES)
 
 
 def test_measured_sizes_are_used_for_their_kernel_and_dtypes(kernels: Any) -> None:
@@ -65,12 +65,12 @@ def test_measured_sizes_are_used_for_their_kernel_and_dtypes(kernels: Any) -> No
 
 def test_a_launch_has_the_measured_sizes(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     launches: list[Any] = []
-    monkeypatch.setattr(kernels.multi_tensor, "run", lambda *args: launches.append(args))
+    monkeypatch.setattr(kernels.launch_groups, "run", lambda *args: launches.append(args))
     leave(kernels)
     table = SimpleNamespace(on_device=0, tensors=1, chunks=3)
-    part = kernels.multi_tensor.Part(META, torch.float32, torch.float32, table)
-    kernels.multi_tensor.launch(SimpleNamespace(__name__="sgd_step_kernel"), part)
-    kernels.multi_tensor.launch(SimpleNamespace(__name__="grad_norm_kernel"), part)
+    group = kernels.launch_groups.LaunchGroup(META, torch.float32, torch.float32, table)
+    kernels.launch_groups.launch(SimpleNamespace(__name__="sgd_step_kernel"), group)
+    kernels.launch_groups.launch(SimpleNamespace(__name__="grad_norm_kernel"), group)
     assert [(a[4]["BLOCK"], a[4]["TAIL"], a[5]) for a in launches] == [(1024, 64, 2), (1024, 128, 4)]
 
 
@@ -101,15 +101,15 @@ def test_a_file_that_cannot_be_read_is_ignored_with_a_warning(kernels: Any) -> N
     kernels.file.write_text("{", encoding="utf-8")
     with pytest.warns(RuntimeWarning, match=f"{FILE} is ignored"):
         assert chosen(kernels, "sgd_step_kernel") == (8, 4)
-    kernels.sizes._loaded.clear()
+    kernels.launch_config._loaded.clear()
     kernels.file.unlink()
     kernels.file.mkdir()
     with pytest.warns(RuntimeWarning, match=f"{FILE} is ignored"):
         assert chosen(kernels, "sgd_step_kernel") == (8, 4)
 
 
-def test_where_the_file_lies(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    path_of = kernels.sizes.path_of
+def test_where_the_file_is_stored(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    path_of = kernels.launch_config.path_of
     assert path_of(HERE) == kernels.file
     monkeypatch.delenv("RST_FUSED_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
@@ -122,26 +122,26 @@ def test_where_the_file_lies(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> N
 # --- autotune -------------------------------------------------------------------------------------------------------
 def test_the_fastest_is_kept_and_used(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     timed = []
-    too_large = kernels.tuning.OutOfResources(2, 1, "shared memory")
+    too_large = kernels.autotune.OutOfResources(2, 1, "shared memory")
 
     def seconds(call: Any) -> float:
-        (candidate,) = kernels.sizes.forced
+        (candidate,) = kernels.launch_config.forced
         timed.append(candidate)
         if candidate.warps == 8:
             raise too_large
         return 1.0 if (candidate.per_thread, candidate.warps) == (16, 4) else 2.0 + len(timed)
 
-    monkeypatch.setattr(kernels.tuning, "_seconds", seconds)
+    monkeypatch.setattr(kernels.autotune, "_seconds", seconds)
     leave(kernels, sizes={"sgd_step_kernel fp64 fp64": {"per_thread": 4, "warps": 2}})
-    found = kernels.tuning.autotune("meta", [torch.float32, torch.bfloat16], elements=64)
-    assert kernels.sizes.forced == []
+    found = kernels.autotune.autotune("meta", [torch.float32, torch.bfloat16], elements=64)
+    assert kernels.launch_config.forced == []
     dtypes = ("fp32 fp32", "bf16 bf16", "bf16 fp32")
-    assert set(found) == {f"{kernel} {pair}" for kernel in kernels.sizes.TUNED for pair in dtypes}
-    assert timed == list(kernels.sizes.CANDIDATES) * len(found)
+    assert set(found) == {f"{kernel} {pair}" for kernel in kernels.launch_config.TUNED for pair in dtypes}
+    assert timed == list(kernels.launch_config.CANDIDATES) * len(found)
     for times in found.values():
         assert len(times) == 6 and list(times.values()) == sorted(times.values())
     assert chosen(kernels, "perturb_kernel", "bf16", "fp32") == (16, 4), "in this process"
-    kernels.sizes._loaded.clear()
+    kernels.launch_config._loaded.clear()
     assert chosen(kernels, "perturb_kernel", "bf16", "fp32") == (16, 4), "and in the next"
     assert chosen(kernels, "sgd_step_kernel", "fp64", "fp64") == (4, 2), "what was measured before stays"
     data = json.loads(kernels.file.read_text(encoding="utf-8"))
@@ -158,14 +158,14 @@ def test_what_is_timed_is_the_kernel_it_is_kept_for(
 ) -> None:
     launches: list[Any] = []
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # CPU tensors are taken
-    monkeypatch.setattr(kernels.multi_tensor, "run", lambda *args: launches.append(args))
+    monkeypatch.setattr(kernels.launch_groups, "run", lambda *args: launches.append(args))
     state = torch.float32 if masters else dtype
-    candidate = kernels.sizes.Sizes(16, 2)
-    calls = kernels.tuning._calls(torch.device("cpu"), dtype, 80000, masters)
-    assert tuple(calls) == kernels.sizes.TUNED
+    candidate = kernels.launch_config.LaunchConfig(16, 2)
+    calls = kernels.autotune._calls(torch.device("cpu"), dtype, 80000, masters)
+    assert tuple(calls) == kernels.launch_config.TUNED
     for kernel, call in calls.items():
         launches.clear()
-        with kernels.tuning._forced(candidate):
+        with kernels.autotune._forced(candidate):
             call()
         ((function, _, programs, _, constants, warps),) = launches
         assert (function.__name__, programs) == (kernel, 16), "8 tensors of 10000 in chunks of 8192"
@@ -185,22 +185,22 @@ def test_what_is_timed_is_the_kernel_it_is_kept_for(
 )
 def test_wrong_arguments(kernels: Any, arguments: dict[str, Any], error: type[Exception], complaint: str) -> None:
     with pytest.raises(error, match=complaint):
-        kernels.tuning.autotune(**{"device": "meta", **arguments})
+        kernels.autotune.autotune(**{"device": "meta", **arguments})
 
 
 def test_a_folder_that_cannot_be_written_is_an_error_before_anything_is_timed(
     kernels: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernels.tuning, "_seconds", lambda call: pytest.fail("was timed"))
+    monkeypatch.setattr(kernels.autotune, "_seconds", lambda call: pytest.fail("was timed"))
     kernels.folder.write_text("a file", encoding="utf-8")
-    words = "autotune has nowhere to keep its results .*: set RST_FUSED_CACHE_DIR to a folder that can be written"
-    with pytest.raises(RuntimeError, match=words):
-        kernels.tuning.autotune("meta", elements=64)
+    message = "autotune has nowhere to keep its results .*: set RST_FUSED_CACHE_DIR to a folder that can be written"
+    with pytest.raises(RuntimeError, match=message):
+        kernels.autotune.autotune("meta", elements=64)
     kernels.folder.unlink()
 
     def refuse(**_: Any) -> Any:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(kernels.sizes.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(kernels.launch_config.tempfile, "TemporaryFile", refuse)
     with pytest.raises(RuntimeError, match="Permission denied"):
-        kernels.tuning.autotune("meta", elements=64)
+        kernels.autotune.autotune("meta", elements=64)

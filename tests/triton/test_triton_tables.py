@@ -1,4 +1,4 @@
-"""The host side of the Triton backend: how it is found, the tables of addresses, what is copied and what is refused."""
+"""The host side of the Triton backend: how it is found, tables of addresses, what is copied and what is refused."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ CUDA = torch.device("cuda", 0)
 
 
 @pytest.fixture
-def multi_tensor() -> Any:
-    return importlib.import_module("rst_fused.kernels.multi_tensor")
+def launch_groups() -> Any:
+    return importlib.import_module("rst_fused.kernels.launch_groups")
 
 
 @pytest.fixture
-def tables() -> Any:
-    return importlib.import_module("rst_fused.kernels.tables")
+def device_cache() -> Any:
+    return importlib.import_module("rst_fused.kernels.device_cache")
 
 
 # --- the backend ----------------------------------------------------------------------------------------------------
@@ -73,17 +73,17 @@ def test_cpu_tensors_are_refused_by_the_kernels_too() -> None:
 
 
 # --- tables ---------------------------------------------------------------------------------------------------------
-def records(tables: Any, table: torch.Tensor, tensors: int, slots: int) -> list[list[int]]:
-    width = tables.HEADER.value + slots
+def records(device_cache: Any, table: torch.Tensor, tensors: int, slots: int) -> list[list[int]]:
+    width = device_cache.HEADER.value + slots
     return table[: tensors * width].view(tensors, width).tolist()
 
 
 @needs_triton
-def test_table(tables: Any) -> None:
-    chunk = tables.CHUNK.value
+def test_table(device_cache: Any) -> None:
+    chunk = device_cache.CHUNK.value
     lengths, slots = (3, 0, 2 * chunk, chunk + 1), ((0, 0, 256, 512), (16, 0, 1024, 516))
-    table = tables.make_table(lengths, (0, 0, 1, 2), (5, 6, 7, 8), slots)
-    assert records(tables, table, 4, 2) == [
+    table = device_cache.make_table(lengths, (0, 0, 1, 2), (5, 6, 7, 8), slots)
+    assert records(device_cache, table, 4, 2) == [
         [3, 3, 0, 5, 0, 0, 16],
         [0, 0, 0, 6, 1, 0, 0],
         [2 * chunk, 2 * chunk, 1, 7, 1, 256, 1024],
@@ -93,57 +93,57 @@ def test_table(tables: Any) -> None:
 
 
 @needs_triton
-def test_tables_of_large_models(tables: Any) -> None:
-    """Lengths and places beyond 2^32."""
-    chunk, n = tables.CHUNK.value, 5 * 2**30
+def test_tables_of_large_models(device_cache: Any) -> None:
+    """Lengths and offsets beyond 2^32."""
+    chunk, n = device_cache.CHUNK.value, 5 * 2**30
     lengths = (n + 1, *[7] * 5000)
-    table = tables.make_table(lengths, (0,) * 5001, tuple(range(5001)), ((2**47,) * 5001,))
-    first = records(tables, table, 5001, 1)
+    table = device_cache.make_table(lengths, (0,) * 5001, tuple(range(5001)), ((2**47,) * 5001,))
+    first = records(device_cache, table, 5001, 1)
     assert first[0][:2] == [n + 1, n + 1] and first[1][4] == n // chunk + 1 and first[-1][4] == n // chunk + 5000
     assert table.numel() == 5001 * 6 + n // chunk + 5001
 
 
 @needs_triton
-def test_a_table_is_made_once_for_the_same_addresses(tables: Any) -> None:
+def test_a_table_is_made_once_for_the_same_addresses(device_cache: Any) -> None:
     t, cpu = torch.zeros(40), torch.device("cpu")
 
     def table(address: int) -> Any:
-        return tables.table(cpu, (40,), (0,), (0,), ((address,),))
+        return device_cache.table(cpu, (40,), (0,), (0,), ((address,),))
 
     first = table(t.data_ptr())
     assert table(t.data_ptr()) is first and table(t.data_ptr() + 16) is not first
-    for k in range(tables._TABLES):
+    for k in range(device_cache._MOST_TABLES):
         table(16 * k)
-    assert len(tables._tables) == tables._TABLES and table(t.data_ptr()) is not first
+    assert len(device_cache._tables) == device_cache._MOST_TABLES and table(t.data_ptr()) is not first
 
 
 @needs_triton
-def test_streams_do_not_share_tables(tables: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_streams_do_not_share_tables(device_cache: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, made = torch.device("cpu"), []
     for stream in (1, 2, 1):
-        monkeypatch.setattr(tables, "_stream", lambda _, stream=stream: stream)
-        made.append(tables.table(cpu, (40,), (0,), (0,), ((64,),)))
+        monkeypatch.setattr(device_cache, "_stream", lambda _, stream=stream: stream)
+        made.append(device_cache.table(cpu, (40,), (0,), (0,), ((64,),)))
     assert made[0] is made[2] and made[0] is not made[1]
 
 
 @needs_triton
-def test_what_a_capture_reads_is_kept(tables: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A replay copies tables and numbers again, from memory that nothing else may have got in the meantime."""
+def test_what_a_capture_reads_is_kept(device_cache: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replay copies tables and scalars again, from memory that nothing else may reuse in the meantime."""
     device, captured = torch.device("meta"), []
-    monkeypatch.setattr(tables, "_capturing", lambda _: True)
-    monkeypatch.setattr(tables, "_captured", captured)
-    monkeypatch.setattr(tables, "_stream", lambda _: 0)
-    monkeypatch.setattr(tables, "_spare", [torch.empty(1 << 16, dtype=torch.uint8)])
-    monkeypatch.setattr(tables, "_tables", type(tables._tables)())
-    table = tables.table(device, (40,), (0,), (0,), ((64,),))
+    monkeypatch.setattr(device_cache, "_capturing", lambda _: True)
+    monkeypatch.setattr(device_cache, "_captured", captured)
+    monkeypatch.setattr(device_cache, "_stream", lambda _: 0)
+    monkeypatch.setattr(device_cache, "_spare", [torch.empty(1 << 16, dtype=torch.uint8)])
+    monkeypatch.setattr(device_cache, "_tables", type(device_cache._tables)())
+    table = device_cache.table(device, (40,), (0,), (0,), ((64,),))
     rho, rng = torch.tensor([0.5], dtype=torch.float64), torch.tensor([3, 1])
-    there = tables.on_device(device, rho, rng, torch.tensor([1.0]))
-    assert [t.device.type for t in (table.on_device, *there)] == ["meta"] * 4
-    assert [(t.dtype, t.numel()) for t in there] == [(torch.float64, 1), (torch.int64, 2), (torch.float32, 1)]
-    assert torch.equal(captured[0], tables.make_table((40,), (0,), (0,), ((64,),)))
+    scalars = device_cache.on_device(device, rho, rng, torch.tensor([1.0]))
+    assert [t.device.type for t in (table.on_device, *scalars)] == ["meta"] * 4
+    assert [(t.dtype, t.numel()) for t in scalars] == [(torch.float64, 1), (torch.int64, 2), (torch.float32, 1)]
+    assert torch.equal(captured[0], device_cache.make_table((40,), (0,), (0,), ((64,),)))
     assert torch.equal(captured[1][8:24].view(torch.int64), rng) and captured[1][:8].view(torch.float64) == 0.5
     assert captured[0].data_ptr() + captured[0].nbytes <= captured[1].data_ptr()
-    assert not tables._tables, "its device memory is the graph's"
+    assert not device_cache._tables, "its device memory is the graph's"
 
 
 @needs_triton
@@ -162,13 +162,14 @@ def test_layouts(shape: tuple[int, ...], stride: tuple[int, ...], dense: tuple[i
 
 
 @needs_triton
-def test_only_tensors_that_lie_otherwise_are_copied(multi_tensor: Any) -> None:
+def test_only_tensors_of_another_layout_are_copied(launch_groups: Any) -> None:
     p, turned = torch.randn(3, 4), torch.randn(4, 3).T
-    streams = [
-        multi_tensor.Stream("params", [p, turned], written=True), multi_tensor.Stream("grads", [turned, turned.clone()])
+    operands = [
+        launch_groups.Operand("params", [p, turned], written=True),
+        launch_groups.Operand("grads", [turned, turned.clone()]),
     ]
-    (layout,) = multi_tensor._layouts(streams, [2], 0, False)
+    (layout,) = launch_groups._layouts(operands, [2], 0, False)
     assert not layout.in_place
-    used, back = multi_tensor._prepare(streams, layout)
-    assert used[0][0] is p and used[0][1] is turned and used[1][1] is streams[1].tensors[1] and back == []
+    used, back = launch_groups._prepare(operands, layout)
+    assert used[0][0] is p and used[0][1] is turned and used[1][1] is operands[1].tensors[1] and back == []
     assert used[1][0] is not turned and used[1][0].is_contiguous() and torch.equal(used[1][0], turned)

@@ -1,8 +1,8 @@
-"""How many scalars a program takes at a time, and with how many warps: a built-in table, and above it what
-``rst_fused.kernels.autotune`` once measured on such a device and left in a file.
+"""How many scalars a program processes at a time, and with how many warps: a built-in table, overridden by what
+``rst_fused.kernels.autotune`` once measured on such a device and saved to a file.
 
-What a kernel computes for an element does not depend on either, so neither do its results. The order in which the norm
-is summed does, so the norm has fixed ones.
+What a kernel computes for an element depends on neither, so its results do not. The order in which the norm is summed
+does, so the norm has a fixed configuration.
 """
 
 import json
@@ -22,8 +22,8 @@ FOLDER_VARIABLE = "RST_FUSED_CACHE_DIR"
 
 
 @dataclass(frozen=True)
-class Sizes:
-    per_thread: int  # scalars of a whole block
+class LaunchConfig:
+    per_thread: int  # scalars per thread in a whole block
     warps: int
 
     @property
@@ -32,28 +32,28 @@ class Sizes:
 
     @property
     def tail(self) -> int:
-        """With masks, one for each thread."""
+        """Scalars of a masked block: one per thread."""
         return 32 * self.warps
 
 
-BUILT_IN = Sizes(8, 4)  # 16-byte accesses of 16-bit numbers
-# float32 stored beside 16-bit numbers: with 8 scalars for each thread its 16-byte stores would leave gaps, and Triton
-# would have threads exchange numbers to close them; 4 need none.
-WIDE_STATE = Sizes(4, 4)
-CANDIDATES = tuple(Sizes(per_thread, warps) for per_thread in (4, 8, 16) for warps in (2, 4, 8))
-TUNED = ("perturb_kernel", "restore_kernel", "sgd_step_kernel", "adam_step_kernel")
+BUILT_IN = LaunchConfig(8, 4)  # 16-byte accesses of 16-bit numbers
+# float32 stored beside 16-bit numbers: with 8 scalars per thread, 16-byte stores would leave gaps, which Triton would
+# close by exchanging data between threads. With 4 there is nothing to exchange.
+WIDE_STATE = LaunchConfig(4, 4)
+CANDIDATES = tuple(LaunchConfig(per_thread, warps) for per_thread in (4, 8, 16) for warps in (2, 4, 8))
+TUNED = ("perturb_kernel", "restore_kernel", "sgd_step_kernel", "adam_step_kernel", "lion_step_kernel")
 
-Winners = dict[str, Sizes]  # by kernel and dtypes
+Winners = dict[str, LaunchConfig]  # by kernel and dtypes
 _loaded: dict[torch.device, Winners] = {}
-forced: list[Sizes] = []  # what is being timed
+forced: list[LaunchConfig] = []  # the candidate that is being timed
 
 
 def key_of(kernel: str, dtype: Any, state: Any) -> str:
-    """``dtype`` and ``state`` as Triton names them: "sgd_step_kernel bf16 fp32"."""
+    """With ``dtype`` and ``state`` as Triton names them: "sgd_step_kernel bf16 fp32"."""
     return f"{kernel} {dtype} {state}"
 
 
-def sizes(kernel: str, device: torch.device, dtype: Any, state: Any, wide_state: bool) -> Sizes:
+def config_for(kernel: str, device: torch.device, dtype: Any, state: Any, wide_state: bool) -> LaunchConfig:
     built_in = WIDE_STATE if wide_state else BUILT_IN
     if kernel not in TUNED:
         return built_in
@@ -67,7 +67,7 @@ def sizes(kernel: str, device: torch.device, dtype: Any, state: Any, wide_state:
 
 # --- the file -------------------------------------------------------------------------------------------------------
 def identity(device: torch.device) -> dict[str, str]:
-    """What the winners hold for."""
+    """What the winners are valid for."""
     module = torch.get_device_module(device)
     with module.device(device):
         target = triton.runtime.driver.active.get_current_target()
@@ -78,7 +78,7 @@ def identity(device: torch.device) -> dict[str, str]:
 
 
 def path_of(made_for: dict[str, str]) -> Path:
-    """Raises RuntimeError where there is neither a folder named nor a home."""
+    """Raises RuntimeError if no folder is named and there is no home directory."""
     named = os.environ.get(FOLDER_VARIABLE)
     base = os.environ.get("XDG_CACHE_HOME")
     folder = Path(named) if named else (Path(base) if base else Path.home() / ".cache") / "rst_fused"
@@ -86,7 +86,7 @@ def path_of(made_for: dict[str, str]) -> Path:
 
 
 def _parsed(text: str, made_for: dict[str, str]) -> Winners:
-    """ValueError where this is no such file."""
+    """Raises ValueError if the text is not such a file."""
     data = json.loads(text)
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise ValueError(f"it is not of format {FORMAT}")
@@ -95,19 +95,18 @@ def _parsed(text: str, made_for: dict[str, str]) -> Winners:
             raise ValueError(f"it was made for {name} {data.get(name)!r}, and this is {here!r}")
     winners = {}
     for key, entry in data["sizes"].items():
-        winners[key] = Sizes(entry["per_thread"], entry["warps"])
+        winners[key] = LaunchConfig(entry["per_thread"], entry["warps"])
         if winners[key] not in CANDIDATES:
             raise ValueError(f"{key} has {entry}, which autotune never chooses")
     return winners
 
 
 def read(device: torch.device) -> Winners:
-    """The winners in the file for this device, none without one. A file that cannot be used is ignored, with a warning.
-    """
+    """The winners in the file for this device; none without it. An unusable file is ignored with a warning."""
     made_for = identity(device)
     try:
         path = path_of(made_for)
-    except RuntimeError:  # no home: then there is no file either
+    except RuntimeError:  # no home directory: then there is no file either
         return {}
     try:
         return _parsed(path.read_text(encoding="utf-8"), made_for)
@@ -124,7 +123,7 @@ def read(device: torch.device) -> Winners:
 
 
 def writable(made_for: dict[str, str]) -> Path:
-    """The path of the file, whose folder was seen to take one; RuntimeError where it does not."""
+    """The path of the file. Raises RuntimeError unless its folder takes files."""
     try:
         path = path_of(made_for)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -137,7 +136,7 @@ def writable(made_for: dict[str, str]) -> Path:
 
 
 def write(path: Path, made_for: dict[str, str], winners: Winners) -> None:
-    """At once, so that no process ever reads half of it."""
+    """Atomically, so that no process ever reads half a file."""
     data = {"format": FORMAT, **made_for, "sizes": {key: asdict(winner) for key, winner in sorted(winners.items())}}
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         whole = Path(folder) / path.name

@@ -1,8 +1,8 @@
-"""The traversal that every kernel shares: all tensors of a call in one launch, through a table of addresses.
+"""The device side that every kernel shares: all tensors of a call in one launch, through a table of addresses.
 
-A table holds one record for each tensor, then for each chunk the number of its tensor. Every program serves one chunk.
-Whole blocks of 16-byte aligned tensors take a path without masks, whose accesses are 16 bytes wide; all else goes
-through smaller, masked blocks of one scalar for each thread, which need no exchange between threads.
+A table holds one record per tensor, then the index of its tensor for every chunk. Each program processes one chunk.
+Whole blocks of 16-byte aligned tensors take a path without masks, whose accesses are 16 bytes wide. Everything else
+goes through smaller, masked blocks of one scalar per thread, which need no data exchange between threads.
 """
 
 import inspect
@@ -14,15 +14,15 @@ import triton.language as tl
 
 from .sam_math import sqrt
 
-CHUNK = tl.constexpr(8192)  # scalars of one program; fixes the order of summation. A power of two
-# A record: length, how much of it may go without masks, row of numbers, index for random bits, first chunk, addresses.
+CHUNK = tl.constexpr(8192)  # scalars per program; fixes the order of summation. A power of two
+# A record: length, how much of it needs no mask, row of hyperparameters, index for random bits, first chunk, addresses.
 LENGTH, UNMASKED, ROW, INDEX, FIRST, HEADER = (tl.constexpr(i) for i in range(6))
 
 
 def kernel(function: Callable[..., Any]) -> Any:
-    """triton.jit for one binary per set of constants: no argument's value or alignment compiles another one.
+    """triton.jit with one binary per set of constants: no argument's value or alignment triggers another compilation.
 
-    It looks at annotations, so files with kernels must not postpone them (from __future__ import annotations).
+    It reads annotations, so files with kernels must not postpone them (from __future__ import annotations).
     """
     given = [p.name for p in inspect.signature(function).parameters.values() if p.annotation is not tl.constexpr]
     return triton.jit(function, do_not_specialize=given, do_not_specialize_on_alignment=given)
@@ -30,7 +30,7 @@ def kernel(function: Callable[..., Any]) -> Any:
 
 @triton.jit
 def locate(table, tensors, SLOTS: tl.constexpr, BLOCK: tl.constexpr):
-    """(record of the tensor, where in it this program's chunk begins, scalars of the chunk, those without masks)."""
+    """(record of the tensor, where this program's chunk begins in it, scalars in the chunk, how many need no mask)."""
     chunk = tl.program_id(0).to(tl.int64)
     record = table + tl.load(table + tensors.to(tl.int64) * (HEADER + SLOTS) + chunk) * (HEADER + SLOTS)
     begin = (chunk - tl.load(record + FIRST)) * CHUNK
@@ -41,13 +41,13 @@ def locate(table, tensors, SLOTS: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def address(record, SLOT: tl.constexpr, begin, T: tl.constexpr):
-    """Where the chunk begins in one stream of the tensor."""
+    """Where the chunk begins in one operand of the tensor."""
     return tl.load(record + HEADER + SLOT).to(tl.pointer_type(T)) + begin
 
 
 @triton.jit
 def load(base, offsets, count, WHOLE: tl.constexpr):
-    """Missing scalars of a partial block read as zero."""
+    """Scalars missing from a partial block read as zero."""
     if WHOLE:
         return tl.load(tl.multiple_of(base + offsets, [16]))
     else:
@@ -72,7 +72,7 @@ def magnitude(w, base, offsets, count, COMPLEX: tl.constexpr, WHOLE: tl.constexp
             return tl.interleave(root, root)
         else:
             other = load(base, offsets ^ 1, count, WHOLE).to(w.dtype)
-            tl.debug_barrier()  # another thread's scalar, which may be written in place: first all are read
+            tl.debug_barrier()  # it is another thread's scalar and may be written in place: read all of them first
             return sqrt(w * w + other * other)
     else:
         return tl.abs(w)

@@ -1,6 +1,6 @@
-"""What lies on a device for the kernels of a call: tables of addresses, and small numbers.
+"""What kernels read on a device besides the tensors of a call: tables of addresses, and scalars.
 
-Both are sent without waiting, and only when they are not there yet: what the last calls used is kept.
+Both are copied without waiting, and only if they are not there yet: what recent calls used is kept.
 """
 
 import ctypes
@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .traversal import CHUNK, HEADER
+from .multi_tensor_apply import CHUNK, HEADER
 
 _ALIGNMENT = 16
-_ROOM = 8 << 20  # bytes that captures may take: a table needs 8 for every chunk, and some for every tensor
-_TABLES = 64  # tables kept on devices; a training step uses about three
-_NUMBERS = 64  # sets of numbers kept on devices; a training step uses about three
+_ROOM = 8 << 20  # bytes set aside for captures: a table needs 8 per chunk, and a few more per tensor
+_MOST_TABLES = 64  # kept on devices; a training step uses about three
+_MOST_SCALARS = 64  # sets of scalars kept on devices; a training step uses about three
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class Table:
 
 
 _tables: OrderedDict[Any, Table] = OrderedDict()
-_numbers: OrderedDict[Any, list[Tensor]] = OrderedDict()
+_scalars: OrderedDict[Any, list[Tensor]] = OrderedDict()
 _captured: list[Any] = []  # what a CUDA graph reads at every replay must never be freed
-_spare: list[Tensor] = []  # pinned memory for captures, during which none should be allocated
+_spare: list[Tensor] = []  # pinned memory for captures, during which nothing should be allocated
 
 
 def _capturing(device: torch.device) -> bool:
@@ -43,7 +43,7 @@ def _stream(device: torch.device) -> int:
 
 
 def _upload(host: Tensor, device: torch.device) -> Tensor:
-    """A copy that the host does not wait for; torch keeps the pinned memory until it is done."""
+    """Starts a copy without waiting for it; torch keeps the pinned memory alive until it is done."""
     if device.type == "cpu":
         return host
     if not _capturing(device):
@@ -61,7 +61,7 @@ def _upload(host: Tensor, device: torch.device) -> Tensor:
 
 
 def _keep(kept: OrderedDict[Any, Any], most: int, device: torch.device, key: Any, made: Any) -> None:
-    if _capturing(device):  # what was just copied lies in the graph's own memory
+    if _capturing(device):  # what was just copied is in the graph's own memory
         return
     kept[key] = made
     if len(kept) > most:
@@ -79,7 +79,7 @@ def _find(kept: OrderedDict[Any, Any], device: torch.device, key: Any) -> Any:
 
 # --- addresses ------------------------------------------------------------------------------------------------------
 def make_table(lengths: Sequence[int], rows: Sequence[int], indices: Sequence[int], slots: Sequence[Any]) -> Tensor:
-    """One record for each tensor, then for each chunk the number of its tensor; see .traversal."""
+    """One record per tensor, then the index of its tensor for every chunk; see .multi_tensor_apply."""
     length, row, index, addresses = (torch.tensor(x, device="cpu") for x in (lengths, rows, indices, slots))
     chunks = (length + (CHUNK.value - 1)) // CHUNK.value
     aligned = (addresses % _ALIGNMENT == 0).all(0)
@@ -90,43 +90,42 @@ def make_table(lengths: Sequence[int], rows: Sequence[int], indices: Sequence[in
 
 def table(device: torch.device, lengths: tuple[int, ...], rows: tuple[int, ...], indices: tuple[int, ...],
           slots: tuple[tuple[int, ...], ...]) -> Table:  # fmt: skip
-    """The one of an earlier call with these addresses, or a new one. Another stream would not wait for its copy."""
+    """The table of an earlier call with these addresses on the same stream, or a new one: another stream would not wait
+    for the copy."""
     key = (device, _stream(device), lengths, rows, indices, slots)
     found = _find(_tables, device, key)
     if found is None:
         host = make_table(lengths, rows, indices, slots)
         chunks = host.numel() - len(lengths) * (HEADER.value + len(slots))
         found = Table(_upload(host, device), len(lengths), chunks)
-        _keep(_tables, _TABLES, device, key, found)
+        _keep(_tables, _MOST_TABLES, device, key, found)
     return found
 
 
-# --- numbers --------------------------------------------------------------------------------------------------------
-def _bits(number: Tensor) -> bytes:
-    """Of a contiguous tensor on the CPU, filled up to a multiple of 8."""
-    return ctypes.string_at(number.data_ptr(), number.nbytes) + bytes(-number.nbytes % 8)
+# --- scalars --------------------------------------------------------------------------------------------------------
+def _bits(scalars: Tensor) -> bytes:
+    """Of a contiguous CPU tensor, padded to a multiple of 8 bytes."""
+    return ctypes.string_at(scalars.data_ptr(), scalars.nbytes) + bytes(-scalars.nbytes % 8)
 
 
-def _send(device: torch.device, numbers: Sequence[Tensor]) -> list[Tensor]:
-    """In one copy, unless the same numbers are there already."""
-    bits = [_bits(n) for n in numbers]
-    key = (device, _stream(device), *(n.dtype for n in numbers), *bits)
-    found = _find(_numbers, device, key)
+def _send(device: torch.device, scalars: Sequence[Tensor]) -> list[Tensor]:
+    """In one copy, unless the same values are on the device already."""
+    bits = [_bits(s) for s in scalars]
+    key = (device, _stream(device), *(s.dtype for s in scalars), *bits)
+    found = _find(_scalars, device, key)
     if found is None:
         packed = torch.frombuffer(bytearray(b"".join(bits) or bytes(8)), dtype=torch.uint8)
-        there = _upload(packed, device)
+        sent = _upload(packed, device)
         ends = accumulate(map(len, bits))
-        found = [
-            there[end - len(b) :][: n.nbytes].view(n.dtype) for end, b, n in zip(ends, bits, numbers, strict=True)
-        ]
-        _keep(_numbers, _NUMBERS, device, key, found)
+        found = [sent[end - len(b) :][: s.nbytes].view(s.dtype) for end, b, s in zip(ends, bits, scalars, strict=True)]
+        _keep(_scalars, _MOST_SCALARS, device, key, found)
     return found
 
 
-def on_device(device: torch.device, *numbers: Tensor) -> list[Tensor]:
-    """``numbers``, which are contiguous, as flat tensors on ``device``: to be read there, and never written."""
+def on_device(device: torch.device, *scalars: Tensor) -> list[Tensor]:
+    """Contiguous ``scalars`` as flat tensors on ``device``. They may be shared between calls: never write to them."""
     if device.type == "cpu":
-        return list(numbers)
-    travelling = [n for n in numbers if n.device.type == "cpu"]
-    arrived = iter(_send(device, travelling) if travelling else ())
-    return [next(arrived) if n.device.type == "cpu" else n.to(device, non_blocking=True) for n in numbers]
+        return list(scalars)
+    host = [s for s in scalars if s.device.type == "cpu"]
+    sent = iter(_send(device, host) if host else ())
+    return [next(sent) if s.device.type == "cpu" else s.to(device, non_blocking=True) for s in scalars]

@@ -1,0 +1,63 @@
+"""Lion, from the backup or the master when weights are perturbed (restore folded in): reads w, g, m (and g1 for G-RST),
+writes w, m: 20 bytes per fp32 parameter (24 for G-RST).
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .checks import check_length, check_scalars
+from .multi_tensor_apply import kernel
+from .sam_math import sign
+from .update import launch_update, update
+
+_COLUMNS = tl.constexpr(5)  # lr, beta1, beta2, weight_decay, gamma
+
+
+@triton.jit
+def prepare(row, FLAG: tl.constexpr, V: tl.constexpr):
+    lr, weight_decay = tl.load(row), tl.load(row + 3)
+    one_minus_beta1, one_minus_beta2 = (1 - tl.load(row + 1)).to(V), (1 - tl.load(row + 2)).to(V)
+    return (-lr).to(V), one_minus_beta1, one_minus_beta2, (1 - lr * weight_decay).to(V)
+
+
+@triton.jit
+def step(prepared, w, g, state, FLAG: tl.constexpr):
+    """Lion (Chen et al. 2023, arXiv 2302.06675, algorithm 2)."""
+    minus_lr, one_minus_beta1, one_minus_beta2, decay = prepared
+    change = g - state[0]
+    c = tl.fma(one_minus_beta1, change, state[0])
+    m = tl.fma(one_minus_beta2, change, state[0])
+    return tl.fma(minus_lr, sign(c), decay * w), (m,)
+
+
+@kernel
+def lion_step_kernel(
+    table, tensors, hyperparams, maximize_sign, grad_scale, found_inf, FLAG: tl.constexpr, T: tl.constexpr,
+    STATE: tl.constexpr, V: tl.constexpr, SLOTS: tl.constexpr, STATES: tl.constexpr, MIXING: tl.constexpr,
+    MASTER: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    update(prepare, step, _COLUMNS, table, tensors, hyperparams, maximize_sign, grad_scale, found_inf, FLAG, T, STATE,
+           V, SLOTS, STATES, MIXING, MASTER, BLOCK, TAIL)  # fmt: skip
+
+
+@torch.no_grad()
+def restore_lion_step_(
+    params: Sequence[Tensor], grads: Sequence[Tensor], backups: Sequence[Tensor], first_grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor], masters: Sequence[Tensor], hyper: Tensor, group_sizes: Sequence[int], maximize: bool,
+    grad_scale: Tensor | None, found_inf: Tensor | None,
+) -> None:  # fmt: skip
+    op = "restore_lion_step_"
+    check_scalars(op, "hyper", hyper, torch.float64, _COLUMNS.value * len(group_sizes))
+    check_length(op, "exp_avgs", exp_avgs, params)
+    launch_update(
+        op, lion_step_kernel, params, grads, backups, first_grads, {"exp_avgs": exp_avgs}, masters, hyper, group_sizes,
+        maximize, grad_scale, found_inf,
+    )  # fmt: skip
+
+
+def lion_step_(params: Sequence[Tensor], grads: Sequence[Tensor], *args: object) -> None:
+    restore_lion_step_(params, grads, [], [], *args)  # type: ignore[arg-type]

@@ -1,0 +1,121 @@
+"""What the updates of all base optimizers share: the kernel around a rule, and the launch of such a kernel.
+
+A rule is two functions. ``PREPARE(row, FLAG, V)`` reads its row of hyperparameters and returns the tuple that
+``STEP(prepared, w, g, state, FLAG)`` takes, which returns the new w and the new state. Weights are read from the backup
+or the master where they are perturbed, so that the restore is part of the update.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .checks import Operand, check_length, check_masters, check_scalars
+from .device_cache import on_device
+from .launch_groups import launch, launch_groups, validate
+from .multi_tensor_apply import ROW, address, load, locate, store
+from .sam_math import mix
+
+_PARAM, _SOURCE, _GRAD, _FIRST_GRAD, _STATE = (tl.constexpr(i) for i in range(5))  # state tensors come last
+
+
+@triton.jit
+def _update_block(
+    param, source, grad, first_grad, state, at, count, prepared, grad_multiplier, gamma, one_minus_gamma, skipped,
+    STEP: tl.constexpr, FLAG: tl.constexpr, T: tl.constexpr, STATE: tl.constexpr, V: tl.constexpr,
+    STATES: tl.constexpr, MIXING: tl.constexpr, MASTER: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    kept = load(source, at, count, WHOLE)
+    w, g = kept.to(V), load(grad, at, count, WHOLE).to(V)
+    if MIXING:
+        g = mix(gamma, one_minus_gamma, load(first_grad, at, count, WHOLE).to(V), g)
+    old = ()
+    for s in tl.static_range(STATES):
+        old = old + (load(state[s], at, count, WHOLE).to(V),)
+    updated, new = STEP(prepared, w, grad_multiplier * g, old, FLAG)
+    if not skipped:
+        for s in tl.static_range(STATES):
+            store(state[s], at, count, new[s].to(STATE), WHOLE)
+        if MASTER:
+            store(source, at, count, updated.to(STATE), WHOLE)
+    store(param, at, count, tl.where(skipped, kept.to(T), updated.to(T)), WHOLE)
+
+
+@triton.jit
+def update(
+    PREPARE: tl.constexpr, STEP: tl.constexpr, COLUMNS: tl.constexpr, table, tensors, hyperparams, maximize_sign,
+    grad_scale, found_inf, FLAG: tl.constexpr, T: tl.constexpr, STATE: tl.constexpr, V: tl.constexpr,
+    SLOTS: tl.constexpr, STATES: tl.constexpr, MIXING: tl.constexpr, MASTER: tl.constexpr, BLOCK: tl.constexpr,
+    TAIL: tl.constexpr,
+):  # fmt: skip
+    """The body of a rule's kernel. Rows have ``COLUMNS`` hyperparameters, the last of which is gamma."""
+    record, begin, count, whole = locate(table, tensors, SLOTS, BLOCK)
+    param, source = address(record, _PARAM, begin, T), address(record, _SOURCE, begin, STATE)
+    grad, first_grad = address(record, _GRAD, begin, T), address(record, _FIRST_GRAD, begin, T)
+    state = ()
+    for s in tl.static_range(STATES):
+        state = state + (address(record, _STATE + s, begin, STATE),)
+    row = hyperparams + tl.load(record + ROW) * COLUMNS
+    prepared = PREPARE(row, FLAG, V)
+    gamma = tl.load(row + COLUMNS - 1)
+    one_minus_gamma, gamma = (1 - gamma).to(V), gamma.to(V)
+    grad_multiplier = (maximize_sign / tl.load(grad_scale).to(tl.float64)).to(V)
+    skipped = tl.load(found_inf) != 0
+    for at in range(0, whole, BLOCK):
+        _update_block(param, source, grad, first_grad, state, at + tl.arange(0, BLOCK), count, prepared,
+                      grad_multiplier, gamma, one_minus_gamma, skipped, STEP, FLAG, T, STATE, V, STATES, MIXING,
+                      MASTER, True)  # fmt: skip
+    for at in range(whole, count, TAIL):
+        _update_block(param, source, grad, first_grad, state, at + tl.arange(0, TAIL), count, prepared,
+                      grad_multiplier, gamma, one_minus_gamma, skipped, STEP, FLAG, T, STATE, V, STATES, MIXING,
+                      MASTER, False)  # fmt: skip
+
+
+# --- host -----------------------------------------------------------------------------------------------------------
+_NEUTRAL = (
+    ("grad_scale", torch.ones(1, dtype=torch.float32, device="cpu")),
+    ("found_inf", torch.zeros(1, dtype=torch.float32, device="cpu")),
+)
+
+
+def scaling(op: str, grad_scale: Tensor | None, found_inf: Tensor | None) -> list[Tensor]:
+    """Both as tensors: 1 and 0 where AMP is not used."""
+    scalars = []
+    for (name, neutral), given in zip(_NEUTRAL, (grad_scale, found_inf), strict=True):
+        if given is not None:
+            check_scalars(op, name, given, torch.float32, 1)
+        scalars.append(neutral if given is None else given)
+    return scalars
+
+
+def launch_update(
+    op: str, kernel: Any, params: Sequence[Tensor], grads: Sequence[Tensor], backups: Sequence[Tensor],
+    first_grads: Sequence[Tensor], state: dict[str, Sequence[Tensor]], masters: Sequence[Tensor], hyperparams: Tensor,
+    group_sizes: Sequence[int], maximize: bool, grad_scale: Tensor | None, found_inf: Tensor | None,
+    flag: bool = False,
+) -> None:  # fmt: skip
+    """Runs the kernel of a rule. An empty list of ``state`` is a tensor that this variant of the rule lacks."""
+    check_length(op, "grads", grads, params)
+    check_masters(op, masters, params)
+    amp = scaling(op, grad_scale, found_inf)
+    wide = torch.float32 if masters else None
+    if masters:
+        source = Operand("masters", masters, written=True, dtype=wide)
+    else:
+        source = Operand("backups", backups) if backups else Operand("params", params)
+    operands = [
+        Operand("params", params, written=True, read=False), source, Operand("grads", grads),
+        Operand("first_grads", first_grads),
+        *(Operand(name, tensors, written=True, dtype=wide) for name, tensors in state.items()),
+    ]  # fmt: skip
+    call = validate(op, operands, group_sizes)
+    for group in launch_groups(call, operands):
+        scalars = on_device(group.device, hyperparams, *amp)
+        launch(
+            kernel, group, scalars[0], -1 if maximize else 1, *scalars[1:], V=group.arithmetic, FLAG=flag,
+            SLOTS=len(operands), STATES=sum(map(bool, state.values())), MIXING=bool(first_grads),
+            MASTER=bool(masters), wide_state=bool(masters),
+        )  # fmt: skip
