@@ -1,6 +1,6 @@
 // A launch plan: the chunk table of one optimizer, kept between steps. It is a cache: each call compares every tensor
-// that a kernel is going to read or write with what the table says, and runs the kernels: no lists are boxed. It decides
-// nothing about a step, and where a step stands it reads from, and writes to, the optimizer's StepState.
+// that a kernel is going to read or write with what the table says, and runs the kernels: no lists are boxed. It
+// decides nothing about a step, and where a step stands it reads from, and writes to, the optimizer's StepState.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -145,10 +145,10 @@ class Plan {
   py::list hyperparams_kept_;                                // references that keep the values alive
   int64_t hyperparams_version_ = 0;
   std::vector<Entry> entries_;
-  std::vector<int64_t> shapes_;          // of all entries, side by side, since every step reads them
-  std::vector<TensorRef> tensors_;       // parameters, then masters, backups and states
-  std::vector<ExpectedLayout> layouts_;  // of these
-  std::vector<TensorWords> words_, grad_words_;  // of these, and of the gradients
+  std::vector<int64_t> shapes_;                 // of all entries, side by side, since every step reads them
+  std::vector<TensorRef> tensors_;              // parameters, then masters, backups and states
+  std::vector<ExpectedLayout> layouts_;         // of these
+  std::vector<KnownWords> words_, grad_words_;  // of these, and of the gradients
   int64_t masters_end_ = 0, backups_end_ = 0;
   std::vector<TensorRef> idle_tensors_, counters_;
   std::vector<int64_t> row_groups_;
@@ -165,6 +165,8 @@ class Plan {
 };
 
 void connect(py::object core);
+// To be told of changes of dicts, where Python can tell.
+void watch_dicts();
 const CoreApi& core();
 // Whether plans can work with this torch and this Python.
 bool can_plan();

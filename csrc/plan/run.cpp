@@ -69,8 +69,8 @@ FirstGrads::FirstGrads(int64_t slots, py::list params) : id(++last_id), slots(sl
 
 py::dict FirstGrads::by_parameter() const {
   py::dict found;
-  const py::list grads = py::module_::import("torch").attr("ops").attr("rst_fused").attr("_tensors_in_slots")(
-      static_cast<int64_t>(slots));
+  const py::list grads =
+      py::module_::import("torch").attr("ops").attr("rst_fused").attr("_tensors_in_slots")(static_cast<int64_t>(slots));
   for (size_t i = 0; i < params.size(); ++i) found[params[i]] = grads[i];
   return found;
 }
@@ -126,7 +126,8 @@ bool Plan::first_grads_lost() const {
 bool Plan::update(int rule, const std::vector<std::vector<double>>& rows, bool option, bool maximize, bool restores,
                   bool mixing, double scale, const Addresses& on_device, const py::dict& after) {
   if (rule < 0 || rule >= kRules) throw py::index_error("rule is not the number of a base optimizer");
-  const py::object kept = mixing ? step_state_.attr("first_grads") : py::object();  // until the end, when StepState drops it
+  const py::object kept =
+      mixing ? step_state_.attr("first_grads") : py::object();  // until the end, when StepState drops it
   FirstGrads* const first = mixing ? first_grads_in(kept) : nullptr;
   if ((mixing && first == nullptr) || !collect(true, restores, first) || first_grads_lost()) return false;
   std::vector<double> hyperparams;

@@ -52,8 +52,8 @@ int find_first_word() {
     return torch.attr("empty")(py::make_tuple(7, 11, 13), py::arg("dtype") = torch.attr(dtype));
   };
   const py::object base = make("float32"), wide = make("float64");
-  const py::object view = torch.attr("empty")(2000).attr("as_strided")(
-      py::make_tuple(7, 11, 13), py::make_tuple(143, 13, 1), 5);
+  const py::object view =
+      torch.attr("empty")(2000).attr("as_strided")(py::make_tuple(7, 11, 13), py::make_tuple(143, 13, 1), 5);
   const py::object negated = base.attr("_neg_view")();
   const Words words = words_of(base);
   const uint64_t sizes[] = {3, 7, 11, 13}, strides[] = {143, 13, 1};

@@ -41,8 +41,10 @@ inline bool equal(const int64_t* a, const int64_t* b, int ndim) {
 // they are is found out when the package is loaded (plan/tensor_words.cpp); a torch that keeps them elsewhere is asked.
 constexpr int kWords = 15;
 struct TensorWords {
-  uint64_t words[kWords];  // the first is the number of dimensions; 0 in all of them: not known
+  uint64_t words[kWords];  // the first is the number of dimensions
 };
+// Tensors that agree in all words share them, so that those of a model stay in the cache. Null: not known.
+using KnownWords = const TensorWords*;
 
 // What kernels were told about a tensor. `shape`: sizes, then strides.
 struct ExpectedLayout {
@@ -54,8 +56,8 @@ struct ExpectedLayout {
   const int64_t* sizes() const { return shape; }
   const int64_t* strides() const { return shape + ndim; }
   bool fits(const TensorFacts& t) const {
-    return t.data == data && t.dtype == dtype && t.device == device && t.ndim == ndim && equal(t.sizes, sizes(), ndim) &&
-           equal(t.strides, strides(), ndim);
+    return t.data == data && t.dtype == dtype && t.device == device && t.ndim == ndim &&
+           equal(t.sizes, sizes(), ndim) && equal(t.strides, strides(), ndim);
   }
 };
 
@@ -85,14 +87,14 @@ struct CoreApi {
   void (*set_first_word)(int first_word);
   // Whether tensors [begin, end) are what `layouts` says. `words`: theirs at the last call.
   bool (*in_place)(const TensorRef* tensors, int64_t begin, int64_t end, const ExpectedLayout* layouts,
-                   TensorWords* words);
+                   KnownWords* words);
   // Reads the gradients of the first `count` tensors. False if a tensor is not in place, if a gradient is missing or is
   // not an ordinary strided tensor, or if `seen` returns false. `grads` receives their handles; it must hold those of
   // the last call, or null. `grad_words`: those of the gradients at the last call.
-  bool (*read_grads)(const TensorRef* tensors, int64_t count, const ExpectedLayout* layouts, TensorWords* words,
-                     void** grads, TensorWords* grad_words, SeenGrad* seen, void* context);
-  bool (*has_grads)(const TensorRef* tensors, int64_t count);    // whether any of them has one
-  void (*clear_grads)(void* const* grads, int64_t count);        // p.grad = None, for `grads` from read_grads
+  bool (*read_grads)(const TensorRef* tensors, int64_t count, const ExpectedLayout* layouts, KnownWords* words,
+                     void** grads, KnownWords* grad_words, SeenGrad* seen, void* context);
+  bool (*has_grads)(const TensorRef* tensors, int64_t count);      // whether any of them has one
+  void (*clear_grads)(void* const* grads, int64_t count);          // p.grad = None, for `grads` from read_grads
   void (*bump_versions)(const TensorRef* tensors, int64_t count);  // tells autograd that they change
 
   // Slots keep gradients alive: a list that is made once costs no allocation later. fill_slots takes as many gradients

@@ -3,6 +3,8 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
+#include <deque>
 #include <mutex>
 #include <unordered_set>
 
@@ -19,18 +21,26 @@ constexpr uint64_t kMostDimensions = 5;  // of those that a TensorImpl holds its
 
 const uint64_t* words_of(AtenTensorHandle tensor) { return static_cast<const uint64_t*>(impl_of(tensor)) + first_word; }
 
-bool same_words(AtenTensorHandle tensor, const TensorWords& known) {
-  if (first_word == 0 || known.words[kWords - 1] == 0) return false;
+bool same_words(AtenTensorHandle tensor, KnownWords known) {
+  if (known == nullptr) return false;
   const uint64_t* const words = words_of(tensor);
   uint64_t different = 0;
-  for (int i = 0; i < kWords; ++i) different |= words[i] ^ known.words[i];
+  for (int i = 0; i < kWords; ++i) different |= words[i] ^ known->words[i];
   return different == 0;
 }
 
-void note_words(AtenTensorHandle tensor, TensorWords& known) {
-  if (first_word == 0) return;
-  const uint64_t* const words = words_of(tensor);
-  if (words[0] <= kMostDimensions) std::copy(words, words + kWords, known.words);
+// Kept for as long as the process lives: there are as many as models have kinds of tensors.
+KnownWords shared_words(AtenTensorHandle tensor) {
+  if (first_word == 0 || words_of(tensor)[0] > kMostDimensions) return nullptr;
+  static std::mutex lock;
+  static std::deque<TensorWords> all;
+  const std::lock_guard<std::mutex> locked(lock);
+  const auto same = [&](const TensorWords& known) { return same_words(tensor, &known); };
+  const auto found = std::find_if(all.begin(), all.end(), same);
+  if (found != all.end()) return &*found;
+  all.emplace_back();
+  std::copy_n(words_of(tensor), kWords, all.back().words);
+  return &all.back();
 }
 
 void* data_of(AtenTensorHandle tensor) {
@@ -39,23 +49,23 @@ void* data_of(AtenTensorHandle tensor) {
   return data;
 }
 
-bool is_in_place(const TensorRef& tensor, const ExpectedLayout& layout, TensorWords& words) {
+bool is_in_place(const TensorRef& tensor, const ExpectedLayout& layout, KnownWords& words) {
   const AtenTensorHandle handle = handle_of(tensor);
   if (same_words(handle, words)) return data_of(handle) == layout.data;
   TensorFacts facts;
   if (!read_facts(handle, facts) || !layout.fits(facts)) return false;
-  note_words(handle, words);
+  words = shared_words(handle);
   return true;
 }
 
-bool is_seen(AtenTensorHandle grad, TensorWords& words, SeenGrad* seen, void* context, int64_t index) {
+bool is_seen(AtenTensorHandle grad, KnownWords& words, SeenGrad* seen, void* context, int64_t index) {
   if (same_words(grad, words)) {
     void* const data = data_of(grad);  // null in a storage that was freed, and without elements
     if (data != nullptr) return seen(context, index, data, nullptr);
   }
   TensorFacts facts;
   if (!read_facts(grad, facts) || !seen(context, index, facts.data, &facts)) return false;
-  note_words(grad, words);
+  words = shared_words(grad);
   return true;
 }
 
@@ -128,15 +138,15 @@ bool facts_of(void* handle, TensorFacts& facts) { return read_facts(static_cast<
 
 void set_first_word(int word) { first_word = word; }
 
-bool read_grads(const TensorRef* tensors, int64_t count, const ExpectedLayout* layouts, TensorWords* words,
-                void** grads, TensorWords* grad_words, SeenGrad* seen, void* context) {
+bool read_grads(const TensorRef* tensors, int64_t count, const ExpectedLayout* layouts, KnownWords* words, void** grads,
+                KnownWords* grad_words, SeenGrad* seen, void* context) {
   const auto grad = [&](int64_t i) { return static_cast<AtenTensorHandle>(grads[i]); };
   bool fine = true;
   visit(
       0, count,
       [&](int64_t i) {
-        fine = fine && is_in_place(tensors[i], layouts[i], words[i]) &&
-               is_seen(grad(i), grad_words[i], seen, context, i);
+        fine =
+            fine && is_in_place(tensors[i], layouts[i], words[i]) && is_seen(grad(i), grad_words[i], seen, context, i);
       },
       [&](int64_t i) {
         prefetch_tensor(tensors[i]);
@@ -162,12 +172,11 @@ bool read_grads(const TensorRef* tensors, int64_t count, const ExpectedLayout* l
   return fine;
 }
 
-bool in_place(const TensorRef* tensors, int64_t begin, int64_t end, const ExpectedLayout* layouts, TensorWords* words) {
+bool in_place(const TensorRef* tensors, int64_t begin, int64_t end, const ExpectedLayout* layouts, KnownWords* words) {
   bool fine = true;
   visit(
       begin, end, [&](int64_t i) { fine = fine && is_in_place(tensors[i], layouts[i], words[i]); },
-      [&](int64_t i) { prefetch_tensor(tensors[i]); },
-      [&](int64_t i) { prefetch_storage(handle_of(tensors[i])); });
+      [&](int64_t i) { prefetch_tensor(tensors[i]); }, [&](int64_t i) { prefetch_storage(handle_of(tensors[i])); });
   return fine;
 }
 

@@ -7,9 +7,9 @@ namespace rst {
 
 bool facts_of(void* handle, TensorFacts& facts);
 void set_first_word(int first_word);
-bool in_place(const TensorRef* tensors, int64_t begin, int64_t end, const ExpectedLayout* layouts, TensorWords* words);
-bool read_grads(const TensorRef* tensors, int64_t count, const ExpectedLayout* layouts, TensorWords* words,
-                void** grads, TensorWords* grad_words, SeenGrad* seen, void* context);
+bool in_place(const TensorRef* tensors, int64_t begin, int64_t end, const ExpectedLayout* layouts, KnownWords* words);
+bool read_grads(const TensorRef* tensors, int64_t count, const ExpectedLayout* layouts, KnownWords* words, void** grads,
+                KnownWords* grad_words, SeenGrad* seen, void* context);
 bool has_grads(const TensorRef* tensors, int64_t count);
 void clear_grads(void* const* grads, int64_t count);
 void bump_versions(const TensorRef* tensors, int64_t count);

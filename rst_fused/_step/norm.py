@@ -19,6 +19,6 @@ def combine_norms(devices: Sequence[DeviceState]) -> None:
     home = devices[0].stats
     norms = torch.stack([device.stats[0].to(home.device) for device in devices])
     home[3] -= home[2]  # this norm counts once, below, and not as that of one device
-    reference.leave_norm(home, torch.linalg.vector_norm(norms))
+    reference.finish_norm(home, torch.linalg.vector_norm(norms))
     for device in devices[1:]:
         device.stats.copy_(home)

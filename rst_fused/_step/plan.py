@@ -73,6 +73,7 @@ class PlanCache:
         cached, state = self._cached, opt._step_state
         if cached.rho is None:
             validation.check_rho(opt)
+            validation.check_hyperparams(opt)
             cached.rho = _floats([row[0] for row in rho_rows(self._columns)])
             if cached.rho is None:
                 return False
