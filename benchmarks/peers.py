@@ -237,7 +237,7 @@ class Ours(Competitor):
             "w": [p.detach() for p in self.params],
             "g": self.grads(),
             "m": [optimizer.state[p]["momentum_buffer"] for p in self.params],
-            "backup": [optimizer._backups[p] for p in self.params],
+            "backup": [optimizer._step_state.backups[p] for p in self.params],
         }
 
 

@@ -205,7 +205,7 @@ def _announced(backend: Backend, device: torch.device) -> Backend:
     return backend
 
 
-def host() -> Any:
+def plan_extension() -> Any:
     """The torch-free helper module, or None where the extension is not built."""
     return _plan_ext
 

@@ -1,4 +1,4 @@
-"""Running statistics belong to the first pass alone: the second one runs at weights that are not the model's."""
+"""Buffers, such as running statistics, belong to the first pass alone: the second one runs at perturbed weights."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
+
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def check_model(model: Any) -> None:
@@ -22,7 +24,7 @@ def freeze_batch_norm(model: torch.nn.Module | None) -> Iterator[None]:
     """Inside, forward passes leave the running statistics of ``model`` alone (num_batches_tracked too).
 
     Normalization itself is unchanged: layers in training mode use the statistics of the batch. Covers BatchNorm,
-    SyncBatchNorm and InstanceNorm. None does nothing; what is no module raises TypeError.
+    SyncBatchNorm and InstanceNorm. None does nothing; what is not a module raises TypeError.
     """
     check_model(model)
     tracking = [] if model is None else [
@@ -41,3 +43,27 @@ def freeze_batch_norm(model: torch.nn.Module | None) -> Iterator[None]:
             module.track_running_stats = True
         for module, mean, var in hidden:
             module.running_mean, module.running_var = mean, var
+
+
+@contextmanager
+def keep_buffers(model: torch.nn.Module | None) -> Iterator[None]:
+    """Afterwards every buffer of ``model`` is what it was before: the same tensor with the same bits.
+
+    For what a forward pass writes: power iterations of spectral_norm, codebooks, a user's own statistics. Copies all
+    buffers but those that freeze_batch_norm leaves alone. None does nothing; what is not a module raises TypeError.
+    """
+    check_model(model)
+    kept = [
+        (module._buffers, name, buffer, buffer.detach().clone())
+        for module in ([] if model is None else model.modules())
+        for name, buffer in module._buffers.items()
+        if buffer is not None and not (isinstance(module, _NormBase) and name in _STATISTICS)
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffers, name, buffer, value in kept:
+                if buffers.get(name) is not buffer:
+                    buffers[name] = buffer
+                buffer.copy_(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,20 +12,20 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.optim import Optimizer
 
-from rst_fused import _amp, _engine, _preconditions, _saving
-from rst_fused._backends import backend_for
+from rst_fused._backends import Backend, backend_for
 from rst_fused._checks import as_flag, as_integer, check_number, required_params
-from rst_fused._core import Core
-from rst_fused._draws import draw_at
-from rst_fused._hooks import with_hooks
-from rst_fused._places import Place, device_of, settle
-from rst_fused._plan import Plans
-from rst_fused._rules import Group, rule_for
-from rst_fused._run import Run
-from rst_fused.batch_norm import check_model, freeze_batch_norm
+from rst_fused._step import amp, columns, outside_of_graphs, step, validation
+from rst_fused._step import state_dict as saving
+from rst_fused._step.devices import DeviceState, device_of, device_states_for
+from rst_fused._step.hooks import with_hooks
+from rst_fused._step.plan import PlanCache
+from rst_fused._step.rules import Group, Rule, rule_for
+from rst_fused._step.state import StepState
+from rst_fused._step.trials import RandomizedTrials
+from rst_fused.batch_norm import check_model, freeze_batch_norm, keep_buffers
 
 
-class RST(Core):
+class RST(RandomizedTrials):
     """Randomized Sharpness-Aware Training around SGD, Adam, AdamW or any torch optimizer.
 
     At step t a trial with probability p(t) decides between a base step and a SAM step::
@@ -40,11 +41,12 @@ class RST(Core):
     Arguments:
         params: parameters or groups as for torch.optim; a group may set its own rho, lr and so on. May be None when
             ``base`` is an optimizer instance. They may lie on several devices: the norm is over all.
-        base: "sgd", "adam", "adamw" (fused: restore, mixing and update are one pass), or a torch.optim.Optimizer,
-            whose param_groups are then shared. That one's own step() runs inside this one's, so hooks that torch calls
-            for every optimizer hear of both; those registered on one hear of it alone. Hyperparameters of a named base
-            (lr, momentum, betas, weight_decay, maximize, ...) are keyword arguments with the meaning and defaults of
-            torch.optim.
+        base: "sgd", "adam", "adamw", "lion" (fused: restore, mixing and update are one pass), or a
+            torch.optim.Optimizer, whose param_groups are then shared. That one's own step() runs inside this one's, so
+            hooks that torch calls for every optimizer are called for both; those registered on one, for it alone.
+            Hyperparameters of a named base (lr, momentum, betas, weight_decay, amsgrad, maximize, ...) are keyword
+            arguments with the meaning and defaults of torch.optim. Lion (Chen et al. 2023, arXiv 2302.06675): lr 1e-4,
+            betas (0.9, 0.99), decoupled weight_decay 0.
         rho: radius of the perturbation, >= 0, per group.
         schedule: p, or a callable step -> p in [0, 1] (see rst_fused.schedule).
         gamma: weight of the second gradient: a number, a callable step -> gamma (asked at every step, base steps too),
@@ -52,7 +54,8 @@ class RST(Core):
         adaptive: ASAM (Kwon et al. 2021): e = rho T^2 g1 / ||T g1||, T = |w| + eta.
         seed: of the draws and of stochastic rounding, 0 <= seed < 2^63.
         backend: "auto", "cuda", "cpu", "triton" or "reference" (see rst_fused._backends).
-        model: its BatchNorm statistics are left alone by the second pass of step(closure) and within second_pass().
+        model: the second pass of step(closure) and what runs within second_pass() leave its buffers (BatchNorm
+            statistics and all others) as the first pass left them.
         master_weights: keep fp32 copies of bfloat16/float16 parameters in the state and update those, with fp32 buffers
             and no backup. The next step overwrites what others write into such parameters.
         stochastic_rounding: round w + e stochastically where w is bfloat16/float16: e is smaller than their spacing,
@@ -60,11 +63,11 @@ class RST(Core):
 
     Errors: ValueError or TypeError names the argument, what was given and what was expected, before anything changes.
 
-    Memory, in bytes per fp32 parameter beside weights and gradients: a backup 4, momentum 4 (Adam 8), and for G-RST the
-    first gradient 4 between the passes. Traffic: see rst_fused.ops.
+    Memory, in bytes per fp32 parameter beside weights and gradients: a backup 4, momentum 4 (Lion 4, Adam 8, amsgrad
+    12), and for G-RST the first gradient 4 between the passes. Traffic: see rst_fused.ops.
     """
 
-    _step_supports_amp_scaling = True  # to torch.amp.GradScaler: see rst_fused._amp
+    _step_supports_amp_scaling = True  # to torch.amp.GradScaler: see rst_fused._step.amp
 
     def __init__(
         self,
@@ -83,30 +86,27 @@ class RST(Core):
         stochastic_rounding: bool = True,
         **hyper: Any,
     ) -> None:
-        self.base = base if isinstance(base, Optimizer) else None
-        self.rule = None if self.base is not None else rule_for(base)
+        self.base: Optimizer | None = base if isinstance(base, Optimizer) else None  # the instance given as base, or
+        self.rule: Rule | None = None if self.base is not None else rule_for(base)  # the rule of the fused one
         check_number("rho", rho, 0)
         check_number("eta", eta, 0)
-        self._matches = False
-        self.schedule = schedule
-        self.gamma = gamma
+        self._set_trials(schedule, gamma)
         self.adaptive, self.eta = as_flag("adaptive", adaptive), float(eta)
         self.seed = as_integer("seed", seed, 0, 2**63 - 1)
         self.master_weights = as_flag("master_weights", master_weights)
         self.stochastic_rounding = as_flag("stochastic_rounding", stochastic_rounding)
         check_model(model)
         self.requested_backend, self._model = backend, model
-        self._rounds = False  # whether any parameter is bfloat16 or float16, so that stochastic rounding needs rng
-        self._run = Run()
-        self._places: list[Place] = []
-        self._constructed = False
-        self._reset()
+        self._devices: list[DeviceState] = []  # at least one; that of the first parameter leads
+        self._constructed = False  # whether groups that are added are compared with those that are there
+        self._reset(StepState())
         if self.rule is not None:
             super().__init__(required_params(params), {**self._hyper(hyper), "rho": rho})
-            _preconditions.check_apart(_preconditions.tensors_of(self.param_groups), [])
+            validation.check_apart(validation.tensors_of(self.param_groups), [])
         else:
             self._share(params, hyper, rho)
         self._constructed = True
+        outside_of_graphs.prepare(step=inspect.unwrap(RST.step), perturb=RST.perturb)
 
     # --- construction -----------------------------------------------------------------------------------------------
     def _hyper(self, hyper: Group) -> Group:
@@ -124,7 +124,7 @@ class RST(Core):
             raise TypeError(f"{sorted(hyper)} given beside an optimizer instance as base: set them there")
         if self.master_weights:
             raise ValueError("master_weights=True with an optimizer as base: only 'sgd', 'adam' and 'adamw' keep them")
-        _preconditions.check_base_instance(self.base, params)
+        validation.check_base_instance(self.base, params)
         # Copies, so that an error leaves the groups of the base as they are.
         super().__init__([{**group} for group in self.base.param_groups], {**self.base.defaults, "rho": rho})
         self._adopt()
@@ -137,12 +137,10 @@ class RST(Core):
         for group in self.param_groups:
             group.setdefault("rho", self.defaults["rho"])
 
-    def _reset(self) -> None:
-        """What is never saved: backups, launch plans, and the notes of a step under way."""
-        self._backups: dict[Tensor, Tensor] = {}
-        self._perturbed: dict[Tensor, bool] = {}
-        self._plans = Plans()
-        self._run = Run(self.steps, self.sam_steps)
+    def _reset(self, step_state: StepState) -> None:
+        """Nothing of a step under way is ever saved: neither backups nor launch plans."""
+        self._step_state = step_state
+        self._plans = PlanCache()
 
     def add_param_group(self, param_group: Group) -> None:
         """Adds a group as torch.optim does; checks its hyperparameters, dtypes and layouts first."""
@@ -151,25 +149,24 @@ class RST(Core):
         check_number("rho", group["rho"], 0)
         if self.rule is not None:
             self.rule.check(group)
-            _preconditions.check_options(param_group)
+            validation.check_options(param_group)
         params = param_group["params"]
         if isinstance(params, set):
             raise TypeError("params is a set: expected ordered collections, since state is saved by position")
         params = [params] if isinstance(params, Tensor) else list(params)
-        tensors = _preconditions.tensors_of(params)
-        _preconditions.check_params(tensors)
+        tensors = validation.tensors_of(params)
+        validation.check_params(tensors)
         if self._constructed:
-            _preconditions.check_apart(tensors, _preconditions.tensors_of(self.param_groups))
+            validation.check_apart(tensors, validation.tensors_of(self.param_groups))
         for device in {device_of(p) for p in tensors if isinstance(p, Tensor)}:
             backend_for(self.requested_backend, device)  # which says what is wrong before anything changes
-        self._rounds = self._rounds or any(getattr(p, "dtype", None) in _preconditions.SIXTEEN_BIT for p in tensors)
         param_group["params"] = params
         if self.base is not None and self.param_groups is self.base.param_groups:
             self.base.add_param_group(param_group)
             self._adopt()
         else:
             super().add_param_group(param_group)
-        self._places = settle(self._places, self.param_groups, self.requested_backend, self.seed)
+        self._devices = device_states_for(self._devices, self.param_groups, self.requested_backend, self.seed)
 
     # --- the step ---------------------------------------------------------------------------------------------------
     def draw(self) -> bool:
@@ -178,116 +175,95 @@ class RST(Core):
         Raises for numbers in the param_groups that perturb() and step() would refuse: compiled ones cannot look.
         """
         self._adopt()
-        _preconditions.check_rho(self)
-        _preconditions.check_base(self)
+        validation.check_rho(self)
+        validation.check_hyperparams(self)
         self._opt_called = True  # to LR schedulers, which would warn: a compiled step cannot say that it was called
         drawn = self._draw()
-        if self._rounds and not self.capturing:
-            for place in self._places:  # for compiled steps and CUDA graphs, which cannot note the step themselves
-                place.rng[1] = self._run.steps
+        if not self.capturing:
+            for device in self._devices:  # for compiled steps and CUDA graphs, which cannot note the step themselves
+                device.rng[1] = self._step_state.steps
         return drawn
-
-    def _draw(self) -> bool:
-        run = self._run
-        run.count()
-        t = run.steps
-        if run.drawn_at != t:
-            run.drawn = draw_at(self.seed, t, self.schedule(t))
-            gamma = self.gamma
-            if callable(gamma):
-                gamma = gamma(t)
-                check_number(f"gamma({t})", gamma, 0)
-            run.gamma = float(gamma)
-            run.mixes = run.gamma != 1.0
-            run.drawn_at = -1 if self.capturing else t
-        return run.drawn
 
     def perturb(self, fire: bool | None = None) -> bool:
         """After the first backward: draws, and if it fires moves the weights to w + e and returns True.
 
         The gradients are consumed: p.grad is None afterwards (kept inside for G-RST). A zero or non-finite gradient
-        norm gives e = 0. ``fire`` overrides the draw; under torch.compile pass ``fire=opt.draw()``, evaluated outside.
-        Raises RuntimeError if already perturbed, or for gradients that are sparse or of another dtype.
+        norm gives e = 0. ``fire`` overrides the draw. Under torch.compile pass ``fire=opt.draw()``, evaluated outside:
+        without it there is a graph break, which fullgraph=True refuses. Raises RuntimeError if already perturbed, or
+        for gradients that are sparse, of another dtype, or without memory of their own.
         """
+        if is_compiling():
+            return self._perturb_in_graph(fire)
         self._refuse_while_perturbed("perturb")
         if self.base is not None:
             self._adopt()
-        compiling = is_compiling()
-        if compiling:
-            if fire is None:
-                raise RuntimeError("perturb() under torch.compile: pass fire=opt.draw(), evaluated outside the graph")
-        else:
-            drawn = self._draw()
-            fire = drawn if fire is None else bool(fire)
+        drawn = self._draw()
+        fire = drawn if fire is None else bool(fire)
         if not fire:
             return False
-        run = self._run  # after the draw: a schedule is the user's, and may have loaded a state
-        run.perturbed = True
-        run.mixing = run.mixes
-        if compiling:
-            _engine.perturb(self)
-            return True
-        run.captured = capturing = self.capturing
+        state = self._step_state  # after the draw: a schedule is the user's, and may have loaded a state
+        state.perturbed = True
+        state.mixing = state.mixes
         try:
-            # In a graph, random bits and hyperparameters on the GPU must stay there, which those of a plan do not.
-            if capturing or not self._plans.perturb(self):
-                _preconditions.check_grads(self)
-                _engine.perturb(self)
+            step.perturb(self)
         except BaseException:
             self.restore()
             raise
         return True
 
-    @with_hooks
+    def _perturb_in_graph(self, fire: bool | None) -> Any:
+        if fire is None:
+            return outside_of_graphs.call["perturb"](self)
+        self._refuse_while_perturbed("perturb")
+        if not fire:
+            return False
+        state = self._step_state
+        state.perturbed = True
+        state.mixing = state.mixes
+        step.perturb(self, compiling=True)
+        return True
+
+    def _step_in_graph(self, closure: Callable[[], Any] | None = None) -> Any:
+        state = self._step_state
+        if state.finished or closure is not None or state.holds_first_grads_elsewhere():
+            return outside_of_graphs.call["step"](self, closure)
+        step.update(self, compiling=True)
+        return None
+
+    @with_hooks(in_graph=_step_in_graph)
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Restores the weights if they are perturbed, and applies the base optimizer to them, in one pass.
 
         closure: zeroes gradients, runs forward and backward and returns the loss; called once, or twice when the draw
         fires. The first loss is returned. Without a closure the gradients in p.grad are used: those of the second pass
-        after a perturb() that returned True.
+        after a perturb() that returned True. An exception, an interrupt too, leaves weights, state and counters all as
+        before the update or all as after it.
         """
-        run = self._run
         if closure is not None:
             self._refuse_while_perturbed("step(closure)")
-            _amp.check_closure(self)
-        if is_compiling():
-            if run.finished or closure is not None:
-                raise RuntimeError("step() under torch.compile: no closure, and opt.draw() outside before every step")
-            _engine.update(self)
-            run.finish()
-            return None
-        capturing = self.capturing
-        if run.perturbed and run.captured != capturing:
+            amp.check_closure(self)
+        state = self._step_state
+        if state.perturbed and state.captured != self.capturing:
             raise RuntimeError("perturb() and step() must both be inside the capture of a CUDA graph, or both outside")
         try:  # around everything: an interrupt may strike anywhere
             loss = None if closure is None else self._passes(closure)
-            run.count()
             if self.base is not None:
                 self._adopt()
-                if run.mixing:
-                    _preconditions.check_grads(self)
-                    _preconditions.check_grads_apart(self)
-                self._plans.hand_over(self)
-                _engine.check_kept(self)
-                _engine.restore(self, run.mixing)
-                _amp.step_base(self)
-            elif capturing or not self._plans.update(self):
-                _preconditions.check_grads(self)
-                _engine.update(self)
-            run.finish(counts=not capturing)
+            step.update(self)
         except BaseException as error:
             self.restore()
-            _amp.forget(self)
-            _preconditions.explain(error)
+            amp.forget(self)
+            validation.explain(error)
             raise
         return loss
 
     def replayed(self, sam: bool) -> None:
         """Counts a step that a CUDA graph took; ``sam``: the graph of a SAM step. Capturing counts nothing."""
         self._refuse_while_perturbed("replayed")
-        self._run.count()
-        self._run.perturbed = bool(sam)
-        self._run.finish()
+        state = self._step_state
+        state.count()
+        state.perturbed = bool(sam)
+        state.become(state.after_step())
 
     def _passes(self, closure: Callable[[], Any]) -> Any:
         with torch.enable_grad():
@@ -299,53 +275,56 @@ class RST(Core):
 
     @contextmanager
     def second_pass(self, model: torch.nn.Module | None = None) -> Iterator[None]:
-        """Around the second forward and backward: BatchNorm statistics stay; on any exception the weights come back.
+        """Around the second forward and backward: the buffers of a model stay; on any exception the weights come back.
 
-        model: whose statistics; without one, those of the model given to the constructor, if any.
+        model: whose buffers, BatchNorm statistics among them; without one, those of the model given to the constructor,
+        if any.
         """
+        model = self._model if model is None else model
         try:
-            with freeze_batch_norm(self._model if model is None else model):
+            with freeze_batch_norm(model), keep_buffers(model):
                 yield
         except BaseException as error:
             self.restore()
-            _preconditions.explain(error)
+            validation.explain(error)
             raise
 
     def restore(self) -> None:
         """Abandons a perturbation: the weights are bit for bit those before perturb(). No update, no step counted."""
-        if self._run.captured:  # backups were not written
-            _engine.forget(self, list(self._perturbed))
-        else:
-            self._plans.restore(self)
-            _engine.restore(self)
-        self._run.perturbed = self._run.mixing = self._run.captured = False
+        step.restore(self)
 
     def _init_group(self, group: Group, *args: Any) -> None:
-        _engine.init_group(self, group, *args)
+        """Dynamo looks for this name; see rst_fused._step.columns.init_group."""
+        columns.init_group(self, group, *args)
 
     def _refuse_while_perturbed(self, what: str) -> None:
-        if self._run.perturbed:
+        if self._step_state.perturbed:
             raise RuntimeError(
                 f"{what} while the weights are perturbed: call step() after the second backward, or restore() to undo"
             )
 
-    # --- what it cost -----------------------------------------------------------------------------------------------
+    # --- where it stands --------------------------------------------------------------------------------------------
     @property
-    def cost(self) -> float:
-        """Mean forward-backward pairs per step so far: 1 + sam_steps / steps."""
-        return 1.0 + (self.sam_steps / self.steps if self.steps else 0.0)
+    def backend(self) -> Backend:
+        """What serves the parameters; where they are on several devices, those on the device of the first one."""
+        return self._devices[0].backend
 
     @property
     def last_grad_norm(self) -> float:
         """||g1|| (ASAM: ||T g1||) of the last SAM step, NaN before the first. Waits for the device."""
-        return float(self._places[0].stats[0])
+        return float(self._devices[0].stats[0])
+
+    @property
+    def non_finite_norms(self) -> int:
+        """SAM steps so far whose gradient norm was not finite, so that nothing was perturbed. Waits for the device."""
+        return int(self._devices[0].stats[3])
 
     # --- saving -----------------------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim; the counters travel in the param_groups. Raises RuntimeError while perturbed."""
         self._refuse_while_perturbed("state_dict")
         self._adopt()
-        return _saving.completed(self, super().state_dict())
+        return saving.completed(self, super().state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resumes bit-exactly. Also takes the state of the torch.optim optimizer that the base is named after."""
@@ -355,39 +334,40 @@ class RST(Core):
         given: list[dict[str, Any]] = []  # what the pre-hooks make of state_dict
 
         def receive(_: Optimizer, state: dict[str, Any]) -> None:
-            _saving.check(self, state)
+            saving.check(self, state)
             given.append(state)
 
         handle = self.register_load_state_dict_pre_hook(receive)
         try:
             super().load_state_dict(state_dict)
+            if self.base is not None:
+                self.base.load_state_dict(given[0])
         finally:
             handle.remove()
-        if self.base is not None:
-            self.base.load_state_dict(given[0])
-            self.param_groups, self.state = self.base.param_groups, self.base.state
-        else:
-            _saving.keep_dtypes(self, given[0])
+            self._adopt()  # the groups and the state of the base, whether it took the new ones or not
+        if self.rule is not None:
+            saving.adapt(self, given[0])
         for group, rho in zip(self.param_groups, rhos, strict=True):
             group.setdefault("rho", rho)
-        _saving.take_counters(self)
-        self._reset()
+        saving.take_counters(self)
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_while_perturbed("pickling or copying")
-        return _saving.for_pickle(self)
+        return saving.for_pickle(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "requested_backend" in state:  # unpickled or copied, rather than loading a state_dict
-            self._reset()
+            stats, counts = vars(self).pop("_saved_stats"), vars(self).pop("_saved_counts")
+            self._reset(StepState(*counts))
             self._adopt()
-            self._places = settle([], self.param_groups, self.requested_backend, self.seed)
-            self._places[0].stats.copy_(state["_places"])
+            self._devices = device_states_for([], self.param_groups, self.requested_backend, self.seed)
+            self._devices[0].stats.copy_(stats)
 
     def __repr__(self) -> str:
         base = self.rule.name if self.rule is not None else repr(self.base)
-        backends = (f"{b.name} ({self.requested_backend}: {b.reason})" for b in (p.backend for p in self._places))
+        used = [device.backend for device in self._devices]
+        backends = (f"{b.name} ({self.requested_backend}: {b.reason})" for b in used)
         return (
             f"{type(self).__name__}(base={base}, schedule={self.schedule!r}, gamma={self.gamma!r}, "
             f"adaptive={self.adaptive}, seed={self.seed}, backend={' and '.join(dict.fromkeys(backends))}, "

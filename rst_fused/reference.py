@@ -6,7 +6,9 @@ dtype of the tensors given (in float32 for bfloat16 and float16), so float64 inp
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from itertools import starmap
 from typing import Any
 
 import torch
@@ -143,13 +145,21 @@ def _wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-def _write(to: Tensor, value: Tensor, kept: Tensor | None = None, keep: Tensor | None = None) -> None:
-    """to <- value; where ``keep`` holds, the bits of ``kept`` instead (a NaN's payload does not survive float32)."""
+def _result(
+    to: Tensor, value: Tensor, kept: Tensor | None = None, keep: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """What is to be copied where, for to <- value; where ``keep`` holds, the bits of ``kept`` instead (a NaN's payload
+    does not survive float32)."""
     if to.is_complex():
         to, kept = torch.view_as_real(to), None if kept is None else torch.view_as_real(kept)
     if kept is not None and keep is not None:
         value = torch.where(keep, kept.to(to.dtype), value.to(to.dtype))
-    to.copy_(value)
+    return to, value
+
+
+def _write(results: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """All of them within one C call, which no interrupt parts."""
+    deque(starmap(Tensor.copy_, results), maxlen=0)
 
 
 def _magnitude(w: Tensor) -> Tensor:
@@ -177,10 +187,10 @@ def grad_norm(stats: Tensor, grads: Sequence[Tensor], params: Sequence[Tensor], 
         else:
             terms = squared_norm(g)
         total = total + terms.sum().to(stats.device)
-    leave_norm(stats, total.sqrt())
+    finish_norm(stats, total.sqrt())
 
 
-def leave_norm(stats: Tensor, norm: Tensor) -> None:
+def finish_norm(stats: Tensor, norm: Tensor) -> None:
     """Fills stats, as rst_fused._schemas has it, for a norm that was found."""
     finite = norm.isfinite()
     stats[0] = norm
@@ -217,7 +227,7 @@ def perturb_(
             moved = perturb(w, g, scale)
         if stochastic and p.dtype in (torch.bfloat16, torch.float16):
             moved = stochastic_round(moved.float(), random_bits(rng, first_index + i, element_positions(p)), p.dtype)
-        _write(p, moved, p, scale == 0)  # 0 * inf would be NaN
+        _write([_result(p, moved, p, scale == 0)])  # 0 * inf would be NaN
 
 
 @torch.no_grad()
@@ -234,7 +244,7 @@ def restore_(
         p.copy_(saved)
     if first_grads:
         for i, row in enumerate(_rows(group_sizes)):
-            _write(grads[i], mix(_wide(first_grads[i]), _wide(grads[i]), gamma[row]))
+            _write([_result(grads[i], mix(_wide(first_grads[i]), _wide(grads[i]), gamma[row]))])
 
 
 def _update(
@@ -253,9 +263,11 @@ def _update(
 ) -> None:
     """Applies ``formula``(w, g, state, hyperparameters without gamma, row) to every parameter.
 
-    Weights are those before the perturbation. Where ``found_inf`` is not 0, they are only restored.
+    Weights are those before the perturbation. Where ``found_inf`` is not 0, they are only restored. All results are
+    there before the first is written, so an interrupt leaves weights and state all as before or all as after.
     """
     sources = masters or backups or params
+    results = []
     for i, row in enumerate(_rows(group_sizes)):
         *numbers, gamma = hyper[row].unbind()
         w, g = _wide(sources[i]), _wide(grads[i])
@@ -266,11 +278,11 @@ def _update(
         state = [tensors[i] for tensors in state_lists if tensors]
         updated, new_state = formula(w, -g if maximize else g, tuple(map(_wide, state)), numbers, row)
         skip = None if found_inf is None else (found_inf != 0).to(w.device)
-        for old, new in zip(state, new_state, strict=True):
-            _write(old, new, old, skip)
+        results += [_result(old, new, old, skip) for old, new in zip(state, new_state, strict=True)]
         if masters:
-            _write(masters[i], updated, masters[i], skip)
-        _write(params[i], updated, sources[i], skip)
+            results.append(_result(masters[i], updated, masters[i], skip))
+        results.append(_result(params[i], updated, sources[i], skip))
+    _write(results)
 
 
 @torch.no_grad()

@@ -10,14 +10,10 @@ import torch
 from torch.optim import Optimizer
 
 from rst_fused._checks import required_params
-from rst_fused._rules import rule_for
+from rst_fused._step.rules import RULES
 from rst_fused.optimizer import RST
 
-_FUSED: dict[type[Optimizer], str] = {
-    torch.optim.SGD: "sgd",
-    torch.optim.Adam: "adam",
-    torch.optim.AdamW: "adamw",
-}
+_FUSED = {getattr(torch.optim, rule.twin): rule for rule in RULES.values() if rule.twin is not None}
 _OWN = ("eta", "seed", "backend", "model", "master_weights", "stochastic_rounding")  # of RST, not of the base
 
 
@@ -27,7 +23,7 @@ class SAM(RST):
     Takes the arguments of RST except schedule and gamma, and offers first_step / second_step beside step(closure) and
     perturb / step. ``base`` (or ``base_optimizer``) may also be an optimizer class, whose arguments are then keyword
     arguments: torch.optim.SGD, Adam and AdamW become the fused "sgd", "adam" and "adamw" unless an option is asked for
-    that those lack (foreach, fused, amsgrad, ...); repr() shows which. The closure of step(closure) runs twice and does
+    that those lack (foreach, fused, ...); repr() shows which. The closure of step(closure) runs twice and does
     the first forward and backward too: no loss.backward() before it.
     """
 
@@ -65,7 +61,7 @@ class SAM(RST):
 
     def second_step(self, zero_grad: bool = False) -> None:
         """Restores the weights and applies the base optimizer with the gradients of the second pass."""
-        if not self._run.perturbed:
+        if not self._step_state.perturbed:
             raise RuntimeError("second_step before first_step: call first_step after the first backward")
         self.step()
         if zero_grad:
@@ -79,11 +75,11 @@ def _from_class(
     own = {name: kwargs.pop(name) for name in _OWN if name in kwargs}
     params = [params] if isinstance(params, torch.Tensor) else list(params)
     if kind in _FUSED:
-        taken = rule_for(_FUSED[kind]).defaults
+        taken = _FUSED[kind].defaults
         lacking = inspect.signature(kind).parameters.keys() - taken.keys() - {"params"}
         asked = [kwargs, *(group for group in params if isinstance(group, dict))]
         if kwargs.keys() <= taken.keys() | lacking and not any(
             group.get(name) is not None and group[name] is not False for group in asked for name in lacking
         ):
-            return _FUSED[kind], params, {**own, **{name: kwargs[name] for name in kwargs if name in taken}}
+            return _FUSED[kind].name, params, {**own, **{name: kwargs[name] for name in kwargs if name in taken}}
     return kind(params, **kwargs), None, own

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import gpu_simulator
+import paths
 import pytest
 import torch
 
@@ -29,3 +31,11 @@ def simulator(kernels: gpu_simulator.Simulator, monkeypatch: pytest.MonkeyPatch)
     """Backend "simulated", for the time of a test."""
     with gpu_simulator.simulated(kernels, monkeypatch):
         yield kernels
+
+
+@pytest.fixture
+def served_by(executor: str) -> Iterator[str]:
+    """The backend of one of paths.EXECUTORS. Launch plans are off in its test where that says so."""
+    name, _, how = executor.partition(" ")
+    with paths.no_plans() if how == "ops" else nullcontext():
+        yield name

@@ -43,21 +43,24 @@ static void simulate_gpu(py::object callback, bool scalars_on_device) {
 }
 
 // nullptr before construction and after destruction.
-static Plan* made_plan(PyObject* self) {
+template <class T>
+static T* constructed(PyObject* self) {
   const auto held = reinterpret_cast<py::detail::instance*>(self)->get_value_and_holder();
-  return held.holder_constructed() ? held.value_ptr<Plan>() : nullptr;
+  return held.holder_constructed() ? held.value_ptr<T>() : nullptr;
 }
 
-static void collect_garbage_of_plans(PyHeapTypeObject* heap_type) {
+// Takes part in Python's garbage collection.
+template <class T>
+static void collect_garbage(PyHeapTypeObject* heap_type) {
   PyTypeObject& type = heap_type->ht_type;
   type.tp_flags |= Py_TPFLAGS_HAVE_GC;
   type.tp_traverse = [](PyObject* self, visitproc visit, void* arg) {
     Py_VISIT(Py_TYPE(self));
-    const Plan* plan = made_plan(self);
-    return plan == nullptr ? 0 : plan->visit(visit, arg);
+    const T* object = constructed<T>(self);
+    return object == nullptr ? 0 : object->visit(visit, arg);
   };
   type.tp_clear = [](PyObject* self) {
-    if (Plan* plan = made_plan(self)) plan->clear();
+    if (T* object = constructed<T>(self)) object->clear();
     return 0;
   };
 }
@@ -76,16 +79,17 @@ PYBIND11_MODULE(_plan_ext, m) {
   m.def("simd_levels", &simd_levels);
   m.def("simd_level", [] { return std::string(core().kernels().name); });
   m.def("select_simd", [](const std::string& name) { return core().select_kernels(name.c_str()); }, py::arg("name"));
-  py::class_<Plan>(m, "Plan", py::custom_type_setup(collect_garbage_of_plans))
-      .def(py::init<bool, py::list, py::list, py::list, std::vector<int64_t>, int64_t, int64_t, int64_t,
-                    const Plan::Positions&, const std::vector<Plan::Positions>&, const Plan::Positions&, py::dict>(),
-           py::arg("gpu"), py::arg("groups"), py::arg("everything"), py::arg("active"), py::arg("sizes"),
-           py::arg("handle"), py::arg("watched"), py::arg("idle"), py::arg("masters"), py::arg("states"),
-           py::arg("backups"), py::arg("state"))
+  py::class_<FirstGrads>(m, "FirstGrads", py::custom_type_setup(collect_garbage<FirstGrads>))
+      .def("by_parameter", &FirstGrads::by_parameter);
+  py::class_<Plan>(m, "Plan", py::custom_type_setup(collect_garbage<Plan>))
+      .def(py::init<bool, py::list, py::list, py::list, py::list, std::vector<int64_t>, py::list, std::vector<py::list>,
+                    py::list, py::list, std::vector<int64_t>, py::dict, py::object>(),
+           py::arg("gpu"), py::arg("groups"), py::arg("everything"), py::arg("active"), py::arg("idle"),
+           py::arg("sizes"), py::arg("masters"), py::arg("states"), py::arg("backups"), py::arg("steps"),
+           py::arg("row_groups"), py::arg("state"), py::arg("step_state"))
       .def("poll", &Plan::poll)
       .def("perturb", &Plan::perturb)
       .def("update", &Plan::update)
       .def("restore", &Plan::restore)
-      .def("hand_over", &Plan::hand_over)
-      .def_property_readonly("perturbed", &Plan::perturbed);
+      .def("first_grads_of", &Plan::first_grads_of);
 }

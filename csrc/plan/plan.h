@@ -1,5 +1,6 @@
-// A launch plan: the chunk table of one optimizer, kept between steps. A call reads the gradient of every parameter,
-// checks that all addresses, shapes and dtypes are those of the table, and runs the kernels: no lists are boxed.
+// A launch plan: the chunk table of one optimizer, kept between steps. It is a cache: each call compares every tensor
+// that a kernel is going to read or write with what the table says, and runs the kernels: no lists are boxed. It
+// decides nothing about a step, and where a step stands it reads from, and writes to, the optimizer's StepState.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -15,13 +16,13 @@ namespace rst {
 
 namespace py = pybind11;
 
-// A list of tensors that _C holds, by its handle; 0 for none.
-class TensorListHandle {
+// A list of tensors that _C keeps, by its handle; 0 for none.
+class Slots {
  public:
-  explicit TensorListHandle(int64_t handle = 0) : handle_(handle) {}
-  TensorListHandle(const TensorListHandle&) = delete;
-  TensorListHandle& operator=(const TensorListHandle&) = delete;
-  ~TensorListHandle() { reset(); }
+  explicit Slots(int64_t handle = 0) : handle_(handle) {}
+  Slots(const Slots&) = delete;
+  Slots& operator=(const Slots&) = delete;
+  ~Slots() { reset(); }
   operator int64_t() const { return handle_; }
   void reset(int64_t handle = 0);
   int64_t release() { return std::exchange(handle_, 0); }
@@ -30,40 +31,49 @@ class TensorListHandle {
   int64_t handle_;
 };
 
+// The gradients of the first pass, for G-RST. StepState has them as long as they are needed.
+struct FirstGrads {
+  FirstGrads(int64_t slots, py::list params);
+  py::dict by_parameter() const;
+  int visit(visitproc visitor, void* arg) const { return visitor(params.ptr(), arg); }
+  void clear() { params = py::list(); }
+
+  const uint64_t id;  // never that of another one
+  Slots slots;
+  py::list params;
+};
+
 class Plan {
  public:
-  using Positions = std::vector<int64_t>;
   // groups: the parameter groups. everything: all parameters in their order. active: those with a gradient, in the
-  // order of the ops; sizes: how many of them share each row of hyperparameters. `handle` holds the tensors of the
-  // plan: active, masters and states, which must stay where they are (`watched` tensors in all), then backups, then
-  // from position `idle` on the parameters without a gradient. masters, states, backups: the position of
-  // each active parameter's companion among them, or -1. `state` is the optimizer's state: a step must find the same
-  // tensors in it. `gpu`: which kernels run.
-  Plan(bool gpu, py::list groups, py::list everything, py::list active, std::vector<int64_t> sizes, int64_t handle,
-       int64_t watched, int64_t idle, const Positions& masters, const std::vector<Positions>& states,
-       const Positions& backups, py::dict state);
+  // order of the ops; idle: the others. sizes: how many active parameters share each row of hyperparameters.
+  // masters, states, backups: the companions of the active parameters, or None. steps: the step counter of each row,
+  // where the rule counts steps; row_groups: the group of each row, by number. state: the optimizer's state, in which
+  // an update must find the same tensors. step_state: its StepState. gpu: which kernels run.
+  Plan(bool gpu, py::list groups, py::list everything, py::list active, py::list idle, std::vector<int64_t> sizes,
+       py::list masters, std::vector<py::list> states, py::list backups, py::list steps,
+       std::vector<int64_t> row_groups, py::dict state, py::object step_state);
 
-  // Compares the parameter groups with the plan. Bit 0: whether they are its groups and still hold its parameters; bit
-  // 1: whether the plan has perturbed them; from bit 2 on a number that changes whenever a hyperparameter may have
-  // changed.
+  // Compares the parameter groups with the plan. Bit 0: whether they are its groups and still hold its parameters; from
+  // bit 1 on a number that changes whenever a hyperparameter may have changed.
   int64_t poll(const py::list& groups);
-  // Norm and perturbation with the current gradients, which are taken out of p.grad, and held by the plan if `keep`.
-  // False, with nothing changed, if anything is not as it was when the plan was made: then make another one.
+
+  // The three phases. False, with nothing changed, if anything is not as it was when the plan was made. `after`: the
+  // fields of StepState that change, in the same call as the weights, so that no interrupt can fall between.
+
+  // Norm and perturbation with the current gradients, which are taken out of p.grad, and kept if `keep`.
   bool perturb(uintptr_t stats, std::vector<double> rho, bool adaptive, double eta, bool stochastic, uint64_t seed,
-               uint64_t step, bool keep);
-  // One update of all parameters by the base optimizer with the number `rule`, restored first if perturbed; false as
-  // above. hyperparams: a row per entry of sizes, with the step count last for rules that count steps. `mixing` uses
-  // the gradients that perturb kept. Gradients are divided by the scale of AMP: by `scale`, or on a GPU by the one at
-  // the first address of `on_device`, with found_inf at the second.
+               uint64_t step, bool keep, const py::dict& after);
+  // One update of all parameters by a rule, counted in their step counters. `restores`: they are perturbed. `mixing`
+  // uses the gradients that perturb kept. Gradients are divided by the scale of AMP: by `scale`, or on a GPU by the one
+  // at the first address of `on_device`, with found_inf at the second.
   using Addresses = std::array<uintptr_t, 2>;  // 0: none
-  bool update(int rule, const std::vector<std::vector<double>>& hyperparams, bool flag, bool maximize, bool mixing,
-              double scale, const Addresses& on_device);
-  bool perturbed() const { return perturbed_; }
-  // Undoes a perturbation. False, with nothing done, if a parameter is no longer where it was.
-  bool restore();
-  // Leaves the rest of a step to the caller: the plan is as before perturb, though the weights are not. Returns a
-  // handle of the gradients that perturb kept, or 0.
-  int64_t hand_over();
+  bool update(int rule, const std::vector<std::vector<double>>& rows, bool option, bool maximize, bool restores,
+              bool mixing, double scale, const Addresses& on_device, const py::dict& after);
+  bool restore(const py::dict& after);
+
+  // Makes first gradients that this plan can use, from one for each active parameter.
+  py::object first_grads_of(const py::dict& by_parameter);
 
   // For Python's garbage collector, which finds cycles such as a group that holds its own scheduler.
   int visit(visitproc visitor, void* arg) const;
@@ -82,67 +92,84 @@ class Plan {
     const int64_t* strides() const { return shape + ndim; }
     int64_t* grad_strides() const { return shape + 2 * ndim; }
   };
-  void add(const Positions& positions, Operand operand);
-  // Reads and validates the gradients, and for an update all state. No Python may run between this and the kernels:
-  // another thread may drop a gradient.
-  bool collect(bool updating);
+  void add_params(const std::vector<int64_t>& sizes);
+  void add(const py::list& tensors, Operand operand);
+  void hold_companions();
+  void watch_state();
+
+  // Reads and compares the gradients, and all other tensors of the call. No Python may run between this and the
+  // kernels: another thread may drop a gradient.
+  bool collect(bool updating, bool restores, const FirstGrads* first);
   bool same_parameters(const py::list& groups) const;
   // Whether every hyperparameter is the object it was at the last poll, and one that cannot change.
   bool same_hyperparams(const py::list& groups);
   template <class Visit>
   void walk_state(Visit visit) const;
   bool same_state();
-  // Whether the master copies, and for an update all state, are where they were.
-  bool companions_in_place(bool updating);
+  bool in_place(int64_t begin, int64_t end);
   // If false, the table may be half renewed: kernels may run only after a call that returned true.
   bool read_grads();
   bool fits(size_t index, const TensorFacts& grad);
   bool none_is_negated();
-  void set_all_layouts();
+  // Whether the rows of a group are at different steps, for the ops would join them otherwise.
+  bool steps_differ() const;
+  float* counter(size_t row) const;
+  void set_all_layouts(const FirstGrads* first);
   // Cuts the table once every tensor has its layout.
   void cut();
-  // Empty slots: those given, or new ones.
-  TensorListHandle taken(TensorListHandle& slots) const;
-  void note_first_grads();
-  void drop_first_grads();
+  py::object first_grads_with(void* const* handles);
+  // Null if they are not those of this plan.
+  FirstGrads* first_grads_in(const py::object& given) const;
+  bool first_grads_in_place(const FirstGrads& first) const;
+  void note_first_grads(const FirstGrads* first);
   // Whether a second gradient was written over the first one.
   bool first_grads_lost() const;
   template <class Run>
   void run(Run run);
+  void become(const py::dict& after);
 
   int64_t count() const { return static_cast<int64_t>(entries_.size()); }
 
   const CoreOps& ops_;
   const bool gpu_;
   int32_t device_ = kOnCpu;
-  TensorListHandle held_;
-  int64_t watched_, idle_, masters_ = 0;
   std::vector<py::object> groups_;
-  py::list everything_, active_;
+  py::list everything_, active_, idle_;
   py::dict state_;
-  py::list kept_;                      // references that keep the state alive
+  py::object step_state_;
+  py::list kept_;                      // references that keep state and counters alive
   std::vector<PyObject*> state_seen_;  // keys and values of the optimizer's state, and the values of each value
   std::vector<std::pair<PyObject*, uint64_t>> state_dicts_;  // and their versions at the last call
+  uint64_t changes_seen_ = 0;                                // of all dicts that plans watch
   std::vector<PyObject*> hyperparams_seen_;                  // names and values of the hyperparameters of all groups
   py::list hyperparams_kept_;                                // references that keep the values alive
   int64_t hyperparams_version_ = 0;
   std::vector<Entry> entries_;
-  std::vector<int64_t> shapes_;          // of all entries, side by side, since every step reads them
-  std::vector<ExpectedLayout> layouts_;  // of all watched tensors
+  std::vector<int64_t> shapes_;                 // of all entries, side by side, since every step reads them
+  std::vector<TensorRef> tensors_;              // parameters, then masters, backups and states
+  std::vector<ExpectedLayout> layouts_;         // of these
+  std::vector<KnownWords> words_, grad_words_;  // of these, and of the gradients
+  int64_t masters_end_ = 0, backups_end_ = 0;
+  std::vector<TensorRef> idle_tensors_, counters_;
+  std::vector<int64_t> row_groups_;
   std::vector<void*> grad_handles_;
-  TensorListHandle slots_;        // for the gradients, while others may run
-  TensorListHandle first_grads_;  // from a perturb that keeps them until the update
-  TensorListHandle first_slots_;  // for the next ones
-  // Copies of the shapes of state: a tensor may free its own when it is resized.
+  Slots companions_;   // masters, backups and states
+  Slots slots_;        // for the gradients, while others may run
+  Slots first_slots_;  // for the next first gradients
+  uint64_t first_grads_id_ = 0;
+  // Copies of the shapes of companions: a tensor may free its own when it is resized.
   std::vector<std::unique_ptr<int64_t[]>> copies_;
   std::vector<std::array<View, kOperands>> views_;
   Table table_;
   bool same_layout_ = true;  // false: tensors of a parameter differ in layout, which GPU kernels do not serve
-  bool perturbed_ = false;
 };
 
 void connect(py::object core);
+// To be told of changes of dicts, where Python can tell.
+void watch_dicts();
 const CoreApi& core();
+// Whether plans can work with this torch and this Python.
 bool can_plan();
+TensorRef tensor_ref(const py::handle& tensor);
 
 }  // namespace rst

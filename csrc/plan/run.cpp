@@ -13,27 +13,34 @@ constexpr int64_t kBrief = 8 << 20;
 // drop them.
 template <class Run>
 void Plan::run(Run run) {
-  core().bump_versions(held_, count());
+  core().bump_versions(tensors_.data(), count());
   if (gpu_ || table_.bytes.back() < kBrief) {  // a launch is brief, and memory stays until the stream is done with it
     run();
     return;
   }
-  struct Slots {  // taken out of the plan: another thread that steps meanwhile needs its own
-    TensorListHandle& home;
-    TensorListHandle mine;
-    ~Slots() {  // with Python's lock again
+  struct Held {  // taken out of the plan: another thread that steps meanwhile needs its own
+    Slots& home;
+    Slots mine;
+    ~Held() {  // with Python's lock again
       core().empty_slots(mine);
       home.reset(mine.release());
     }
-  } slots{slots_, taken(slots_)};
-  core().fill_slots(slots.mine, grad_handles_.data());
+  } held{slots_, Slots(slots_ != 0 ? slots_.release() : core().make_slots(count()))};
+  core().fill_slots(held.mine, grad_handles_.data());
   py::gil_scoped_release unlocked;
   run();
 }
 
+void Plan::become(const py::dict& after) {
+  PyObject *name, *value;
+  for (Py_ssize_t at = 0; PyDict_Next(after.ptr(), &at, &name, &value);) {
+    if (PyObject_SetAttr(step_state_.ptr(), name, value) != 0) throw py::error_already_set();
+  }
+}
+
 bool Plan::perturb(uintptr_t stats, std::vector<double> rho, bool adaptive, double eta, bool stochastic, uint64_t seed,
-                   uint64_t step, bool keep) {
-  if (!collect(false)) return false;
+                   uint64_t step, bool keep, const py::dict& after) {
+  if (!collect(false, false, nullptr)) return false;
   OpParams params;
   params.adaptive = adaptive;
   params.eta = eta;
@@ -41,42 +48,74 @@ bool Plan::perturb(uintptr_t stats, std::vector<double> rho, bool adaptive, doub
   params.seed = seed;
   params.step = step;
   double* stats_data = reinterpret_cast<double*>(stats);
-  TensorListHandle kept;
-  if (keep) {
-    kept.reset(taken(first_slots_).release());
-    core().fill_slots(kept, grad_handles_.data());
-  }
+  py::object kept;
+  if (keep) kept = first_grads_with(grad_handles_.data());
   run([&] {
     ops_.grad_norm(table_, params, stats_data, device_);
     ops_.perturb(table_, params, stats_data, rho.data(), static_cast<int>(rho.size()), device_);
-    perturbed_ = true;
   });
+  become(after);
   if (keep) {
-    first_grads_.reset(kept.release());
-    note_first_grads();
+    step_state_.attr("first_grads") = kept;
+    note_first_grads(kept.cast<FirstGrads*>());
   }
   core().clear_grads(grad_handles_.data(), count());
   return true;
 }
 
-TensorListHandle Plan::taken(TensorListHandle& slots) const {
-  return TensorListHandle(slots != 0 ? slots.release() : core().make_slots(count()));
+static uint64_t last_id = 0;
+
+FirstGrads::FirstGrads(int64_t slots, py::list params) : id(++last_id), slots(slots), params(std::move(params)) {}
+
+py::dict FirstGrads::by_parameter() const {
+  py::dict found;
+  const py::list grads =
+      py::module_::import("torch").attr("ops").attr("rst_fused").attr("_tensors_in_slots")(static_cast<int64_t>(slots));
+  for (size_t i = 0; i < params.size(); ++i) found[params[i]] = grads[i];
+  return found;
+}
+
+py::object Plan::first_grads_of(const py::dict& by_parameter) {
+  std::vector<void*> handles;
+  for (const py::handle& param : active_) handles.push_back(tensor_ref(by_parameter[param]).handle);
+  return first_grads_with(handles.data());
+}
+
+py::object Plan::first_grads_with(void* const* handles) {
+  const int64_t slots = first_slots_ != 0 ? first_slots_.release() : core().make_slots(count());
+  py::object made = py::cast(std::make_unique<FirstGrads>(slots, active_));
+  core().fill_slots(slots, handles);
+  return made;
+}
+
+FirstGrads* Plan::first_grads_in(const py::object& given) const {
+  if (!py::isinstance<FirstGrads>(given)) return nullptr;
+  auto* const first = given.cast<FirstGrads*>();
+  return first->params.is(active_) ? first : nullptr;
+}
+
+bool Plan::first_grads_in_place(const FirstGrads& first) const {
+  for (size_t i = 0; i < entries_.size(); ++i) {
+    const Entry& entry = entries_[i];
+    TensorFacts g;
+    if (!core().facts_of(core().slot(first.slots, static_cast<int64_t>(i)), g) || g.dtype != entry.dtype ||
+        g.device != device_ || g.ndim != entry.ndim || !equal(g.sizes, entry.sizes(), entry.ndim)) {
+      return false;
+    }
+    const bool noted = first.id == first_grads_id_ && !table_.chunks.empty();
+    if (noted && table_.tensors[i].data[kFirstGrad] != g.data) return false;
+  }
+  return true;
 }
 
 // The first gradients are where the table has the gradients, or there are none. Those of the second pass mostly have
 // the same layout, and `fits` sees where they do not. For tensors that are visited by strides the table is rebuilt.
-void Plan::note_first_grads() {
+void Plan::note_first_grads(const FirstGrads* first) {
+  first_grads_id_ = first == nullptr ? 0 : first->id;
   for (Tensor& t : table_.tensors) {
-    t.data[kFirstGrad] = first_grads_ != 0 ? t.data[kGrad] : nullptr;
+    t.data[kFirstGrad] = first != nullptr ? t.data[kGrad] : nullptr;
     if (t.strided()) table_.chunks.clear();
   }
-}
-
-void Plan::drop_first_grads() {
-  if (first_grads_ == 0) return;
-  core().empty_slots(first_grads_);
-  first_slots_.reset(first_grads_.release());
-  note_first_grads();
 }
 
 bool Plan::first_grads_lost() const {
@@ -84,57 +123,59 @@ bool Plan::first_grads_lost() const {
                      [](const Tensor& t) { return t.has(kFirstGrad) && t.data[kFirstGrad] == t.data[kGrad]; });
 }
 
-bool Plan::update(int rule, const std::vector<std::vector<double>>& hyperparams, bool flag, bool maximize, bool mixing,
-                  double scale, const Addresses& on_device) {
+bool Plan::update(int rule, const std::vector<std::vector<double>>& rows, bool option, bool maximize, bool restores,
+                  bool mixing, double scale, const Addresses& on_device, const py::dict& after) {
   if (rule < 0 || rule >= kRules) throw py::index_error("rule is not the number of a base optimizer");
-  std::vector<double> rows;
-  for (const auto& row : hyperparams) {
-    if (static_cast<int>(row.size()) != kRuleInfos[rule].row_size()) {
+  const py::object kept =
+      mixing ? step_state_.attr("first_grads") : py::object();  // until the end, when StepState drops it
+  FirstGrads* const first = mixing ? first_grads_in(kept) : nullptr;
+  if ((mixing && first == nullptr) || !collect(true, restores, first) || first_grads_lost()) return false;
+  std::vector<double> hyperparams;
+  for (size_t row = 0; row < rows.size(); ++row) {
+    hyperparams.insert(hyperparams.end(), rows[row].begin(), rows[row].end());
+    if (!counters_.empty()) hyperparams.push_back(*counter(row) + 1.0);
+    if (hyperparams.size() != (row + 1) * kRuleInfos[rule].row_size()) {
       throw py::value_error("hyperparams do not have the columns of the rule");
     }
-    rows.insert(rows.end(), row.begin(), row.end());
   }
-  if (!collect(true)) return false;
-  if (!mixing) drop_first_grads();
-  if (table_.chunks.empty()) set_all_layouts();
-  if (first_grads_lost()) return false;
   OpParams params;
   params.rule = rule;
-  params.flag = flag;
-  params.hyperparams = rows.data();
+  params.flag = option;
+  params.hyperparams = hyperparams.data();
   params.grad_multiplier = (maximize ? -1 : 1) / scale;
-  params.restoring = perturbed_;
+  params.restoring = restores;
   cuda::DeviceScalars scalars;
   scalars.grad_scale = reinterpret_cast<const float*>(on_device[0]);
   scalars.found_inf = reinterpret_cast<const float*>(on_device[1]);
-  run([&] {
-    ops_.update(table_, params, scalars, device_);
-    perturbed_ = false;
-  });
-  drop_first_grads();
+  run([&] { ops_.update(table_, params, scalars, device_); });
+  for (size_t row = 0; row < counters_.size(); ++row) *counter(row) += 1;
+  core().bump_versions(counters_.data(), static_cast<int64_t>(counters_.size()));
+  become(after);
+  if (first != nullptr) {
+    core().empty_slots(first->slots);
+    first_slots_.reset(first->slots.release());
+    note_first_grads(nullptr);
+  }
   return true;
 }
 
-bool Plan::restore() {
-  if (!perturbed_) return true;
-  if (!core().in_place(held_, 0, count(), layouts_.data()) || !companions_in_place(true)) return false;
+bool Plan::restore(const py::dict& after) {
+  if (!in_place(0, backups_end_) || (masters_end_ > count() && !same_state())) return false;
   for (size_t i = 0; i < entries_.size(); ++i) {  // without the gradients, which may be gone
     View views[kOperands];
     for (Operand operand : {kParam, kBackup, kMaster}) views[operand] = views_[i][operand];
     set_layout(table_.tensors[i], views);
   }
   cut();
-  if (!same_layout_) return false;
-  core().bump_versions(held_, count());
-  ops_.restore(table_, OpParams{}, device_);
-  TensorListHandle dropped(hand_over());
-  return true;
-}
-
-int64_t Plan::hand_over() {
-  perturbed_ = false;
+  const bool served = same_layout_;
+  if (served) {
+    core().bump_versions(tensors_.data(), count());
+    ops_.restore(table_, OpParams{}, device_);
+    become(after);
+  }
   table_.chunks.clear();
-  return first_grads_.release();
+  first_grads_id_ = 0;
+  return served;
 }
 
 }  // namespace rst

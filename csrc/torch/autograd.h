@@ -5,6 +5,8 @@
 
 #include <dlfcn.h>
 
+#include <algorithm>
+
 #include "torch/checks.h"
 #include "torch/plan_api.h"
 
@@ -40,7 +42,7 @@ inline const int32_t strided_layout = aoti_torch_layout_strided();
 inline const int32_t cpu_device = aoti_torch_device_type_cpu();
 inline const int32_t cuda_device = aoti_torch_device_type_cuda();
 
-// False if the tensor is not an ordinary strided tensor of the CPU or a GPU.
+// False if the tensor is not an ordinary strided tensor with memory on the CPU or a GPU.
 inline bool read_facts(AtenTensorHandle tensor, TensorFacts& facts) {
   int32_t layout = 0, device = 0, dtype = 0;
   int64_t ndim = 0;
@@ -52,6 +54,8 @@ inline bool read_facts(AtenTensorHandle tensor, TensorFacts& facts) {
       aoti_torch_get_data_ptr(tensor, &facts.data) != 0) {
     return false;
   }
+  // A wrapper subclass and a storage that was freed have no address, though they have elements.
+  if (facts.data == nullptr && std::find(sizes, sizes + ndim, 0) == sizes + ndim) return false;
   facts.device = kOnCpu;
   if (device == cuda_device && aoti_torch_get_device_index(tensor, &facts.device) != 0) return false;
   facts.dtype = dtype;

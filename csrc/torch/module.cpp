@@ -30,15 +30,17 @@ CoreApi make_api() {
   api.describe = [](int32_t dtype, Tensor& t) {
     return describe(torch::stable::detail::to<ScalarType>(torch::stable::detail::from(dtype)), t);
   };
+  api.set_first_word = &set_first_word;
   api.in_place = &in_place;
-  api.release = &release;
   api.has_autograd_symbols = &has_autograd_symbols;
   api.read_grads = &read_grads;
   api.has_grads = &has_grads;
   api.clear_grads = &clear_grads;
   api.make_slots = &make_slots;
   api.fill_slots = &fill_slots;
+  api.slot = &slot;
   api.empty_slots = &empty_slots;
+  api.release_slots = &release_slots;
   api.bump_versions = &bump_versions;
   api.runnable_kernels = &runnable_kernels;
   api.select_kernels = &select_kernels;

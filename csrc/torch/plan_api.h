@@ -1,5 +1,5 @@
 // What _C (the kernels, behind torch's stable ABI) offers to _plan_ext (launch plans of the eager path): the ops on
-// torch's threads, and lists of tensors with their gradients. Passed as a capsule; both modules are built together.
+// torch's threads, and what plans ask of tensors and gradients. Passed as a capsule; both modules are built together.
 #pragma once
 
 #include "cpu/run.h"
@@ -11,6 +11,14 @@ constexpr const char* kCoreCapsule = "rst_fused._C.core";
 
 constexpr int32_t kOnCpu = -1;
 
+// A tensor as a plan knows it: a place where the pointer to its TensorImpl is, which is what the stable ABI calls a
+// handle. That of a parameter is in the Python object, which may get another TensorImpl at any time
+// (torch.utils.swap_tensors): `impl`, the one it had when the plan was made, then serves prefetching alone.
+struct TensorRef {
+  void* handle;
+  const void* impl;
+};
+
 struct TensorFacts {
   void* data;
   int32_t device;  // the index of a GPU, or kOnCpu
@@ -20,16 +28,6 @@ struct TensorFacts {
   const int64_t* strides;
 };
 
-// Where a tensor is expected to be stored. Strides are compared for the first ndim dimensions; 0: not at all.
-struct ExpectedLayout {
-  void* address;
-  int ndim;
-  const int64_t* strides;
-};
-
-// Called with the gradient of the parameter at `index` while it is in the cache; after false it is not called again.
-using SeenGrad = bool(void* context, int64_t index, const TensorFacts& grad);
-
 // For a handful of dimensions faster than memcmp.
 inline bool equal(const int64_t* a, const int64_t* b, int ndim) {
   for (int d = 0; d < ndim; ++d) {
@@ -37,6 +35,35 @@ inline bool equal(const int64_t* a, const int64_t* b, int ndim) {
   }
   return true;
 }
+
+// The words of a TensorImpl that hold sizes, strides (of up to five dimensions), storage offset, dtype, device and
+// dispatch keys: while they stay the same, so do all of these. Comparing them costs less than a call for each. Where
+// they are is found out when the package is loaded (plan/tensor_words.cpp); a torch that keeps them elsewhere is asked.
+constexpr int kWords = 15;
+struct TensorWords {
+  uint64_t words[kWords];  // the first is the number of dimensions
+};
+// Tensors that agree in all words share them, so that those of a model stay in the cache. Null: not known.
+using KnownWords = const TensorWords*;
+
+// What kernels were told about a tensor. `shape`: sizes, then strides.
+struct ExpectedLayout {
+  void* data;
+  int32_t device, dtype;
+  int ndim;
+  const int64_t* shape;
+
+  const int64_t* sizes() const { return shape; }
+  const int64_t* strides() const { return shape + ndim; }
+  bool fits(const TensorFacts& t) const {
+    return t.data == data && t.dtype == dtype && t.device == device && t.ndim == ndim &&
+           equal(t.sizes, sizes(), ndim) && equal(t.strides, strides(), ndim);
+  }
+};
+
+// Called with the gradient of the parameter at `index` while it is in the cache; after false it is not called again.
+// `facts` is null where they are those of the last call, but for the address.
+using SeenGrad = bool(void* context, int64_t index, void* data, const TensorFacts* facts);
 
 // The ops, on torch's threads or on the current stream of a GPU.
 struct CoreOps {
@@ -52,27 +79,31 @@ struct CoreApi {
   CoreOps cpu;
   const CoreOps* gpu;  // null where the extension was built without CUDA
 
-  // Lists of tensors held by the op rst_fused::_hold, which returns their handle as an integer.
-  bool (*facts_of)(int64_t handle, int64_t index, TensorFacts& facts);
-  bool (*describe)(int32_t torch_dtype, Tensor& tensor);
-  // Whether tensors [begin, end) are stored where `layouts` says.
-  bool (*in_place)(int64_t handle, int64_t begin, int64_t end, const ExpectedLayout* layouts);
-  void (*release)(int64_t handle);
-
   bool (*has_autograd_symbols)();  // whether the functions below can be called
+  // False if the tensor is not an ordinary strided tensor with memory on the CPU or a GPU.
+  bool (*facts_of)(void* handle, TensorFacts& facts);
+  bool (*describe)(int32_t torch_dtype, Tensor& tensor);
+  // Tells where the words of a TensorImpl begin, in words; 0: not known.
+  void (*set_first_word)(int first_word);
+  // Whether tensors [begin, end) are what `layouts` says. `words`: theirs at the last call.
+  bool (*in_place)(const TensorRef* tensors, int64_t begin, int64_t end, const ExpectedLayout* layouts,
+                   KnownWords* words);
   // Reads the gradients of the first `count` tensors. False if a tensor is not in place, if a gradient is missing or is
   // not an ordinary strided tensor, or if `seen` returns false. `grads` receives their handles; it must hold those of
-  // the last call, or null.
-  bool (*read_grads)(int64_t handle, int64_t count, const ExpectedLayout* layouts, void** grads, SeenGrad* seen,
-                     void* context);
-  bool (*has_grads)(int64_t handle, int64_t begin);        // whether any from `begin` on has one
-  void (*clear_grads)(void* const* grads, int64_t count);  // p.grad = None, for `grads` from read_grads
-  // Slots keep gradients alive during a call: a list that is made once costs no allocation later. fill_slots takes as
-  // many gradients as there are slots, none of them null.
+  // the last call, or null. `grad_words`: those of the gradients at the last call.
+  bool (*read_grads)(const TensorRef* tensors, int64_t count, const ExpectedLayout* layouts, KnownWords* words,
+                     void** grads, KnownWords* grad_words, SeenGrad* seen, void* context);
+  bool (*has_grads)(const TensorRef* tensors, int64_t count);      // whether any of them has one
+  void (*clear_grads)(void* const* grads, int64_t count);          // p.grad = None, for `grads` from read_grads
+  void (*bump_versions)(const TensorRef* tensors, int64_t count);  // tells autograd that they change
+
+  // Slots keep gradients alive: a list that is made once costs no allocation later. fill_slots takes as many gradients
+  // as there are slots, none of them null. The op rst_fused::_tensors_in_slots gives them to Python.
   int64_t (*make_slots)(int64_t count);
   void (*fill_slots)(int64_t slots, void* const* grads);
+  void* (*slot)(int64_t slots, int64_t index);
   void (*empty_slots)(int64_t slots);
-  void (*bump_versions)(int64_t handle, int64_t count);  // tells autograd that the first `count` change
+  void (*release_slots)(int64_t slots);
 
   std::vector<const KernelTable*> (*runnable_kernels)();
   bool (*select_kernels)(const char* name);

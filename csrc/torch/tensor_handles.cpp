@@ -3,42 +3,88 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
+#include <deque>
+#include <mutex>
+#include <unordered_set>
+
 #include "torch/autograd.h"
 
 namespace rst {
 
 namespace {
 
-// Tensors that stay the same while the handle lives. Their pointers are stored side by side, since torch's own handles
-// are scattered over memory.
-struct HeldTensors {
-  TensorList tensors;
-  std::vector<const void*> impls;
+AtenTensorHandle handle_of(const TensorRef& tensor) { return static_cast<AtenTensorHandle>(tensor.handle); }
 
-  explicit HeldTensors(TensorList given) : tensors(std::move(given)) {
-    for (const StableTensor& t : tensors) impls.push_back(impl_of(t.get()));
-  }
-  AtenTensorHandle operator[](int64_t i) const { return handle_at(&impls[i]); }
-  int64_t size() const { return static_cast<int64_t>(tensors.size()); }
-};
+int first_word = 0;
+constexpr uint64_t kMostDimensions = 5;  // of those that a TensorImpl holds itself
 
-HeldTensors& held(int64_t handle) { return *reinterpret_cast<HeldTensors*>(handle); }
+const uint64_t* words_of(AtenTensorHandle tensor) { return static_cast<const uint64_t*>(impl_of(tensor)) + first_word; }
 
-int64_t hold(TensorList tensors) { return reinterpret_cast<int64_t>(new HeldTensors(std::move(tensors))); }
-
-TensorList unhold(int64_t handle) {
-  TensorList tensors = std::move(held(handle).tensors);
-  release(handle);
-  return tensors;
+bool same_words(AtenTensorHandle tensor, KnownWords known) {
+  if (known == nullptr) return false;
+  const uint64_t* const words = words_of(tensor);
+  uint64_t different = 0;
+  for (int i = 0; i < kWords; ++i) different |= words[i] ^ known->words[i];
+  return different == 0;
 }
 
-bool is_at(AtenTensorHandle tensor, const ExpectedLayout& layout) {
-  void* address = nullptr;
-  int64_t* strides = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(tensor, &address));
-  if (address != layout.address || layout.ndim == 0) return address == layout.address;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(tensor, &strides));
-  return equal(strides, layout.strides, layout.ndim);
+// Kept for as long as the process lives: there are as many as models have kinds of tensors.
+KnownWords shared_words(AtenTensorHandle tensor) {
+  if (first_word == 0 || words_of(tensor)[0] > kMostDimensions) return nullptr;
+  static std::mutex lock;
+  static std::deque<TensorWords> all;
+  const std::lock_guard<std::mutex> locked(lock);
+  const auto same = [&](const TensorWords& known) { return same_words(tensor, &known); };
+  const auto found = std::find_if(all.begin(), all.end(), same);
+  if (found != all.end()) return &*found;
+  all.emplace_back();
+  std::copy_n(words_of(tensor), kWords, all.back().words);
+  return &all.back();
+}
+
+void* data_of(AtenTensorHandle tensor) {
+  void* data = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(tensor, &data));
+  return data;
+}
+
+bool is_in_place(const TensorRef& tensor, const ExpectedLayout& layout, KnownWords& words) {
+  const AtenTensorHandle handle = handle_of(tensor);
+  if (same_words(handle, words)) return data_of(handle) == layout.data;
+  TensorFacts facts;
+  if (!read_facts(handle, facts) || !layout.fits(facts)) return false;
+  words = shared_words(handle);
+  return true;
+}
+
+bool is_seen(AtenTensorHandle grad, KnownWords& words, SeenGrad* seen, void* context, int64_t index) {
+  if (same_words(grad, words)) {
+    void* const data = data_of(grad);  // null in a storage that was freed, and without elements
+    if (data != nullptr) return seen(context, index, data, nullptr);
+  }
+  TensorFacts facts;
+  if (!read_facts(grad, facts) || !seen(context, index, facts.data, &facts)) return false;
+  words = shared_words(grad);
+  return true;
+}
+
+// Handles of slots come back from Python, so those that exist are known.
+std::mutex slots_lock;
+std::unordered_set<int64_t> all_slots;
+
+TensorList& slots_at(int64_t slots) { return *reinterpret_cast<TensorList*>(slots); }
+
+TensorList tensors_in_slots(int64_t slots) {
+  const std::lock_guard<std::mutex> locked(slots_lock);
+  STD_TORCH_CHECK(all_slots.count(slots) != 0, "rst_fused::_tensors_in_slots: ", slots, " is not a handle of slots");
+  TensorList tensors;
+  for (const StableTensor& tensor : slots_at(slots)) {
+    StableTensor copy;  // of the reference: the slot itself is emptied later
+    TORCH_ERROR_CODE_CHECK(aoti_torch_assign_tensors(tensor.get(), copy.get()));
+    tensors.push_back(std::move(copy));
+  }
+  return tensors;
 }
 
 // The objects that torch keeps for a tensor are scattered over memory, and reading each would wait for it: the tensor,
@@ -57,12 +103,16 @@ void prefetch(const void* object, int bytes = 1) {
 // Guesses, which cost time but no correctness if they are wrong: the size of these objects as far as they are read, and
 // which words of a tensor point to its storage, to what autograd knows about it and to its version counter, in the
 // versions of torch that this is written for.
-void prefetch_tensor(AtenTensorHandle tensor) { prefetch(impl_of(tensor), 0xb0); }
+void prefetch_impl(const void* impl) { prefetch(impl, 0xb0); }
 constexpr int kStorage = 2, kAutograd = 3, kVersion = 5;
 const void* word_of(AtenTensorHandle tensor, int word) {
   return static_cast<const void* const*>(impl_of(tensor))[word];
 }
 void prefetch_storage(AtenTensorHandle tensor) { prefetch(word_of(tensor, kStorage), 0x40); }
+void prefetch_tensor(const TensorRef& tensor) {
+  prefetch(tensor.handle);
+  prefetch_impl(tensor.impl);
+}
 
 // Calls last(i) for every i of [begin, end), and before it each of `steps`, the first one for an i that is furthest
 // ahead.
@@ -84,38 +134,36 @@ void clear(AtenTensorHandle tensor) { TORCH_ERROR_CODE_CHECK(aoti_torch_assign_t
 
 }  // namespace
 
-bool facts_of(int64_t handle, int64_t index, TensorFacts& facts) {
-  return read_facts(held(handle).tensors[index].get(), facts);  // slots too, whose impls change
-}
+bool facts_of(void* handle, TensorFacts& facts) { return read_facts(static_cast<AtenTensorHandle>(handle), facts); }
 
-void release(int64_t handle) { delete &held(handle); }
+void set_first_word(int word) { first_word = word; }
 
-bool read_grads(int64_t handle, int64_t count, const ExpectedLayout* layouts, void** grads, SeenGrad* seen,
-                void* context) {
-  const HeldTensors& list = held(handle);
+bool read_grads(const TensorRef* tensors, int64_t count, const ExpectedLayout* layouts, KnownWords* words, void** grads,
+                KnownWords* grad_words, SeenGrad* seen, void* context) {
   const auto grad = [&](int64_t i) { return static_cast<AtenTensorHandle>(grads[i]); };
   bool fine = true;
   visit(
       0, count,
       [&](int64_t i) {
-        TensorFacts facts;
-        fine = fine && is_at(list[i], layouts[i]) && read_facts(grad(i), facts) && seen(context, i, facts);
+        fine =
+            fine && is_in_place(tensors[i], layouts[i], words[i]) && is_seen(grad(i), grad_words[i], seen, context, i);
       },
       [&](int64_t i) {
-        prefetch_tensor(list[i]);
+        prefetch_tensor(tensors[i]);
         prefetch(grads[i]);  // where p.grad was at the last call
       },
       [&](int64_t i) {
-        prefetch_storage(list[i]);
-        prefetch(word_of(list[i], kAutograd));
-        prefetch(word_of(list[i], kVersion));  // for bump_versions
+        const AtenTensorHandle tensor = handle_of(tensors[i]);
+        prefetch_storage(tensor);
+        prefetch(word_of(tensor, kAutograd));
+        prefetch(word_of(tensor, kVersion));  // for bump_versions
       },
       [&](int64_t i) {
-        grads[i] = grad_of(list[i]);
+        grads[i] = grad_of(handle_of(tensors[i]));
         if (grads[i] == nullptr) {
           fine = false;
         } else {
-          prefetch_tensor(grad(i));
+          prefetch_impl(impl_of(grad(i)));
         }
       },
       [&](int64_t i) {
@@ -124,19 +172,17 @@ bool read_grads(int64_t handle, int64_t count, const ExpectedLayout* layouts, vo
   return fine;
 }
 
-bool in_place(int64_t handle, int64_t begin, int64_t end, const ExpectedLayout* layouts) {
-  const HeldTensors& list = held(handle);
+bool in_place(const TensorRef* tensors, int64_t begin, int64_t end, const ExpectedLayout* layouts, KnownWords* words) {
   bool fine = true;
   visit(
-      begin, end, [&](int64_t i) { fine = fine && is_at(list[i], layouts[i]); },
-      [&](int64_t i) { prefetch_tensor(list[i]); }, [&](int64_t i) { prefetch_storage(list[i]); });
+      begin, end, [&](int64_t i) { fine = fine && is_in_place(tensors[i], layouts[i], words[i]); },
+      [&](int64_t i) { prefetch_tensor(tensors[i]); }, [&](int64_t i) { prefetch_storage(handle_of(tensors[i])); });
   return fine;
 }
 
-bool has_grads(int64_t handle, int64_t begin) {
-  const HeldTensors& list = held(handle);
-  for (int64_t i = begin; i < list.size(); ++i) {
-    if (grad_of(list[i]) != nullptr) return true;
+bool has_grads(const TensorRef* tensors, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    if (grad_of(handle_of(tensors[i])) != nullptr) return true;
   }
   return false;
 }
@@ -148,35 +194,45 @@ void clear_grads(void* const* grads, int64_t count) {
       [&](int64_t i) { prefetch(impl_of(grad(i))); });
 }
 
-// Undefined until they are filled, so only the tensors of their list say what is in them, not its impls.
-int64_t make_slots(int64_t count) { return hold(TensorList(count)); }
+void bump_versions(const TensorRef* tensors, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) torch_bump_version(handle_of(tensors[i]));
+}
+
+int64_t make_slots(int64_t count) {
+  const auto slots = reinterpret_cast<int64_t>(new TensorList(count));
+  const std::lock_guard<std::mutex> locked(slots_lock);
+  all_slots.insert(slots);
+  return slots;
+}
 
 void fill_slots(int64_t slots, void* const* grads) {
   void* const* grad = grads;
-  for (const StableTensor& slot : held(slots).tensors) {
+  for (const StableTensor& slot : slots_at(slots)) {
     TORCH_ERROR_CODE_CHECK(aoti_torch_assign_tensors(static_cast<AtenTensorHandle>(*grad++), slot.get()));
   }
 }
 
+void* slot(int64_t slots, int64_t index) { return slots_at(slots)[index].get(); }
+
 void empty_slots(int64_t slots) {
-  const TensorList& tensors = held(slots).tensors;
+  const TensorList& tensors = slots_at(slots);
   const auto slot = [&](int64_t i) { return tensors[i].get(); };
   visit(
       0, static_cast<int64_t>(tensors.size()), [&](int64_t i) { clear(slot(i)); },
       [&](int64_t i) { prefetch(slot(i)); }, [&](int64_t i) { prefetch(impl_of(slot(i))); });
 }
 
-void bump_versions(int64_t handle, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) torch_bump_version(held(handle)[i]);
+void release_slots(int64_t slots) {
+  {
+    const std::lock_guard<std::mutex> locked(slots_lock);
+    all_slots.erase(slots);
+  }
+  delete &slots_at(slots);
 }
 
-STABLE_TORCH_LIBRARY_FRAGMENT(rst_fused, m) {
-  m.def("_hold(Tensor[] tensors) -> int");
-  m.def("_unhold(int handle) -> Tensor[]");
-}
+STABLE_TORCH_LIBRARY_FRAGMENT(rst_fused, m) { m.def("_tensors_in_slots(int slots) -> Tensor[]"); }
 STABLE_TORCH_LIBRARY_IMPL(rst_fused, CompositeExplicitAutograd, m) {
-  m.impl("_hold", TORCH_BOX(&hold));
-  m.impl("_unhold", TORCH_BOX(&unhold));
+  m.impl("_tensors_in_slots", TORCH_BOX(&tensors_in_slots));
 }
 
 }  // namespace rst

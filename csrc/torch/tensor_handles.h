@@ -1,22 +1,23 @@
-// Lists of tensors that launch plans hold between steps, by handle, and what a plan asks of them at every step. See
-// plan_api.h for what each function promises.
+// What a launch plan asks of tensors and gradients at every step. See plan_api.h for what each function promises.
 #pragma once
 
 #include "torch/plan_api.h"
 
 namespace rst {
 
-bool facts_of(int64_t handle, int64_t index, TensorFacts& facts);
-bool in_place(int64_t handle, int64_t begin, int64_t end, const ExpectedLayout* layouts);
-void release(int64_t handle);
-
-bool read_grads(int64_t handle, int64_t count, const ExpectedLayout* layouts, void** grads, SeenGrad* seen,
-                void* context);
-bool has_grads(int64_t handle, int64_t begin);
+bool facts_of(void* handle, TensorFacts& facts);
+void set_first_word(int first_word);
+bool in_place(const TensorRef* tensors, int64_t begin, int64_t end, const ExpectedLayout* layouts, KnownWords* words);
+bool read_grads(const TensorRef* tensors, int64_t count, const ExpectedLayout* layouts, KnownWords* words, void** grads,
+                KnownWords* grad_words, SeenGrad* seen, void* context);
+bool has_grads(const TensorRef* tensors, int64_t count);
 void clear_grads(void* const* grads, int64_t count);
+void bump_versions(const TensorRef* tensors, int64_t count);
+
 int64_t make_slots(int64_t count);
 void fill_slots(int64_t slots, void* const* grads);
+void* slot(int64_t slots, int64_t index);
 void empty_slots(int64_t slots);
-void bump_versions(int64_t handle, int64_t count);
+void release_slots(int64_t slots);
 
 }  // namespace rst

@@ -169,7 +169,7 @@ def test_parameters_on_the_cpu_and_on_a_gpu(options: dict[str, Any]) -> None:
         opt.restore()
         assert all(torch.equal(p.detach().cpu(), w) for p, w in zip(params, runs[-1], strict=True))
         if devices[1] == "cuda":
-            assert [place.backend.name for place in opt._places] == ["cpu", ON_GPU[0]]
+            assert [place.backend.name for place in opt._devices] == ["cpu", ON_GPU[0]]
     for here, there in zip(*runs, strict=True):
         torch.testing.assert_close(here, there, rtol=1e-12, atol=1e-12)  # the order of the norm's sum differs
 

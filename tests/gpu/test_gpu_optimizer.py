@@ -145,7 +145,7 @@ def test_gradients_that_always_lie_otherwise(simulator: gpu_simulator.Simulator)
         for t in range(4):
             for seed in (t, t):
                 p.grad = torch.randn(8, 8, generator=torch.Generator().manual_seed(seed)).t()
-                if seed == t and not opt._run.perturbed:
+                if seed == t and not opt._step_state.perturbed:
                     assert opt.perturb()
                     if t == 1:  # a second pass that is taken back, and tried again
                         opt.restore()
@@ -183,7 +183,7 @@ def test_a_launch_that_fails_halfway_through_the_perturbation(
 def test_a_model_that_moved_is_named() -> None:
     p = torch.nn.Parameter(torch.randn(5))
     opt = RST([p], lr=0.1)
-    opt._places[0].device = torch.device("meta")  # as if the parameter had been there
+    opt._devices[0].device = torch.device("meta")  # as if the parameter had been there
     p.grad = torch.ones(5)
     with pytest.raises(RuntimeError, match="parameter 0 of group 0 is on cpu, but the optimizer was made for meta"):
         opt.step()

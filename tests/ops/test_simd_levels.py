@@ -17,7 +17,7 @@ from benchmarks.record import cache_bytes as listed_cache_bytes
 from rst_fused import _backends, ops
 from rst_fused._schemas import SCHEMAS
 
-host = _backends.host()
+host = _backends.plan_extension()
 LEVELS = [] if host is None else list(host.simd_levels())
 pytestmark = [
     pytest.mark.skipif(host is None, reason="the extension is not built: there are no SIMD levels"),

@@ -103,7 +103,7 @@ def test_overflow_restores_and_skips(fire: bool, case: str, backend: str) -> Non
     scaler.update()
     assert everything(params, opt) == before
     assert scaler.get_scale() == SCALE / 2
-    assert opt.steps == 4 and not opt._run.perturbed
+    assert opt.steps == 4 and not opt._step_state.perturbed
     scaled_backward(params, 4, scaler)
     scaler.step(opt)
     assert everything(params, opt) != before

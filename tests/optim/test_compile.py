@@ -161,7 +161,7 @@ def test_graphs_hold_one_op_each_and_no_copy_of_a_parameter(base: str, gamma: fl
         _, (code,) = torch._inductor.utils.run_and_get_code(run.perturb, fire) if fire else (None, [""])
         run.gradients()
         _, (update,) = torch._inductor.utils.run_and_get_code(run.update)
-        run.opt._run.count()
+        run.opt._step_state.count()
         return code + update
 
     codes = [compiled(False), compiled(True)]

@@ -282,7 +282,7 @@ def test_gradients_none_in_either_pass(first: Any, second: Any, mode: str, backe
         now = [bits([p]) for p in params]
         changed = {i for i in (0, 1, 3) if now[i] != before[i]}
         assert changed == {0, 1, 3} - set(absent)
-    assert not opt._perturbed and not opt._run.first_grads
+    assert not opt._step_state.saved and not opt._step_state.first_grads
     assert opt.steps == opt.sam_steps == 2
     train(params, opt, 1, 2)
 

@@ -64,7 +64,7 @@ def test_hook_that_raises_between_the_passes(mode: str, backend: str) -> None:
         p.grad = torch.ones_like(p)
     with pytest.raises(KeyError, match="in a hook"):
         opt.step()
-    assert bits(params) == before and not opt._run.perturbed
+    assert bits(params) == before and not opt._step_state.perturbed
     handle.remove()
     opt.step()
     assert bits(params) != before

@@ -14,7 +14,7 @@ from oracle_optimizer import BACKENDS, Problem, bits
 from torch import nn
 
 from rst_fused import RST, ops
-from rst_fused._rules import check_current
+from rst_fused._step.rules import check_current
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -38,7 +38,7 @@ def make(mode: str, backend: str) -> tuple[list[nn.Parameter], RST]:
 
 def everything(params: list[nn.Parameter], opt: RST) -> Any:
     state = [bits([v for _, v in sorted(opt.state.get(p, {}).items()) if v is not None]) for p in params]
-    return bits(params), state, (opt.steps, opt.sam_steps, opt._run.perturbed)
+    return bits(params), state, (opt.steps, opt.sam_steps, opt._step_state.perturbed)
 
 
 def by_closure(params: list[nn.Parameter], opt: RST, t: int) -> None:
@@ -184,22 +184,22 @@ def test_another_schedule_or_gamma_in_mid_run(way: str, backend: str) -> None:
         opt = copy.deepcopy(opt) if way == "copied" else pickle.loads(pickle.dumps(opt))
         params = [p for group in opt.param_groups for p in group["params"]]
     by_phases(params, opt, 0)
-    assert opt._run.gamma == 1.0
+    assert opt._step_state.gamma == 1.0
     opt.schedule = 0.5
     by_phases(params, opt, 1)
-    assert (opt._run.gamma, repr(opt.schedule)) == (2.0, repr(RST(params, schedule=0.5).schedule))
+    assert (opt._step_state.gamma, repr(opt.schedule)) == (2.0, repr(RST(params, schedule=0.5).schedule))
     opt.gamma = 1.5
     opt.schedule = 0.25
     by_phases(params, opt, 2)
-    assert opt._run.gamma == 1.5
+    assert opt._step_state.gamma == 1.5
     opt.gamma = "match"
     by_phases(params, opt, 3)
-    assert opt._run.gamma == 4.0
+    assert opt._step_state.gamma == 4.0
     for name, value, expected in (("schedule", 1.5, r"schedule=1\.5"), ("gamma", "foo", "gamma='foo'")):
         with pytest.raises(ValueError, match=expected):
             setattr(opt, name, value)
     by_phases(params, opt, 4)
-    assert (opt._run.gamma, opt.steps) == (4.0, 5)
+    assert (opt._step_state.gamma, opt.steps) == (4.0, 5)
 
 
 @every_backend

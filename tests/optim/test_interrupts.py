@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from interrupts import Interrupt
 from oracle_optimizer import BACKENDS, Problem, bits
 from torch import nn
 
-import rst_fused
 from rst_fused import RST
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-PACKAGE = str(Path(rst_fused.__file__).parent)
 PROBLEM = Problem([(5,), (3, 4), (0,)], 3)
 CASES: dict[str, dict[str, Any]] = {
     "sgd": {"momentum": 0.9, "lr": 0.05},
@@ -38,30 +35,6 @@ def started(case: str, backend: str) -> tuple[list[nn.Parameter], RST]:
         opt = RST(params, **options)
     opt.step(lambda: PROBLEM.backward(params, 0))
     return params, opt
-
-
-class Interrupt:
-    """Raises KeyboardInterrupt before the package's ``stop``-th line; counts the lines that ran."""
-
-    def __init__(self, stop: int) -> None:
-        self.stop, self.lines = stop, 0
-
-    def __enter__(self) -> Interrupt:
-        self.before = sys.gettrace()
-        sys.settrace(self.trace)
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        sys.settrace(self.before)
-
-    def trace(self, frame: Any, event: str, _: Any) -> Any:
-        if not frame.f_code.co_filename.startswith(PACKAGE):
-            return None
-        if event == "line":
-            self.lines += 1
-            if self.lines == self.stop:
-                raise KeyboardInterrupt
-        return self.trace
 
 
 def second_step(params: list[nn.Parameter], opt: RST, form: str, stop: int) -> tuple[int, bool]:
@@ -97,7 +70,7 @@ def test_interrupt_at_every_line(case: str, form: str, backend: str) -> None:
         where = f"line {stop} of {count}"
         assert not ended, where
         assert all(b in pair for b, pair in zip(bits(params), allowed, strict=True)), where
-        assert not opt._run.perturbed, where
+        assert not opt._step_state.perturbed, where
         opt.zero_grad()
         opt.step(lambda params=params: PROBLEM.backward(params, 2))
         assert all(p.isfinite().all() for p in params), where

@@ -12,7 +12,6 @@ from oracle_optimizer import BACKENDS, Oracle, Problem, arrays, bits
 from torch import nn
 
 from rst_fused import RST, SAM
-from rst_fused._plan import Plans
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 STEPS = 100
@@ -171,7 +170,7 @@ def test_master_weights_against_the_oracle(
         assert master.dtype == torch.float32
         assert np.abs(arrays([master])[0] - w).max(initial=0) < (1e-5 if base == "sgd" else 1e-4)
         assert torch.equal(p.detach(), master.to(dtype))
-    assert not opt._backups  # masters take the place of backups
+    assert not opt._step_state.backups  # masters take the place of backups
 
 
 # --- p = 0 is the base optimizer ------------------------------------------------------------------------------------
@@ -334,7 +333,7 @@ def test_launch_plan_and_generic_path_are_bit_identical(case: Any, missing: bool
             problem.missing = {(t, i) for t in range(16) for i in range(6) if (3 * t + i) % 7 == 0}
         with monkeypatch.context() as m:
             if not planned:
-                m.setattr(Plans, "_serves", staticmethod(lambda opt: False))
+                m.setattr("rst_fused._step.plan._serves", lambda opt: False)
             params = problem.parameters(dtype)
             params[-1].data = params[-1].data.view(300, 64).t()  # not contiguous
             opt = RST(split(params, ({"lr": 0.01, "rho": 0.3}, {"lr": 0.02})), base=base, backend="cpu", **method)

@@ -346,7 +346,7 @@ def test_no_sync_on_the_first_iteration_of_a_static_graph(form: str, backend: st
         opt.step()
 
     model = nn.parallel.DistributedDataParallel(inner, static_graph=True)
-    with model.no_sync(), pytest.raises(RuntimeError, match=r"static_graph=True.*no_sync\(\).*wrap the model anew"):
+    with model.no_sync(), pytest.raises(RuntimeError, match=r"static_graph=True.*no_sync\(\).*wrap the model again"):
         step()
     assert bits([*inner.parameters()]) == before and opt.steps == 0
     model = nn.parallel.DistributedDataParallel(inner, static_graph=True)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from rst_fused import RST
-from rst_fused._backends import backends, host
+from rst_fused._backends import backends, plan_extension
 
 pytestmark = pytest.mark.skipif(
     not next(b for b in backends() if b.name == "cpu").available, reason="the C++ extension is not built"
@@ -161,7 +161,7 @@ def test_interrupt_while_a_plan_hands_over(monkeypatch: pytest.MonkeyPatch) -> N
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("rst_fused._engine.update", interrupted)
+    monkeypatch.setattr("rst_fused._step.dispatch.update", interrupted)
     with pytest.raises(KeyboardInterrupt):
         opt.step()
     assert all(torch.equal(p.detach(), w) for p, w in zip(params, before, strict=True))
@@ -180,7 +180,7 @@ def test_a_size_one_dimension_does_not_defeat_the_plan() -> None:
 
 
 def test_plans_find_what_they_look_up_in_this_torch() -> None:
-    assert host().can_plan()
+    assert plan_extension().can_plan()
 
 
 @pytest.mark.parametrize("shape", [(4,), (1,), (3, 2)])
@@ -205,7 +205,7 @@ def test_steps_without_plans_are_the_same(monkeypatch: pytest.MonkeyPatch) -> No
         opt.step()
         assert opt.backend.name == "reference" or opt._plans._plan is None
 
-    monkeypatch.setattr("rst_fused._plan._CAN_PLAN", False)
+    monkeypatch.setattr("rst_fused._step.plan._CAN_PLAN", False)
     both([((5,), F32), ((6, 2), BF16)], step, 4, lr=0.1, momentum=0.9, stochastic_rounding=False)
 
 
@@ -351,7 +351,7 @@ def test_hyperparameters_are_known_again_after_a_resume(way: str) -> None:
     for t in range(4):
         give_grads(opt.param_groups[0]["params"], t)
         opt.step()
-        versions.append(opt._plans._made.version)
+        versions.append(opt._plans._cached.version)
     assert versions[1:] == [versions[0]] * 3
 
 

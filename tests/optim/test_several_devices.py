@@ -17,7 +17,8 @@ import torch
 from optimizer_cases import GROUPS, METHODS, SHAPES, split
 from oracle_optimizer import BACKENDS, Oracle, Problem, arrays, bits
 
-from rst_fused import RST, _engine, _places, _preconditions, optimizer
+from rst_fused import RST, optimizer
+from rst_fused._step import columns, devices, dispatch, validation
 
 SECOND = torch.device("cpu", 1)
 STEPS = 30
@@ -27,7 +28,7 @@ STEPS = 30
 def away(monkeypatch: pytest.MonkeyPatch) -> set[int]:
     """Ids of the parameters on the second device; ids, since a parameter may be compared but not searched for."""
     ids: set[int] = set()
-    for module in (_places, _engine, _preconditions, optimizer):
+    for module in (devices, columns, dispatch, validation, optimizer):
         monkeypatch.setattr(module, "device_of", lambda p: SECOND if id(p) in ids else p.device)
     return ids
 
@@ -51,7 +52,7 @@ def test_against_the_oracle(case: str, method: str, backend: str, away: set[int]
     for t in range(STEPS):
         opt.step(lambda t=t: problem.backward(params, t))
         oracle.step(problem)
-    assert [place.device for place in opt._places] == [torch.device("cpu"), SECOND]
+    assert [place.device for place in opt._devices] == [torch.device("cpu"), SECOND]
     worst = max(np.abs(p - w).max(initial=0) for p, w in zip(arrays(params), oracle.w, strict=True))
     assert worst < (1e-13 if base == "sgd" else 1e-12)
     assert opt.last_grad_norm == pytest.approx(oracle.norm, rel=1e-11)
@@ -100,9 +101,9 @@ def test_an_error_on_the_second_device_brings_back_the_first(away: set[int]) -> 
     def fails(*args: Any) -> None:
         raise RuntimeError("out of memory")
 
-    ops = copy.copy(opt._places[1].backend.ops)
+    ops = copy.copy(opt._devices[1].backend.ops)
     ops.perturb_ = fails
-    opt._places[1].backend = replace(opt._places[1].backend, ops=ops)
+    opt._devices[1].backend = replace(opt._devices[1].backend, ops=ops)
     give(params, 1.0, 1.0)
     with pytest.raises(RuntimeError, match="out of memory"):
         opt.perturb()
@@ -120,12 +121,12 @@ def test_a_parameter_that_moves_between_the_passes_comes_back(
     opt.perturb()
     assert bits(params) != before
     elsewhere = torch.device("cpu", 2)
-    for module in (_preconditions, _engine):
+    for module in (validation, columns, dispatch):
         monkeypatch.setattr(module, "device_of", lambda p: elsewhere if p is params[1] else p.device)
     give(params, 1.0, 1.0)
     with pytest.raises(RuntimeError, match="parameter 1 of group 0 is on .*made for cpu and cpu:1"):
         opt.step()
-    assert bits(params) == before and not opt._perturbed
+    assert bits(params) == before and not opt._step_state.saved
 
 
 def test_random_bits_differ_between_the_devices_and_stay_between_runs(away: set[int]) -> None:
@@ -167,7 +168,7 @@ def test_a_group_on_another_device_is_added_later(away: set[int]) -> None:
     first, second = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
     away.add(id(second))
     opt = RST([first], lr=0.1, schedule=1.0)
-    assert len(opt._places) == 1
+    assert len(opt._devices) == 1
     opt.add_param_group({"params": [second]})
     give([first, second], 3.0, 4.0)
     opt.perturb()

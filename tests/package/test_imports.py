@@ -21,12 +21,8 @@ LAYERS = (
     ("_schemas", "_checks"),
     ("_C", "_plan_ext", "kernels", "reference", "_draws"),
     ("_backends",),
-    ("ops", "schedule"),
-    ("_rules", "_run", "_hooks", "_places", "batch_norm"),
-    ("_core",),
-    ("_amp", "_preconditions"),
-    ("_engine",),
-    ("_plan", "_saving"),
+    ("ops", "schedule", "batch_norm"),
+    ("_step",),
     ("optimizer",),
     ("sam",),
     ("__init__",),  # the package's face: what `from rst_fused import RST` reads
@@ -35,6 +31,14 @@ LAYERS = (
     ("train",),
     ("cli",),
     ("__main__",),
+)
+# The same within rst_fused._step: the step above its two executors, these above what they read.
+STEP_LAYERS = (
+    ("__init__", "rules", "state", "devices", "amp", "hooks", "outside_of_graphs"),
+    ("norm", "validation", "trials"),
+    ("columns",),
+    ("plan", "dispatch", "state_dict"),
+    ("step",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
@@ -170,6 +174,17 @@ def test_imports_go_down():
     modules = package_sources()
     assert "rst_fused/__init__.py" in modules and "kernels/__init__.py" in modules
     assert not faults(modules), "\n".join(faults(modules))
+
+
+def test_imports_within_the_step_go_down():
+    level = {name: i for i, names in enumerate(STEP_LAYERS) for name in names}
+    modules = {path: source for path, source in package_sources().items() if path.startswith("rst_fused/_step/")}
+    assert {Path(path).stem for path in modules} == level.keys()
+    for path, source in modules.items():
+        for imported in imports_of(source, "rst_fused._step"):
+            parts = [*imported.module.split("."), imported.name]
+            target = next((part for part in parts[2:] if part in level), None) if "_step" in parts else None
+            assert target is None or level[target] < level[Path(path).stem], f"{path}:{imported.line}: {target}"
 
 
 def test_no_import_cycle():

@@ -165,11 +165,11 @@ def simulated(simulator: Simulator, monkeypatch: pytest.MonkeyPatch, scalars_on_
     backend = _backends.Backend("simulated", True, "interpreted PTX", ("cpu",), _backends._ops(NAMESPACE), "gpu")
     monkeypatch.setattr(_backends, "_BY_SPEED", (*_backends._BY_SPEED, backend))
     simulator.launches.clear()
-    _backends.host().simulate_gpu(simulator.launch, scalars_on_device)
+    _backends.plan_extension().simulate_gpu(simulator.launch, scalars_on_device)
     try:
         yield
     finally:
-        _backends.host().simulate_gpu(None)
+        _backends.plan_extension().simulate_gpu(None)
 
 
 def tensors(*sizes: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> list[torch.Tensor]:

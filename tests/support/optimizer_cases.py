@@ -51,7 +51,7 @@ def everything(params: list[nn.Parameter], opt: RST) -> Any:
     """All that a step may change, exactly."""
     state = [bits([v for _, v in sorted(opt.state.get(p, {}).items())]) for p in params]
     numbers = [{k: v for k, v in g.items() if k != "params"} for g in opt.param_groups]
-    return bits(params), state, repr(numbers), (opt.steps, opt.sam_steps, opt._run.perturbed)
+    return bits(params), state, repr(numbers), (opt.steps, opt.sam_steps, opt._step_state.perturbed)
 
 
 def train(params: list[nn.Parameter], opt: RST, steps: int = 1, start: int = 0) -> None:

@@ -1,0 +1,172 @@
+// How a launch plan is made, and how it goes.
+#include <algorithm>
+
+#include "plan/plan.h"
+#include "plan/tensor_words.h"
+
+namespace rst {
+
+namespace {
+
+const CoreApi* core_api = nullptr;
+ptrdiff_t impl_offset = 0;  // of the pointer to the TensorImpl in a Python tensor; 0: not found
+
+}  // namespace
+
+void connect(py::object core) {
+  core_api = static_cast<const CoreApi*>(PyCapsule_GetPointer(core.ptr(), kCoreCapsule));
+  if (core_api == nullptr) throw py::error_already_set();
+  impl_offset = find_impl_offset();
+  core_api->set_first_word(find_first_word());
+  watch_dicts();
+}
+
+const CoreApi& core() { return *core_api; }
+bool can_plan() { return core_api->has_autograd_symbols() && impl_offset != 0; }
+
+TensorRef tensor_ref(const py::handle& tensor) {
+  char* const at = reinterpret_cast<char*>(tensor.ptr()) + impl_offset;
+  return {at, *reinterpret_cast<const void* const*>(at)};
+}
+
+void Slots::reset(int64_t handle) {
+  const int64_t before = std::exchange(handle_, handle);
+  if (before != 0) core().release_slots(before);
+}
+
+Plan::Plan(bool gpu, py::list groups, py::list everything, py::list active, py::list idle, std::vector<int64_t> sizes,
+           py::list masters, std::vector<py::list> states, py::list backups, py::list steps,
+           std::vector<int64_t> row_groups, py::dict state, py::object step_state)
+    : ops_(gpu ? *core().gpu : core().cpu),
+      gpu_(gpu),
+      groups_(py::cast<std::vector<py::object>>(groups)),
+      everything_(everything),
+      active_(active),
+      idle_(idle),
+      state_(state),
+      step_state_(step_state),
+      row_groups_(std::move(row_groups)) {
+  if (states.size() > kStates) throw py::value_error("more state tensors than a rule has");
+  add_params(sizes);
+  add(masters, kMaster);
+  masters_end_ = static_cast<int64_t>(tensors_.size());
+  add(backups, kBackup);
+  backups_end_ = static_cast<int64_t>(tensors_.size());
+  for (size_t k = 0; k < states.size(); ++k) add(states[k], static_cast<Operand>(kState0 + k));
+  for (size_t i = 0; i < entries_.size(); ++i) {
+    if (views_[i][kMaster].data != nullptr) table_.tensors[i].state_dtype = DType::Float;
+  }
+  for (const py::handle& tensor : idle_) idle_tensors_.push_back(tensor_ref(tensor));
+  for (const py::handle& step : steps) {
+    counters_.push_back(tensor_ref(step));
+    kept_.append(step);
+  }
+  hold_companions();
+  words_.resize(tensors_.size());
+  grad_words_.resize(entries_.size());
+  watch_state();
+}
+
+void Plan::add_params(const std::vector<int64_t>& sizes) {
+  const size_t n = active_.size();
+  entries_.resize(n);
+  views_.resize(n);
+  grad_handles_.resize(n);
+  table_.tensors.resize(n);
+  std::vector<TensorFacts> facts(n);
+  size_t dims = 0;
+  for (size_t i = 0; i < n; ++i) {
+    tensors_.push_back(tensor_ref(active_[i]));
+    if (!core().facts_of(tensors_[i].handle, facts[i]) || !core().describe(facts[i].dtype, table_.tensors[i])) {
+      throw py::value_error("a parameter is not an ordinary tensor");
+    }
+    dims += facts[i].ndim;
+  }
+  shapes_.resize(3 * dims);
+  int64_t* shape = shapes_.data();
+  size_t row = 0;
+  int64_t left = 0;
+  for (size_t i = 0; i < n; ++i) {
+    for (; left == 0; ++row) left = sizes.at(row);
+    --left;
+    const TensorFacts& p = facts[i];
+    Entry& entry = entries_[i];
+    Tensor& t = table_.tensors[i];
+    device_ = p.device;
+    entry.dtype = p.dtype;
+    entry.ndim = p.ndim;
+    entry.shape = shape;
+    std::copy(p.sizes, p.sizes + p.ndim, shape);
+    std::copy(p.strides, p.strides + p.ndim, shape + p.ndim);
+    shape += 3 * p.ndim;
+    t.state_dtype = t.dtype;
+    t.row = static_cast<int>(row) - 1;
+    t.index = static_cast<int64_t>(i);
+    views_[i][kParam] = {p.data, p.ndim, entry.sizes(), entry.strides()};
+    layouts_.push_back({p.data, p.device, p.dtype, p.ndim, entry.shape});
+  }
+}
+
+void Plan::add(const py::list& tensors, Operand operand) {
+  for (size_t i = 0; i < entries_.size(); ++i) {
+    const py::object tensor = tensors[i];
+    if (tensor.is_none()) continue;
+    const TensorRef ref = tensor_ref(tensor);
+    TensorFacts t;
+    if (!core().facts_of(ref.handle, t)) throw py::value_error("state is not an ordinary tensor");
+    auto shape = std::make_unique<int64_t[]>(2 * t.ndim + 1);
+    std::copy(t.sizes, t.sizes + t.ndim, shape.get());
+    std::copy(t.strides, t.strides + t.ndim, shape.get() + t.ndim);
+    views_[i][operand] = {t.data, t.ndim, shape.get(), shape.get() + t.ndim};
+    tensors_.push_back(ref);
+    layouts_.push_back({t.data, t.device, t.dtype, t.ndim, shape.get()});
+    copies_.push_back(std::move(shape));
+    kept_.append(tensor);
+  }
+}
+
+// Parameters may get another TensorImpl at any time, and torch.utils.swap_tensors asks that nobody but Python holds
+// them. Their companions are held here: then the pointers to their TensorImpls are read from one place.
+void Plan::hold_companions() {
+  const auto companions = static_cast<int64_t>(tensors_.size()) - count();
+  if (companions == 0) return;
+  std::vector<void*> handles;
+  for (auto i = static_cast<size_t>(count()); i < tensors_.size(); ++i) handles.push_back(tensors_[i].handle);
+  companions_.reset(core().make_slots(companions));
+  core().fill_slots(companions_, handles.data());
+  for (auto i = static_cast<size_t>(count()); i < tensors_.size(); ++i) {
+    tensors_[i].handle = static_cast<void*>(&tensors_[i].impl);
+  }
+}
+
+int Plan::visit(visitproc visitor, void* arg) const {
+  for (const py::object& group : groups_) {
+    if (const int stop = visitor(group.ptr(), arg)) return stop;
+  }
+  for (const py::object* object : std::initializer_list<const py::object*>{&everything_, &active_, &idle_, &state_,
+                                                                           &step_state_, &kept_, &hyperparams_kept_}) {
+    if (const int stop = visitor(object->ptr(), arg)) return stop;
+  }
+  return 0;
+}
+
+// A destructor may still call the plan: poll finds no groups then, and no tensor is looked at any more.
+void Plan::clear() {
+  tensors_.clear();
+  companions_.reset();
+  entries_.clear();
+  idle_tensors_.clear();
+  counters_.clear();
+  masters_end_ = backups_end_ = 0;
+  table_ = Table();
+  const auto groups = std::exchange(groups_, {});
+  const py::object state = std::exchange(state_, py::dict()), step_state = std::exchange(step_state_, py::none());
+  const std::array lists{std::exchange(everything_, py::list()), std::exchange(active_, py::list()),
+                         std::exchange(idle_, py::list()), std::exchange(kept_, py::list()),
+                         std::exchange(hyperparams_kept_, py::list())};
+  hyperparams_seen_.clear();
+  state_seen_.clear();
+  state_dicts_.clear();
+}
+
+}  // namespace rst

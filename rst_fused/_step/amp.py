@@ -1,0 +1,110 @@
+"""torch.amp.GradScaler: for the time of one step it leaves two tensors on the optimizer, grad_scale and found_inf.
+
+Nothing is unscaled between the passes, as the direction of the perturbation does not depend on the scale. The update
+divides by grad_scale, and where found_inf is not 0 it only brings the weights back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from rst_fused.optimizer import RST
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """What a scaler has left for this step."""
+
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+
+    def overflowed(self) -> bool:
+        """Whether the CPU knows of an overflow. What a GPU or a compiled graph finds, only the kernels see."""
+        found = self.found_inf
+        return found is not None and found.is_cpu and not torch.compiler.is_compiling() and bool(found)
+
+    def known_to_be_finite(self) -> Scaling:
+        """Without the found_inf of the CPU, once it was asked."""
+        return Scaling(self.grad_scale) if self.found_inf is not None and self.found_inf.is_cpu else self
+
+    def on(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+        """For ops on ``device``: a number on the CPU serves everywhere, one on another GPU is copied."""
+        return _on(device, self.grad_scale), _on(device, self.found_inf)
+
+    def is_readable_by(self, device: torch.device, counts_steps: bool) -> bool:
+        """Whether kernels on ``device`` find the numbers there, or the CPU knows them.
+
+        With found_inf on the GPU the CPU could not tell whether a step counts.
+        """
+        numbers = [t for t in (self.grad_scale, self.found_inf) if t is not None]
+        on_cpu = [t.is_cpu for t in numbers]
+        return all(on_cpu) or (
+            not counts_steps and all((t.device, t.dtype) == (device, torch.float32) for t in numbers)
+        )
+
+    def scale(self) -> float:
+        """1 where it is on the GPU."""
+        return float(self.grad_scale) if self.grad_scale is not None and self.grad_scale.is_cpu else 1.0
+
+    def addresses(self) -> tuple[int, int]:
+        """Of both on the GPU; 0 for what is not there."""
+        here = [0 if t is None or t.is_cpu else t.data_ptr() for t in (self.grad_scale, self.found_inf)]
+        return here[0], here[1]
+
+
+def _on(device: torch.device, number: Tensor | None) -> Tensor | None:
+    return number if number is None or number.is_cpu or number.device == device else number.to(device)
+
+
+NONE = Scaling()
+
+
+def scaling(opt: RST) -> Scaling:
+    """What a scaler has left. For G-RST an overflow of the first gradients counts too."""
+    if "found_inf" not in opt.__dict__ and "grad_scale" not in opt.__dict__:
+        return NONE
+    grad_scale, found_inf = getattr(opt, "grad_scale", None), getattr(opt, "found_inf", None)
+    if found_inf is not None:
+        if not isinstance(found_inf, Tensor):  # the number 0 where there was no gradient at all
+            found_inf = torch.tensor(found_inf, dtype=torch.float32, device="cpu")
+        if opt._step_state.mixing:
+            if grad_scale is None:
+                raise RuntimeError(
+                    "scaler.unscale_() with gamma != 1: the gradients of the second pass are unscaled, those of the "
+                    "first are not; leave the unscaling to scaler.step()"
+                )
+            found_inf = found_inf + opt._devices[0].stats[2].to(found_inf)
+    return Scaling(grad_scale, found_inf)
+
+
+def active(opt: RST) -> bool:
+    return getattr(opt, "found_inf", None) is not None
+
+
+def check_closure(opt: RST) -> None:
+    """Raises for a closure that a scaler hands to step: it has looked for overflows in the earlier gradients."""
+    if active(opt):
+        forget(opt)
+        raise RuntimeError(
+            "step(closure) by a GradScaler: it looks for overflows before the closure has run; "
+            "use scaler.scale(loss).backward(), perturb() and scaler.step(optimizer)"
+        )
+
+
+def forget(opt: RST) -> None:
+    """After an exception, which keeps the scaler from removing its tensors itself."""
+    for name in ("grad_scale", "found_inf"):
+        vars(opt).pop(name, None)
+
+
+def unscale_grads(opt: RST, grad_scale: Tensor) -> None:
+    """For a base optimizer that is not fused."""
+    for group in opt.param_groups:
+        for p in group["params"]:
+            if p.grad is not None:
+                p.grad.div_(grad_scale.to(p.grad.device))

@@ -1,0 +1,241 @@
+"""The only reader of p, p.grad and state[p]: what the ops need of each parameter, as one list for each column."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from rst_fused._step.devices import DeviceState, device_of
+from rst_fused._step.rules import Flags, Group, signed_rho
+from rst_fused._step.validation import SIXTEEN_BIT, waited
+
+if TYPE_CHECKING:
+    from rst_fused.optimizer import RST
+
+
+def has_master(opt: RST, p: Tensor) -> bool:
+    return opt.master_weights and p.dtype in SIXTEEN_BIT
+
+
+def master_kinds(opt: RST) -> tuple[bool, ...]:
+    return (False, True) if opt.master_weights else (False,)
+
+
+def with_gradients(opt: RST, group: Group, masters_only: bool) -> list[Tensor]:
+    """The parameters of a group that have a gradient, and those of them with a master copy or without."""
+    found = [p for p in group["params"] if p.grad is not None]
+    return [p for p in found if has_master(opt, p) == masters_only] if opt.master_weights else found
+
+
+def init_state(opt: RST, group: Group, p: Tensor, updating: bool) -> None:
+    """Creates what p lacks: its fp32 master and, when ``updating``, what the base optimizer keeps, which is zero."""
+    rule, state = opt.rule, opt.state[p]
+    known = set(state)
+    if has_master(opt, p) and "master" not in state:
+        state["master"] = p.detach().to(torch.float32, memory_format=torch.preserve_format, copy=True)
+    if rule is None or not updating:
+        return
+    dtype = torch.float32 if has_master(opt, p) else p.dtype
+    for name in rule.state_names(group):
+        if name not in state:
+            state[name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+    if rule.counts_steps and "step" not in state:
+        counters = (
+            opt.state[q]["step"]
+            for q in group["params"]
+            if device_of(q) == device_of(p) and q in opt.state and "step" in opt.state[q]
+        )
+        like = next(counters, None)  # torch.compile may have moved them
+        # A CUDA graph sees no changes on the CPU.
+        device = p.device if group.get("capturable") else "cpu" if like is None else like.device
+        state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+    if set(state) != known and not torch.compiler.is_compiling() and opt.capturing:
+        raise RuntimeError(
+            "a CUDA graph would make the optimizer's state anew at every replay: take a step with the same parameters "
+            "before capturing"
+        )
+
+
+def share_steps(opt: RST, group: Group, mine: list[Tensor]) -> None:
+    """Lets the parameters of one call that are at the same step count share one counter tensor, and no others."""
+    counted = [p for p in mine if "step" in opt.state.get(p, ())]  # none before the first step
+    taken = {id(opt.state[p]["step"]) for p in counted}
+    members = set(map(id, mine))
+    for p in group["params"]:
+        if id(p) not in members and p in opt.state and id(opt.state[p].get("step")) in taken:
+            opt.state[p]["step"] = opt.state[p]["step"].clone()
+    if len(taken) > 1:
+        shared: dict[float, Tensor] = {}
+        for p in counted:
+            step = opt.state[p]["step"]
+            opt.state[p]["step"] = shared.setdefault(float(step), step)
+
+
+def backup_of(opt: RST, p: Tensor) -> Tensor:
+    """The tensor that keeps p's weights while they are perturbed; allocated once (again if the model was converted)."""
+    backups = opt._step_state.backups
+    backup = backups.get(p)
+    if backup is None or not _fits(backup, p):
+        backup = backups[p] = torch.empty_like(p, requires_grad=False, memory_format=torch.preserve_format)
+    return backup
+
+
+def _fits(backup: Tensor, p: Tensor) -> bool:
+    """Also whether it still has memory, and is laid out as a new one would be."""
+    same = backup.dtype == p.dtype and backup.shape == p.shape and backup.device == p.device
+    return same and backup.untyped_storage().nbytes() >= backup.numel() * backup.element_size()
+
+
+def readable(p: Tensor) -> Tensor:
+    """The gradient of p as kernels can read it."""
+    g = p.grad
+    assert g is not None
+    if type(g) is not Tensor:
+        g = waited(g)
+    return g.resolve_conj().resolve_neg() if p.is_complex() else g
+
+
+def init_group(
+    opt: RST, group: Group, updating: bool, masters_only: bool, device: str | None,
+    params: list[Tensor], grads: list[Tensor], backups: list[Tensor], state0: list[Tensor], state1: list[Tensor],
+    state2: list[Tensor], masters: list[Tensor], steps: list[Tensor], sizes: list[int], is_first_step: list[bool],
+) -> None:  # fmt: skip
+    """Appends what the ops need for this group's parameters that have a gradient, one row per step count.
+
+    device: only those on it (None: all).
+
+    Dynamo runs this outside the graph and treats the tensors as static inputs, as for the optimizers of torch.
+    """
+    rule, saved = opt.rule, opt._step_state.saved
+    names = rule.state_names(group) if rule is not None else ()
+    active = with_gradients(opt, group, masters_only)
+    if device is not None:
+        active = [p for p in active if str(device_of(p)) == device]
+    states: list[dict[str, Any]] = [{}] * len(active)
+    is_new = [False] * len(active)
+    if rule is not None:
+        needed = {"master"} if masters_only else set()
+        if updating:
+            needed.update(names, ("step",) if rule.counts_steps else ())
+        creates = updating or masters_only  # a perturbation that is abandoned leaves no state of the base behind
+        states = [opt.state[p] if creates else opt.state.get(p, {}) for p in active]
+        if rule.splits_first_step(group):
+            is_new = [names[0] not in state for state in states]
+        for p, state in zip(active, states, strict=True):
+            if not needed <= state.keys():
+                init_state(opt, group, p, updating)
+        if rule.counts_steps:  # in both phases: it decides the order of the parameters
+            share_steps(opt, group, active)
+    rows: dict[Any, tuple[list[Tensor], list[dict[str, Any]]]] = defaultdict(lambda: ([], []))
+    for p, state, new in zip(active, states, is_new, strict=True):
+        members, kept = rows[id(state.get("step")), new]
+        members.append(p)
+        kept.append(state)
+    for (_, new), (members, kept) in rows.items():
+        sizes.append(len(members))
+        is_first_step.append(new)
+        params += members
+        grads += [readable(p) for p in members]
+        if masters_only:
+            masters += [state["master"] for state in kept]
+        elif updating:
+            backups += [saved.get(p, p) for p in members]
+        else:
+            backups += [backup_of(opt, p) for p in members]
+        if updating:
+            for column, name in zip((state0, state1, state2), names, strict=False):
+                column += [state[name] for state in kept]
+            if "step" in kept[0]:
+                steps.append(kept[0]["step"])
+
+
+class Columns:
+    """The arguments of one call of an op, gathered over parameter groups that agree in all flags."""
+
+    def __init__(self) -> None:
+        self.params: list[Tensor] = []
+        self.grads: list[Tensor] = []
+        self.backups: list[Tensor] = []
+        self.state0: list[Tensor] = []
+        self.state1: list[Tensor] = []
+        self.state2: list[Tensor] = []
+        self.masters: list[Tensor] = []
+        self.steps: list[Tensor] = []
+        self.sizes: list[int] = []
+        self.rows: list[tuple[Group, bool]] = []  # the group of each row, and whether it is a first step
+
+    @property
+    def states(self) -> list[list[Tensor]]:
+        return [column for column in (self.state0, self.state1, self.state2) if column]
+
+    def of_first_steps(self) -> list[Tensor]:
+        """The parameters in rows that are a first step."""
+        found, start = [], 0
+        for size, (_, is_first_step) in zip(self.sizes, self.rows, strict=True):
+            found += self.params[start : start + size] if is_first_step else []
+            start += size
+        return found
+
+    def extend(self, other: Columns) -> None:
+        for name, column in vars(self).items():
+            column += vars(other)[name]
+
+
+def gather(opt: RST, indices: list[int], updating: bool, masters_only: bool, device: DeviceState) -> Columns:
+    """The columns of the given groups: parameters on one device, with a master copy or those without."""
+    out = Columns()
+    only = None if len(opt._devices) == 1 else str(device.device)
+    for i in indices:
+        group = opt.param_groups[i]
+        c = Columns()
+        is_first_step: list[bool] = []
+        # Dynamo fills the lists of a call to _init_group only if they are empty, so each group has its own.
+        opt._init_group(
+            group, updating, masters_only, only, c.params, c.grads, c.backups, c.state0, c.state1, c.state2, c.masters,
+            c.steps, c.sizes, is_first_step,
+        )  # fmt: skip
+        c.rows = [(group, new) for new in is_first_step]
+        out.extend(c)
+    return out
+
+
+def partition(opt: RST) -> list[tuple[Flags | None, list[int]]]:
+    """Indices of the parameter groups, those that one call can serve together, with their flags."""
+    if opt.rule is None:
+        return [(None, list(range(len(opt.param_groups))))]
+    parts: dict[Flags, list[int]] = {}
+    for i in range(len(opt.param_groups)):
+        parts.setdefault(opt.rule.flags(opt.param_groups[i]), []).append(i)
+    return list(parts.items())
+
+
+def has_all_state(opt: RST) -> bool:
+    """Whether an update would find the state of every parameter that has a gradient."""
+    if opt.rule is None:
+        return False
+    for group in opt.param_groups:
+        names = (*opt.rule.state_names(group), *(("step",) if opt.rule.counts_steps else ()))
+        for p in group["params"] if names else ():
+            if p.grad is not None and not all(name in opt.state.get(p, ()) for name in names):
+                return False
+    return True
+
+
+def rho_rows(c: Columns) -> list[list[Any]]:
+    return [[signed_rho(group)] for group, _ in c.rows]
+
+
+def hyperparam_rows(opt: RST, c: Columns) -> list[list[Any]]:
+    """The hyperparameters of an update, gamma among them, in the order of the op's schema."""
+    assert opt.rule is not None
+    gamma = opt._step_state.gamma if opt._step_state.mixing else 1.0
+    return [opt.rule.row(group, is_first_step, gamma) for group, is_first_step in c.rows]
+
+
+def graph_inputs(opt: RST, c: Columns) -> list[list[Any]]:
+    """All numbers of a row that may change from step to step: see hyperparam_tensor."""
+    rule = opt.rule
+    return [[group["rho"], *(rule.row(group, False, 1.0) if rule is not None else [])] for group, _ in c.rows]

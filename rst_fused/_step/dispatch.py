@@ -1,0 +1,231 @@
+"""Executor 2 of a step: the registered ops over lists of tensors. It serves every backend, and torch.compile."""
+
+from __future__ import annotations
+
+import operator
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from rst_fused._step.amp import Scaling
+from rst_fused._step.columns import (
+    Columns,
+    gather,
+    graph_inputs,
+    has_master,
+    hyperparam_rows,
+    master_kinds,
+    partition,
+    rho_rows,
+)
+from rst_fused._step.devices import DeviceState, device_of
+from rst_fused._step.norm import combine_norms
+from rst_fused._step.rules import hyperparam_tensor
+from rst_fused._step.validation import still_fits, waited
+
+if TYPE_CHECKING:
+    from rst_fused.optimizer import RST
+
+Call = tuple[Callable[..., Any], tuple[Any, ...]]  # an op and its arguments
+_RUN = operator.methodcaller("__call__")
+
+
+def recorded(opt: RST) -> bool:
+    """Whether what is called now runs later: under torch.compile, or in a CUDA graph."""
+    return is_compiling() or opt.capturing
+
+
+@torch.no_grad()
+def perturb(opt: RST) -> None:
+    """grad_norm and perturb_ over all groups."""
+    state = opt._step_state
+    everything = list(range(len(opt.param_groups)))
+    later = recorded(opt)
+    calls: list[tuple[DeviceState, Columns]] = []
+    for device in opt._devices:
+        here = [gather(opt, everything, False, kind, device) for kind in master_kinds(opt)]
+        here = [c for c in here if c.params]
+        grads = [g for c in here for g in c.grads]
+        sources = [p for c in here for p in (c.masters or c.params)] if opt.adaptive else []
+        if not later:
+            device.rng[1] = state.steps
+        device.backend.ops.grad_norm(device.stats, grads, sources, opt.adaptive, opt.eta)
+        calls += [(device, c) for c in here]
+    if len(opt._devices) > 1:
+        if opt.capturing:
+            devices = " and ".join(str(device.device) for device in opt._devices)
+            raise RuntimeError(f"a CUDA graph holds the work of one GPU, but parameters are on {devices}")
+        combine_norms(opt._devices)
+    first_index = 0
+    for device, c in calls:
+        rho = hyperparam_tensor(rho_rows(c), graph_inputs(opt, c), c.params[0].device).flatten()
+        saved = dict(state.saved)
+        for p, kept in zip(c.params, c.masters if len(c.masters) > 0 else c.backups, strict=True):
+            saved[p] = kept
+        if not later:
+            # An interrupt may strike between the op and the note that it ran, or (in plain torch) inside the op: with
+            # backups written beforehand, restoring is right in every case.
+            if not c.masters:
+                torch._foreach_copy_(c.backups, c.params)
+            state.saved = saved
+        device.backend.ops.perturb_(
+            c.params, c.grads, [] if c.masters else c.backups, c.masters, device.stats, rho, c.sizes, opt.adaptive,
+            opt.eta, opt.stochastic_rounding, device.rng, first_index,
+        )  # fmt: skip
+        first_index += len(c.params)
+        state.saved = saved
+        first_grads = dict(state.first_grads)
+        for p, g in zip(c.params, c.grads, strict=True):
+            if state.mixing:
+                first_grads[p] = g
+            p.grad = None
+        state.first_grads = first_grads
+        bump_versions(c.params)
+
+
+@torch.no_grad()
+def update(opt: RST, scaling: Scaling, after: dict[str, Any]) -> None:
+    """Restore, mix and base step, in one op per set of groups that agree in all flags; then the step state is
+    ``after``."""
+    rule, state = opt.rule, opt._step_state
+    assert rule is not None
+    if not is_compiling():
+        state.take_first_grads()
+    updates: list[Call] = []
+    counts: list[Call] = []
+    updated: list[list[Tensor]] = []
+    new: list[Tensor] = []  # with a first step that has hyperparameters of its own
+    for flags, indices in partition(opt):
+        assert flags is not None
+        for device, kind in product(opt._devices, master_kinds(opt)):
+            c = gather(opt, indices, True, kind, device)
+            if not c.params:
+                continue
+            if c.steps and c.steps[0].is_cpu and not is_compiling() and opt.capturing:
+                raise RuntimeError("Adam in a CUDA graph: its step count must lie on the GPU, pass capturable=True")
+            lists: list[Any] = [c.params, c.grads]
+            if state.perturbed:
+                firsts = state.first_grads
+                mixed = [firsts.get(p, g) for p, g in zip(c.params, c.grads, strict=True)] if state.mixing else []
+                lists += [[] if c.masters else c.backups, mixed]
+            hyper = hyperparam_tensor(hyperparam_rows(opt, c), graph_inputs(opt, c), c.params[0].device)
+            steps = torch.stack(c.steps).double() + 1 if c.steps else None
+            updates.append(
+                rule.call(
+                    device.backend.ops, state.perturbed, lists, c.states, c.masters, hyper, steps, c.sizes, flags,
+                    scaling.on(device.device),
+                )
+            )  # fmt: skip
+            updated.append(c.params)
+            if c.steps:
+                counts.append((torch._foreach_add_, (c.steps, _increments(c.steps, scaling.found_inf))))
+            new += c.of_first_steps()
+    left = dict(state.saved)
+    for params in updated:
+        for p in params:
+            left.pop(p, None)
+    restores = _restore_calls(opt, left) if state.perturbed else []
+    _commit(opt, updates, updated, [*restores, *counts], after)
+    if new and scaling.found_inf is not None and bool((scaling.found_inf != 0).any()):
+        for p in new:  # the step was skipped: the first one that counts starts these buffers, undampened
+            for name in rule.states:
+                opt.state[p].pop(name, None)
+
+
+def _increments(steps: list[Tensor], found_inf: Tensor | None) -> Any:
+    """What this step adds to each counter: 1, or 0 where AMP found an overflow. A counter on the CPU must wait for the
+    GPU then: capturable=True keeps it there."""
+    if found_inf is None:
+        return 1
+    return [(found_inf == 0).to(step.device, step.dtype).squeeze() for step in steps]
+
+
+def _commit(
+    opt: RST, updates: list[Call], updated: list[list[Tensor]], others: list[Call], after: dict[str, Any]
+) -> None:
+    """Runs the calls; then the step state is ``after``. Weights, state and counters are all as before or all as after,
+    whatever interrupts this: the calls follow one another within one C call, which Python does not interrupt between
+    them; and where an op is itself Python code (which writes its results in one go), what it began is finished.
+    """
+    state = opt._step_state
+    if is_compiling():
+        for op, arguments in (*updates, *others):
+            op(*arguments)
+        state.become(after)
+        return
+    calls = [partial(getattr(op, "_op", op), *arguments) for op, arguments in (*updates, *others)]
+    for params in updated:
+        calls.append(partial(torch._C._increment_version, params))  # which the compiled ops do not
+    calls += [partial(setattr, state, name, value) for name, value in after.items()]
+    versions = [params[0]._version for params in updated]
+    queue = iter(calls)
+    try:
+        deque(map(_RUN, queue), maxlen=0)
+    except BaseException:
+        at = len(calls) - len(list(queue)) - 1  # the one that was interrupted
+        if at < len(updates) and updated[at][0]._version != versions[at]:
+            at += 1  # it had written its results
+        if at > 0:
+            try:
+                deque(map(_RUN, calls[at:]), maxlen=0)
+            except Exception:  # it was no interrupt: the op itself fails, and the rest goes back to its weights
+                state.forget(p for params in updated[:at] for p in params)
+        raise
+
+
+@torch.no_grad()
+def restore(opt: RST, after: dict[str, Any], mixing: bool = False) -> None:
+    """Every parameter that is still perturbed goes back to its weights; then the step state is ``after``.
+
+    With ``mixing`` (a base optimizer that is not fused) p.grad becomes (1 - gamma) g1 + gamma g2 where both exist.
+    """
+    state = opt._step_state
+    if mixing:
+        state.take_first_grads()
+    for op, arguments in _restore_calls(opt, state.saved, mixing):
+        op(*arguments)
+    bump_versions(list(state.saved))
+    state.become(after)
+
+
+def _restore_calls(opt: RST, saved: dict[Tensor, Tensor], mixing: bool = False) -> list[Call]:
+    """w <- its backup or master, for these parameters."""
+    calls: list[Call] = []
+    firsts = opt._step_state.first_grads
+    rest = dict(saved)
+    for device, kind in product(opt._devices, master_kinds(opt)):
+        for mixed in (True, False) if mixing else (False,):
+            params = [
+                p
+                for p in saved
+                if has_master(opt, p) == kind
+                and device_of(p) == device.device
+                and still_fits(opt, p)
+                and (not mixing or mixed == (p.grad is not None and p in firsts))
+            ]
+            if not params:
+                continue
+            weights = [rest.pop(p) for p in params]
+            backups, masters = ([], weights) if kind else (weights, [])
+            grads = [waited(p.grad) for p in params if p.grad is not None] if mixed else []
+            first_grads = [firsts[p] for p in params] if mixed else []
+            gamma = hyperparam_tensor([[opt._step_state.gamma]]).flatten()
+            calls.append(
+                (device.backend.ops.restore_, (params, backups, masters, grads, first_grads, gamma, [len(params)]))
+            )
+    for p, kept in rest.items():  # moved to another device or converted meanwhile
+        if kept.shape == p.shape and p.numel() > 0:  # else its data was replaced, and nothing of it is perturbed
+            calls.append((Tensor.copy_, (p, kept)))
+    return calls
+
+
+def bump_versions(params: list[Tensor]) -> None:
+    """Tells autograd that the parameters changed: the compiled ops cannot."""
+    if not is_compiling():
+        torch.autograd.graph.increment_version(params)

@@ -1,0 +1,22 @@
+"""Calls that torch.compile runs eagerly, by a graph break; with fullgraph=True it raises and gives their reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_REASONS = {
+    "perturb": "perturb() under torch.compile(fullgraph=True): pass fire=opt.draw(), evaluated outside the graph",
+    "step": "step() under torch.compile(fullgraph=True): no closure, and opt.draw() outside before every step; where "
+    "gamma != 1, compile perturb() too, for the first gradients to be in reach of the graph",
+}
+call: dict[str, Callable[..., Any]] = {}
+
+
+def prepare(**functions: Callable[..., Any]) -> None:
+    """When the first optimizer is made, rather than with the package: it loads the compiler, which takes a second."""
+    for name, function in functions.items():
+        if name not in call:
+            call[name] = torch.compiler.disable(function, reason=_REASONS[name])

@@ -1,0 +1,159 @@
+"""What a state_dict holds beyond that of torch.optim, and what torch's way of loading it would lose."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from rst_fused._checks import as_flag, as_integer
+from rst_fused._step.columns import has_master
+from rst_fused._step.rules import RULES, check_current
+from rst_fused._step.state import StepState
+
+if TYPE_CHECKING:
+    from rst_fused.optimizer import RST
+
+_STATE_NAMES = tuple(dict.fromkeys(name for rule in RULES.values() for name in rule.states))
+_LIMITS = {"rst_steps": 2**63 - 1, "rst_sam_steps": 2**63 - 1, "rst_seed": 2**63 - 1, "rst_non_finite_norms": 2**53}
+
+
+def completed(opt: RST, saved: dict[str, Any]) -> dict[str, Any]:
+    """``saved`` with the counters, which travel in the groups as torch casts what stands beside a parameter.
+
+    Step counts that parameters share become one tensor each: an optimizer of torch that loads them counts each one.
+    """
+    for group in saved["param_groups"]:
+        group.update(rst_steps=opt.steps, rst_sam_steps=opt.sam_steps, rst_seed=opt.seed)
+        group["rst_non_finite_norms"] = opt.non_finite_norms
+    if opt.rule is not None:
+        saved["state"] = {
+            key: {**state, "step": state["step"].clone()} if isinstance(state.get("step"), Tensor) else state
+            for key, state in saved["state"].items()
+        }
+    return saved
+
+
+def for_pickle(opt: RST) -> dict[str, Any]:
+    """The attributes that outlive the process, and the stats of the first device; backends are chosen again."""
+    transient = ("_plans", "_devices", "_step_state", "step", "_warned_capturable_if_run_uncaptured")
+    kept = {k: v for k, v in vars(opt).items() if k not in transient and not k.startswith("_optimizer_")}
+    return {**kept, "_saved_stats": opt._devices[0].stats, "_saved_counts": (opt.steps, opt.sam_steps)}
+
+
+def take_counters(opt: RST) -> None:
+    """Moves the counters that were loaded out of the groups; without any, a run of torch.optim goes on, at step 0."""
+    counters: dict[str, int] = {}
+    for group in opt.param_groups:
+        counters.update({name: int(group.pop(name)) for name in list(group) if name.startswith("rst_")})
+    opt.seed = counters.get("rst_seed", opt.seed)
+    opt._reset(StepState(counters.get("rst_steps", 0), counters.get("rst_sam_steps", 0)))
+    for device in opt._devices:
+        device.rng.copy_(torch.tensor([opt.seed, opt.steps], dtype=torch.int64, device="cpu"))
+        stats = [math.nan, 0, 0, counters.get("rst_non_finite_norms", 0), 0]
+        device.stats.copy_(torch.tensor(stats, dtype=torch.float64, device="cpu"))
+
+
+def _pairs(opt: RST, saved: dict[str, Any]) -> Iterator[tuple[dict[str, Any], Tensor, dict[str, Any]]]:
+    """Each parameter with its saved group and state; torch.optim says so where their numbers differ."""
+    params = [p for group in opt.param_groups for p in group["params"]]
+    keys = [(group, key) for group in saved["param_groups"] for key in group["params"]]
+    for p, (group, key) in zip(params, keys, strict=False):
+        yield group, p, saved["state"].get(key, {})
+
+
+def check(opt: RST, saved: dict[str, Any]) -> None:
+    """Raises for what cannot be loaded, before anything is: the state of another model, an option that the fused base
+    does not have, numbers out of range. ValueError, or TypeError where a number was expected."""
+    for i, group in enumerate(saved["param_groups"]):
+        where = f"state_dict: param_groups[{i}]"
+        if "rho" in group:
+            check_current(i, group, ("rho",), 0.0, "state_dict: ")
+        counts = {
+            name: as_integer(f"{where}[{name!r}]", group[name], 0, most)
+            for name, most in _LIMITS.items()
+            if name in group
+        }
+        if counts.get("rst_sam_steps", 0) > counts.get("rst_steps", math.inf):
+            raise ValueError(
+                f"{where}['rst_sam_steps']={counts['rst_sam_steps']}: expected no more than rst_steps, which is "
+                f"{counts['rst_steps']}"
+            )
+    if opt.rule is None:
+        return
+    for i, group in enumerate(saved["param_groups"]):
+        missing = [name for name in opt.rule.defaults if name not in group and name not in opt.rule.added]
+        if missing:
+            raise ValueError(
+                f"state_dict lacks {missing} in group {i}: expected one saved by base={opt.rule.name!r} or its twin "
+                "in torch.optim"
+            )
+        check_current(i, group, opt.rule.numbers, of="state_dict: ")
+        for name, default in opt.rule.defaults.items():
+            if isinstance(default, bool) and name in group:
+                as_flag(f"state_dict: param_groups[{i}][{name!r}]", group[name])
+    for i, (group, p, state) in enumerate(_pairs(opt, saved)):
+        if not isinstance(state, dict):
+            raise TypeError(f"state_dict has {type(state).__name__} as the state of parameter {i}: expected a dict")
+        others = [name for name in _STATE_NAMES if name in state and name not in opt.rule.states]
+        if others:
+            raise ValueError(
+                f"state_dict has {others} of parameter {i}, which base={opt.rule.name!r} does not keep: it was saved "
+                "by another base optimizer"
+            )
+        for name in (*opt.rule.states, "master"):
+            if name not in state:
+                continue
+            value = state[name]
+            if not isinstance(value, Tensor):
+                if value is None and name not in opt.rule.state_names({**opt.rule.added, **group}):
+                    continue  # a momentum_buffer that torch.optim.SGD does not use
+                raise ValueError(f"state_dict has {name}={value!r} of parameter {i}: expected a tensor")
+            if value.shape != p.shape:
+                raise ValueError(
+                    f"state_dict has {name} of parameter {i} in shape {tuple(value.shape)}, but the parameter is "
+                    f"{tuple(p.shape)}: it was saved from another model"
+                )
+        if opt.rule.counts_steps and "step" in state:
+            _check_step(i, state["step"])
+
+
+def _check_step(i: int, step: Any) -> None:
+    number = step
+    if isinstance(step, Tensor):
+        if step.numel() != 1 or step.is_complex():
+            raise ValueError(f"state_dict has step of parameter {i} in shape {tuple(step.shape)}: expected one number")
+        if not step.is_cpu:
+            return
+        number = step.item()
+    if isinstance(number, bool) or not isinstance(number, (int, float)):
+        raise TypeError(f"state_dict has step={step!r} of parameter {i}: expected a number, or a tensor of one")
+    if not (math.isfinite(number) and number >= 0):
+        raise ValueError(f"state_dict has step={step!r} of parameter {i}: expected a number >= 0")
+
+
+def adapt(opt: RST, saved: dict[str, Any]) -> None:
+    """Undoes what torch did to state beside a master copy, which is float32: it casts to the dtype of the parameter.
+
+    A step count that is a plain number, as old checkpoints have it, becomes a tensor; hyperparameters that they lack
+    get the value that they imply; an entry of None, which stands for state that does not exist, goes.
+    """
+    assert opt.rule is not None
+    for group in opt.param_groups:
+        for name, value in opt.rule.added.items():
+            group.setdefault(name, value)
+    for _, p, state in _pairs(opt, saved):
+        step = state.get("step")
+        if step is not None and not isinstance(step, Tensor):
+            opt.state[p]["step"] = torch.tensor(float(step), dtype=torch.float32, device="cpu")
+        for name in opt.rule.states:
+            if name in state and state[name] is None:
+                del opt.state[p][name]
+        if not has_master(opt, p):
+            continue
+        for name in (*opt.rule.states, "master"):
+            if state.get(name) is not None:
+                opt.state[p][name] = state[name].detach().to(p.device, torch.float32, copy=True)

@@ -1,0 +1,100 @@
+"""One step: perturb, update, restore. What a step decides stands here; how it runs is up to its two executors, the
+cached launch plan (rst_fused._step.plan) and the registered ops (rst_fused._step.dispatch).
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import deque
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from rst_fused._step import amp, dispatch, validation
+
+if TYPE_CHECKING:
+    from rst_fused.optimizer import RST
+
+_RUN = operator.methodcaller("__call__")
+
+
+def perturb(opt: RST, compiling: bool = False) -> None:
+    """Moves the weights to w + e, keeps them, and takes the gradients out of p.grad."""
+    if compiling:
+        dispatch.perturb(opt)
+        return
+    opt._step_state.captured = capturing = opt.capturing
+    # In a graph, random bits and hyperparameters on the GPU must stay there, which those of a plan do not.
+    if not capturing and opt._plans.perturb(opt):
+        return
+    validation.check_perturb(opt)
+    if not capturing and opt._plans.renew(opt, for_update=False) and opt._plans.perturb(opt):
+        return
+    dispatch.perturb(opt)
+
+
+def update(opt: RST, compiling: bool = False) -> None:
+    """Brings the weights back if they are perturbed, and applies the base optimizer to them."""
+    state = opt._step_state
+    if not compiling and state.finished:
+        state.count()
+    if opt.base is not None:
+        _update_by_instance(opt)
+        return
+    scaling = amp.scaling(opt)
+    if compiling:
+        dispatch.update(opt, scaling, state.after_step())
+        return
+    capturing = opt.capturing
+    after = state.after_step(counts=not capturing)
+    if scaling is not amp.NONE and not capturing:
+        if scaling.overflowed():
+            validation.check_saved(opt)
+            _restore(opt, after)
+            return
+        scaling = scaling.known_to_be_finite()
+    if not capturing and opt._plans.update(opt, scaling, after):
+        return
+    validation.check_update(opt)
+    if not capturing and opt._plans.renew(opt, for_update=True) and opt._plans.update(opt, scaling, after):
+        return
+    dispatch.update(opt, scaling, after)
+    opt._plans.drop()  # step counters may be shared in another way now
+
+
+def restore(opt: RST) -> None:
+    """Abandons a perturbation."""
+    state = opt._step_state
+    if state.captured:  # nothing has been perturbed, and no backup written
+        state.become(state.after_restore())
+    elif state.perturbed or state.saved:
+        _restore(opt, state.after_restore())
+
+
+def _restore(opt: RST, after: dict[str, Any]) -> None:
+    if not opt._plans.restore(opt, after):
+        dispatch.restore(opt, after)
+
+
+def _update_by_instance(opt: RST) -> None:
+    """A step of a base optimizer that is not fused: with mixed and unscaled gradients, or none after an overflow."""
+    assert opt.base is not None
+    state = opt._step_state
+    after = state.after_step(counts=not opt.capturing)
+    if state.mixing:
+        validation.check_grads(opt)
+        validation.check_grads_apart(opt)
+    scaling = amp.scaling(opt)
+    validation.check_saved(opt)
+    nothing_kept: dict[str, Any] = {"saved": {}, "first_grads": {}}
+    if state.mixing:
+        dispatch.restore(opt, nothing_kept, mixing=True)
+    else:
+        _restore(opt, nothing_kept)
+    if scaling.found_inf is not None and bool(scaling.found_inf):
+        state.become(after)
+        return
+    if scaling.grad_scale is not None:
+        amp.unscale_grads(opt, scaling.grad_scale)
+    # In one C call: an interrupt after the step of the base finds it counted.
+    counted = [partial(setattr, state, name, value) for name, value in after.items()]
+    deque(map(_RUN, [opt.base.step, *counted]), maxlen=0)

@@ -1,0 +1,109 @@
+"""When a step is a SAM step: the schedule p(t), the draws, gamma, and the count of both kinds of steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from rst_fused._checks import check_number
+from rst_fused._draws import draw_at
+from rst_fused._step.devices import DeviceState
+from rst_fused._step.state import StepState
+from rst_fused.schedule import Schedule, as_schedule, match
+
+
+class RandomizedTrials(Optimizer):
+    """An optimizer that draws X_t ~ Bernoulli(p(t)) (Zhao, Zhang, Hu 2022, arXiv 2203.09962, section 3)."""
+
+    seed: int
+    _devices: list[DeviceState]
+    _step_state: StepState
+    _schedule: Schedule
+    _gamma: float | Callable[[int], float]
+    _gamma_follows_schedule: bool  # it was given as "match"
+
+    def _set_trials(self, schedule: Any, gamma: Any) -> None:
+        self._step_state = StepState()
+        self._gamma_follows_schedule = False
+        self.schedule = schedule
+        self.gamma = gamma
+
+    @property
+    def schedule(self) -> Schedule:
+        """p(t). Set it for another one, as the argument of the constructor: it holds from the step under way on, and
+        gamma="match" follows it."""
+        return self._schedule
+
+    @schedule.setter
+    def schedule(self, given: float | Callable[[int], float]) -> None:
+        self._schedule = as_schedule(given)
+        if self._gamma_follows_schedule:
+            self._gamma = match(self._schedule)
+        self._draw_again()
+
+    @property
+    def gamma(self) -> float | Callable[[int], float]:
+        """A number or a function of the step. Set it for another one, or for "match", from the step under way on."""
+        return self._gamma
+
+    @gamma.setter
+    def gamma(self, given: float | Callable[[int], float] | str) -> None:
+        if isinstance(given, str):
+            if given != "match":
+                raise ValueError(f"gamma={given!r}: expected a number, a callable step -> gamma, or 'match'")
+            self._gamma = match(self._schedule)
+        else:
+            if not callable(given):
+                check_number("gamma", given, 0)
+            self._gamma = given
+        self._gamma_follows_schedule = isinstance(given, str)
+        self._draw_again()
+
+    @property
+    def capturing(self) -> bool:
+        """Whether a CUDA graph is being captured, to which calls only add kernels."""
+        devices = self._devices
+        on_gpu = devices[0].on_gpu or (len(devices) > 1 and any(device.on_gpu for device in devices))
+        return on_gpu and torch.cuda.is_current_stream_capturing()
+
+    def _draw_again(self) -> None:
+        """After a draw and before the perturbation, what was set since counts."""
+        state = self._step_state
+        if state.drawn_at == state.steps and not (state.finished or state.perturbed):
+            state.drawn_at = -1
+            self._draw()
+
+    def _draw(self) -> bool:
+        state = self._step_state
+        state.count()
+        t = state.steps
+        if state.drawn_at != t:
+            state.drawn = draw_at(self.seed, t, self.schedule(t))
+            gamma = self.gamma
+            if callable(gamma):
+                gamma = gamma(t)
+                check_number(f"gamma({t})", gamma, 0)
+            state.gamma = float(gamma)
+            state.mixes = state.gamma != 1.0
+            state.drawn_at = -1 if self.capturing else t
+        return state.drawn
+
+    # --- what it cost -----------------------------------------------------------------------------------------------
+    @property
+    def steps(self) -> int:
+        """Steps taken so far."""
+        return self._step_state.steps + self._step_state.finished
+
+    @property
+    def sam_steps(self) -> int:
+        """Those of them that were SAM steps."""
+        return self._step_state.sam_steps + (self._step_state.finished and self._step_state.was_sam)
+
+    @property
+    def cost(self) -> float:
+        """Mean forward-backward pairs per step so far: 1 + sam_steps / steps."""
+        return 1.0 + (self.sam_steps / self.steps if self.steps else 0.0)
+

@@ -1,0 +1,134 @@
+"""torch.compile around the methods themselves, as the tutorials of torch write it: graph breaks cost time, never bits.
+
+Full graphs, and how often they are compiled: test_compile.py.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from optimizer_cases import every_backend
+from paths import observed
+from torch import nn
+from torch.optim import lr_scheduler
+
+from rst_fused import RST
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("error:Detected call of .lr_scheduler.step:UserWarning"),
+]
+STEPS = 6
+BASES: dict[str, dict[str, Any]] = {"sgd": {"momentum": 0.9}, "adamw": {"base": "adamw"}}
+every_base = pytest.mark.parametrize("base", BASES)
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    logging.getLogger("torch.__trace").propagate = False
+    yield
+    torch._dynamo.reset()
+
+
+class Training:
+    def __init__(self, base: str, backend: str, lr: Any = 0.1, **more: Any) -> None:
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1))
+        self.params = list(self.model.parameters())
+        self.opt = RST(self.params, lr=lr, rho=0.5, seed=9, backend=backend, **BASES[base], **more)
+
+    def backward(self, t: int) -> None:
+        self.opt.zero_grad()
+        x = torch.randn(8, 4, generator=torch.Generator().manual_seed(t))
+        self.model(x).square().mean().backward()
+
+    def step(self, t: int, perturb: Callable[[], bool], update: Callable[[], Any]) -> None:
+        self.backward(t)
+        if perturb():
+            self.backward(t)
+        update()
+
+    def seen(self) -> dict[str, Any]:
+        found = observed(self.params, self.opt)
+        assert 0 < self.opt.sam_steps < STEPS or self.opt.steps < STEPS
+        return found
+
+
+@every_backend
+@every_base
+@pytest.mark.parametrize("gamma", [1.0, 2.0])
+@pytest.mark.parametrize("step", ["eager", "compiled"])
+def test_perturb_draws_by_itself(step: str, gamma: float, base: str, backend: str) -> None:
+    """Without fire=, at which the graph breaks: the draw runs eagerly."""
+    eager, ours = (Training(base, backend, gamma=gamma) for _ in range(2))
+    perturb = torch.compile(ours.opt.perturb, backend="eager")
+    update = torch.compile(ours.opt.step, backend="eager") if step == "compiled" else ours.opt.step
+    for t in range(STEPS):
+        eager.step(t, eager.opt.perturb, eager.opt.step)
+        ours.step(t, perturb, update)
+        assert ours.seen() == eager.seen()
+
+
+@every_backend
+def test_a_full_graph_of_perturb_asks_for_the_draw(backend: str) -> None:
+    run, twin = (Training("sgd", backend) for _ in range(2))
+    run.backward(0)
+    before = run.seen()
+    with pytest.raises(Exception, match=r"pass fire=opt\.draw\(\)"):
+        torch.compile(run.opt.perturb, fullgraph=True, backend="eager")()
+    assert run.seen() == before
+    perturb = torch.compile(run.opt.perturb, fullgraph=True, backend="eager")
+    for t in range(STEPS):
+        run.step(t, lambda: perturb(fire=run.opt.draw()), run.opt.step)
+        twin.step(t, twin.opt.perturb, twin.opt.step)
+        assert run.seen() == twin.seen()
+
+
+def halving(t: int) -> float:
+    return 0.5**t
+
+
+@every_backend
+@every_base
+@pytest.mark.parametrize("lr", [0.1, torch.tensor(0.1)], ids=["number", "tensor"])
+@pytest.mark.parametrize("form", ["opt.step", "a function of both"])
+def test_step_and_scheduler(form: str, lr: Any, base: str, backend: str) -> None:
+    """As in torch's tutorial on compiled optimizers with a scheduler; perturb() stays eager."""
+    eager, ours = (Training(base, backend, lr.clone() if isinstance(lr, torch.Tensor) else lr) for _ in range(2))
+    schedulers = [lr_scheduler.LambdaLR(run.opt, halving) for run in (eager, ours)]
+
+    def both() -> None:
+        ours.opt.step()
+        schedulers[1].step()
+
+    if form == "opt.step":
+        update = torch.compile(ours.opt.step, backend="eager")
+    else:
+        update = torch.compile(both, backend="aot_eager")
+    for t in range(STEPS):
+        eager.step(t, eager.opt.perturb, eager.opt.step)
+        ours.step(t, ours.opt.perturb, update)
+        schedulers[0].step()
+        if form == "opt.step":
+            schedulers[1].step()
+        assert ours.seen() == eager.seen()
+    assert float(ours.opt.param_groups[0]["lr"]) == pytest.approx(0.1 * halving(STEPS))
+
+
+@every_backend
+@every_base
+def test_both_phases_compiled_under_a_scheduler(base: str, backend: str) -> None:
+    eager, ours = (Training(base, backend) for _ in range(2))
+    schedulers = [lr_scheduler.LambdaLR(run.opt, halving) for run in (eager, ours)]
+    perturb, update = (torch.compile(call, backend="eager") for call in (ours.opt.perturb, ours.opt.step))
+    for t in range(STEPS):
+        eager.step(t, eager.opt.perturb, eager.opt.step)
+        ours.step(t, lambda: perturb(ours.opt.draw()), update)
+        for scheduler in schedulers:
+            scheduler.step()
+        assert ours.seen() == eager.seen()
