@@ -29,6 +29,8 @@ CASES: dict[str, dict[str, Any]] = {
     "dampening": {"momentum": 0.9, "dampening": 0.5},
     "adam": {"base": "adam"},
     "mixed": {"base": "adamw", "gamma": 2.0},
+    "amsgrad": {"base": "adam", "amsgrad": True},
+    "lion": {"base": "lion", "gamma": 2.0},
     "rounding": {"momentum": 0.9, "dtype": torch.bfloat16},
     "masters": {"base": "adamw", "master_weights": True, "dtype": torch.bfloat16},
     "two calls": {"groups": ({"momentum": 0.0}, {"momentum": 0.9})},  # groups that one call cannot serve

@@ -20,6 +20,8 @@ CASES: dict[str, dict[str, Any]] = {
     "sgd-mixed": {"nesterov": True, "momentum": 0.9, "lr": 0.05, "gamma": "match"},
     "adamw": {"base": "adamw", "lr": 0.02},
     "adam-mixed": {"base": "adam", "lr": 0.02, "gamma": 2.0, "maximize": True},
+    "amsgrad": {"base": "adam", "lr": 0.02, "amsgrad": True},
+    "lion-mixed": {"base": "lion", "lr": 0.005, "gamma": 2.0},
     "masters": {"base": "adamw", "lr": 0.02, "master_weights": True, "dtype": torch.float16},
     "instance": {"instance": torch.optim.SGD, "gamma": "match"},
     "instance-adam": {"instance": torch.optim.Adam},

@@ -71,6 +71,7 @@ class Run:
 BASES: dict[str, dict[str, Any]] = {
     "sgd": {"momentum": 0.9, "weight_decay": 0.01},
     "adamw": {"base": "adamw"},
+    "lion": {"base": "lion"},
 }
 
 
@@ -86,6 +87,8 @@ VARYING: dict[str, tuple[str, dict[str, Any], Callable[[int], dict[str, Any]] | 
     "adamw, scheduler": ("adamw", {}, None),
     "adamw, scheduler, tensor lr, match": ("adamw", {"lr": torch.tensor(0.1), "gamma": "match"}, None),
     "adamw, lr, rho and betas": ("adamw", {}, lambda t: {**changing(t), "betas": (0.9 * 0.99**t, 0.999)}),
+    "adamw, lr and rho, amsgrad": ("adamw", {"amsgrad": True}, changing),
+    "lion, lr, rho and betas": ("lion", {"gamma": "match"}, lambda t: {**changing(t), "betas": (0.9 * 0.99**t, 0.99)}),
     "sgd, lr, rho, momentum, p and gamma": (
         "sgd", {"schedule": LINEAR, "gamma": "match"}, lambda t: {**changing(t), "momentum": 0.9 * 0.99**t},
     ),
@@ -135,7 +138,7 @@ def test_step_behind_a_scheduler_without_fullgraph(tensor_lr: bool, backend: str
 
 
 @every_backend
-@pytest.mark.parametrize("base, gamma", [("sgd", 1.0), ("adamw", "match")])
+@pytest.mark.parametrize("base, gamma", [("sgd", 1.0), ("adamw", "match"), ("lion", 1.0)])
 def test_inductor_gives_the_numbers_of_eager(base: str, gamma: Any, backend: str) -> None:
     """Bit for bit, as the ops are the same: opaque to Inductor, which would reorder those of plain torch."""
     results = []
@@ -150,7 +153,7 @@ def test_inductor_gives_the_numbers_of_eager(base: str, gamma: Any, backend: str
 
 
 @pytest.mark.skipif("cpu" not in BACKENDS, reason="the extension is not built")
-@pytest.mark.parametrize("base, gamma", [("sgd", 2.0), ("adamw", 1.0)])
+@pytest.mark.parametrize("base, gamma", [("sgd", 2.0), ("adamw", 1.0), ("lion", 2.0)])
 def test_graphs_hold_one_op_each_and_no_copy_of_a_parameter(base: str, gamma: float) -> None:
     """What Inductor generates: the ops on the parameters themselves, nothing that reads or writes them besides."""
     run = Run({**BASES[base], "lr": 0.1, "gamma": gamma, "backend": "cpu"}, "inductor")
@@ -182,7 +185,7 @@ def test_graphs_hold_one_op_each_and_no_copy_of_a_parameter(base: str, gamma: fl
 
 
 @every_backend
-@pytest.mark.parametrize("base, gamma", [("sgd", 1.0), ("adamw", 2.0)])
+@pytest.mark.parametrize("base, gamma", [("sgd", 1.0), ("adamw", 2.0), ("lion", 1.0)])
 def test_all_that_a_graph_writes_stays_where_it_is(base: str, gamma: float, backend: str) -> None:
     """Inductor makes a CUDA graph (mode="reduce-overhead") of nothing that writes an input which may move."""
     written = []

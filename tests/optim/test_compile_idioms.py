@@ -23,7 +23,7 @@ pytestmark = [
     pytest.mark.filterwarnings("error:Detected call of .lr_scheduler.step:UserWarning"),
 ]
 STEPS = 6
-BASES: dict[str, dict[str, Any]] = {"sgd": {"momentum": 0.9}, "adamw": {"base": "adamw"}}
+BASES: dict[str, dict[str, Any]] = {"sgd": {"momentum": 0.9}, "adamw": {"base": "adamw"}, "lion": {"base": "lion"}}
 every_base = pytest.mark.parametrize("base", BASES)
 
 

@@ -23,6 +23,7 @@ MODES: dict[str, dict[str, Any]] = {
     "sgd": {"momentum": 0.9},
     "flags": {"momentum": 0.9, "dampening": 0.5},  # no launch plan
     "adam": {"base": "adam"},
+    "lion": {"base": "lion"},
     "instance": {},
 }
 

@@ -17,6 +17,7 @@ PROBLEM = Problem([(5,), (3, 4), (0,)], 3)
 CASES: dict[str, dict[str, Any]] = {
     "sgd": {"momentum": 0.9, "lr": 0.05},
     "adam-mixed": {"base": "adam", "gamma": 2.0},
+    "lion": {"base": "lion", "lr": 0.01},
     "masters": {"base": "adamw", "master_weights": True, "dtype": torch.bfloat16},
     "flags": {"momentum": 0.9, "dampening": 0.5},  # no launch plan
     "instance": {"instance": True, "gamma": 2.0},

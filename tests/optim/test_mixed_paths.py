@@ -33,6 +33,7 @@ DTYPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 BASES: dict[str, dict[str, Any]] = {
     "sgd": {"base": "sgd", "momentum": 0.9, "weight_decay": 0.01}, "adamw": {"base": "adamw"},
+    "amsgrad": {"base": "adam", "amsgrad": True}, "lion": {"base": "lion"},
 }  # fmt: skip
 CASES = covering({
     "perturb": PATHS, "step": PATHS, "restore": PATHS,

@@ -22,6 +22,7 @@ PROBLEM = Problem(SHAPES, 40)
 BASES: dict[str, dict[str, Any]] = {
     "sgd": {"base": "sgd", "lr": 0.05, "momentum": 0.9},
     "adamw": {"base": "adamw", "lr": 0.01},
+    "lion": {"base": "lion", "lr": 0.005},
     "instance": {"base": torch.optim.SGD, "lr": 0.05, "momentum": 0.9},
 }
 every_base = pytest.mark.parametrize("base", BASES)

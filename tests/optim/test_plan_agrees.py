@@ -18,6 +18,8 @@ BASES: dict[str, dict[str, Any]] = {
     "sgd": {"momentum": 0.9},
     "mixed": {"momentum": 0.9, "gamma": 2.0, "nesterov": True},
     "adam": {"base": "adam"},
+    "amsgrad": {"base": "adamw", "amsgrad": True},
+    "lion": {"base": "lion", "gamma": 2.0},
     "rounding": {"base": "adamw", "dtype": torch.bfloat16},
     "masters": {"base": "adamw", "dtype": torch.bfloat16, "master_weights": True},
     "masters of sgd": {"momentum": 0.9, "dtype": torch.float16, "master_weights": True, "gamma": 2.0},

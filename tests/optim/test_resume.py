@@ -25,6 +25,9 @@ CASES: dict[str, dict[str, Any]] = {
     "sgd-mixed": {"momentum": 0.9, "nesterov": True, "gamma": "match", "schedule": S.linear(0.5, steps=STEPS)},
     "adam": {"base": "adam", "lr": 0.02, "adaptive": True},
     "adamw-mixed": {"base": "adamw", "lr": 0.02, "gamma": 1.5},
+    "amsgrad": {"base": "adam", "lr": 0.02, "amsgrad": True, "gamma": 1.5},
+    "lion": {"base": "lion", "lr": 0.005, "weight_decay": 0.1},
+    "masters-lion": {"dtype": torch.bfloat16, "base": "lion", "lr": 0.005, "master_weights": True},
     "bfloat16": {"dtype": torch.bfloat16, "base": "adamw", "lr": 0.02},  # stochastic rounding resumes too
     "masters": {"dtype": torch.bfloat16, "base": "adamw", "lr": 0.02, "master_weights": True},
     "masters-sgd": {"dtype": torch.float16, "momentum": 0.9, "master_weights": True, "gamma": 2.0},
@@ -140,7 +143,7 @@ def test_loading_twice_and_into_a_used_optimizer(case: str) -> None:
 TORCH: dict[str, tuple[Callable[..., torch.optim.Optimizer], dict[str, Any]]] = {
     "sgd": (torch.optim.SGD, {"momentum": 0.9, "weight_decay": 0.1}),
     "adam": (torch.optim.Adam, {"weight_decay": 0.1}),
-    "adamw": (torch.optim.AdamW, {"betas": (0.8, 0.9)}),
+    "adamw": (torch.optim.AdamW, {"betas": (0.8, 0.9), "amsgrad": True}),
 }
 
 

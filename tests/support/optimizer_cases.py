@@ -16,6 +16,8 @@ PROBLEM = Problem([(5,), (3, 4), (0,), (33,)], 10)
 MODES: dict[str, dict[str, Any]] = {
     "sgd": {"momentum": 0.9, "lr": 0.05},
     "adam-mixed": {"base": "adam", "gamma": 2.0},
+    "amsgrad": {"base": "adamw", "amsgrad": True},
+    "lion-mixed": {"base": "lion", "lr": 0.01, "gamma": 2.0},
     "masters": {"base": "adamw", "master_weights": True, "dtype": torch.bfloat16},
     "flags": {"momentum": 0.9, "dampening": 0.5},  # no launch plan
     "instance": {"instance": True},
@@ -34,8 +36,15 @@ GROUPS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "sgd": ({"lr": 0.02, "momentum": 0.9, "weight_decay": 0.01, "rho": 0.1}, {"lr": 0.05, "momentum": 0.5, "rho": 0.3}),
     "adam": ({"lr": 0.01, "weight_decay": 0.1, "rho": 0.1}, {"lr": 0.03, "betas": (0.8, 0.95), "eps": 1e-3, "rho": 1}),
     "adamw": ({"lr": 0.01, "weight_decay": 0.1, "rho": 0.1}, {"lr": 0.03, "betas": (0.8, 0.95), "rho": 0.02}),
+    "adam-amsgrad": (
+        {"lr": 0.01, "amsgrad": True, "weight_decay": 0.1, "rho": 0.1},
+        {"lr": 0.03, "amsgrad": True, "betas": (0.8, 0.95), "rho": 0.3},
+    ),
+    "lion": ({"lr": 0.003, "weight_decay": 0.1, "rho": 0.1}, {"lr": 0.001, "betas": (0.8, 0.95), "rho": 0.3}),
     "sgd-flags": ({"lr": 0.02, "momentum": 0.9, "nesterov": True, "rho": 0.1}, {"lr": 0.05, "rho": 0.3}),
     "adam-flags": ({"lr": 0.02, "rho": 0.1}, {"lr": 0.01, "maximize": True, "rho": 0.3}),
+    "adamw-amsgrad-flags": ({"lr": 0.02, "amsgrad": True, "rho": 0.1}, {"lr": 0.01, "rho": 0.3}),
+    "lion-flags": ({"lr": 0.003, "rho": 0.1}, {"lr": 0.001, "maximize": True, "rho": 0.3}),
 }
 
 

@@ -2,7 +2,8 @@
 
 Shares no code with the package but the draws, which are tested on their own. SAM: Foret et al. 2021, eq. 2. ASAM: Kwon
 et al. 2021, section 4. RST and G-RST: Zhao, Zhang, Hu 2022, sections 3 and 4. Adam: Kingma & Ba 2015, algorithm 1.
-AdamW: Loshchilov & Hutter 2019, algorithm 2. SGD as torch.optim documents it. ``maximize`` of f is minimizing -f
+AMSGrad: Reddi, Kale, Kumar 2018, algorithm 2, with the corrected bias of torch.optim. AdamW: Loshchilov & Hutter 2019,
+algorithm 2. Lion: Chen et al. 2023, algorithm 2. SGD as torch.optim documents it. ``maximize`` of f is minimizing -f
 throughout, the perturbation included.
 """
 
@@ -23,8 +24,9 @@ Gradients = Callable[[list[Array], int, int], Sequence[Array | None]]  # (weight
 BACKENDS = [b.name for b in backends() if b.available and b.supports(torch.device("cpu"))]
 DEFAULTS = {
     "sgd": {"momentum": 0.0, "dampening": 0.0, "nesterov": False, "weight_decay": 0.0, "maximize": False},
-    "adam": {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "maximize": False},
-    "adamw": {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01, "maximize": False},
+    "adam": {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "maximize": False, "amsgrad": False},
+    "adamw": {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01, "maximize": False, "amsgrad": False},
+    "lion": {"betas": (0.9, 0.99), "weight_decay": 0.0, "maximize": False},
 }
 
 
@@ -79,7 +81,7 @@ class Oracle:
         return moved
 
     def _update(self, grads: Sequence[Array | None]) -> None:
-        rule = self._sgd if self.base == "sgd" else self._adam
+        rule = {"sgd": self._sgd, "lion": self._lion}.get(self.base, self._adam)
         self.w = [
             w if g is None else rule(w, -g if group["maximize"] else g, state, group)
             for w, g, state, group in zip(self.w, grads, self.state, self.of, strict=True)
@@ -104,8 +106,17 @@ class Oracle:
             g = g + group["weight_decay"] * w
         state["m"] = beta1 * state.get("m", 0.0) + (1 - beta1) * g
         state["v"] = beta2 * state.get("v", 0.0) + (1 - beta2) * g**2
-        m_hat, v_hat = state["m"] / (1 - beta1 ** state["t"]), state["v"] / (1 - beta2 ** state["t"])
+        v = state["v"]
+        if group["amsgrad"]:
+            v = state["v_max"] = np.maximum(state.get("v_max", 0.0), v)
+        m_hat, v_hat = state["m"] / (1 - beta1 ** state["t"]), v / (1 - beta2 ** state["t"])
         return w - lr * m_hat / (np.sqrt(v_hat) + group["eps"])
+
+    def _lion(self, w: Array, g: Array, state: dict[str, Any], group: dict[str, Any]) -> Array:
+        (beta1, beta2), lr, m = group["betas"], group["lr"], state.get("m", np.zeros_like(w))
+        update = np.sign(beta1 * m + (1 - beta1) * g)
+        state["m"] = beta2 * m + (1 - beta2) * g
+        return w - lr * (update + group["weight_decay"] * w)
 
 
 class Problem:

@@ -32,7 +32,10 @@ BASES: dict[str, dict[str, Any]] = {
     "sgd": {"base": "sgd", "momentum": 0.9},
     "mixed": {"base": "sgd", "momentum": 0.9, "gamma": 2.0},
     "adam": {"base": "adam"},
-    "masters": {"base": "adamw", "master_weights": True},  # has no twin in torch.optim
+    "amsgrad": {"base": "adam", "amsgrad": True},
+    # without a twin in torch.optim
+    "lion": {"base": "lion"},
+    "masters": {"base": "adamw", "master_weights": True},
 }
 TWINS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
 # Before a base step, before a perturbation, and between the passes, followed by a step or by restore().
@@ -53,7 +56,7 @@ class Subject:
         self.params = [nn.Parameter(self.guard(t)) for t in start]
         self.opt: Any
         if torchs:
-            hyper = {"momentum": options["momentum"]} if "momentum" in options else {}
+            hyper = {name: value for name, value in options.items() if name in ("momentum", "amsgrad")}
             self.opt = TWINS[options["base"]](self.params, lr=0.1, **hyper)
         else:
             self.opt = RST(self.params, lr=0.1, rho=0.5, schedule=0.0, backend="cpu", **options)
@@ -196,7 +199,7 @@ def judge(base: str, when: str, spoil: Spoil) -> str:
         return "" if fine else "other weights"
     if spoil.answer == "refused":
         return "taken"
-    if base == "masters":
+    if base in ("masters", "lion"):
         return "" if all(bool(p.isfinite().all()) for p in subject.params) else "weights are not finite"
     twin = Subject(base, torchs=True)
     try:
@@ -287,7 +290,8 @@ def backup(change: Callable[[Subject, Tensor], Any]) -> Callable[[Subject], None
 BEFORE = ("base step", "perturb")
 PASSES = ("base step", "perturb", "step")
 BETWEEN = ("step", "restore")
-STATE = {"sgd": ("momentum_buffer",), "adam": ("exp_avg", "exp_avg_sq"), "masters": ("master", "exp_avg")}
+STATE = {"sgd": ("momentum_buffer",), "adam": ("exp_avg", "exp_avg_sq"), "amsgrad": ("max_exp_avg_sq",),
+         "lion": ("exp_avg",), "masters": ("master", "exp_avg")}  # fmt: skip
 STATE_CHANGES: list[tuple[str, Callable[[Subject, Any], Any], str]] = [
     ("resized", in_place(lambda s, t: t.resize_(FEWER)), "refused"),
     ("set to less of its memory", in_place(lambda s, t: t.set_(s.cut(t))), "refused"),
