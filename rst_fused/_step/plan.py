@@ -167,7 +167,8 @@ class PlanCache:
             idle=[p for p in params if p.grad is None], sizes=columns.sizes, masters=masters, states=columns.states,
             backups=backups, steps=columns.steps, row_groups=[id(group) for group, _ in columns.rows],
             rule=0 if rule is None else rule.index, option=flags[0].option if flags else False,
-            maximize=flags[0].maximize if flags else False, state={} if rule is None else opt.state,  # that of an optimizer instance is its own affair
+            maximize=flags[0].maximize if flags else False,
+            state={} if rule is None else opt.state,  # that of an optimizer instance is its own affair
             step_state=state,
         )  # fmt: skip
         columns.grads, columns.backups = [], []  # a kept gradient would be memory that zero_grad cannot free
