@@ -41,14 +41,9 @@ def step(prepared, w, g, state, DECOUPLED: tl.constexpr):
     w = decay * w
     m = tl.fma(one_minus_beta1, g - state[0], state[0])
     v = tl.fma(one_minus_beta2 * g, g, beta2 * state[1])
-    if len(state) == 3:
-        largest = maximum(state[2], v)
-        new = (m, v, largest)
-    else:
-        largest = v
-        new = (m, v)
+    largest = maximum(state[2], v) if len(state) == 3 else v
     denominator = divide(sqrt(largest), bias2_sqrt) + eps
-    return w + divide(minus_step_size * m, denominator), new
+    return w + divide(minus_step_size * m, denominator), (m, v, largest)
 
 
 @kernel

@@ -1,8 +1,9 @@
 """What the updates of all base optimizers share: the kernel around a rule, and the launch of such a kernel.
 
 A rule is two functions. ``PREPARE(row, FLAG, V)`` reads its row of hyperparameters and returns the tuple that
-``STEP(prepared, w, g, state, FLAG)`` takes, which returns the new w and the new state. Weights are read from the backup
-or the master where they are perturbed, so that the restore is part of the update.
+``STEP(prepared, w, g, state, FLAG)`` takes, which returns the new w and the new state tensors (more than there are in
+``state``: the rest is not stored). Weights are read from the backup or the master where they are perturbed, so that the
+restore is part of the update.
 """
 
 from collections.abc import Sequence
@@ -34,7 +35,7 @@ def _update_block(
         g = mix(gamma, one_minus_gamma, load(first_grad, at, count, WHOLE).to(V), g)
     old = ()
     for s in tl.static_range(STATES):
-        old = old + (load(state[s], at, count, WHOLE).to(V),)
+        old = old + (load(state[s], at, count, WHOLE).to(V),)  # type: ignore[assignment]
     updated, new = STEP(prepared, w, grad_multiplier * g, old, FLAG)
     if not skipped:
         for s in tl.static_range(STATES):
@@ -57,7 +58,7 @@ def update(
     grad, first_grad = address(record, _GRAD, begin, T), address(record, _FIRST_GRAD, begin, T)
     state = ()
     for s in tl.static_range(STATES):
-        state = state + (address(record, _STATE + s, begin, STATE),)
+        state = state + (address(record, _STATE + s, begin, STATE),)  # type: ignore[assignment]
     row = hyperparams + tl.load(record + ROW) * COLUMNS
     prepared = PREPARE(row, FLAG, V)
     gamma = tl.load(row + COLUMNS - 1)

@@ -142,6 +142,10 @@ class RST(RandomizedTrials):
         self._step_state = step_state
         self._plans = PlanCache()
 
+    def _set_devices(self, known: list[DeviceState]) -> None:
+        self._devices = device_states_for(known, self.param_groups, self.requested_backend, self.seed)
+        self._on_gpu = any(state.device.type == "cuda" for state in self._devices)
+
     def add_param_group(self, param_group: Group) -> None:
         """Adds a group as torch.optim does; checks its hyperparameters, dtypes and layouts first."""
         self._refuse_while_perturbed("add_param_group")
@@ -166,7 +170,7 @@ class RST(RandomizedTrials):
             self._adopt()
         else:
             super().add_param_group(param_group)
-        self._devices = device_states_for(self._devices, self.param_groups, self.requested_backend, self.seed)
+        self._set_devices(self._devices)
 
     # --- the step ---------------------------------------------------------------------------------------------------
     def draw(self) -> bool:
@@ -361,7 +365,7 @@ class RST(RandomizedTrials):
             stats, counts = vars(self).pop("_saved_stats"), vars(self).pop("_saved_counts")
             self._reset(StepState(*counts))
             self._adopt()
-            self._devices = device_states_for([], self.param_groups, self.requested_backend, self.seed)
+            self._set_devices([])
             self._devices[0].stats.copy_(stats)
 
     def __repr__(self) -> str:

@@ -206,7 +206,7 @@ struct Shape<Twin> {
 
 // Storage format of T in vectors of Shape<V>::kLanes elements: the raw bits, and the conversion to and from arithmetic.
 // Where T is narrower than V, truncate is narrow for values that T holds exactly, and narrow_own for values computed
-// from elements of T and finite numbers alone.
+// only from elements of T and finite numbers.
 template <class V, class T>
 struct Convert;
 template <>
@@ -256,7 +256,7 @@ struct Convert<Twin, BFloat16> {
   static RST_INLINE FloatV quiet(FloatV x) { return x == x ? x : from_bits(UintV{} + 0x7fc00000u); }
   static RST_INLINE Raw narrow(Twin v) { return narrow_own({quiet(v.a), quiet(v.b)}); }
   // Nearest even, as torch rounds: up if the lower half is above its middle, or if it is the middle and the upper half
-  // is odd. Done on all 16-bit halves at once. What was computed from bfloat16 alone has no NaN with anything in its
+  // is odd. Done on all 16-bit halves at once. What was computed only from bfloat16 has no NaN with anything in its
   // lower half, which rounding would carry on.
   static RST_INLINE Raw narrow_own(Twin v) {
     const Raw upper = truncate(v),

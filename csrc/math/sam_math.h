@@ -181,7 +181,7 @@ struct StochasticRound {
   static RST_HD V to_bfloat16(V x, U random) { return x == x ? own_to_bfloat16(x, random) : x; }
   // For an x whose NaNs have nothing below the cut.
   static RST_HD V own_to_bfloat16(V x, U random) { return from_bits(own_upper_half(x, random) & 0xffff0000u); }
-  // The same in the upper half, and in the lower one whatever.
+  // The same in the upper half; the lower half is arbitrary.
   static RST_HD U own_upper_half(V x, U random) { return to_bits(x) + random; }
   // Below 2^-14 a float16 has the fixed quantum 2^-24: there x is rounded as 2^-14 + |x|, which has that quantum.
   static RST_HD V to_float16(V x, U random) {

@@ -36,9 +36,12 @@ void Slots::reset(int64_t handle) {
 
 Plan::Plan(bool gpu, py::list groups, py::list everything, py::list active, py::list idle, std::vector<int64_t> sizes,
            py::list masters, std::vector<py::list> states, py::list backups, py::list steps,
-           std::vector<int64_t> row_groups, py::dict state, py::object step_state)
+           std::vector<int64_t> row_groups, int rule, bool option, bool maximize, py::dict state, py::object step_state)
     : ops_(gpu ? *core().gpu : core().cpu),
       gpu_(gpu),
+      rule_(rule),
+      option_(option),
+      maximize_(maximize),
       groups_(py::cast<std::vector<py::object>>(groups)),
       everything_(everything),
       active_(active),
@@ -46,6 +49,7 @@ Plan::Plan(bool gpu, py::list groups, py::list everything, py::list active, py::
       state_(state),
       step_state_(step_state),
       row_groups_(std::move(row_groups)) {
+  if (rule < 0 || rule >= kRules) throw py::index_error("rule is not the number of a base optimizer");
   if (states.size() > kStates) throw py::value_error("more state tensors than a rule has");
   add_params(sizes);
   add(masters, kMaster);

@@ -83,10 +83,11 @@ PYBIND11_MODULE(_plan_ext, m) {
       .def("by_parameter", &FirstGrads::by_parameter);
   py::class_<Plan>(m, "Plan", py::custom_type_setup(collect_garbage<Plan>))
       .def(py::init<bool, py::list, py::list, py::list, py::list, std::vector<int64_t>, py::list, std::vector<py::list>,
-                    py::list, py::list, std::vector<int64_t>, py::dict, py::object>(),
+                    py::list, py::list, std::vector<int64_t>, int, bool, bool, py::dict, py::object>(),
            py::arg("gpu"), py::arg("groups"), py::arg("everything"), py::arg("active"), py::arg("idle"),
            py::arg("sizes"), py::arg("masters"), py::arg("states"), py::arg("backups"), py::arg("steps"),
-           py::arg("row_groups"), py::arg("state"), py::arg("step_state"))
+           py::arg("row_groups"), py::arg("rule"), py::arg("option"), py::arg("maximize"), py::arg("state"),
+           py::arg("step_state"))
       .def("poll", &Plan::poll)
       .def("perturb", &Plan::perturb)
       .def("update", &Plan::update)

@@ -49,10 +49,11 @@ class Plan {
   // order of the ops; idle: the others. sizes: how many active parameters share each row of hyperparameters.
   // masters, states, backups: the companions of the active parameters, or None. steps: the step counter of each row,
   // where the rule counts steps; row_groups: the group of each row, by number. state: the optimizer's state, in which
-  // an update must find the same tensors. step_state: its StepState. gpu: which kernels run.
+  // an update must find the same tensors. step_state: its StepState. gpu: which kernels run. rule, option, maximize: of
+  // an update.
   Plan(bool gpu, py::list groups, py::list everything, py::list active, py::list idle, std::vector<int64_t> sizes,
        py::list masters, std::vector<py::list> states, py::list backups, py::list steps,
-       std::vector<int64_t> row_groups, py::dict state, py::object step_state);
+       std::vector<int64_t> row_groups, int rule, bool option, bool maximize, py::dict state, py::object step_state);
 
   // Compares the parameter groups with the plan. Bit 0: whether they are its groups and still hold its parameters; from
   // bit 1 on a number that changes whenever a hyperparameter may have changed.
@@ -64,12 +65,12 @@ class Plan {
   // Norm and perturbation with the current gradients, which are taken out of p.grad, and kept if `keep`.
   bool perturb(uintptr_t stats, std::vector<double> rho, bool adaptive, double eta, bool stochastic, uint64_t seed,
                uint64_t step, bool keep, const py::dict& after);
-  // One update of all parameters by a rule, counted in their step counters. `restores`: they are perturbed. `mixing`
-  // uses the gradients that perturb kept. Gradients are divided by the scale of AMP: by `scale`, or on a GPU by the one
-  // at the first address of `on_device`, with found_inf at the second.
+  // One update of all parameters, counted in their step counters. rows: the hyperparameters, row after row. `restores`:
+  // the parameters are perturbed. `mixing` uses the gradients that perturb kept. Gradients are divided by the scale of
+  // AMP: by `scale`, or on a GPU by the one at the first address of `on_device`, with found_inf at the second.
   using Addresses = std::array<uintptr_t, 2>;  // 0: none
-  bool update(int rule, const std::vector<std::vector<double>>& rows, bool option, bool maximize, bool restores,
-              bool mixing, double scale, const Addresses& on_device, const py::dict& after);
+  bool update(std::vector<double> rows, bool restores, bool mixing, double scale, const Addresses& on_device,
+              const py::dict& after);
   bool restore(const py::dict& after);
 
   // Makes first gradients that this plan can use, from one for each active parameter.
@@ -132,6 +133,8 @@ class Plan {
 
   const CoreOps& ops_;
   const bool gpu_;
+  const int rule_;
+  const bool option_, maximize_;
   int32_t device_ = kOnCpu;
   std::vector<py::object> groups_;
   py::list everything_, active_, idle_;

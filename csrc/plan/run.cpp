@@ -123,26 +123,23 @@ bool Plan::first_grads_lost() const {
                      [](const Tensor& t) { return t.has(kFirstGrad) && t.data[kFirstGrad] == t.data[kGrad]; });
 }
 
-bool Plan::update(int rule, const std::vector<std::vector<double>>& rows, bool option, bool maximize, bool restores,
-                  bool mixing, double scale, const Addresses& on_device, const py::dict& after) {
-  if (rule < 0 || rule >= kRules) throw py::index_error("rule is not the number of a base optimizer");
+bool Plan::update(std::vector<double> rows, bool restores, bool mixing, double scale, const Addresses& on_device,
+                  const py::dict& after) {
   const py::object kept =
       mixing ? step_state_.attr("first_grads") : py::object();  // until the end, when StepState drops it
   FirstGrads* const first = mixing ? first_grads_in(kept) : nullptr;
   if ((mixing && first == nullptr) || !collect(true, restores, first) || first_grads_lost()) return false;
-  std::vector<double> hyperparams;
-  for (size_t row = 0; row < rows.size(); ++row) {
-    hyperparams.insert(hyperparams.end(), rows[row].begin(), rows[row].end());
-    if (!counters_.empty()) hyperparams.push_back(*counter(row) + 1.0);
-    if (hyperparams.size() != (row + 1) * kRuleInfos[rule].row_size()) {
-      throw py::value_error("hyperparams do not have the columns of the rule");
+  const RuleInfo& rule = kRuleInfos[rule_];
+  if (rule.counts_steps) {  // the number of this step comes last in each row
+    for (size_t row = 0; row < counters_.size(); ++row) {
+      rows.insert(rows.begin() + static_cast<int64_t>((row + 1) * rule.row_size() - 1), *counter(row) + 1.0);
     }
   }
   OpParams params;
-  params.rule = rule;
-  params.flag = option;
-  params.hyperparams = hyperparams.data();
-  params.grad_multiplier = (maximize ? -1 : 1) / scale;
+  params.rule = rule_;
+  params.flag = option_;
+  params.hyperparams = rows.data();
+  params.grad_multiplier = (maximize_ ? -1 : 1) / scale;
   params.restoring = restores;
   cuda::DeviceScalars scalars;
   scalars.grad_scale = reinterpret_cast<const float*>(on_device[0]);

@@ -177,12 +177,12 @@ void perturb_(TensorList params, TensorList grads, TensorList backups, TensorLis
   op_params.stochastic = stochastic;
   op_params.scales = hyperparams_of(op, "rho", target, rho, group_sizes.size(), 1, on_device);
   check_scalars(op, "rng", target.device.holds(rng) ? target.device : kCpu, rng, ScalarType::Long, 2);
-  const int64_t* numbers = static_cast<const int64_t*>(rng.data_ptr());
+  const int64_t* seed_and_step = static_cast<const int64_t*>(rng.data_ptr());
   if (rng.is_cpu() && target.reads_scalars) {
-    op_params.seed = static_cast<uint64_t>(numbers[0]);
-    op_params.step = static_cast<uint64_t>(numbers[1]);
+    op_params.seed = static_cast<uint64_t>(seed_and_step[0]);
+    op_params.step = static_cast<uint64_t>(seed_and_step[1]);
   } else {
-    on_device.rng = numbers;
+    on_device.rng = seed_and_step;
   }
   cuda::perturb(table, op_params, on_device, static_cast<double*>(stats.data_ptr()), target.launcher);
   copies.copy_back();

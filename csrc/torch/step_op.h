@@ -2,6 +2,9 @@
 // one struct that is the same for all of them.
 #pragma once
 
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
 #include <array>
 #include <utility>
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,10 +22,6 @@ class DeviceState:
     backend: Backend
     stats: Tensor  # float64
     rng: Tensor  # int64 [seed, step]
-    on_gpu: bool = field(init=False)  # asked at every step
-
-    def __post_init__(self) -> None:
-        self.on_gpu = self.device.type == "cuda"
 
     @classmethod
     def on(cls, device: torch.device, requested: str, seed: int) -> DeviceState:

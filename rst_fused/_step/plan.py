@@ -46,7 +46,7 @@ class _HyperparamCache:
     version: int = 0  # see Plan.poll; a plan counts from 1
     same_flags: bool = False  # those of the plan
     rho: list[float] | None = None
-    rows: tuple[float, list[list[float]]] | None = None  # with the gamma among them
+    rows: tuple[float, list[float]] | None = None  # of an update, one after another, and the gamma among them
 
 
 class PlanCache:
@@ -98,15 +98,11 @@ class PlanCache:
         gamma = state.gamma if mixing else 1.0
         if cached.rows is None or cached.rows[0] != gamma:
             validation.check_hyperparams(opt)
-            found = [_floats(row) for row in hyperparam_rows(opt, self._columns)]
-            if None in found:
+            found = _floats([x for row in hyperparam_rows(opt, self._columns) for x in row])
+            if found is None:
                 return False
-            cached.rows = gamma, [row for row in found if row is not None]
-        assert self._flags is not None and opt.rule is not None
-        flags = self._flags[0]  # which were compared with those of the groups
-        served: bool = self._plan.update(
-            opt.rule.index, cached.rows[1], flags.option, flags.maximize, restores, mixing, scale, addresses, after
-        )
+            cached.rows = gamma, found
+        served: bool = self._plan.update(cached.rows[1], restores, mixing, scale, addresses, after)
         return served
 
     def restore(self, opt: RST, after: dict[str, Any]) -> bool:
@@ -165,10 +161,13 @@ class PlanCache:
             return False
         if state.saved and {p: id(w) for p, w in saved.items()} != {p: id(w) for p, w in state.saved.items()}:
             return False  # some parameters have only one of both gradients
+        flags = _flags_of(opt)  # which agree among the groups
         plan = plan_extension().Plan(
             gpu=opt.backend.plans == "gpu", groups=opt.param_groups, everything=params, active=columns.params,
             idle=[p for p in params if p.grad is None], sizes=columns.sizes, masters=masters, states=columns.states,
             backups=backups, steps=columns.steps, row_groups=[id(group) for group, _ in columns.rows],
+            rule=0 if rule is None else rule.index, option=flags[0].option if flags else False,
+            maximize=flags[0].maximize if flags else False,
             state={} if rule is None else opt.state,  # that of an optimizer instance is its own affair
             step_state=state,
         )  # fmt: skip
@@ -178,7 +177,7 @@ class PlanCache:
             if state.mixing:
                 state.first_grads = plan.first_grads_of(state.first_grads)
             state.saved = saved
-        self._columns, self._flags = columns, _flags_of(opt)
+        self._columns, self._flags = columns, flags
         self._state, self._state_size = opt.state, len(opt.state)
         self._stats_address = opt._devices[0].stats.data_ptr()
         self._updates = updating and rule is not None

@@ -20,6 +20,7 @@ class RandomizedTrials(Optimizer):
 
     seed: int
     _devices: list[DeviceState]
+    _on_gpu: bool  # whether any of them is one: asked at every step
     _step_state: StepState
     _schedule: Schedule
     _gamma: float | Callable[[int], float]
@@ -65,9 +66,7 @@ class RandomizedTrials(Optimizer):
     @property
     def capturing(self) -> bool:
         """Whether a CUDA graph is being captured, to which calls only add kernels."""
-        devices = self._devices
-        on_gpu = devices[0].on_gpu or (len(devices) > 1 and any(device.on_gpu for device in devices))
-        return on_gpu and torch.cuda.is_current_stream_capturing()
+        return self._on_gpu and torch.cuda.is_current_stream_capturing()
 
     def _draw_again(self) -> None:
         """After a draw and before the perturbation, what was set since counts."""

@@ -1,7 +1,7 @@
-"""The table of ops: samples, wrong samples, dtypes and tolerances. Tests cross it with every available backend.
+"""The table of ops and their samples. Tests cross it with every available backend, and with dtypes (tolerances.py).
 
-A sample is described before it is built (``Spec``: how its tensors lie in memory, its lists, its numbers), so that a
-test has a readable name and no tensor exists before it runs. Add a row to OPS for a new op, a Spec for a new case.
+A sample is described before it is built (``Spec``: the layout of its tensors, its lists, its options), so that a test
+has a readable name and no tensor exists before it runs. Add a row to OPS for a new op, a Spec for a new case.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import oracle
 import pytest
 import torch
+from tolerances import DTYPES, HALVES, KINDS, assert_close, bits, same_bits  # noqa: F401
 from torch import Tensor
 
 from rst_fused import ops
@@ -30,62 +31,8 @@ _PAIRS = [(b.name, d) for b in backends() if b.available for d in _DEVICES if b.
 BACKENDS = [pytest.param(name, d, marks=[] if d == "cpu" else [pytest.mark.gpu]) for name, d in _PAIRS]
 BACKEND_IDS = [name if device == "cpu" else f"{name}-{device}" for name, device in _PAIRS]
 
-# --- dtypes and tolerances ------------------------------------------------------------------------------------------
-HALVES = (torch.bfloat16, torch.float16)
-DTYPES = (torch.float32, torch.float64, *HALVES, torch.complex64, torch.complex128)
-# The dtypes of one call, one after another through its lists.
-KINDS: dict[str, tuple[torch.dtype, ...]] = {str(d).removeprefix("torch."): (d,) for d in DTYPES} | {"mixed": DTYPES}
 
-
-class Tolerance(NamedTuple):
-    """|result - exact| <= arithmetic * (sum of the magnitudes of the terms) + store * |exact| + least."""
-
-    arithmetic: float  # of the dtype that is computed in
-    store: float  # of rounding the result to the dtype that is stored
-    least: float  # half the distance between subnormal numbers, where the relative bounds end
-
-
-# No formula has more than 12 roundings one after another (Adam with mixing, decay and a gradient scale; the numbers
-# are rounded, too), each of at most one unit roundoff u of what is computed in: u = 2^-24 in float32, 2^-53 in float64,
-# where the oracle itself rounds as often again. Storing costs half a spacing: 2^-8 in bfloat16, 2^-11 in float16.
-_SINGLE, _DOUBLE = 12 * 2.0**-24, 24 * 2.0**-53
-TOLERANCES = {
-    torch.float32: Tolerance(_SINGLE, 0.0, 1e-37),
-    torch.complex64: Tolerance(_SINGLE, 0.0, 1e-37),
-    torch.float64: Tolerance(_DOUBLE, 0.0, 1e-300),
-    torch.complex128: Tolerance(_DOUBLE, 0.0, 1e-300),
-    torch.bfloat16: Tolerance(_SINGLE, 2.0**-8, 1e-37),
-    torch.float16: Tolerance(_SINGLE, 2.0**-11, 2.0**-25),
-}
-
-
-def bits(t: Tensor) -> Tensor:
-    """The bit patterns, as integers on the CPU."""
-    t = torch.view_as_real(t.detach()) if t.is_complex() else t.detach()
-    return t.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()]).cpu()
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and torch.equal(bits(a), bits(b))
-
-
-def assert_close(name: str, actual: Tensor, expected: oracle.Bounded, stochastic: bool = False) -> None:
-    """Within the dtype's tolerance; stochastic rounding may go to either neighbour, so twice as far."""
-    arithmetic, store, least = TOLERANCES[actual.dtype]
-    value = oracle.numbers(actual)
-    rounding = (store * abs(expected.value) + least) * (2 if stochastic else 1)
-    excess = abs(value - expected.value) - (arithmetic * expected.scale + rounding)
-    # "not <= 0" and not "> 0": NaN must fail too.
-    wrong = (~(excess <= 0)).reshape(-1).nonzero()[0]
-    if wrong.size:
-        i, flat = wrong[0], (value.reshape(-1), expected.value.reshape(-1))
-        raise AssertionError(
-            f"{name}, {actual.dtype} {tuple(actual.shape)} strides {actual.stride()}: {wrong.size} of {value.size} are "
-            f"off; number {i} is {flat[0][i]!r}, expected {flat[1][i]!r}"
-        )
-
-
-# --- where tensors lie in memory ------------------------------------------------------------------------------------
+# --- memory layouts -------------------------------------------------------------------------------------------------
 class Place(NamedTuple):
     size: tuple[int, ...]
     stride: tuple[int, ...]

@@ -7,7 +7,7 @@
 #include "math/rules/lion.h"
 #include "math/rules/sgd.h"
 
-// X(rule, name): in the order of the numbers by which a launch plan calls them.
+// X(rule, name): in the order of the indices by which launch plans choose one.
 #define RST_RULES(X) \
   X(Sgd, sgd)        \
   X(Adam, adam)      \
