@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
 from numbers import Real
 from operator import index
 from typing import Any
@@ -67,25 +66,47 @@ def required_params(params: Iterable[Any] | None) -> Iterable[Any]:
 
 
 def first_overlap(tensors: Sequence[torch.Tensor]) -> tuple[int, int] | None:
-    """Positions i < j of two tensors that share memory, or None. Plain tensors with memory and without gaps."""
+    """Positions i < j of two tensors that share memory, or None. Plain tensors with memory."""
     spans = []
     for i, t in enumerate(tensors):
-        if type(t) in _PLAIN and (t.is_cpu or t.is_cuda or t.is_xpu):
+        if type(t) in _PLAIN and (t.is_cpu or t.is_cuda or t.is_xpu) and t.numel() > 0:
             try:
                 start = t.data_ptr()
             except RuntimeError:  # torch.func wraps tensors that have none
                 continue
-            if start != 0 and (t.is_contiguous() or _has_no_gaps(t)):
-                spans.append((start, start + t.nbytes, i))
+            last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+            if start != 0:
+                spans.append((start, start + (last + 1) * t.element_size(), i))
     spans.sort()
-    for (_, end, i), (start, _, j) in pairwise(spans):
-        if start < end:
-            return min(i, j), max(i, j)
+    reaching: list[tuple[int, int]] = []  # (end, position) of those that may reach beyond the next start
+    for start, end, j in spans:
+        reaching = [(other, i) for other, i in reaching if other > start]
+        for _, i in reaching:
+            if _share_memory(tensors[i], tensors[j]):
+                return min(i, j), max(i, j)
+        reaching.append((end, j))
     return None
 
 
-def _has_no_gaps(t: torch.Tensor) -> bool:
-    return t.numel() == 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+def _share_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """For two tensors whose spans overlap: certain unless one has gaps, in which the other may be."""
+    if not (_has_gaps(a) or _has_gaps(b)):
+        return True
+    unit = math.gcd(a.element_size(), b.element_size())
+    return bool(torch.isin(_addresses(a, unit), _addresses(b, unit)).any())
+
+
+def _has_gaps(t: torch.Tensor) -> bool:
+    return t.numel() != 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+
+
+def _addresses(t: torch.Tensor, unit: int) -> torch.Tensor:
+    """Of every ``unit`` bytes of a tensor."""
+    found = torch.tensor([t.data_ptr()], dtype=torch.int64, device="cpu")
+    steps = [(size, stride * t.element_size()) for size, stride in zip(t.shape, t.stride(), strict=True)]
+    for size, stride in (*steps, (t.element_size() // unit, unit)):
+        found = (found.unsqueeze(1) + torch.arange(size, device="cpu") * stride).flatten()
+    return found
 
 
 def may_overlap_itself(t: torch.Tensor) -> bool:

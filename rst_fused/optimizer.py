@@ -295,7 +295,7 @@ class RST(RandomizedTrials):
 
     def restore(self) -> None:
         """Abandons a perturbation: the weights are bit for bit those before perturb(). No update, no step counted."""
-        step.restore(self)
+        step.restore(self, compiling=is_compiling())
 
     def _init_group(self, group: Group, *args: Any) -> None:
         """Dynamo looks for this name; see rst_fused._step.columns.init_group."""

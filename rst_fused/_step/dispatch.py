@@ -27,7 +27,7 @@ from rst_fused._step.columns import (
 from rst_fused._step.devices import DeviceState, device_of
 from rst_fused._step.norm import combine_norms
 from rst_fused._step.rules import hyperparam_tensor
-from rst_fused._step.validation import still_fits, waited
+from rst_fused._step.validation import is_usable, still_fits, waited
 
 if TYPE_CHECKING:
     from rst_fused.optimizer import RST
@@ -115,7 +115,7 @@ def update(opt: RST, scaling: Scaling, after: dict[str, Any]) -> None:
                 mixed = [firsts.get(p, g) for p, g in zip(c.params, c.grads, strict=True)] if state.mixing else []
                 lists += [[] if c.masters else c.backups, mixed]
             hyper = hyperparam_tensor(hyperparam_rows(opt, c), graph_inputs(opt, c), c.params[0].device)
-            steps = torch.stack(c.steps).double() + 1 if c.steps else None
+            steps = torch.stack([step.reshape(()) for step in c.steps]).double() + 1 if c.steps else None
             updates.append(
                 rule.call(
                     device.backend.ops, state.perturbed, lists, c.states, c.masters, hyper, steps, c.sizes, flags,
@@ -188,10 +188,15 @@ def restore(opt: RST, after: dict[str, Any], mixing: bool = False) -> None:
     state = opt._step_state
     if mixing:
         state.take_first_grads()
+    lost = [] if is_compiling() else [p for p, kept in state.saved.items() if not is_usable(kept)]
     for op, arguments in _restore_calls(opt, state.saved, mixing):
         op(*arguments)
     bump_versions(list(state.saved))
     state.become(after)
+    if lost:
+        raise RuntimeError(
+            f"the memory that kept the weights of {len(lost)} parameters was freed after perturb(): they stay perturbed"
+        )
 
 
 def _restore_calls(opt: RST, saved: dict[Tensor, Tensor], mixing: bool = False) -> list[Call]:
@@ -207,6 +212,7 @@ def _restore_calls(opt: RST, saved: dict[Tensor, Tensor], mixing: bool = False) 
                 if has_master(opt, p) == kind
                 and device_of(p) == device.device
                 and still_fits(opt, p)
+                and (is_compiling() or (is_usable(p) and is_usable(saved[p])))
                 and (not mixing or mixed == (p.grad is not None and p in firsts))
             ]
             if not params:
@@ -220,7 +226,8 @@ def _restore_calls(opt: RST, saved: dict[Tensor, Tensor], mixing: bool = False) 
                 (device.backend.ops.restore_, (params, backups, masters, grads, first_grads, gamma, [len(params)]))
             )
     for p, kept in rest.items():  # moved to another device or converted meanwhile
-        if kept.shape == p.shape and p.numel() > 0:  # else its data was replaced, and nothing of it is perturbed
+        # Where its data was replaced or freed, nothing of it is perturbed.
+        if kept.shape == p.shape and p.numel() > 0 and is_usable(p) and is_usable(kept):
             calls.append((Tensor.copy_, (p, kept)))
     return calls
 

@@ -77,10 +77,10 @@ def check(opt: RST, saved: dict[str, Any]) -> None:
             for name, most in _LIMITS.items()
             if name in group
         }
-        if counts.get("rst_sam_steps", 0) > counts.get("rst_steps", math.inf):
+        if counts.get("rst_sam_steps", 0) > counts.get("rst_steps", 0):
             raise ValueError(
                 f"{where}['rst_sam_steps']={counts['rst_sam_steps']}: expected no more than rst_steps, which is "
-                f"{counts['rst_steps']}"
+                f"{counts.get('rst_steps', 'missing')}"
             )
     if opt.rule is None:
         return
@@ -109,7 +109,7 @@ def check(opt: RST, saved: dict[str, Any]) -> None:
                 continue
             value = state[name]
             if not isinstance(value, Tensor):
-                if value is None and name not in opt.rule.state_names({**opt.rule.added, **group}):
+                if value is None and name != "master" and name not in opt.rule.state_names({**opt.rule.added, **group}):
                     continue  # a momentum_buffer that torch.optim.SGD does not use
                 raise ValueError(f"state_dict has {name}={value!r} of parameter {i}: expected a tensor")
             if value.shape != p.shape:

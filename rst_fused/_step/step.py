@@ -61,10 +61,12 @@ def update(opt: RST, compiling: bool = False) -> None:
     opt._plans.drop()  # step counters may be shared in another way now
 
 
-def restore(opt: RST) -> None:
+def restore(opt: RST, compiling: bool = False) -> None:
     """Abandons a perturbation."""
     state = opt._step_state
-    if state.captured:  # nothing has been perturbed, and no backup written
+    if compiling:
+        dispatch.restore(opt, state.after_restore())
+    elif state.captured:  # nothing has been perturbed, and no backup written
         state.become(state.after_restore())
     elif state.perturbed or state.saved:
         _restore(opt, state.after_restore())

@@ -143,6 +143,8 @@ def _named(opt: RST) -> Iterator[tuple[str, Tensor]]:
 
 def has_memory(t: Tensor) -> bool:
     """Whether a tensor has its elements in memory of its own: not so a wrapper, or one whose storage was freed."""
+    if t.is_meta:
+        return False
     if not (t.is_cpu or t.is_cuda or t.is_xpu):
         return True  # what an address means on other devices is for their backend to say
     try:
@@ -155,6 +157,11 @@ def _beyond_storage(t: Tensor) -> bool:
     """Whether the storage was cut below the tensor's last element."""
     last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
     return t.numel() > 0 and (t.storage_offset() + last + 1) * t.element_size() > t.untyped_storage().nbytes()
+
+
+def is_usable(t: Tensor) -> bool:
+    """Whether every element of a tensor is in memory."""
+    return has_memory(t) and (t.numel() == 0 or not _beyond_storage(t))
 
 
 def _check_readable(what: str, t: Tensor) -> None:
@@ -324,7 +331,14 @@ def check_saved(opt: RST) -> None:
                 f"the master copy of {name} was replaced between perturb() and step(): replace it before perturb() or "
                 "after step()"
             )
+        if kept is not None and not is_usable(kept):
+            raise RuntimeError(f"the memory that keeps the weights of {name} was freed between perturb() and step()")
         first, g = state.first_grads.get(p), p.grad
+        if first is not None and g is not None and not (first.shape == g.shape and is_usable(first)):
+            raise RuntimeError(
+                f"the first gradient of {name}, which gamma != 1 needs, was {tuple(p.shape)} and is now "
+                f"{tuple(first.shape)}: leave gradients as they are until step()"
+            )
         if first is not None and type(g) is Tensor and (g is first or g.data_ptr() == first.data_ptr() != 0):
             raise RuntimeError(
                 f"the second gradient of {name} was written over the first one, which gamma != 1 needs: give each pass "
