@@ -27,7 +27,7 @@ from rst_fused._step.columns import (
 from rst_fused._step.devices import DeviceState, device_of
 from rst_fused._step.norm import combine_norms
 from rst_fused._step.rules import hyperparam_tensor
-from rst_fused._step.validation import is_usable, still_fits, waited
+from rst_fused._step.validation import is_usable, names_of_lost, still_fits, waited
 
 if TYPE_CHECKING:
     from rst_fused.optimizer import RST
@@ -188,14 +188,14 @@ def restore(opt: RST, after: dict[str, Any], mixing: bool = False) -> None:
     state = opt._step_state
     if mixing:
         state.take_first_grads()
-    lost = [] if is_compiling() else [p for p, kept in state.saved.items() if not is_usable(kept)]
+    lost = [] if is_compiling() else names_of_lost(opt)
     for op, arguments in _restore_calls(opt, state.saved, mixing):
         op(*arguments)
     bump_versions(list(state.saved))
     state.become(after)
     if lost:
         raise RuntimeError(
-            f"the memory that kept the weights of {len(lost)} parameters was freed after perturb(): they stay perturbed"
+            f"the memory that kept the weights of {' and '.join(lost)} was freed after perturb(): they stay perturbed"
         )
 
 

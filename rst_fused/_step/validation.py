@@ -311,6 +311,12 @@ def is_master(p: Tensor, kept: Tensor, opt: RST) -> bool:
     return opt.master_weights and kept is not opt._step_state.backups.get(p)
 
 
+def names_of_lost(opt: RST) -> list[str]:
+    """The perturbed parameters whose weights are kept nowhere any more."""
+    saved = opt._step_state.saved
+    return [name for name, p in _named(opt) if p in saved and not is_usable(saved[p])] if saved else []
+
+
 def check_saved(opt: RST) -> None:
     """Raises if a parameter, its master or the memory of its first gradient was replaced between the passes."""
     state = opt._step_state
