@@ -128,7 +128,8 @@ bool Plan::update(std::vector<double> rows, bool restores, bool mixing, double s
   const py::object kept =
       mixing ? step_state_.attr("first_grads") : py::object();  // until the end, when StepState drops it
   FirstGrads* const first = mixing ? first_grads_in(kept) : nullptr;
-  if ((mixing && first == nullptr) || !collect(true, restores, first) || first_grads_lost()) return false;
+  if (mixing && first == nullptr) return false;
+  if (!collect(true, restores, first) || (first != nullptr && first_grads_lost())) return false;
   const RuleInfo& rule = kRuleInfos[rule_];
   if (rule.counts_steps) {  // the number of this step comes last in each row
     for (size_t row = 0; row < counters_.size(); ++row) {
