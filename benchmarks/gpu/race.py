@@ -53,7 +53,7 @@ class Entrant:
 
 
 def sam_step(competitor: Competitor, grads: Sequence[torch.Tensor]) -> None:
-    """One SAM step; the gradients are set anew for both halves, as two backward passes would."""
+    """One SAM step; the gradients are set again for both halves, as two backward passes would."""
     attach(competitor.params, grads)
     competitor.perturb()
     attach(competitor.params, grads)

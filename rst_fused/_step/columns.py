@@ -54,7 +54,7 @@ def init_state(opt: RST, group: Group, p: Tensor, updating: bool) -> None:
         state["step"] = torch.zeros((), dtype=torch.float32, device=device)
     if set(state) != known and not torch.compiler.is_compiling() and opt.capturing:
         raise RuntimeError(
-            "a CUDA graph would make the optimizer's state anew at every replay: take a step with the same parameters "
+            "a CUDA graph would make the optimizer's state again at every replay: take a step with the same parameters "
             "before capturing"
         )
 

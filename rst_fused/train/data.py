@@ -160,7 +160,7 @@ def load_cifar10(folder: Path, subset: int | None = None) -> Dataset:
 
 
 def randomise_labels(labels: Tensor, fraction: float, classes: int, seed: int) -> Tensor:
-    """A copy of ``labels`` in which ``round(fraction * N)`` are drawn anew, uniformly over all classes.
+    """A copy of ``labels`` in which ``round(fraction * N)`` are drawn again, uniformly over all classes.
 
     A new label may equal the old one, so about ``fraction * (1 - 1 / classes)`` of them end up wrong.
     The same arguments always give the same labels.

@@ -178,7 +178,7 @@ def test_state_dict_with_such_a_number_is_not_loaded(case: Any, mode: str, backe
 @every_backend
 @pytest.mark.parametrize("way", ["new", "copied", "pickled"])
 def test_another_schedule_or_gamma_in_mid_run(way: str, backend: str) -> None:
-    """As from the constructor, and gamma="match" goes with the schedule of now."""
+    """As from the constructor, and gamma="match" goes with the current schedule."""
     params = PROBLEM.parameters(torch.float32)
     opt = RST(params, lr=0.01, schedule=1.0, gamma="match", backend=backend)
     if way != "new":

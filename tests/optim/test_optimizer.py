@@ -332,7 +332,7 @@ def test_launch_plan_and_generic_path_are_bit_identical(case: Any, missing: bool
     results = []
     for planned in (True, False):
         problem = Problem([*SHAPES, (64, 300)], 16)
-        if missing:  # in some steps, in either pass: a plan is made anew, or handed over between the passes
+        if missing:  # in some steps, in either pass: a new plan is made, or the ops take over, between the passes
             problem.missing = {(t, i) for t in range(16) for i in range(6) if (3 * t + i) % 7 == 0}
         with monkeypatch.context() as m:
             if not planned:
