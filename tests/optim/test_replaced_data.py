@@ -61,7 +61,7 @@ def test_other_data_between_the_passes(how: str, change: str, mode: str, backend
     becomes, was = CHANGES[change]
     params, opt = make(mode, backend, **({} if was is None else {"dtype": was}))
     original = [p.data for p in params]
-    for p in params:  # what keeps weights of the other dtype is there already, and must not be taken for the current one
+    for p in params:  # what keeps weights of the other dtype exists already, and must not be taken for this one
         p.data = torch.zeros_like(p.data, dtype=becomes)
     ones(params)
     opt.perturb()
