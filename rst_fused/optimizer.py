@@ -12,20 +12,20 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.optim import Optimizer
 
-from rst_fused._backends import Backend, backend_for
+from rst_fused._backends import backend_for
 from rst_fused._checks import as_flag, as_integer, check_number, required_params
 from rst_fused._step import amp, columns, outside_of_graphs, step, validation
 from rst_fused._step import state_dict as saving
+from rst_fused._step.base import StepOptimizer
 from rst_fused._step.devices import DeviceState, device_of, device_states_for
 from rst_fused._step.hooks import with_hooks
 from rst_fused._step.plan import PlanCache
 from rst_fused._step.rules import Group, Rule, rule_for
 from rst_fused._step.state import StepState
-from rst_fused._step.trials import RandomizedTrials
 from rst_fused.batch_norm import check_model, freeze_batch_norm, keep_buffers
 
 
-class RST(RandomizedTrials):
+class RST(StepOptimizer):
     """Randomized Sharpness-Aware Training around SGD, Adam, AdamW or any torch optimizer.
 
     At step t a trial with probability p(t) decides between a base step and a SAM step::
@@ -309,19 +309,9 @@ class RST(RandomizedTrials):
 
     # --- where it stands --------------------------------------------------------------------------------------------
     @property
-    def backend(self) -> Backend:
-        """What serves the parameters; where they are on several devices, those on the device of the first one."""
-        return self._devices[0].backend
-
-    @property
     def last_grad_norm(self) -> float:
         """||g1|| (ASAM: ||T g1||) of the last SAM step, NaN before the first. Waits for the device."""
         return float(self._devices[0].stats[0])
-
-    @property
-    def non_finite_norms(self) -> int:
-        """SAM steps so far whose gradient norm was not finite, so that nothing was perturbed. Waits for the device."""
-        return int(self._devices[0].stats[3])
 
     # --- saving -----------------------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:

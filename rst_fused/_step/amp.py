@@ -7,13 +7,11 @@ divides by grad_scale, and where found_inf is not 0 it only brings the weights b
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from rst_fused.optimizer import RST
+from rst_fused._step.base import StepOptimizer
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ def _on(device: torch.device, number: Tensor | None) -> Tensor | None:
 NONE = Scaling()
 
 
-def scaling(opt: RST) -> Scaling:
+def scaling(opt: StepOptimizer) -> Scaling:
     """What a scaler has left. For G-RST an overflow of the first gradients counts too."""
     if "found_inf" not in opt.__dict__ and "grad_scale" not in opt.__dict__:
         return NONE
@@ -82,11 +80,11 @@ def scaling(opt: RST) -> Scaling:
     return Scaling(grad_scale, found_inf)
 
 
-def active(opt: RST) -> bool:
+def active(opt: StepOptimizer) -> bool:
     return getattr(opt, "found_inf", None) is not None
 
 
-def check_closure(opt: RST) -> None:
+def check_closure(opt: StepOptimizer) -> None:
     """Raises for a closure that a scaler hands to step: it has looked for overflows in the earlier gradients."""
     if active(opt):
         forget(opt)
@@ -96,13 +94,13 @@ def check_closure(opt: RST) -> None:
         )
 
 
-def forget(opt: RST) -> None:
+def forget(opt: StepOptimizer) -> None:
     """After an exception, which keeps the scaler from removing its tensors itself."""
     for name in ("grad_scale", "found_inf"):
         vars(opt).pop(name, None)
 
 
-def unscale_grads(opt: RST, grad_scale: Tensor) -> None:
+def unscale_grads(opt: StepOptimizer, grad_scale: Tensor) -> None:
     """For a base optimizer that is not fused."""
     for group in opt.param_groups:
         for p in group["params"]:

@@ -3,34 +3,32 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from rst_fused._step.base import StepOptimizer
 from rst_fused._step.devices import DeviceState, device_of
 from rst_fused._step.rules import Flags, Group, signed_rho
 from rst_fused._step.validation import SIXTEEN_BIT, waited
 
-if TYPE_CHECKING:
-    from rst_fused.optimizer import RST
 
-
-def has_master(opt: RST, p: Tensor) -> bool:
+def has_master(opt: StepOptimizer, p: Tensor) -> bool:
     return opt.master_weights and p.dtype in SIXTEEN_BIT
 
 
-def master_kinds(opt: RST) -> tuple[bool, ...]:
+def master_kinds(opt: StepOptimizer) -> tuple[bool, ...]:
     return (False, True) if opt.master_weights else (False,)
 
 
-def with_gradients(opt: RST, group: Group, masters_only: bool) -> list[Tensor]:
+def with_gradients(opt: StepOptimizer, group: Group, masters_only: bool) -> list[Tensor]:
     """The parameters of a group that have a gradient, and those of them with a master copy or without."""
     found = [p for p in group["params"] if p.grad is not None]
     return [p for p in found if has_master(opt, p) == masters_only] if opt.master_weights else found
 
 
-def init_state(opt: RST, group: Group, p: Tensor, updating: bool) -> None:
+def init_state(opt: StepOptimizer, group: Group, p: Tensor, updating: bool) -> None:
     """Creates what p lacks: its fp32 master and, when ``updating``, what the base optimizer keeps, which is zero."""
     rule, state = opt.rule, opt.state[p]
     known = set(state)
@@ -59,7 +57,7 @@ def init_state(opt: RST, group: Group, p: Tensor, updating: bool) -> None:
         )
 
 
-def share_steps(opt: RST, group: Group, mine: list[Tensor]) -> None:
+def share_steps(opt: StepOptimizer, group: Group, mine: list[Tensor]) -> None:
     """Lets the parameters of one call that are at the same step count share one counter tensor, and no others."""
     counted = [p for p in mine if "step" in opt.state.get(p, ())]  # none before the first step
     taken = {id(opt.state[p]["step"]) for p in counted}
@@ -74,7 +72,7 @@ def share_steps(opt: RST, group: Group, mine: list[Tensor]) -> None:
             opt.state[p]["step"] = shared.setdefault(float(step), step)
 
 
-def backup_of(opt: RST, p: Tensor) -> Tensor:
+def backup_of(opt: StepOptimizer, p: Tensor) -> Tensor:
     """The tensor that keeps p's weights while they are perturbed; allocated once (again if the model was converted)."""
     backups = opt._step_state.backups
     backup = backups.get(p)
@@ -99,7 +97,7 @@ def readable(p: Tensor) -> Tensor:
 
 
 def init_group(
-    opt: RST, group: Group, updating: bool, masters_only: bool, device: str | None,
+    opt: StepOptimizer, group: Group, updating: bool, masters_only: bool, device: str | None,
     params: list[Tensor], grads: list[Tensor], backups: list[Tensor], state0: list[Tensor], state1: list[Tensor],
     state2: list[Tensor], masters: list[Tensor], steps: list[Tensor], sizes: list[int], is_first_step: list[bool],
 ) -> None:  # fmt: skip
@@ -184,7 +182,7 @@ class Columns:
             column += vars(other)[name]
 
 
-def gather(opt: RST, indices: list[int], updating: bool, masters_only: bool, device: DeviceState) -> Columns:
+def gather(opt: StepOptimizer, indices: list[int], updating: bool, masters_only: bool, device: DeviceState) -> Columns:
     """The columns of the given groups: parameters on one device, with a master copy or those without."""
     out = Columns()
     only = None if len(opt._devices) == 1 else str(device.device)
@@ -202,7 +200,7 @@ def gather(opt: RST, indices: list[int], updating: bool, masters_only: bool, dev
     return out
 
 
-def partition(opt: RST) -> list[tuple[Flags | None, list[int]]]:
+def partition(opt: StepOptimizer) -> list[tuple[Flags | None, list[int]]]:
     """Indices of the parameter groups, those that one call can serve together, with their flags."""
     if opt.rule is None:
         return [(None, list(range(len(opt.param_groups))))]
@@ -212,7 +210,7 @@ def partition(opt: RST) -> list[tuple[Flags | None, list[int]]]:
     return list(parts.items())
 
 
-def has_all_state(opt: RST) -> bool:
+def has_all_state(opt: StepOptimizer) -> bool:
     """Whether an update would find the state of every parameter that has a gradient."""
     if opt.rule is None:
         return False
@@ -228,14 +226,14 @@ def rho_rows(c: Columns) -> list[list[Any]]:
     return [[signed_rho(group)] for group, _ in c.rows]
 
 
-def hyperparam_rows(opt: RST, c: Columns) -> list[list[Any]]:
+def hyperparam_rows(opt: StepOptimizer, c: Columns) -> list[list[Any]]:
     """The hyperparameters of an update, gamma among them, in the order of the op's schema."""
     assert opt.rule is not None
     gamma = opt._step_state.gamma if opt._step_state.mixing else 1.0
     return [opt.rule.row(group, is_first_step, gamma) for group, is_first_step in c.rows]
 
 
-def graph_inputs(opt: RST, c: Columns) -> list[list[Any]]:
+def graph_inputs(opt: StepOptimizer, c: Columns) -> list[list[Any]]:
     """All numbers of a row that may change from step to step: see hyperparam_tensor."""
     rule = opt.rule
     return [[group["rho"], *(rule.row(group, False, 1.0) if rule is not None else [])] for group, _ in c.rows]

@@ -7,13 +7,14 @@ from collections import deque
 from collections.abc import Callable
 from functools import partial
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
 from rst_fused._step.amp import Scaling
+from rst_fused._step.base import StepOptimizer
 from rst_fused._step.columns import (
     Columns,
     gather,
@@ -29,20 +30,17 @@ from rst_fused._step.norm import combine_norms
 from rst_fused._step.rules import hyperparam_tensor
 from rst_fused._step.validation import is_usable, names_of_lost, still_fits, waited
 
-if TYPE_CHECKING:
-    from rst_fused.optimizer import RST
-
 Call = tuple[Callable[..., Any], tuple[Any, ...]]  # an op and its arguments
 _RUN = operator.methodcaller("__call__")
 
 
-def recorded(opt: RST) -> bool:
+def recorded(opt: StepOptimizer) -> bool:
     """Whether what is called now runs later: under torch.compile, or in a CUDA graph."""
     return is_compiling() or opt.capturing
 
 
 @torch.no_grad()
-def perturb(opt: RST) -> None:
+def perturb(opt: StepOptimizer) -> None:
     """grad_norm and perturb_ over all groups."""
     state = opt._step_state
     everything = list(range(len(opt.param_groups)))
@@ -90,7 +88,7 @@ def perturb(opt: RST) -> None:
 
 
 @torch.no_grad()
-def update(opt: RST, scaling: Scaling, after: dict[str, Any]) -> None:
+def update(opt: StepOptimizer, scaling: Scaling, after: dict[str, Any]) -> None:
     """Restore, mix and base step, in one op per set of groups that agree in all flags; then the step state is
     ``after``."""
     rule, state = opt.rule, opt._step_state
@@ -147,7 +145,7 @@ def _increments(steps: list[Tensor], found_inf: Tensor | None) -> Any:
 
 
 def _commit(
-    opt: RST, updates: list[Call], updated: list[list[Tensor]], others: list[Call], after: dict[str, Any]
+    opt: StepOptimizer, updates: list[Call], updated: list[list[Tensor]], others: list[Call], after: dict[str, Any]
 ) -> None:
     """Runs the calls; then the step state is ``after``. Weights, state and counters are all as before or all as after,
     whatever interrupts this: the calls follow one another within one C call, which Python does not interrupt between
@@ -180,7 +178,7 @@ def _commit(
 
 
 @torch.no_grad()
-def restore(opt: RST, after: dict[str, Any], mixing: bool = False) -> None:
+def restore(opt: StepOptimizer, after: dict[str, Any], mixing: bool = False) -> None:
     """Every parameter that is still perturbed goes back to its weights; then the step state is ``after``.
 
     With ``mixing`` (a base optimizer that is not fused) p.grad becomes (1 - gamma) g1 + gamma g2 where both exist.
@@ -199,7 +197,7 @@ def restore(opt: RST, after: dict[str, Any], mixing: bool = False) -> None:
         )
 
 
-def _restore_calls(opt: RST, saved: dict[Tensor, Tensor], mixing: bool = False) -> list[Call]:
+def _restore_calls(opt: StepOptimizer, saved: dict[Tensor, Tensor], mixing: bool = False) -> list[Call]:
     """w <- its backup or master, for these parameters."""
     calls: list[Call] = []
     firsts = opt._step_state.first_grads

@@ -8,7 +8,7 @@ served", which leaves everything as it was; then a new plan is made, or the step
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch._C import _len_torch_dispatch_stack
 from rst_fused._backends import plan_extension
 from rst_fused._step import validation
 from rst_fused._step.amp import NONE, Scaling
+from rst_fused._step.base import StepOptimizer
 from rst_fused._step.columns import (
     Columns,
     backup_of,
@@ -29,9 +30,6 @@ from rst_fused._step.columns import (
     rho_rows,
 )
 from rst_fused._step.rules import Flags
-
-if TYPE_CHECKING:
-    from rst_fused.optimizer import RST
 
 _FLOATS = {float}
 _PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
@@ -66,7 +64,7 @@ class PlanCache:
         self._cached = _HyperparamCache()
 
     # --- the three phases: whether they were served ----------------------------------------------------------------
-    def perturb(self, opt: RST) -> bool:
+    def perturb(self, opt: StepOptimizer) -> bool:
         """Norm and perturbation."""
         if not self._saved or not self._is_current(opt):
             return False
@@ -83,7 +81,7 @@ class PlanCache:
         )  # fmt: skip
         return served
 
-    def update(self, opt: RST, scaling: Scaling, after: dict[str, Any]) -> bool:
+    def update(self, opt: StepOptimizer, scaling: Scaling, after: dict[str, Any]) -> bool:
         """Restore, mixing and base step; the step state becomes ``after`` in the same call."""
         state = opt._step_state
         restores = bool(state.saved)
@@ -105,7 +103,7 @@ class PlanCache:
         served: bool = self._plan.update(cached.rows[1], restores, mixing, scale, addresses, after)
         return served
 
-    def restore(self, opt: RST, after: dict[str, Any]) -> bool:
+    def restore(self, opt: StepOptimizer, after: dict[str, Any]) -> bool:
         """Undoes a perturbation; the step state becomes ``after`` in the same call."""
         if not self._saved or opt._step_state.saved is not self._saved:
             return False
@@ -113,7 +111,7 @@ class PlanCache:
         return served
 
     # --- the cache --------------------------------------------------------------------------------------------------
-    def _is_current(self, opt: RST) -> bool:
+    def _is_current(self, opt: StepOptimizer) -> bool:
         """Whether the optimizer is the one that the plan was made for. The plan itself compares the tensors."""
         if self._plan is None:
             return False
@@ -131,7 +129,7 @@ class PlanCache:
     def drop(self) -> None:
         self._plan, self._saved, self._updates = None, {}, False
 
-    def renew(self, opt: RST, for_update: bool) -> bool:
+    def renew(self, opt: StepOptimizer, for_update: bool) -> bool:
         """Makes a new plan, if one can serve the present tensors, all of which were validated. ``for_update``: then it
         creates state that does not exist yet."""
         perturbed_here = bool(self._saved) and opt._step_state.saved is self._saved
@@ -141,7 +139,7 @@ class PlanCache:
             return False  # the weights are kept by the ops, whose step this is
         return _serves(opt) and self._build(opt, for_update)
 
-    def _build(self, opt: RST, for_update: bool) -> bool:
+    def _build(self, opt: StepOptimizer, for_update: bool) -> bool:
         state, rule = opt._step_state, opt.rule
         everything = list(range(len(opt.param_groups)))
         params = [p for group in opt.param_groups for p in group["params"]]
@@ -187,12 +185,12 @@ class PlanCache:
         return True
 
 
-def _flags_of(opt: RST) -> list[Flags] | None:
+def _flags_of(opt: StepOptimizer) -> list[Flags] | None:
     rule = opt.rule
     return None if rule is None else [rule.flags(group) for group in opt.param_groups]
 
 
-def _serves(opt: RST) -> bool:
+def _serves(opt: StepOptimizer) -> bool:
     """Whether plans serve this optimizer at all. What they do not: several devices, groups with different flags, step
     counts on a GPU (a plan would wait for them), conjugate views as gradients of complex parameters."""
     return (

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rst_fused._checks import as_flag, as_integer
+from rst_fused._step.base import StepOptimizer
 from rst_fused._step.columns import has_master
 from rst_fused._step.rules import RULES, check_current
 from rst_fused._step.state import StepState
-
-if TYPE_CHECKING:
-    from rst_fused.optimizer import RST
 
 _STATE_NAMES = tuple(dict.fromkeys(name for rule in RULES.values() for name in rule.states))
 _LIMITS = {"rst_steps": 2**63 - 1, "rst_sam_steps": 2**63 - 1, "rst_seed": 2**63 - 1, "rst_non_finite_norms": 2**53}
 
 
-def completed(opt: RST, saved: dict[str, Any]) -> dict[str, Any]:
+def completed(opt: StepOptimizer, saved: dict[str, Any]) -> dict[str, Any]:
     """``saved`` with the counters, which travel in the groups as torch casts what stands beside a parameter.
 
     Step counts that parameters share become one tensor each: an optimizer of torch that loads them counts each one.
@@ -37,14 +35,14 @@ def completed(opt: RST, saved: dict[str, Any]) -> dict[str, Any]:
     return saved
 
 
-def for_pickle(opt: RST) -> dict[str, Any]:
+def for_pickle(opt: StepOptimizer) -> dict[str, Any]:
     """The attributes that outlive the process, and the stats of the first device; backends are chosen again."""
     transient = ("_plans", "_devices", "_step_state", "step", "_warned_capturable_if_run_uncaptured")
     kept = {k: v for k, v in vars(opt).items() if k not in transient and not k.startswith("_optimizer_")}
     return {**kept, "_saved_stats": opt._devices[0].stats, "_saved_counts": (opt.steps, opt.sam_steps)}
 
 
-def take_counters(opt: RST) -> None:
+def take_counters(opt: StepOptimizer) -> None:
     """Moves the counters that were loaded out of the groups; without any, a run of torch.optim goes on, at step 0."""
     counters: dict[str, int] = {}
     for group in opt.param_groups:
@@ -57,7 +55,7 @@ def take_counters(opt: RST) -> None:
         device.stats.copy_(torch.tensor(stats, dtype=torch.float64, device="cpu"))
 
 
-def _pairs(opt: RST, saved: dict[str, Any]) -> Iterator[tuple[dict[str, Any], Tensor, dict[str, Any]]]:
+def _pairs(opt: StepOptimizer, saved: dict[str, Any]) -> Iterator[tuple[dict[str, Any], Tensor, dict[str, Any]]]:
     """Each parameter with its saved group and state; torch.optim says so where their numbers differ."""
     params = [p for group in opt.param_groups for p in group["params"]]
     keys = [(group, key) for group in saved["param_groups"] for key in group["params"]]
@@ -65,7 +63,7 @@ def _pairs(opt: RST, saved: dict[str, Any]) -> Iterator[tuple[dict[str, Any], Te
         yield group, p, saved["state"].get(key, {})
 
 
-def check(opt: RST, saved: dict[str, Any]) -> None:
+def check(opt: StepOptimizer, saved: dict[str, Any]) -> None:
     """Raises for what cannot be loaded, before anything is: the state of another model, an option that the fused base
     does not have, numbers out of range. ValueError, or TypeError where a number was expected."""
     for i, group in enumerate(saved["param_groups"]):
@@ -135,7 +133,7 @@ def _check_step(i: int, step: Any) -> None:
         raise ValueError(f"state_dict has step={step!r} of parameter {i}: expected a number >= 0")
 
 
-def adapt(opt: RST, saved: dict[str, Any]) -> None:
+def adapt(opt: StepOptimizer, saved: dict[str, Any]) -> None:
     """Undoes what torch did to state beside a master copy, which is float32: it casts to the dtype of the parameter.
 
     A step count that is a plain number, as old checkpoints have it, becomes a tensor; hyperparameters that they lack

@@ -7,17 +7,15 @@ from __future__ import annotations
 import operator
 from collections import deque
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rst_fused._step import amp, dispatch, validation
-
-if TYPE_CHECKING:
-    from rst_fused.optimizer import RST
+from rst_fused._step.base import StepOptimizer
 
 _RUN = operator.methodcaller("__call__")
 
 
-def perturb(opt: RST, compiling: bool = False) -> None:
+def perturb(opt: StepOptimizer, compiling: bool = False) -> None:
     """Moves the weights to w + e, keeps them, and takes the gradients out of p.grad."""
     if compiling:
         dispatch.perturb(opt)
@@ -32,7 +30,7 @@ def perturb(opt: RST, compiling: bool = False) -> None:
     dispatch.perturb(opt)
 
 
-def update(opt: RST, compiling: bool = False) -> None:
+def update(opt: StepOptimizer, compiling: bool = False) -> None:
     """Brings the weights back if they are perturbed, and applies the base optimizer to them."""
     state = opt._step_state
     if not compiling and state.finished:
@@ -61,7 +59,7 @@ def update(opt: RST, compiling: bool = False) -> None:
     opt._plans.drop()  # step counters may be shared in another way now
 
 
-def restore(opt: RST, compiling: bool = False) -> None:
+def restore(opt: StepOptimizer, compiling: bool = False) -> None:
     """Abandons a perturbation."""
     state = opt._step_state
     if compiling:
@@ -72,12 +70,12 @@ def restore(opt: RST, compiling: bool = False) -> None:
         _restore(opt, state.after_restore())
 
 
-def _restore(opt: RST, after: dict[str, Any]) -> None:
+def _restore(opt: StepOptimizer, after: dict[str, Any]) -> None:
     if not opt._plans.restore(opt, after):
         dispatch.restore(opt, after)
 
 
-def _update_by_instance(opt: RST) -> None:
+def _update_by_instance(opt: StepOptimizer) -> None:
     """A step of a base optimizer that is not fused: with mixed and unscaled gradients, or none after an overflow."""
     assert opt.base is not None
     state = opt._step_state

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,11 +14,9 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from rst_fused._checks import first_overlap, may_overlap_itself
+from rst_fused._step.base import StepOptimizer
 from rst_fused._step.devices import device_of
 from rst_fused._step.rules import Group, check_current
-
-if TYPE_CHECKING:
-    from rst_fused.optimizer import RST
 
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 SUPPORTED = (torch.float32, torch.float64, *SIXTEEN_BIT, torch.complex64, torch.complex128)
@@ -104,7 +102,7 @@ def check_base_instance(base: Optimizer, params: Iterable[Any] | None) -> None:
 
 
 # --- before a step ----------------------------------------------------------------------------------------------------
-def check_perturb(opt: RST) -> None:
+def check_perturb(opt: StepOptimizer) -> None:
     """Raises unless everything that a perturbation reads and writes fits, before anything is changed."""
     check_grads(opt)
     check_rho(opt)
@@ -113,7 +111,7 @@ def check_perturb(opt: RST) -> None:
     check_state(opt)
 
 
-def check_update(opt: RST) -> None:
+def check_update(opt: StepOptimizer) -> None:
     """Raises unless everything that an update reads and writes fits, before anything is changed."""
     check_grads(opt)
     check_hyperparams(opt)
@@ -122,20 +120,20 @@ def check_update(opt: RST) -> None:
     check_state(opt)
 
 
-def check_rho(opt: RST) -> None:
+def check_rho(opt: StepOptimizer) -> None:
     """Raises unless the rho of every group is a finite number >= 0: it may have been set since the group was added."""
     for i, group in enumerate(opt.param_groups):
         check_current(i, group, ("rho",), 0.0)
 
 
-def check_hyperparams(opt: RST) -> None:
+def check_hyperparams(opt: StepOptimizer) -> None:
     """Raises unless the numbers that the fused base reads are finite."""
     if opt.rule is not None:
         for i, group in enumerate(opt.param_groups):
             check_current(i, group, opt.rule.numbers)
 
 
-def _named(opt: RST) -> Iterator[tuple[str, Tensor]]:
+def _named(opt: StepOptimizer) -> Iterator[tuple[str, Tensor]]:
     for i, group in enumerate(opt.param_groups):
         for j, p in enumerate(group["params"]):
             yield f"parameter {j} of group {i}", p
@@ -189,7 +187,7 @@ def waited(g: Tensor) -> Tensor:
     return g
 
 
-def check_grads(opt: RST) -> None:
+def check_grads(opt: StepOptimizer) -> None:
     """Raises unless every parameter is where it was and every gradient fits its parameter."""
     devices = [state.device for state in opt._devices]
     for name, p in _named(opt):
@@ -218,7 +216,7 @@ def check_grads(opt: RST) -> None:
         _check_readable(f"the gradient of {name}", waited(g))
 
 
-def check_memory(opt: RST) -> None:
+def check_memory(opt: StepOptimizer) -> None:
     """Raises unless every parameter with a gradient has memory, which no other one shares."""
     if _len_torch_dispatch_stack() > 0:
         return
@@ -242,7 +240,7 @@ def check_memory(opt: RST) -> None:
     opt._step_state.apart = addresses
 
 
-def check_state(opt: RST) -> None:
+def check_state(opt: StepOptimizer) -> None:
     """Raises unless the state of the fused base fits its parameters."""
     rule = opt.rule
     if rule is None:
@@ -285,7 +283,7 @@ def _check_entry(what: str, t: Any, p: Tensor, dtype: torch.dtype) -> None:
         raise RuntimeError(f"{what} is a view whose elements are computed or shared when it is read: clone it first")
 
 
-def check_grads_apart(opt: RST) -> None:
+def check_grads_apart(opt: StepOptimizer) -> None:
     """Raises where gradients share memory: around an optimizer instance, G-RST mixes them in place, and once each."""
     named = [(name, p.grad) for name, p in _named(opt) if p.grad is not None]
     shared = first_overlap([g for _, g in named])
@@ -298,7 +296,7 @@ def check_grads_apart(opt: RST) -> None:
 
 
 # --- between the passes -----------------------------------------------------------------------------------------------
-def still_fits(opt: RST, p: Tensor) -> bool:
+def still_fits(opt: StepOptimizer, p: Tensor) -> bool:
     """Whether a perturbed parameter is of the shape that it had then, and of a dtype that is served alike."""
     kept = opt._step_state.saved[p]
     by_master = is_master(p, kept, opt)
@@ -306,18 +304,18 @@ def still_fits(opt: RST, p: Tensor) -> bool:
     return kept.shape == p.shape and by_master == has_master and (by_master or kept.dtype == p.dtype)
 
 
-def is_master(p: Tensor, kept: Tensor, opt: RST) -> bool:
+def is_master(p: Tensor, kept: Tensor, opt: StepOptimizer) -> bool:
     """Whether the weights of p are kept by its master copy, rather than by a backup."""
     return opt.master_weights and kept is not opt._step_state.backups.get(p)
 
 
-def names_of_lost(opt: RST) -> list[str]:
+def names_of_lost(opt: StepOptimizer) -> list[str]:
     """The perturbed parameters whose weights are kept nowhere any more."""
     saved = opt._step_state.saved
     return [name for name, p in _named(opt) if p in saved and not is_usable(saved[p])] if saved else []
 
 
-def check_saved(opt: RST) -> None:
+def check_saved(opt: StepOptimizer) -> None:
     """Raises if a parameter, its master or the memory of its first gradient was replaced between the passes."""
     state = opt._step_state
     if not state.saved:

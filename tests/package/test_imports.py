@@ -34,8 +34,9 @@ LAYERS = (
 )
 # The same within rst_fused._step: the step above its two executors, these above what they read.
 STEP_LAYERS = (
-    ("__init__", "rules", "state", "devices", "amp", "hooks", "outside_of_graphs"),
-    ("norm", "validation", "trials"),
+    ("__init__", "rules", "state", "devices", "hooks", "outside_of_graphs"),
+    ("base", "norm"),
+    ("amp", "validation"),
     ("columns",),
     ("plan", "dispatch", "state_dict"),
     ("step",),

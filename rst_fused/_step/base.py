@@ -1,4 +1,4 @@
-"""When a step is a SAM step: the schedule p(t), the draws, gamma, and the count of both kinds of steps."""
+"""An optimizer as its steps see it, and when a step is a SAM step: schedule, draws, gamma, counts of both kinds."""
 
 from __future__ import annotations
 
@@ -8,23 +8,50 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from rst_fused._backends import Backend
 from rst_fused._checks import check_number
 from rst_fused._draws import draw_at
 from rst_fused._step.devices import DeviceState
+from rst_fused._step.rules import Group, Rule
 from rst_fused._step.state import StepState
 from rst_fused.schedule import Schedule, as_schedule, match
 
 
-class RandomizedTrials(Optimizer):
+class StepOptimizer(Optimizer):
     """An optimizer that draws X_t ~ Bernoulli(p(t)) (Zhao, Zhang, Hu 2022, arXiv 2203.09962, section 3)."""
 
+    base: Optimizer | None  # the optimizer instance given as base, or
+    rule: Rule | None  # the rule of the fused one
+    adaptive: bool
+    eta: float
     seed: int
+    master_weights: bool
+    stochastic_rounding: bool
+    _plans: Any  # rst_fused._step.plan.PlanCache
     _devices: list[DeviceState]
     _on_gpu: bool  # whether any of them is one: asked at every step
     _step_state: StepState
     _schedule: Schedule
     _gamma: float | Callable[[int], float]
     _gamma_follows_schedule: bool  # it was given as "match"
+
+    def _init_group(self, group: Group, *args: Any) -> None:
+        """Dynamo looks for this name; see rst_fused._step.columns.init_group."""
+        raise NotImplementedError
+
+    def _reset(self, step_state: StepState) -> None:
+        """Nothing of a step under way is ever saved: neither backups nor launch plans."""
+        raise NotImplementedError
+
+    @property
+    def backend(self) -> Backend:
+        """What serves the parameters; where they are on several devices, those on the device of the first one."""
+        return self._devices[0].backend
+
+    @property
+    def non_finite_norms(self) -> int:
+        """SAM steps so far whose gradient norm was not finite, so that nothing was perturbed. Waits for the device."""
+        return int(self._devices[0].stats[3])
 
     def _set_trials(self, schedule: Any, gamma: Any) -> None:
         self._step_state = StepState()
