@@ -178,8 +178,17 @@ class Columns:
         return found
 
     def extend(self, other: Columns) -> None:
-        for name, column in vars(self).items():
-            column += vars(other)[name]
+        # One by one, as Dynamo of torch 2.11 can trace it.
+        self.params += other.params
+        self.grads += other.grads
+        self.backups += other.backups
+        self.state0 += other.state0
+        self.state1 += other.state1
+        self.state2 += other.state2
+        self.masters += other.masters
+        self.steps += other.steps
+        self.sizes += other.sizes
+        self.rows += other.rows
 
 
 def gather(opt: StepOptimizer, indices: list[int], updating: bool, masters_only: bool, device: DeviceState) -> Columns:
