@@ -30,6 +30,7 @@ CoreApi make_api() {
   api.describe = [](int32_t dtype, Tensor& t) {
     return describe(torch::stable::detail::to<ScalarType>(torch::stable::detail::from(dtype)), t);
   };
+  api.is_same = &is_same;
   api.set_first_word = &set_first_word;
   api.in_place = &in_place;
   api.has_autograd_symbols = &has_autograd_symbols;

@@ -83,6 +83,8 @@ struct CoreApi {
   // False if the tensor is not an ordinary strided tensor with memory on the CPU or a GPU.
   bool (*facts_of)(void* handle, TensorFacts& facts);
   bool (*describe)(int32_t torch_dtype, Tensor& tensor);
+  // Whether the tensor is at `data` and has these words. If not, it may still be what was expected.
+  bool (*is_same)(void* handle, KnownWords words, void* data);
   // Tells where the words of a TensorImpl begin, in words; 0: not known.
   void (*set_first_word)(int first_word);
   // Whether tensors [begin, end) are what `layouts` says. `words`: theirs at the last call.

@@ -136,6 +136,11 @@ void clear(AtenTensorHandle tensor) { TORCH_ERROR_CODE_CHECK(aoti_torch_assign_t
 
 bool facts_of(void* handle, TensorFacts& facts) { return read_facts(static_cast<AtenTensorHandle>(handle), facts); }
 
+bool is_same(void* handle, KnownWords words, void* data) {
+  const auto tensor = static_cast<AtenTensorHandle>(handle);
+  return data != nullptr && same_words(tensor, words) && data_of(tensor) == data;
+}
+
 void set_first_word(int word) { first_word = word; }
 
 bool read_grads(const TensorRef* tensors, int64_t count, const ExpectedLayout* layouts, KnownWords* words, void** grads,

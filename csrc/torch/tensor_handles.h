@@ -6,6 +6,7 @@
 namespace rst {
 
 bool facts_of(void* handle, TensorFacts& facts);
+bool is_same(void* handle, KnownWords words, void* data);
 void set_first_word(int first_word);
 bool in_place(const TensorRef* tensors, int64_t begin, int64_t end, const ExpectedLayout* layouts, KnownWords* words);
 bool read_grads(const TensorRef* tensors, int64_t count, const ExpectedLayout* layouts, KnownWords* words, void** grads,

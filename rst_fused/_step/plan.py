@@ -43,6 +43,7 @@ class _HyperparamCache:
 
     version: int = 0  # see Plan.poll; a plan counts from 1
     same_flags: bool = False  # those of the plan
+    checked: bool = False  # the numbers that the base reads
     rho: list[float] | None = None
     rows: tuple[float, list[float]] | None = None  # of an update, one after another, and the gamma among them
 
@@ -71,7 +72,7 @@ class PlanCache:
         cached, state = self._cached, opt._step_state
         if cached.rho is None:
             validation.check_rho(opt)
-            validation.check_hyperparams(opt)
+            self._check(opt)
             cached.rho = _floats([row[0] for row in rho_rows(self._columns)])
             if cached.rho is None:
                 return False
@@ -95,7 +96,7 @@ class PlanCache:
         mixing, cached = state.mixing, self._cached
         gamma = state.gamma if mixing else 1.0
         if cached.rows is None or cached.rows[0] != gamma:
-            validation.check_hyperparams(opt)
+            self._check(opt)
             found = _floats([x for row in hyperparam_rows(opt, self._columns) for x in row])
             if found is None:
                 return False
@@ -125,6 +126,11 @@ class PlanCache:
             and self._state_size == len(opt.state)
             and _len_torch_dispatch_stack() == 0
         )
+
+    def _check(self, opt: StepOptimizer) -> None:
+        if not self._cached.checked:
+            validation.check_hyperparams(opt)
+            self._cached.checked = True
 
     def drop(self) -> None:
         self._plan, self._saved, self._updates = None, {}, False
