@@ -121,7 +121,7 @@ class Plan {
   py::object first_grads_with(void* const* handles);
   // Null if they are not those of this plan.
   FirstGrads* first_grads_in(const py::object& given) const;
-  bool first_grads_in_place(const FirstGrads& first);
+  bool first_grads_in_place(const FirstGrads& first) const;
   void note_first_grads(const FirstGrads* first);
   // Whether a second gradient was written over the first one.
   bool first_grads_lost() const;

@@ -94,23 +94,19 @@ FirstGrads* Plan::first_grads_in(const py::object& given) const {
   return first->params.is(active_) ? first : nullptr;
 }
 
-// Where one does not have the layout of the second gradient, the table is rebuilt from what they are now.
-bool Plan::first_grads_in_place(const FirstGrads& first) {
-  bool known = true;
+bool Plan::first_grads_in_place(const FirstGrads& first) const {
   const bool noted = first.id == first_grads_id_ && !table_.chunks.empty();
   for (size_t i = 0; i < entries_.size(); ++i) {
     const Entry& entry = entries_[i];
     void* const data = table_.tensors[i].data[kFirstGrad];
     void* const slot = core().slot(first.slots, static_cast<int64_t>(i));
     if (noted && core().is_same(slot, grad_words_[i], data)) continue;
-    known = false;
     TensorFacts g;
     if (!core().facts_of(slot, g) || g.dtype != entry.dtype || g.device != device_ || g.ndim != entry.ndim ||
         !equal(g.sizes, entry.sizes(), entry.ndim) || (noted && data != g.data)) {
       return false;
     }
   }
-  if (!known) table_.chunks.clear();
   return true;
 }
 
