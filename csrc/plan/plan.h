@@ -129,6 +129,7 @@ class Plan {
   void run(Run run);
   void become(const py::dict& after);
 
+  size_t row_count() const { return table_.tensors.empty() ? 0 : table_.tensors.back().row + 1; }
   int64_t count() const { return static_cast<int64_t>(entries_.size()); }
 
   const CoreOps& ops_;

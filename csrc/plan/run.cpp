@@ -41,6 +41,7 @@ void Plan::become(const py::dict& after) {
 bool Plan::perturb(uintptr_t stats, std::vector<double> rho, bool adaptive, double eta, bool stochastic, uint64_t seed,
                    uint64_t step, bool keep, const py::dict& after) {
   if (!collect(false, false, nullptr)) return false;
+  if (rho.size() != row_count()) throw py::value_error("rho does not have a number for each row");
   OpParams params;
   params.adaptive = adaptive;
   params.eta = eta;
@@ -133,6 +134,7 @@ bool Plan::update(std::vector<double> rows, bool restores, bool mixing, double s
   if (mixing && first == nullptr) return false;
   if (!collect(true, restores, first) || (first != nullptr && first_grads_lost())) return false;
   const RuleInfo& rule = kRuleInfos[rule_];
+  if (rows.size() != row_count() * rule.columns) throw py::value_error("rows do not have the columns of the rule");
   if (rule.counts_steps) {  // the number of this step comes last in each row
     for (size_t row = 0; row < counters_.size(); ++row) {
       rows.insert(rows.begin() + static_cast<int64_t>((row + 1) * rule.row_size() - 1), *counter(row) + 1.0);

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import product
 from typing import Any
@@ -28,10 +28,20 @@ from rst_fused._step.columns import (
 from rst_fused._step.devices import DeviceState, device_of
 from rst_fused._step.norm import combine_norms
 from rst_fused._step.rules import hyperparam_tensor
+from rst_fused._step.state import StepState
 from rst_fused._step.validation import is_usable, names_of_lost, still_fits, waited
 
 Call = tuple[Callable[..., Any], tuple[Any, ...]]  # an op and its arguments
 _RUN = operator.methodcaller("__call__")
+
+
+def run_together(calls: Iterable[Callable[[], Any]]) -> None:
+    """Within one C call, in which Python interrupts no call that is not Python code itself."""
+    deque(map(_RUN, calls), maxlen=0)
+
+
+def setters(state: StepState, fields: dict[str, Any]) -> list[partial[None]]:
+    return [partial(setattr, state, name, value) for name, value in fields.items()]
 
 
 def recorded(opt: StepOptimizer) -> bool:
@@ -157,21 +167,21 @@ def _commit(
             op(*arguments)
         state.become(after)
         return
-    calls = [partial(getattr(op, "_op", op), *arguments) for op, arguments in (*updates, *others)]
+    calls: list[partial[Any]] = [partial(getattr(op, "_op", op), *arguments) for op, arguments in (*updates, *others)]
     for params in updated:
         calls.append(partial(torch._C._increment_version, params))  # which the compiled ops do not
-    calls += [partial(setattr, state, name, value) for name, value in after.items()]
+    calls += setters(state, after)
     versions = [params[0]._version for params in updated]
     queue = iter(calls)
     try:
-        deque(map(_RUN, queue), maxlen=0)
+        run_together(queue)
     except BaseException:
         at = len(calls) - len(list(queue)) - 1  # the one that was interrupted
         if at < len(updates) and updated[at][0]._version != versions[at]:
             at += 1  # it had written its results
         if at > 0:
             try:
-                deque(map(_RUN, calls[at:]), maxlen=0)
+                run_together(calls[at:])
             except Exception:  # it was no interrupt: the op itself fails, and the rest goes back to its weights
                 state.forget(p for params in updated[:at] for p in params)
         raise

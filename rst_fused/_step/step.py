@@ -4,15 +4,10 @@ cached launch plan (rst_fused._step.plan) and the registered ops (rst_fused._ste
 
 from __future__ import annotations
 
-import operator
-from collections import deque
-from functools import partial
 from typing import Any
 
 from rst_fused._step import amp, dispatch, validation
 from rst_fused._step.base import StepOptimizer
-
-_RUN = operator.methodcaller("__call__")
 
 
 def perturb(opt: StepOptimizer, compiling: bool = False) -> None:
@@ -96,5 +91,4 @@ def _update_by_instance(opt: StepOptimizer) -> None:
     if scaling.grad_scale is not None:
         amp.unscale_grads(opt, scaling.grad_scale)
     # In one C call: an interrupt after the step of the base finds it counted.
-    counted = [partial(setattr, state, name, value) for name, value in after.items()]
-    deque(map(_RUN, [opt.base.step, *counted]), maxlen=0)
+    dispatch.run_together([opt.base.step, *dispatch.setters(state, after)])
