@@ -17,7 +17,7 @@ void connect(py::object core) {
   core_api = static_cast<const CoreApi*>(PyCapsule_GetPointer(core.ptr(), kCoreCapsule));
   if (core_api == nullptr) throw py::error_already_set();
   impl_offset = find_impl_offset();
-  core_api->set_first_word(find_first_word());
+  core_api->set_impl_layout(find_impl_layout());
   watch_dicts();
 }
 
@@ -68,6 +68,7 @@ Plan::Plan(bool gpu, py::list groups, py::list everything, py::list active, py::
   hold_companions();
   words_.resize(tensors_.size());
   grad_words_.resize(entries_.size());
+  first_grad_words_.resize(entries_.size());
   watch_state();
 }
 

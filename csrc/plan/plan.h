@@ -121,7 +121,7 @@ class Plan {
   py::object first_grads_with(void* const* handles);
   // Null if they are not those of this plan.
   FirstGrads* first_grads_in(const py::object& given) const;
-  bool first_grads_in_place(const FirstGrads& first) const;
+  bool first_grads_in_place(const FirstGrads& first);
   void note_first_grads(const FirstGrads* first);
   // Whether a second gradient was written over the first one.
   bool first_grads_lost() const;
@@ -149,10 +149,10 @@ class Plan {
   py::list hyperparams_kept_;                                // references that keep the values alive
   int64_t hyperparams_version_ = 0;
   std::vector<Entry> entries_;
-  std::vector<int64_t> shapes_;                 // of all entries, side by side, since every step reads them
-  std::vector<TensorRef> tensors_;              // parameters, then masters, backups and states
-  std::vector<ExpectedLayout> layouts_;         // of these
-  std::vector<KnownWords> words_, grad_words_;  // of these, and of the gradients
+  std::vector<int64_t> shapes_;          // of all entries, side by side, since every step reads them
+  std::vector<TensorRef> tensors_;       // parameters, then masters, backups and states
+  std::vector<ExpectedLayout> layouts_;  // of these
+  std::vector<KnownWords> words_, grad_words_, first_grad_words_;  // of these, and of the gradients
   int64_t masters_end_ = 0, backups_end_ = 0;
   std::vector<TensorRef> idle_tensors_, counters_;
   std::vector<int64_t> row_groups_;

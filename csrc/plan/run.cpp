@@ -95,24 +95,34 @@ FirstGrads* Plan::first_grads_in(const py::object& given) const {
   return first->params.is(active_) ? first : nullptr;
 }
 
-bool Plan::first_grads_in_place(const FirstGrads& first) const {
-  const bool noted = first.id == first_grads_id_ && !table_.chunks.empty();
-  for (size_t i = 0; i < entries_.size(); ++i) {
-    const Entry& entry = entries_[i];
-    void* const data = table_.tensors[i].data[kFirstGrad];
-    void* const slot = core().slot(first.slots, static_cast<int64_t>(i));
-    if (noted && core().is_same(slot, grad_words_[i], data)) continue;
-    TensorFacts g;
-    if (!core().facts_of(slot, g) || g.dtype != entry.dtype || g.device != device_ || g.ndim != entry.ndim ||
-        !equal(g.sizes, entry.sizes(), entry.ndim) || (noted && data != g.data)) {
-      return false;
+// Whether they are tensors like the gradients; and where the table knows them, whether they are still there. The table
+// goes on only if each has the strides of its second gradient.
+bool Plan::first_grads_in_place(const FirstGrads& first) {
+  struct Context {
+    Plan& plan;
+    const FirstGrads& first;
+    const bool noted;
+  } context{*this, first, first.id == first_grads_id_ && !table_.chunks.empty()};
+  const auto seen = [](void* given, int64_t i, void* data, const TensorFacts* facts) {
+    const auto& [plan, first, noted] = *static_cast<Context*>(given);
+    const auto index = static_cast<size_t>(i);
+    if (facts != nullptr || plan.first_grad_words_[index] != plan.grad_words_[index]) {
+      const Entry& entry = plan.entries_[index];
+      TensorFacts g;
+      if (!core().facts_of(core().slot(first.slots, i), g) || g.dtype != entry.dtype || g.device != plan.device_ ||
+          g.ndim != entry.ndim || !equal(g.sizes, entry.sizes(), g.ndim)) {
+        return false;
+      }
+      if (!equal(g.strides, entry.grad_strides(), g.ndim)) plan.table_.chunks.clear();
     }
-  }
-  return true;
+    return !noted || data == plan.table_.tensors[index].data[kFirstGrad];
+  };
+  return core().read_slots(first.slots, first_grad_words_.data(), seen, &context);
 }
 
 // The first gradients are where the table has the gradients, or there are none. Those of the second pass mostly have
-// the same layout, and `fits` sees where they do not. For tensors that are visited by strides the table is rebuilt.
+// the same layout, and first_grads_in_place sees where they do not. For tensors that are visited by strides the table
+// is rebuilt.
 void Plan::note_first_grads(const FirstGrads* first) {
   first_grads_id_ = first == nullptr ? 0 : first->id;
   for (Tensor& t : table_.tensors) {

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <array>
+#include <tuple>
 
 #include "torch/plan_api.h"
 
@@ -44,9 +45,9 @@ ptrdiff_t find_impl_offset() {
   return found;
 }
 
-// Expected: the number of dimensions, sizes and strides with room for five each, storage offset, number of elements,
-// then dtype and device in one word and the dispatch keys in the last one. A tensor is made for each of them.
-int find_first_word() {
+// Expected in a TensorImpl: the number of dimensions, sizes and strides with room for five each, storage offset, number
+// of elements, then dtype and device in one word and the dispatch keys in the last one. A tensor is made for each.
+static int find_first_word() {
   const py::object torch = py::module_::import("torch");
   const auto make = [&](const char* dtype) {
     return torch.attr("empty")(py::make_tuple(7, 11, 13), py::arg("dtype") = torch.attr(dtype));
@@ -72,6 +73,67 @@ int find_first_word() {
                      words[first + kNumel] == 1001 && differs(wide, kDtype) && differs(view, kOffset) &&
                      differs(negated, kKeys);
   return found ? first : 0;
+}
+
+namespace {
+
+// Of a StorageImpl: no more than every torch that this is built for has in one.
+constexpr int kStorageWordsRead = 8;
+using StorageWords = std::array<uint64_t, kStorageWordsRead>;
+
+uintptr_t storage_of(const py::object& tensor) { return impl_of(tensor.attr("untyped_storage")()); }
+
+StorageWords storage_words_of(const py::object& tensor) {
+  StorageWords words;
+  std::copy_n(reinterpret_cast<const uint64_t*>(storage_of(tensor)), kStorageWordsRead, words.begin());
+  return words;
+}
+
+// The only word with this value, or 0.
+template <class Words>
+int only(const Words& words, uint64_t value) {
+  const auto* const at = std::find(words.begin(), words.end(), value);
+  const bool once = at != words.end() && std::find(at + 1, words.end(), value) == words.end();
+  return once ? static_cast<int>(at - words.begin()) : 0;
+}
+
+}  // namespace
+
+static bool agree(const ImplLayout& a, const ImplLayout& b) {
+  const auto all = [](const ImplLayout& x) {
+    return std::tie(x.storage, x.storage_data, x.storage_bytes, x.storage_special, x.special_bit);
+  };
+  return all(a) == all(b);
+}
+
+ImplLayout find_impl_layout() {
+  const py::object torch = py::module_::import("torch");
+  ImplLayout found;
+  for (int n = 0; n < 2; ++n) {
+    // A view, whose address is not that of its storage; and an odd number of bytes, which no pointer looks like.
+    const int bytes = 30011 + 2 * n;
+    const py::object tensor = torch.attr("empty")(bytes, py::arg("dtype") = torch.attr("uint8"));
+    const py::object view = tensor.attr("narrow")(0, 1, 7);
+    ImplLayout here;
+    here.storage = only(words_of(view), storage_of(tensor));
+    const StorageWords before = storage_words_of(view);
+    // The context of an allocation is mostly its address: the first of both words is the address.
+    const auto address = view.attr("untyped_storage")().attr("data_ptr")().cast<uint64_t>();
+    here.storage_data = static_cast<int>(std::find(before.begin(), before.end(), address) - before.begin());
+    here.storage_bytes = only(before, static_cast<uint64_t>(bytes));
+    const py::object lazy = torch.attr("_lazy_clone")(tensor);  // from here on both are copied when they are written
+    const StorageWords after = storage_words_of(view);
+    for (int i = here.storage_bytes + 1; i < kStorageWordsRead && here.special_bit == 0; ++i) {
+      here.storage_special = i;
+      here.special_bit = after[i] & ~before[i];
+    }
+    const bool complete = here.storage != 0 && here.storage_data != 0 && here.storage_data < kStorageWordsRead &&
+                          here.storage_bytes != 0 && here.special_bit != 0;
+    if (!complete || (n > 0 && !agree(here, found))) return {};
+    found = here;
+  }
+  found.first_word = find_first_word();
+  return found;
 }
 
 }  // namespace rst

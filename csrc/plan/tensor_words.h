@@ -3,11 +3,13 @@
 
 #include <cstddef>
 
+#include "torch/plan_api.h"
+
 namespace rst {
 
 // Of the pointer to the TensorImpl in a Python tensor, in bytes; 0: not found, and there are no plans.
 ptrdiff_t find_impl_offset();
-// Of TensorWords in a TensorImpl, in words; 0: not found, and torch is asked for each fact by itself.
-int find_first_word();
+// All of it or nothing.
+ImplLayout find_impl_layout();
 
 }  // namespace rst

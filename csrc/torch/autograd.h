@@ -42,7 +42,23 @@ inline const int32_t strided_layout = aoti_torch_layout_strided();
 inline const int32_t cpu_device = aoti_torch_device_type_cpu();
 inline const int32_t cuda_device = aoti_torch_device_type_cuda();
 
-// False if the tensor is not an ordinary strided tensor with memory on the CPU or a GPU.
+// The first and last byte of the tensor's elements in its storage, or nothing if they reach beyond it.
+inline bool read_extent(AtenTensorHandle tensor, const TensorFacts& facts, int64_t& begin, int64_t& end) {
+  int64_t offset = 0, bytes = 0, last = 0;
+  if (aoti_torch_get_storage_offset(tensor, &offset) != 0 || aoti_torch_get_storage_size(tensor, &bytes) != 0) {
+    return false;
+  }
+  const auto element = static_cast<int64_t>(aoti_torch_dtype_element_size(facts.dtype));
+  begin = end = offset * element;
+  for (int d = 0; d < facts.ndim; ++d) {
+    if (facts.sizes[d] == 0) return true;
+    last += (facts.sizes[d] - 1) * facts.strides[d];
+  }
+  end += (last + 1) * element;
+  return end <= bytes;
+}
+
+// False if the tensor is not an ordinary strided tensor with memory on the CPU or a GPU for all of its elements.
 inline bool read_facts(AtenTensorHandle tensor, TensorFacts& facts) {
   int32_t layout = 0, device = 0, dtype = 0;
   int64_t ndim = 0;
@@ -62,7 +78,8 @@ inline bool read_facts(AtenTensorHandle tensor, TensorFacts& facts) {
   facts.ndim = static_cast<int>(ndim);
   facts.sizes = sizes;
   facts.strides = strides;
-  return true;
+  int64_t begin = 0, end = 0;
+  return read_extent(tensor, facts, begin, end);
 }
 
 }  // namespace rst

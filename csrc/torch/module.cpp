@@ -30,8 +30,7 @@ CoreApi make_api() {
   api.describe = [](int32_t dtype, Tensor& t) {
     return describe(torch::stable::detail::to<ScalarType>(torch::stable::detail::from(dtype)), t);
   };
-  api.is_same = &is_same;
-  api.set_first_word = &set_first_word;
+  api.set_impl_layout = &set_impl_layout;
   api.in_place = &in_place;
   api.has_autograd_symbols = &has_autograd_symbols;
   api.read_grads = &read_grads;
@@ -40,6 +39,7 @@ CoreApi make_api() {
   api.make_slots = &make_slots;
   api.fill_slots = &fill_slots;
   api.slot = &slot;
+  api.read_slots = &read_slots;
   api.empty_slots = &empty_slots;
   api.release_slots = &release_slots;
   api.bump_versions = &bump_versions;

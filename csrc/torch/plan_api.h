@@ -37,14 +37,23 @@ inline bool equal(const int64_t* a, const int64_t* b, int ndim) {
 }
 
 // The words of a TensorImpl that hold sizes, strides (of up to five dimensions), storage offset, dtype, device and
-// dispatch keys: while they stay the same, so do all of these. Comparing them costs less than a call for each. Where
-// they are is found out when the package is loaded (plan/tensor_words.cpp); a torch that keeps them elsewhere is asked.
+// dispatch keys: while they stay the same, so do all of these. Comparing them costs less than a call for each.
 constexpr int kWords = 15;
 struct TensorWords {
   uint64_t words[kWords];  // the first is the number of dimensions
+  int64_t begin, end;      // of the tensor's elements in its storage, in bytes
 };
 // Tensors that agree in all words share them, so that those of a model stay in the cache. Null: not known.
 using KnownWords = const TensorWords*;
+
+// Where torch keeps what a plan compares, in words of 8 bytes. It is found out when the package is loaded
+// (plan/tensor_words.cpp); a torch that keeps it elsewhere (`first_word` is 0) is asked for each fact by itself.
+struct ImplLayout {
+  int first_word = 0;                                            // in a TensorImpl: TensorWords
+  int storage = 0;                                               // in a TensorImpl: its StorageImpl
+  int storage_data = 0, storage_bytes = 0, storage_special = 0;  // in a StorageImpl
+  uint64_t special_bit = 0;  // of storage_special: asking for the address does more than that, as in copy on write
+};
 
 // What kernels were told about a tensor. `shape`: sizes, then strides.
 struct ExpectedLayout {
@@ -83,10 +92,7 @@ struct CoreApi {
   // False if the tensor is not an ordinary strided tensor with memory on the CPU or a GPU.
   bool (*facts_of)(void* handle, TensorFacts& facts);
   bool (*describe)(int32_t torch_dtype, Tensor& tensor);
-  // Whether the tensor is at `data` and has these words. If not, it may still be what was expected.
-  bool (*is_same)(void* handle, KnownWords words, void* data);
-  // Tells where the words of a TensorImpl begin, in words; 0: not known.
-  void (*set_first_word)(int first_word);
+  void (*set_impl_layout)(const ImplLayout& layout);
   // Whether tensors [begin, end) are what `layouts` says. `words`: theirs at the last call.
   bool (*in_place)(const TensorRef* tensors, int64_t begin, int64_t end, const ExpectedLayout* layouts,
                    KnownWords* words);
@@ -104,6 +110,8 @@ struct CoreApi {
   int64_t (*make_slots)(int64_t count);
   void (*fill_slots)(int64_t slots, void* const* grads);
   void* (*slot)(int64_t slots, int64_t index);
+  // As read_grads, of the gradients in slots.
+  bool (*read_slots)(int64_t slots, KnownWords* grad_words, SeenGrad* seen, void* context);
   void (*empty_slots)(int64_t slots);
   void (*release_slots)(int64_t slots);
 

@@ -16,10 +16,12 @@ namespace {
 
 AtenTensorHandle handle_of(const TensorRef& tensor) { return static_cast<AtenTensorHandle>(tensor.handle); }
 
-int first_word = 0;
+ImplLayout impl_layout;
 constexpr uint64_t kMostDimensions = 5;  // of those that a TensorImpl holds itself
 
-const uint64_t* words_of(AtenTensorHandle tensor) { return static_cast<const uint64_t*>(impl_of(tensor)) + first_word; }
+const uint64_t* words_of(AtenTensorHandle tensor) {
+  return static_cast<const uint64_t*>(impl_of(tensor)) + impl_layout.first_word;
+}
 
 bool same_words(AtenTensorHandle tensor, KnownWords known) {
   if (known == nullptr) return false;
@@ -29,9 +31,24 @@ bool same_words(AtenTensorHandle tensor, KnownWords known) {
   return different == 0;
 }
 
+const void* word_of(AtenTensorHandle tensor, int word) {
+  return static_cast<const void* const*>(impl_of(tensor))[word];
+}
+
+// Reads the address of a tensor that has these words. False if its storage ends before its last element, or if only
+// torch can tell.
+bool read_data(AtenTensorHandle tensor, KnownWords known, void*& data) {
+  const auto* const storage = static_cast<const uint64_t*>(word_of(tensor, impl_layout.storage));
+  if ((storage[impl_layout.storage_special] & impl_layout.special_bit) != 0) return false;
+  if (static_cast<int64_t>(storage[impl_layout.storage_bytes]) < known->end) return false;
+  char* const begin = reinterpret_cast<char*>(storage[impl_layout.storage_data]);
+  data = begin == nullptr ? nullptr : begin + known->begin;
+  return true;
+}
+
 // Kept for as long as the process lives: there are as many as models have kinds of tensors.
-KnownWords shared_words(AtenTensorHandle tensor) {
-  if (first_word == 0 || words_of(tensor)[0] > kMostDimensions) return nullptr;
+KnownWords shared_words(AtenTensorHandle tensor, const TensorFacts& facts) {
+  if (impl_layout.first_word == 0 || words_of(tensor)[0] > kMostDimensions) return nullptr;
   static std::mutex lock;
   static std::deque<TensorWords> all;
   const std::lock_guard<std::mutex> locked(lock);
@@ -40,32 +57,28 @@ KnownWords shared_words(AtenTensorHandle tensor) {
   if (found != all.end()) return &*found;
   all.emplace_back();
   std::copy_n(words_of(tensor), kWords, all.back().words);
+  read_extent(tensor, facts, all.back().begin, all.back().end);
   return &all.back();
-}
-
-void* data_of(AtenTensorHandle tensor) {
-  void* data = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(tensor, &data));
-  return data;
 }
 
 bool is_in_place(const TensorRef& tensor, const ExpectedLayout& layout, KnownWords& words) {
   const AtenTensorHandle handle = handle_of(tensor);
-  if (same_words(handle, words)) return data_of(handle) == layout.data;
+  void* data = nullptr;
+  if (same_words(handle, words) && read_data(handle, words, data)) return data == layout.data;
   TensorFacts facts;
   if (!read_facts(handle, facts) || !layout.fits(facts)) return false;
-  words = shared_words(handle);
+  words = shared_words(handle, facts);
   return true;
 }
 
 bool is_seen(AtenTensorHandle grad, KnownWords& words, SeenGrad* seen, void* context, int64_t index) {
-  if (same_words(grad, words)) {
-    void* const data = data_of(grad);  // null in a storage that was freed, and without elements
-    if (data != nullptr) return seen(context, index, data, nullptr);
+  void* data = nullptr;  // in a storage that was freed, and without elements
+  if (same_words(grad, words) && read_data(grad, words, data) && data != nullptr) {
+    return seen(context, index, data, nullptr);
   }
   TensorFacts facts;
   if (!read_facts(grad, facts) || !seen(context, index, facts.data, &facts)) return false;
-  words = shared_words(grad);
+  words = shared_words(grad, facts);
   return true;
 }
 
@@ -101,14 +114,11 @@ void prefetch(const void* object, int bytes = 1) {
 }
 
 // Guesses, which cost time but no correctness if they are wrong: the size of these objects as far as they are read, and
-// which words of a tensor point to its storage, to what autograd knows about it and to its version counter, in the
-// versions of torch that this is written for.
+// which words of a tensor point to what autograd knows about it and to its version counter, in the versions of torch
+// that this is written for.
 void prefetch_impl(const void* impl) { prefetch(impl, 0xb0); }
-constexpr int kStorage = 2, kAutograd = 3, kVersion = 5;
-const void* word_of(AtenTensorHandle tensor, int word) {
-  return static_cast<const void* const*>(impl_of(tensor))[word];
-}
-void prefetch_storage(AtenTensorHandle tensor) { prefetch(word_of(tensor, kStorage), 0x40); }
+constexpr int kAutograd = 3, kVersion = 5;
+void prefetch_storage(AtenTensorHandle tensor) { prefetch(word_of(tensor, impl_layout.storage), 0x40); }
 void prefetch_tensor(const TensorRef& tensor) {
   prefetch(tensor.handle);
   prefetch_impl(tensor.impl);
@@ -136,12 +146,7 @@ void clear(AtenTensorHandle tensor) { TORCH_ERROR_CODE_CHECK(aoti_torch_assign_t
 
 bool facts_of(void* handle, TensorFacts& facts) { return read_facts(static_cast<AtenTensorHandle>(handle), facts); }
 
-bool is_same(void* handle, KnownWords words, void* data) {
-  const auto tensor = static_cast<AtenTensorHandle>(handle);
-  return data != nullptr && same_words(tensor, words) && data_of(tensor) == data;
-}
-
-void set_first_word(int word) { first_word = word; }
+void set_impl_layout(const ImplLayout& layout) { impl_layout = layout; }
 
 bool read_grads(const TensorRef* tensors, int64_t count, const ExpectedLayout* layouts, KnownWords* words, void** grads,
                 KnownWords* grad_words, SeenGrad* seen, void* context) {
@@ -218,6 +223,17 @@ void fill_slots(int64_t slots, void* const* grads) {
 }
 
 void* slot(int64_t slots, int64_t index) { return slots_at(slots)[index].get(); }
+
+bool read_slots(int64_t slots, KnownWords* grad_words, SeenGrad* seen, void* context) {
+  const TensorList& tensors = slots_at(slots);
+  const auto slot = [&](int64_t i) { return tensors[i].get(); };
+  bool fine = true;
+  visit(
+      0, static_cast<int64_t>(tensors.size()),
+      [&](int64_t i) { fine = fine && is_seen(slot(i), grad_words[i], seen, context, i); },
+      [&](int64_t i) { prefetch_impl(impl_of(slot(i))); }, [&](int64_t i) { prefetch_storage(slot(i)); });
+  return fine;
+}
 
 void empty_slots(int64_t slots) {
   const TensorList& tensors = slots_at(slots);

@@ -6,8 +6,7 @@
 namespace rst {
 
 bool facts_of(void* handle, TensorFacts& facts);
-bool is_same(void* handle, KnownWords words, void* data);
-void set_first_word(int first_word);
+void set_impl_layout(const ImplLayout& layout);
 bool in_place(const TensorRef* tensors, int64_t begin, int64_t end, const ExpectedLayout* layouts, KnownWords* words);
 bool read_grads(const TensorRef* tensors, int64_t count, const ExpectedLayout* layouts, KnownWords* words, void** grads,
                 KnownWords* grad_words, SeenGrad* seen, void* context);
@@ -18,6 +17,7 @@ void bump_versions(const TensorRef* tensors, int64_t count);
 int64_t make_slots(int64_t count);
 void fill_slots(int64_t slots, void* const* grads);
 void* slot(int64_t slots, int64_t index);
+bool read_slots(int64_t slots, KnownWords* grad_words, SeenGrad* seen, void* context);
 void empty_slots(int64_t slots);
 void release_slots(int64_t slots);
 

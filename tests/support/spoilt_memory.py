@@ -40,6 +40,7 @@ BASES: dict[str, dict[str, Any]] = {
 TWINS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
 # Before a base step, before a perturbation, and between the passes, followed by a step or by restore().
 WHENS = ("base step", "perturb", "step", "restore")
+BEFORE, PASSES, BETWEEN = WHENS[:2], WHENS[:3], WHENS[2:]
 
 
 class Subject:
@@ -132,7 +133,7 @@ def play(subject: Subject, when: str, spoil: Spoil) -> Any:
         spoil.act(subject)
         return spoil.answer != "refused" and bits([subject.params[1]])
 
-    if when in ("base step", "perturb"):
+    if when in BEFORE:
         if not spoil.late:
             left = spoilt()
         subject.gradients(t)
@@ -160,13 +161,15 @@ def play(subject: Subject, when: str, spoil: Spoil) -> Any:
 
 def play_twin(twin: Subject, when: str, spoil: Spoil) -> None:
     """The same step with an optimizer of torch, which has no first pass: there gradients are mixed by hand."""
-    if not spoil.late:
+    if when in BEFORE and not spoil.late:
         spoil.act(twin)
     twin.gradients(3)
-    first = [p.grad for p in twin.params]
+    twin.first_grads = [p.grad for p in twin.params]
+    if when not in BEFORE and not spoil.late:
+        spoil.act(twin)
     if when != "base step":
         twin.gradients(3, 1)
-        twin.mix(first)
+        twin.mix(twin.first_grads)
     if spoil.late and when != "perturb":
         spoil.act(twin)
     twin.opt.step()
@@ -219,18 +222,32 @@ def free(t: Tensor) -> None:
     t.untyped_storage().resize_(0)
 
 
-def replace_and_free(subject: Subject, what: str) -> None:
+def shorten(t: Tensor) -> None:
+    t.untyped_storage().resize_(FEWER)
+
+
+def replace_and(shrink: Callable[[Tensor], None], what: str) -> Callable[[Subject], None]:
     """Memory of its own first: what is guarded must stay readable."""
-    p = subject.params[1]
-    if what == "data":
-        p.data = p.data.clone()
-        free(p)
-    elif what == "grad":
-        p.grad = p.grad.clone()
-        free(p.grad)
-    else:
-        subject.opt.state[p][what] = subject.opt.state[p][what].clone()
-        free(subject.opt.state[p][what])
+
+    def act(subject: Subject) -> None:
+        p = subject.params[1]
+        if what == "data":
+            p.data = p.data.clone()
+            shrink(p)
+        elif what == "grad":
+            p.grad = p.grad.clone()
+            shrink(p.grad)
+        elif what == "first_grad":
+            subject.first_grads[1].set_(subject.first_grads[1].clone())
+            shrink(subject.first_grads[1])
+        else:
+            subject.opt.state[p][what] = subject.opt.state[p][what].clone()
+            shrink(subject.opt.state[p][what])
+
+    return act
+
+
+SHRUNK: dict[str, Callable[[Tensor], None]] = {"freed": free, "in a storage that ends before it": shorten}
 
 
 def set_data(change: Callable[[Subject, Tensor], Tensor]) -> Callable[[Subject], None]:
@@ -287,9 +304,6 @@ def backup(change: Callable[[Subject, Tensor], Any]) -> Callable[[Subject], None
     return act
 
 
-BEFORE = ("base step", "perturb")
-PASSES = ("base step", "perturb", "step")
-BETWEEN = ("step", "restore")
 STATE = {"sgd": ("momentum_buffer",), "adam": ("exp_avg", "exp_avg_sq"), "amsgrad": ("max_exp_avg_sq",),
          "lion": ("exp_avg",), "masters": ("master", "exp_avg")}  # fmt: skip
 STATE_CHANGES: list[tuple[str, Callable[[Subject, Any], Any], str]] = [
@@ -317,14 +331,15 @@ KINDS: dict[str, list[Spoil]] = {
         Spoil("empty", set_data(lambda s, t: torch.empty(0, dtype=t.dtype)), ("plain", "sgd", "adam")),
         Spoil("transposed", set_data(lambda s, t: t.t()), ("plain", "sgd", "adam"), BEFORE),
         Spoil("every second column", set_data(lambda s, t: t[:, ::2]), ("plain", "sgd", "adam")),
-        Spoil("freed", lambda s: replace_and_free(s, "data"), ("plain", "sgd", "adam", "masters"), answer="refused"),
+        *(Spoil(how, replace_and(shrink, "data"), ("plain", "sgd", "adam", "masters"), answer="refused")
+          for how, shrink in SHRUNK.items()),
     ],
     "state": [
         *(Spoil(f"{name} {how}", set_state(name, change), (base,), answer=answer)
           for base, names in STATE.items() for name in names for how, change, answer in STATE_CHANGES
           if (name, how) != ("master", "transposed")),  # other weights, by the user's will
-        *(Spoil(f"{name} freed", lambda s, name=name: replace_and_free(s, name), (base,), answer="refused")
-          for base, names in STATE.items() for name in names),
+        *(Spoil(f"{name} {how}", replace_and(shrink, name), (base,), answer="refused")
+          for base, names in STATE.items() for name in names for how, shrink in SHRUNK.items()),
     ],
     "step count": [
         Spoil(how, set_state("step", lambda s, t, new=new: new.clone() if isinstance(new, Tensor) else new), ("adam",),
@@ -339,7 +354,8 @@ KINDS: dict[str, list[Spoil]] = {
         Spoil("expanded", set_grad(lambda g: g[:1].expand(SIDE, SIDE)), whens=PASSES, late=True, answer="served"),
         Spoil("with gaps", set_grad(lambda g: torch.stack([g, g], -1)[..., 0]), whens=PASSES, late=True,
               answer="served"),
-        Spoil("freed", lambda s: replace_and_free(s, "grad"), whens=PASSES, late=True, answer="refused"),
+        *(Spoil(how, replace_and(shrink, "grad"), whens=PASSES, late=True, answer="refused")
+          for how, shrink in SHRUNK.items()),
         Spoil("of two tensors", set_grad(lambda g: TwoTensor(g, g)), whens=PASSES, late=True),
         Spoil("of a collective", set_grad(AsyncCollectiveTensor), whens=PASSES, late=True, answer="served"),
     ],
@@ -349,10 +365,14 @@ KINDS: dict[str, list[Spoil]] = {
               BETWEEN, answer="refused"),
         Spoil("set to nothing", lambda s: s.first_grads[1].set_(torch.empty(0)), ("mixed",), BETWEEN,
               answer="refused"),
+        Spoil("transposed", lambda s: s.first_grads[1].t_(), ("mixed",), BETWEEN, answer="served"),
+        *(Spoil(how, replace_and(shrink, "first_grad"), ("mixed",), BETWEEN, answer="refused")
+          for how, shrink in SHRUNK.items()),
     ],
     "kept weights": [
         Spoil("resized", backup(lambda s, t: t.resize_(FEWER)), ("plain", "sgd", "adam"), BETWEEN),
-        Spoil("freed", backup(lambda s, t: free(t)), ("plain", "sgd", "adam"), BETWEEN),
+        *(Spoil(how, backup(lambda s, t, shrink=shrink: shrink(t)), ("plain", "sgd", "adam"), BETWEEN)
+          for how, shrink in SHRUNK.items()),
     ],
 }  # fmt: skip
 
