@@ -1,9 +1,11 @@
 #include "plan/tensor_words.h"
 
+#include <malloc.h>
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
 #include <array>
+#include <cstdlib>
 #include <tuple>
 
 #include "torch/plan_api.h"
@@ -45,13 +47,28 @@ ptrdiff_t find_impl_offset() {
   return found;
 }
 
+static py::object make(const char* dtype) {
+  const py::object torch = py::module_::import("torch");
+  return torch.attr("empty")(py::make_tuple(7, 11, 13), py::arg("dtype") = torch.attr(dtype));
+}
+
+// Of a tensor that is made where memory was full of `fill`: an allocator gives out again what was freed last.
+static Words words_made_over(unsigned char fill) {
+  size_t bytes = 0;
+  {
+    const py::object tensor = make("float32");
+    bytes = malloc_usable_size(reinterpret_cast<void*>(impl_of(tensor)));
+  }
+  auto* const memory = static_cast<volatile unsigned char*>(std::malloc(bytes));
+  for (size_t i = 0; memory != nullptr && i < bytes; ++i) memory[i] = fill;
+  std::free(const_cast<unsigned char*>(memory));
+  return words_of(make("float32"));
+}
+
 // Expected in a TensorImpl: the number of dimensions, sizes and strides with room for five each, storage offset, number
 // of elements, then dtype and device in one word and the dispatch keys in the last one. A tensor is made for each.
-static int find_first_word() {
+static void find_words(ImplLayout& found) {
   const py::object torch = py::module_::import("torch");
-  const auto make = [&](const char* dtype) {
-    return torch.attr("empty")(py::make_tuple(7, 11, 13), py::arg("dtype") = torch.attr(dtype));
-  };
   const py::object base = make("float32"), wide = make("float64");
   const py::object view =
       torch.attr("empty")(2000).attr("as_strided")(py::make_tuple(7, 11, 13), py::make_tuple(143, 13, 1), 5);
@@ -60,19 +77,25 @@ static int find_first_word() {
   const uint64_t sizes[] = {3, 7, 11, 13}, strides[] = {143, 13, 1};
   const auto* const at = std::search(words.begin(), words.end(), std::begin(sizes), std::end(sizes));
   const auto first = static_cast<int>(at - words.begin());
-  constexpr int kStrides = 6, kOffset = 11, kNumel = 12, kDtype = 13, kKeys = 14;
-  if (first == 0 || first + kWords > kWordsRead) return 0;
+  constexpr int kStrides = 6, kOffset = 11, kNumel = 12, kKeys = 14;
+  if (first == 0 || first + kWords > kWordsRead) return;
+  // In bits that torch does not set, tensors differ by what was in memory.
+  const uint64_t unset = words_made_over(0x00)[first + kDtypeWord] ^ words_made_over(0xff)[first + kDtypeWord];
   const auto differs = [&](const py::object& other, int word) {
     const Words theirs = words_of(other);
     for (int i = 0; i <= kNumel; ++i) {
       if (i != word && theirs[first + i] != words[first + i]) return false;
     }
-    return theirs[first + word] != words[first + word];
+    const uint64_t bits = theirs[first + word] ^ words[first + word];
+    return (word == kDtypeWord ? bits & ~unset : bits) != 0;
   };
-  const bool found = std::equal(std::begin(strides), std::end(strides), words.begin() + first + kStrides) &&
-                     words[first + kNumel] == 1001 && differs(wide, kDtype) && differs(view, kOffset) &&
-                     differs(negated, kKeys);
-  return found ? first : 0;
+  const bool fits = std::equal(std::begin(strides), std::end(strides), words.begin() + first + kStrides) &&
+                    words[first + kNumel] == 1001 && differs(wide, kDtypeWord) && differs(view, kOffset) &&
+                    differs(negated, kKeys);
+  if (fits) {
+    found.first_word = first;
+    found.dtype_bits = ~unset;
+  }
 }
 
 namespace {
@@ -132,7 +155,7 @@ ImplLayout find_impl_layout() {
     if (!complete || (n > 0 && !agree(here, found))) return {};
     found = here;
   }
-  found.first_word = find_first_word();
+  find_words(found);
   return found;
 }
 

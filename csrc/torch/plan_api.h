@@ -38,7 +38,7 @@ inline bool equal(const int64_t* a, const int64_t* b, int ndim) {
 
 // The words of a TensorImpl that hold sizes, strides (of up to five dimensions), storage offset, dtype, device and
 // dispatch keys: while they stay the same, so do all of these. Comparing them costs less than a call for each.
-constexpr int kWords = 15;
+constexpr int kWords = 15, kDtypeWord = 13;
 struct TensorWords {
   uint64_t words[kWords];  // the first is the number of dimensions
   int64_t begin, end;      // of the tensor's elements in its storage, in bytes
@@ -49,8 +49,9 @@ using KnownWords = const TensorWords*;
 // Where torch keeps what a plan compares, in words of 8 bytes. It is found out when the package is loaded
 // (plan/tensor_words.cpp); a torch that keeps it elsewhere (`first_word` is 0) is asked for each fact by itself.
 struct ImplLayout {
-  int first_word = 0;                                            // in a TensorImpl: TensorWords
-  int storage = 0;                                               // in a TensorImpl: its StorageImpl
+  int first_word = 0;                  // in a TensorImpl: TensorWords
+  uint64_t dtype_bits = ~uint64_t{0};  // those of the word of dtype and device that mean anything
+  int storage = 0;                     // in a TensorImpl: its StorageImpl
   int storage_data = 0, storage_bytes = 0, storage_special = 0;  // in a StorageImpl
   uint64_t special_bit = 0;  // of storage_special: asking for the address does more than that, as in copy on write
 };

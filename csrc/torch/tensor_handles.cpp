@@ -27,7 +27,9 @@ bool same_words(AtenTensorHandle tensor, KnownWords known) {
   if (known == nullptr) return false;
   const uint64_t* const words = words_of(tensor);
   uint64_t different = 0;
-  for (int i = 0; i < kWords; ++i) different |= words[i] ^ known->words[i];
+  for (int i = 0; i < kDtypeWord; ++i) different |= words[i] ^ known->words[i];
+  different |= (words[kDtypeWord] ^ known->words[kDtypeWord]) & impl_layout.dtype_bits;
+  for (int i = kDtypeWord + 1; i < kWords; ++i) different |= words[i] ^ known->words[i];
   return different == 0;
 }
 

@@ -187,10 +187,13 @@ def check_current(i: int, group: Group, names: Sequence[str], low: float = -math
     No other limits: as in torch.optim, a scheduler may take a learning rate below 0. Never waits for a GPU.
     """
     for name in names:
-        value, full_name = group[name], f"{of}param_groups[{i}][{name!r}]"
+        value = group[name]
+        if type(value) is float and low <= value and math.isfinite(value):
+            continue  # at every step of a run with a scheduler: no name is made for it
+        full_name = f"{of}param_groups[{i}][{name!r}]"
         if name == "betas":
             check_betas(full_name, value)
-        elif not (type(value) is float and low <= value and math.isfinite(value)) and not _is_elsewhere(value):
+        elif not _is_elsewhere(value):
             check_number(full_name, value, low)
 
 
