@@ -148,8 +148,8 @@ int Plan::visit(visitproc visitor, void* arg) const {
   for (const py::object& group : groups_) {
     if (const int stop = visitor(group.ptr(), arg)) return stop;
   }
-  for (const py::object* object : std::initializer_list<const py::object*>{&everything_, &active_, &idle_, &state_,
-                                                                           &step_state_, &kept_, &hyperparams_kept_}) {
+  for (const py::object* object : std::initializer_list<const py::object*>{
+           &everything_, &active_, &idle_, &state_, &step_state_, &kept_, &hyperparams_kept_, &first_grads_}) {
     if (const int stop = visitor(object->ptr(), arg)) return stop;
   }
   return 0;
@@ -165,7 +165,9 @@ void Plan::clear() {
   masters_end_ = backups_end_ = 0;
   table_ = Table();
   const auto groups = std::exchange(groups_, {});
-  const py::object state = std::exchange(state_, py::dict()), step_state = std::exchange(step_state_, py::none());
+  first_ = nullptr;
+  const py::object state = std::exchange(state_, py::dict()), step_state = std::exchange(step_state_, py::none()),
+                   first_grads = std::exchange(first_grads_, py::none());
   const std::array lists{std::exchange(everything_, py::list()), std::exchange(active_, py::list()),
                          std::exchange(idle_, py::list()), std::exchange(kept_, py::list()),
                          std::exchange(hyperparams_kept_, py::list())};

@@ -29,20 +29,21 @@ bool Plan::fits(size_t index, const TensorFacts& grad) {
   return true;
 }
 
-void Plan::set_all_layouts(const FirstGrads* first) {
+void Plan::set_all_layouts(bool mixing) {
   for (size_t i = 0; i < entries_.size(); ++i) {
     View views[kOperands];
     for (int s = 0; s < kOperands; ++s) views[s] = views_[i][s];
     const Entry& entry = entries_[i];
     views[kGrad] = {entry.grad, entry.ndim, entry.sizes(), entry.grad_strides()};
-    if (first != nullptr) {
+    if (mixing) {
       TensorFacts g;
-      core().facts_of(core().slot(first->slots, static_cast<int64_t>(i)), g);  // which were compared before
+      core().facts_of(core().slot(first_->slots, static_cast<int64_t>(i)), g);  // which were compared before
       views[kFirstGrad] = {g.data, g.ndim, g.sizes, g.strides};
+      first_grads_differ_ = first_grads_differ_ || !equal(g.strides, entry.grad_strides(), g.ndim);
     }
     set_layout(table_.tensors[i], views);
   }
-  first_grads_id_ = first == nullptr ? 0 : first->id;
+  mixes_ = mixing;
   cut();
 }
 
@@ -69,6 +70,36 @@ bool Plan::read_grads() {
                            grad_words_.data(), seen, this);
 }
 
+bool Plan::read_first_grads() {
+  if (std::exchange(first_grads_differ_, false)) table_.chunks.clear();
+  const auto seen = [](void* context, int64_t i, void* data, const TensorFacts* facts) {
+    Plan& plan = *static_cast<Plan*>(context);
+    const auto index = static_cast<size_t>(i);
+    const Entry& entry = plan.entries_[index];
+    if (facts != nullptr || plan.first_grad_words_[index] != plan.grad_words_[index]) {
+      TensorFacts g;
+      if (!core().facts_of(core().slot(plan.first_->slots, i), g) || g.dtype != entry.dtype ||
+          g.device != plan.device_ || g.ndim != entry.ndim || !equal(g.sizes, entry.sizes(), g.ndim)) {
+        return false;
+      }
+      if (!equal(g.strides, entry.grad_strides(), g.ndim)) plan.table_.chunks.clear();
+    }
+    plan.table_.tensors[index].data[kFirstGrad] = data;
+    return data == nullptr || data != entry.grad;
+  };
+  return core().read_slots(first_->slots, first_grad_words_.data(), seen, this);
+}
+
+// For tensors that are visited by strides the table is rebuilt. A perturbation may find first gradients in it, which it
+// does not read.
+void Plan::set_mixing(bool mixing) {
+  mixes_ = mixing;
+  for (Tensor& t : table_.tensors) {
+    if (!mixing) t.data[kFirstGrad] = nullptr;
+    if (t.strided()) table_.chunks.clear();
+  }
+}
+
 float* Plan::counter(size_t row) const {
   TensorFacts t;
   const bool there = core().facts_of(counters_[row].handle, t) && t.device == kOnCpu;
@@ -93,17 +124,16 @@ bool Plan::steps_differ() const {
   return true;
 }
 
-bool Plan::collect(bool updating, bool restores, const FirstGrads* first) {
+bool Plan::collect(bool updating, bool restores, bool mixing) {
   if (!read_grads() || !none_is_negated()) return false;
   const bool reads_backups = restores || !updating;
   if (!in_place(count(), reads_backups ? backups_end_ : masters_end_) || !steps_differ()) return false;
   if (updating && !in_place(backups_end_, static_cast<int64_t>(tensors_.size()))) return false;
   if ((updating || masters_end_ > count()) && !same_state()) return false;
   if (core().has_grads(idle_tensors_.data(), static_cast<int64_t>(idle_tensors_.size()))) return false;
-  if (first != nullptr && !first_grads_in_place(*first)) return false;
-  if (first == nullptr && first_grads_id_ != 0) note_first_grads(nullptr);
-  if (first != nullptr && first->id != first_grads_id_) table_.chunks.clear();
-  if (table_.chunks.empty()) set_all_layouts(first);
+  if (updating && mixing != mixes_) set_mixing(mixing);
+  if (mixing && !read_first_grads()) return false;
+  if (table_.chunks.empty()) set_all_layouts(mixing);
   return same_layout_;
 }
 

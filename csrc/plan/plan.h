@@ -33,12 +33,11 @@ class Slots {
 
 // The gradients of the first pass, for G-RST. StepState has them as long as they are needed.
 struct FirstGrads {
-  FirstGrads(int64_t slots, py::list params);
-  py::dict by_parameter() const;
+  FirstGrads(int64_t slots, py::list params) : slots(slots), params(std::move(params)) {}
+  py::dict take();  // by parameter; none are left here
   int visit(visitproc visitor, void* arg) const { return visitor(params.ptr(), arg); }
   void clear() { params = py::list(); }
 
-  const uint64_t id;  // never that of another one
   Slots slots;
   py::list params;
 };
@@ -100,7 +99,7 @@ class Plan {
 
   // Reads and compares the gradients, and all other tensors of the call. No Python may run between this and the
   // kernels: another thread may drop a gradient.
-  bool collect(bool updating, bool restores, const FirstGrads* first);
+  bool collect(bool updating, bool restores, bool mixing);
   bool same_parameters(const py::list& groups) const;
   // Whether every hyperparameter is the object it was at the last poll, and one that cannot change.
   bool same_hyperparams(const py::list& groups);
@@ -115,16 +114,14 @@ class Plan {
   // Whether the rows of a group are at different steps, for the ops would join them otherwise.
   bool steps_differ() const;
   float* counter(size_t row) const;
-  void set_all_layouts(const FirstGrads* first);
+  void set_all_layouts(bool mixing);
   // Cuts the table once every tensor has its layout.
   void cut();
   py::object first_grads_with(void* const* handles);
-  // Null if they are not those of this plan.
-  FirstGrads* first_grads_in(const py::object& given) const;
-  bool first_grads_in_place(const FirstGrads& first);
-  void note_first_grads(const FirstGrads* first);
-  // Whether a second gradient was written over the first one.
-  bool first_grads_lost() const;
+  bool has_first_grads() const;
+  // Whether they are like the second ones, none of which was written over its first one. Puts them into the table.
+  bool read_first_grads();
+  void set_mixing(bool mixing);
   template <class Run>
   void run(Run run);
   void become(const py::dict& after);
@@ -157,10 +154,12 @@ class Plan {
   std::vector<TensorRef> idle_tensors_, counters_;
   std::vector<int64_t> row_groups_;
   std::vector<void*> grad_handles_;
-  Slots companions_;   // masters, backups and states
-  Slots slots_;        // for the gradients, while others may run
-  Slots first_slots_;  // for the next first gradients
-  uint64_t first_grads_id_ = 0;
+  Slots companions_;                     // masters, backups and states
+  Slots slots_;                          // for the gradients, while others may run
+  py::object first_grads_ = py::none();  // made once, and again while somebody has the last ones
+  FirstGrads* first_ = nullptr;
+  bool mixes_ = false;               // whether the table has first gradients
+  bool first_grads_differ_ = false;  // in strides, from the second ones
   // Copies of the shapes of companions: a tensor may free its own when it is resized.
   std::vector<std::unique_ptr<int64_t[]>> copies_;
   std::vector<std::array<View, kOperands>> views_;

@@ -38,9 +38,14 @@ void Plan::become(const py::dict& after) {
   }
 }
 
+static PyObject* name_of_first_grads() {
+  static PyObject* const name = PyUnicode_InternFromString("first_grads");
+  return name;
+}
+
 bool Plan::perturb(uintptr_t stats, std::vector<double> rho, bool adaptive, double eta, bool stochastic, uint64_t seed,
                    uint64_t step, bool keep, const py::dict& after) {
-  if (!collect(false, false, nullptr)) return false;
+  if (!collect(false, false, false)) return false;
   if (rho.size() != row_count()) throw py::value_error("rho does not have a number for each row");
   OpParams params;
   params.adaptive = adaptive;
@@ -56,23 +61,19 @@ bool Plan::perturb(uintptr_t stats, std::vector<double> rho, bool adaptive, doub
     ops_.perturb(table_, params, stats_data, rho.data(), static_cast<int>(rho.size()), device_);
   });
   become(after);
-  if (keep) {
-    step_state_.attr("first_grads") = kept;
-    note_first_grads(kept.cast<FirstGrads*>());
+  if (keep && PyObject_SetAttr(step_state_.ptr(), name_of_first_grads(), kept.ptr()) != 0) {
+    throw py::error_already_set();
   }
   core().clear_grads(grad_handles_.data(), count());
   return true;
 }
 
-static uint64_t last_id = 0;
-
-FirstGrads::FirstGrads(int64_t slots, py::list params) : id(++last_id), slots(slots), params(std::move(params)) {}
-
-py::dict FirstGrads::by_parameter() const {
+py::dict FirstGrads::take() {
   py::dict found;
   const py::list grads =
       py::module_::import("torch").attr("ops").attr("rst_fused").attr("_tensors_in_slots")(static_cast<int64_t>(slots));
   for (size_t i = 0; i < params.size(); ++i) found[params[i]] = grads[i];
+  core().empty_slots(slots);
   return found;
 }
 
@@ -83,66 +84,27 @@ py::object Plan::first_grads_of(const py::dict& by_parameter) {
 }
 
 py::object Plan::first_grads_with(void* const* handles) {
-  const int64_t slots = first_slots_ != 0 ? first_slots_.release() : core().make_slots(count());
-  py::object made = py::cast(std::make_unique<FirstGrads>(slots, active_));
-  core().fill_slots(slots, handles);
-  return made;
-}
-
-FirstGrads* Plan::first_grads_in(const py::object& given) const {
-  if (!py::isinstance<FirstGrads>(given)) return nullptr;
-  auto* const first = given.cast<FirstGrads*>();
-  return first->params.is(active_) ? first : nullptr;
-}
-
-// Whether they are tensors like the gradients; and where the table knows them, whether they are still there. The table
-// goes on only if each has the strides of its second gradient.
-bool Plan::first_grads_in_place(const FirstGrads& first) {
-  struct Context {
-    Plan& plan;
-    const FirstGrads& first;
-    const bool noted;
-  } context{*this, first, first.id == first_grads_id_ && !table_.chunks.empty()};
-  const auto seen = [](void* given, int64_t i, void* data, const TensorFacts* facts) {
-    const auto& [plan, first, noted] = *static_cast<Context*>(given);
-    const auto index = static_cast<size_t>(i);
-    if (facts != nullptr || plan.first_grad_words_[index] != plan.grad_words_[index]) {
-      const Entry& entry = plan.entries_[index];
-      TensorFacts g;
-      if (!core().facts_of(core().slot(first.slots, i), g) || g.dtype != entry.dtype || g.device != plan.device_ ||
-          g.ndim != entry.ndim || !equal(g.sizes, entry.sizes(), g.ndim)) {
-        return false;
-      }
-      if (!equal(g.strides, entry.grad_strides(), g.ndim)) plan.table_.chunks.clear();
-    }
-    return !noted || data == plan.table_.tensors[index].data[kFirstGrad];
-  };
-  return core().read_slots(first.slots, first_grad_words_.data(), seen, &context);
-}
-
-// The first gradients are where the table has the gradients, or there are none. Those of the second pass mostly have
-// the same layout, and first_grads_in_place sees where they do not. For tensors that are visited by strides the table
-// is rebuilt.
-void Plan::note_first_grads(const FirstGrads* first) {
-  first_grads_id_ = first == nullptr ? 0 : first->id;
-  for (Tensor& t : table_.tensors) {
-    t.data[kFirstGrad] = first != nullptr ? t.data[kGrad] : nullptr;
-    if (t.strided()) table_.chunks.clear();
+  if (first_ == nullptr || first_grads_.ref_count() > 1) {
+    first_grads_ = py::cast(std::make_unique<FirstGrads>(core().make_slots(count()), active_));
+    first_ = first_grads_.cast<FirstGrads*>();
   }
+  core().fill_slots(first_->slots, handles);
+  return first_grads_;
 }
 
-bool Plan::first_grads_lost() const {
-  return std::any_of(table_.tensors.begin(), table_.tensors.end(),
-                     [](const Tensor& t) { return t.has(kFirstGrad) && t.data[kFirstGrad] == t.data[kGrad]; });
+// Whether StepState has those that this plan keeps.
+bool Plan::has_first_grads() const {
+  const auto kept = py::reinterpret_steal<py::object>(PyObject_GetAttr(step_state_.ptr(), name_of_first_grads()));
+  if (!kept) throw py::error_already_set();
+  return first_ != nullptr && kept.is(first_grads_);
 }
 
 bool Plan::update(std::vector<double> rows, bool restores, bool mixing, double scale, const Addresses& on_device,
                   const py::dict& after) {
-  const py::object kept =
-      mixing ? step_state_.attr("first_grads") : py::object();  // until the end, when StepState drops it
-  FirstGrads* const first = mixing ? first_grads_in(kept) : nullptr;
-  if (mixing && first == nullptr) return false;
-  if (!collect(true, restores, first) || (first != nullptr && first_grads_lost())) return false;
+  if (mixing && !has_first_grads()) return false;
+  const py::object first_grads = first_grads_;  // another thread may step while this one computes
+  FirstGrads* const first = first_;
+  if (!collect(true, restores, mixing)) return false;
   const RuleInfo& rule = kRuleInfos[rule_];
   if (rows.size() != row_count() * rule.columns) throw py::value_error("rows do not have the columns of the rule");
   if (rule.counts_steps) {  // the number of this step comes last in each row
@@ -163,11 +125,7 @@ bool Plan::update(std::vector<double> rows, bool restores, bool mixing, double s
   for (size_t row = 0; row < counters_.size(); ++row) *counter(row) += 1;
   core().bump_versions(counters_.data(), static_cast<int64_t>(counters_.size()));
   become(after);
-  if (first != nullptr) {
-    core().empty_slots(first->slots);
-    first_slots_.reset(first->slots.release());
-    note_first_grads(nullptr);
-  }
+  if (mixing) core().empty_slots(first->slots);
   return true;
 }
 
@@ -184,9 +142,9 @@ bool Plan::restore(const py::dict& after) {
     core().bump_versions(tensors_.data(), count());
     ops_.restore(table_, OpParams{}, device_);
     become(after);
+    if (first_ != nullptr) core().empty_slots(first_->slots);
   }
   table_.chunks.clear();
-  first_grads_id_ = 0;
   return served;
 }
 

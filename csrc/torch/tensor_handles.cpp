@@ -233,7 +233,8 @@ bool read_slots(int64_t slots, KnownWords* grad_words, SeenGrad* seen, void* con
   visit(
       0, static_cast<int64_t>(tensors.size()),
       [&](int64_t i) { fine = fine && is_seen(slot(i), grad_words[i], seen, context, i); },
-      [&](int64_t i) { prefetch_impl(impl_of(slot(i))); }, [&](int64_t i) { prefetch_storage(slot(i)); });
+      [&](int64_t i) { prefetch(slot(i)); }, [&](int64_t i) { prefetch_impl(impl_of(slot(i))); },
+      [&](int64_t i) { prefetch_storage(slot(i)); });
   return fine;
 }
 

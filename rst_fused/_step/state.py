@@ -68,7 +68,7 @@ class StepState:
     def take_first_grads(self) -> None:
         """Makes first_grads a dictionary."""
         if self.holds_first_grads_elsewhere():
-            self.first_grads = self.first_grads.by_parameter()
+            self.first_grads = self.first_grads.take()
 
     def forget(self, params: Iterable[Tensor]) -> None:
         """These parameters are back at their weights, or got new ones."""
