@@ -181,6 +181,7 @@ def test_a_size_one_dimension_does_not_defeat_the_plan() -> None:
 
 def test_plans_find_what_they_look_up_in_this_torch() -> None:
     assert plan_extension().can_plan()
+    assert plan_extension().knows_impl_layout()  # else all is right, but each fact of a tensor is asked for
 
 
 @pytest.mark.parametrize("shape", [(4,), (1,), (3, 2)])
