@@ -153,13 +153,18 @@ def has_memory(t: Tensor) -> bool:
 
 def _beyond_storage(t: Tensor) -> bool:
     """Whether the storage was cut below the tensor's last element."""
-    last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
-    return t.numel() > 0 and (t.storage_offset() + last + 1) * t.element_size() > t.untyped_storage().nbytes()
+    count = t.numel()
+    if count == 0:
+        return False
+    last = count - 1
+    if not t.is_contiguous():
+        last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+    return (t.storage_offset() + last + 1) * t.element_size() > t.untyped_storage().nbytes()
 
 
 def is_usable(t: Tensor) -> bool:
     """Whether every element of a tensor is in memory."""
-    return has_memory(t) and (t.numel() == 0 or not _beyond_storage(t))
+    return has_memory(t) and not _beyond_storage(t)
 
 
 def _check_readable(what: str, t: Tensor) -> None:
@@ -270,17 +275,21 @@ def check_step_count(what: str, step: Any) -> None:
 
 
 def _check_entry(what: str, t: Any, p: Tensor, dtype: torch.dtype) -> None:
+    if (
+        isinstance(t, Tensor) and t.dtype == dtype and t.shape == p.shape and t.device == p.device
+        and t.layout == torch.strided
+    ):  # fmt: skip
+        _check_readable(what, t)
+        if t.is_neg() or t.is_conj() or may_overlap_itself(t):
+            raise RuntimeError(f"{what} is a view whose elements are computed or shared when read: clone it first")
+        return
     needs = f"but its parameter needs {tuple(p.shape)} {dtype} on {p.device}"
     if not isinstance(t, Tensor):
         raise RuntimeError(f"{what} is {t!r}, {needs}: delete the entry, or put a tensor there")
-    if t.dtype != dtype or t.shape != p.shape or t.device != p.device or t.layout != torch.strided:
-        raise RuntimeError(
-            f"{what} is {tuple(t.shape)} {t.dtype} on {t.device}, {needs}: convert or move a model before the "
-            "optimizer is made, or state with it"
-        )
-    _check_readable(what, t)
-    if t.is_neg() or t.is_conj() or may_overlap_itself(t):
-        raise RuntimeError(f"{what} is a view whose elements are computed or shared when it is read: clone it first")
+    raise RuntimeError(
+        f"{what} is {tuple(t.shape)} {t.dtype} on {t.device}, {needs}: convert or move a model before the optimizer is "
+        "made, or state with it"
+    )
 
 
 def check_grads_apart(opt: StepOptimizer) -> None:
