@@ -188,7 +188,7 @@ def check_current(i: int, group: Group, names: Sequence[str], low: float = -math
     """
     for name in names:
         value = group[name]
-        if type(value) is float and low <= value and math.isfinite(value):
+        if type(value) is float and low <= value and math.isfinite(value) and name != "betas":
             continue  # at every step of a run with a scheduler: no name is made for it
         full_name = f"{of}param_groups[{i}][{name!r}]"
         if name == "betas":
