@@ -25,6 +25,8 @@ const CoreApi& core() { return *core_api; }
 bool can_plan() { return core_api->has_autograd_symbols() && impl_offset != 0; }
 
 TensorRef tensor_ref(const py::handle& tensor) {
+  static const py::handle type = py::object(py::module_::import("torch").attr("Tensor")).release();
+  if (!py::isinstance(tensor, type)) throw py::type_error("not a tensor: " + py::repr(tensor).cast<std::string>());
   char* const at = reinterpret_cast<char*>(tensor.ptr()) + impl_offset;
   return {at, *reinterpret_cast<const void* const*>(at)};
 }
@@ -166,6 +168,7 @@ void Plan::clear() {
   table_ = Table();
   const auto groups = std::exchange(groups_, {});
   first_ = nullptr;
+  first_grads_kept_ = false;
   const py::object state = std::exchange(state_, py::dict()), step_state = std::exchange(step_state_, py::none()),
                    first_grads = std::exchange(first_grads_, py::none());
   const std::array lists{std::exchange(everything_, py::list()), std::exchange(active_, py::list()),

@@ -16,6 +16,8 @@ namespace rst {
 
 namespace py = pybind11;
 
+const CoreApi& core();
+
 // A list of tensors that _C keeps, by its handle; 0 for none.
 class Slots {
  public:
@@ -34,7 +36,8 @@ class Slots {
 // The gradients of the first pass, for G-RST. StepState has them as long as they are needed.
 struct FirstGrads {
   FirstGrads(int64_t slots, py::list params) : slots(slots), params(std::move(params)) {}
-  py::dict take();  // by parameter; none are left here
+  py::dict by_parameter() const;
+  void empty() { core().empty_slots(slots); }
   int visit(visitproc visitor, void* arg) const { return visitor(params.ptr(), arg); }
   void clear() { params = py::list(); }
 
@@ -119,6 +122,8 @@ class Plan {
   void cut();
   py::object first_grads_with(void* const* handles);
   bool has_first_grads() const;
+  // Frees those that nobody needs any more: a perturbation may have been abandoned without this plan.
+  void release_first_grads();
   // Whether they are like the second ones, none of which was written over its first one. Puts them into the table.
   bool read_first_grads();
   void set_mixing(bool mixing);
@@ -158,6 +163,7 @@ class Plan {
   Slots slots_;                          // for the gradients, while others may run
   py::object first_grads_ = py::none();  // made once, and again while somebody has the last ones
   FirstGrads* first_ = nullptr;
+  bool first_grads_kept_ = false;    // whether there may be any in it
   bool mixes_ = false;               // whether the table has first gradients
   bool first_grads_differ_ = false;  // in strides, from the second ones
   // Copies of the shapes of companions: a tensor may free its own when it is resized.
@@ -170,7 +176,6 @@ class Plan {
 void connect(py::object core);
 // To be told of changes of dicts, where Python can tell.
 void watch_dicts();
-const CoreApi& core();
 // Whether plans can work with this torch and this Python.
 bool can_plan();
 TensorRef tensor_ref(const py::handle& tensor);

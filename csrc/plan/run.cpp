@@ -45,6 +45,7 @@ static PyObject* name_of_first_grads() {
 
 bool Plan::perturb(uintptr_t stats, std::vector<double> rho, bool adaptive, double eta, bool stochastic, uint64_t seed,
                    uint64_t step, bool keep, const py::dict& after) {
+  release_first_grads();
   if (!collect(false, false, false)) return false;
   if (rho.size() != row_count()) throw py::value_error("rho does not have a number for each row");
   OpParams params;
@@ -68,12 +69,11 @@ bool Plan::perturb(uintptr_t stats, std::vector<double> rho, bool adaptive, doub
   return true;
 }
 
-py::dict FirstGrads::take() {
+py::dict FirstGrads::by_parameter() const {
   py::dict found;
   const py::list grads =
       py::module_::import("torch").attr("ops").attr("rst_fused").attr("_tensors_in_slots")(static_cast<int64_t>(slots));
   for (size_t i = 0; i < params.size(); ++i) found[params[i]] = grads[i];
-  core().empty_slots(slots);
   return found;
 }
 
@@ -88,8 +88,15 @@ py::object Plan::first_grads_with(void* const* handles) {
     first_grads_ = py::cast(std::make_unique<FirstGrads>(core().make_slots(count()), active_));
     first_ = first_grads_.cast<FirstGrads*>();
   }
+  first_grads_kept_ = true;
   core().fill_slots(first_->slots, handles);
   return first_grads_;
+}
+
+void Plan::release_first_grads() {
+  if (!first_grads_kept_ || first_grads_.ref_count() > 1) return;
+  first_grads_kept_ = false;
+  first_->empty();
 }
 
 // Whether StepState has those that this plan keeps.
@@ -102,8 +109,7 @@ bool Plan::has_first_grads() const {
 bool Plan::update(std::vector<double> rows, bool restores, bool mixing, double scale, const Addresses& on_device,
                   const py::dict& after) {
   if (mixing && !has_first_grads()) return false;
-  const py::object first_grads = first_grads_;  // another thread may step while this one computes
-  FirstGrads* const first = first_;
+  py::object first_grads = first_grads_;  // another thread may step while this one computes
   if (!collect(true, restores, mixing)) return false;
   const RuleInfo& rule = kRuleInfos[rule_];
   if (rows.size() != row_count() * rule.columns) throw py::value_error("rows do not have the columns of the rule");
@@ -125,7 +131,8 @@ bool Plan::update(std::vector<double> rows, bool restores, bool mixing, double s
   for (size_t row = 0; row < counters_.size(); ++row) *counter(row) += 1;
   core().bump_versions(counters_.data(), static_cast<int64_t>(counters_.size()));
   become(after);
-  if (mixing) core().empty_slots(first->slots);
+  first_grads = py::none();
+  release_first_grads();
   return true;
 }
 
@@ -142,7 +149,7 @@ bool Plan::restore(const py::dict& after) {
     core().bump_versions(tensors_.data(), count());
     ops_.restore(table_, OpParams{}, device_);
     become(after);
-    if (first_ != nullptr) core().empty_slots(first_->slots);
+    release_first_grads();
   }
   table_.chunks.clear();
   return served;

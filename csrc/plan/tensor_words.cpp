@@ -129,7 +129,7 @@ static bool agree(const ImplLayout& a, const ImplLayout& b) {
   return all(a) == all(b);
 }
 
-ImplLayout find_impl_layout() {
+static ImplLayout found_impl_layout() {
   const py::object torch = py::module_::import("torch");
   ImplLayout found;
   for (int n = 0; n < 2; ++n) {
@@ -157,6 +157,14 @@ ImplLayout find_impl_layout() {
   }
   find_words(found);
   return found;
+}
+
+ImplLayout find_impl_layout() {
+  try {
+    return found_impl_layout();
+  } catch (py::error_already_set&) {  // in a mode such as FakeTensorMode, tensors that are made are of another kind
+    return {};
+  }
 }
 
 }  // namespace rst

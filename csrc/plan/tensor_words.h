@@ -9,7 +9,7 @@ namespace rst {
 
 // Of the pointer to the TensorImpl in a Python tensor, in bytes; 0: not found, and there are no plans.
 ptrdiff_t find_impl_offset();
-// All of it or nothing.
+// All of it or nothing, which slows plans down.
 ImplLayout find_impl_layout();
 
 }  // namespace rst

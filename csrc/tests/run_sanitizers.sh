@@ -45,5 +45,6 @@ cd "$out/package"
 export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
 LD_PRELOAD="$($CXX -print-file-name=libasan.so) $($CXX -print-file-name=libubsan.so)"
 export LD_PRELOAD
-python3 -c "import torch, rst_fused._C, rst_fused._plan_ext"  # without them the tests would be skipped
+# Without the modules the tests would be skipped, and without plans they would not get to them.
+python3 -c "import torch, rst_fused._C, rst_fused._plan_ext as e; assert e.can_plan() and e.knows_impl_layout(), e"
 python3 -m pytest -q -p no:cacheprovider tests/optim/test_memory_safety.py

@@ -42,7 +42,7 @@ inline const int32_t strided_layout = aoti_torch_layout_strided();
 inline const int32_t cpu_device = aoti_torch_device_type_cpu();
 inline const int32_t cuda_device = aoti_torch_device_type_cuda();
 
-// The first and last byte of the tensor's elements in its storage, or nothing if they reach beyond it.
+// From which byte to which the tensor's elements are in its storage. False if they reach beyond it.
 inline bool read_extent(AtenTensorHandle tensor, const TensorFacts& facts, int64_t& begin, int64_t& end) {
   int64_t offset = 0, bytes = 0, last = 0;
   if (aoti_torch_get_storage_offset(tensor, &offset) != 0 || aoti_torch_get_storage_size(tensor, &bytes) != 0) {

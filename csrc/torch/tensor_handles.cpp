@@ -44,7 +44,8 @@ bool read_data(AtenTensorHandle tensor, KnownWords known, void*& data) {
   if ((storage[impl_layout.storage_special] & impl_layout.special_bit) != 0) return false;
   if (static_cast<int64_t>(storage[impl_layout.storage_bytes]) < known->end) return false;
   char* const begin = reinterpret_cast<char*>(storage[impl_layout.storage_data]);
-  data = begin == nullptr ? nullptr : begin + known->begin;
+  const bool has_none = begin == nullptr || known->begin == known->end;
+  data = has_none ? nullptr : begin + known->begin;
   return true;
 }
 

@@ -200,7 +200,10 @@ def restore(opt: StepOptimizer, after: dict[str, Any], mixing: bool = False) -> 
     for op, arguments in _restore_calls(opt, state.saved, mixing):
         op(*arguments)
     bump_versions(list(state.saved))
+    firsts, elsewhere = state.first_grads, state.holds_first_grads_elsewhere()
     state.become(after)
+    if elsewhere and not is_compiling():
+        firsts.empty()
     if lost:
         raise RuntimeError(
             f"the memory that kept the weights of {' and '.join(lost)} was freed after perturb(): they stay perturbed"

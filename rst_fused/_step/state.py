@@ -68,7 +68,9 @@ class StepState:
     def take_first_grads(self) -> None:
         """Makes first_grads a dictionary."""
         if self.holds_first_grads_elsewhere():
-            self.first_grads = self.first_grads.take()
+            kept = self.first_grads
+            self.first_grads = kept.by_parameter()  # first: an interrupt must not find them nowhere
+            kept.empty()
 
     def forget(self, params: Iterable[Tensor]) -> None:
         """These parameters are back at their weights, or got new ones."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from optimizer_cases import every_backend, every_mode, everything, make
+from optimizer_cases import PROBLEM, every_backend, every_mode, everything, make
 from oracle_optimizer import bits
+from paths import needs_plans
 from torch import nn
 
 from rst_fused import RST
@@ -107,3 +108,45 @@ def test_parameters_that_share_a_gradient(backend: str) -> None:
             else:
                 finish()
         assert [p.tolist() for p in params] == [[1.0 if instance else -18.0] * 3] * 2
+
+
+def perturbed() -> tuple[list[nn.Parameter], RST, list[torch.Tensor]]:
+    """Parameters, their optimizer, which a plan has perturbed, and their first gradients."""
+    params, opt = make("adam-mixed", "cpu")
+    for t in range(2):  # from the second step on a plan has all state
+        PROBLEM.backward(params, t)
+        firsts = [p.grad for p in params if p.grad is not None]
+        opt.perturb()
+        if t == 0:
+            PROBLEM.backward(params, t)
+            opt.step()
+    return params, opt, firsts
+
+
+@needs_plans
+@pytest.mark.parametrize("how", ["restore", "restore of other data", "step", "step of other gradients"])
+def test_first_gradients_are_freed_with_the_step(how: str) -> None:
+    params, opt, firsts = perturbed()
+    counts = [g._use_count() for g in firsts]
+    if how.endswith("other data"):
+        params[0].data = params[0].data.clone()
+    PROBLEM.backward(params, 1)
+    if how.endswith("other gradients"):
+        for p in params:
+            p.grad = None if p.grad is None else torch.stack([p.grad, p.grad], -1)[..., 0]
+    opt.restore() if how.startswith("restore") else opt.step()
+    assert [g._use_count() for g in firsts] == [count - 1 for count in counts]
+
+
+@needs_plans
+def test_first_gradients_may_be_asked_for_twice() -> None:
+    """As after an interrupt that comes before the answer is kept."""
+    params, opt, firsts = perturbed()
+    for _ in range(2):
+        found = opt._step_state.first_grads.by_parameter()
+        assert [found[p] is not None for p in found] == [True] * len(firsts)
+    del found
+    for p in params:
+        p.grad = torch.ones_like(p).t().contiguous().t()
+    opt.step()
+    assert opt.sam_steps == 2
