@@ -7,6 +7,7 @@
 #include <array>
 #include <cstdlib>
 #include <tuple>
+#include <vector>
 
 #include "torch/plan_api.h"
 
@@ -16,17 +17,14 @@ namespace py = pybind11;
 
 namespace {
 
-// Of a TensorImpl: as many as every torch that this is built for has in one.
-constexpr int kWordsRead = 22;
-using Words = std::array<uint64_t, kWordsRead>;
+using Words = std::vector<uint64_t>;
 
 uintptr_t impl_of(const py::object& tensor) { return tensor.attr("_cdata").cast<uintptr_t>(); }
 
+// Of the TensorImpl: as many as its memory has. A tensor of torch 2.11 has one more than those of later versions.
 Words words_of(const py::object& tensor) {
-  Words words;
-  const auto* const from = reinterpret_cast<const uint64_t*>(impl_of(tensor));
-  std::copy(from, from + kWordsRead, words.begin());
-  return words;
+  auto* const from = reinterpret_cast<uint64_t*>(impl_of(tensor));
+  return Words(from, from + malloc_usable_size(from) / sizeof(uint64_t));
 }
 
 }  // namespace
@@ -75,10 +73,10 @@ static void find_words(ImplLayout& found) {
   const py::object negated = base.attr("_neg_view")();
   const Words words = words_of(base);
   const uint64_t sizes[] = {3, 7, 11, 13}, strides[] = {143, 13, 1};
-  const auto* const at = std::search(words.begin(), words.end(), std::begin(sizes), std::end(sizes));
+  const auto at = std::search(words.begin(), words.end(), std::begin(sizes), std::end(sizes));
   const auto first = static_cast<int>(at - words.begin());
   constexpr int kStrides = 6, kOffset = 11, kNumel = 12, kKeys = 14;
-  if (first == 0 || first + kWords > kWordsRead) return;
+  if (first == 0 || words.end() - at < kWords) return;
   // In bits that torch does not set, tensors differ by what was in memory.
   const uint64_t unset = words_made_over(0x00)[first + kDtypeWord] ^ words_made_over(0xff)[first + kDtypeWord];
   const auto differs = [&](const py::object& other, int word) {
@@ -115,7 +113,7 @@ StorageWords storage_words_of(const py::object& tensor) {
 // The only word with this value, or 0.
 template <class Words>
 int only(const Words& words, uint64_t value) {
-  const auto* const at = std::find(words.begin(), words.end(), value);
+  const auto at = std::find(words.begin(), words.end(), value);
   const bool once = at != words.end() && std::find(at + 1, words.end(), value) == words.end();
   return once ? static_cast<int>(at - words.begin()) : 0;
 }

@@ -150,3 +150,16 @@ def test_first_gradients_may_be_asked_for_twice() -> None:
         p.grad = torch.ones_like(p).t().contiguous().t()
     opt.step()
     assert opt.sam_steps == 2
+
+
+@needs_plans
+def test_an_empty_view_does_not_defeat_the_plan() -> None:
+    params = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.zeros(10)[2:2])]
+    opt = RST(params, lr=0.1, schedule=1.0, gamma=2.0, backend="cpu")
+    plans = set()
+    for _ in range(4):
+        for call in (opt.perturb, opt.step):
+            params[0].grad, params[1].grad = torch.ones(3), torch.zeros(7)[3:3]
+            call()
+            plans.add(id(opt._plans._plan))
+    assert len(plans) == 1
