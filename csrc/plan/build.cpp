@@ -10,6 +10,7 @@ namespace {
 
 const CoreApi* core_api = nullptr;
 ptrdiff_t impl_offset = 0;  // of the pointer to the TensorImpl in a Python tensor; 0: not found
+ImplLayout impl_layout;
 
 }  // namespace
 
@@ -17,11 +18,13 @@ void connect(py::object core) {
   core_api = static_cast<const CoreApi*>(PyCapsule_GetPointer(core.ptr(), kCoreCapsule));
   if (core_api == nullptr) throw py::error_already_set();
   impl_offset = find_impl_offset();
-  core_api->set_impl_layout(find_impl_layout());
+  impl_layout = find_impl_layout();
+  core_api->set_impl_layout(impl_layout);
   watch_dicts();
 }
 
 const CoreApi& core() { return *core_api; }
+bool knows_impl_layout() { return impl_layout.first_word != 0; }
 bool can_plan() { return core_api->has_autograd_symbols() && impl_offset != 0; }
 
 TensorRef tensor_ref(const py::handle& tensor) {

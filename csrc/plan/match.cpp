@@ -6,13 +6,15 @@
 
 namespace rst {
 
+bool Plan::is_like(const Entry& entry, const TensorFacts& grad) const {
+  return grad.dtype == entry.dtype && grad.device == device_ && grad.ndim == entry.ndim &&
+         equal(grad.sizes, entry.sizes(), entry.ndim);
+}
+
 bool Plan::fits(size_t index, const TensorFacts& grad) {
   Entry& entry = entries_[index];
   const int ndim = entry.ndim;
-  if (grad.dtype != entry.dtype || grad.device != device_ || grad.ndim != ndim ||
-      !equal(grad.sizes, entry.sizes(), ndim)) {
-    return false;
-  }
+  if (!is_like(entry, grad)) return false;
   const bool known = entry.has_layout && equal(grad.strides, entry.grad_strides(), ndim);
   if (known && !table_.chunks.empty()) {
     table_.tensors[index].data[kGrad] = grad.data;
@@ -78,10 +80,7 @@ bool Plan::read_first_grads() {
     const Entry& entry = plan.entries_[index];
     if (facts != nullptr || plan.first_grad_words_[index] != plan.grad_words_[index]) {
       TensorFacts g;
-      if (!core().facts_of(core().slot(plan.first_->slots, i), g) || g.dtype != entry.dtype ||
-          g.device != plan.device_ || g.ndim != entry.ndim || !equal(g.sizes, entry.sizes(), g.ndim)) {
-        return false;
-      }
+      if (!core().facts_of(core().slot(plan.first_->slots, i), g) || !plan.is_like(entry, g)) return false;
       if (!equal(g.strides, entry.grad_strides(), g.ndim)) plan.table_.chunks.clear();
     }
     plan.table_.tensors[index].data[kFirstGrad] = data;

@@ -3,7 +3,6 @@
 #include <string>
 
 #include "plan/plan.h"
-#include "plan/tensor_words.h"
 
 namespace rst {
 
@@ -73,7 +72,7 @@ PYBIND11_MODULE(_plan_ext, m) {
   m.doc() = "Launch plans of the eager path, and facts about the build.";
   m.def("connect", &connect, py::arg("core"));
   m.def("can_plan", &can_plan);
-  m.def("knows_impl_layout", [] { return find_impl_layout().first_word != 0; });
+  m.def("knows_impl_layout", &knows_impl_layout);
   m.def("build_info", &build_info);
   m.def("has_stream_api", [] { return core().has_stream_api != nullptr && core().has_stream_api(); });
   m.def("simulate_gpu", &simulate_gpu, py::arg("callback"), py::arg("scalars_on_device") = false);

@@ -112,6 +112,8 @@ class Plan {
   bool in_place(int64_t begin, int64_t end);
   // If false, the table may be half renewed: kernels may run only after a call that returned true.
   bool read_grads();
+  // Whether a gradient is one of its parameter, in whatever layout.
+  bool is_like(const Entry& entry, const TensorFacts& grad) const;
   bool fits(size_t index, const TensorFacts& grad);
   bool none_is_negated();
   // Whether the rows of a group are at different steps, for the ops would join them otherwise.
@@ -178,6 +180,8 @@ void connect(py::object core);
 void watch_dicts();
 // Whether plans can work with this torch and this Python.
 bool can_plan();
+// Whether they compare words, rather than ask torch for each fact of a tensor.
+bool knows_impl_layout();
 TensorRef tensor_ref(const py::handle& tensor);
 
 }  // namespace rst

@@ -31,7 +31,8 @@ cp -r ../rst_fused ../tests ../pyproject.toml "$out/package"
 cp -r ../kernels "$out/package/rst_fused/kernels"
 rm -f "$out"/package/rst_fused/*.so
 ask() { python3 -c "import pybind11, sysconfig; from torch.utils import cpp_extension; print($1)"; }
-compile "$(sed -n 's/^TARGET_VERSION = "\(.*\)".*/-DTORCH_TARGET_VERSION=\1/p' ../setup.py) -DPy_LIMITED_API=0x030A0000
+version=$(sed -n 's/^TARGET_VERSION = "\(.*\)".*/\1/p' ../setup.py)
+compile "-DTORCH_TARGET_VERSION=${version:?setup.py names no TARGET_VERSION} -DPy_LIMITED_API=0x030A0000
   -DTORCH_EXTENSION_NAME=_C $(ask '*(f"-isystem{path}" for path in cpp_extension.include_paths())')
   -isystem$(ask 'sysconfig.get_path("include")')" $(ls torch/*.cpp | grep -v ops_cuda)
 compile "-DTORCH_EXTENSION_NAME=_plan_ext -isystem$(ask 'pybind11.get_include()')
@@ -46,5 +47,5 @@ export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
 LD_PRELOAD="$($CXX -print-file-name=libasan.so) $($CXX -print-file-name=libubsan.so)"
 export LD_PRELOAD
 # Without the modules the tests would be skipped, and without plans they would not get to them.
-python3 -c "import torch, rst_fused._C, rst_fused._plan_ext as e; assert e.can_plan() and e.knows_impl_layout(), e"
+python3 -c "import torch, rst_fused, rst_fused._C, rst_fused._plan_ext as e; assert e.can_plan() and e.knows_impl_layout(), e"
 python3 -m pytest -q -p no:cacheprovider tests/optim/test_memory_safety.py
