@@ -12,12 +12,11 @@ from torch import Tensor
 
 from .checks import check_length, check_scalars
 from .device_cache import on_device
-from .multi_tensor_apply import kernel
 from .sam_math import divide, maximum, sqrt
-from .update import launch_update, update
+from .update import launch_update
 
 _GIVEN = 6  # lr, beta1, beta2, eps, weight_decay, gamma
-_COLUMNS = tl.constexpr(8)  # these, with both bias corrections before gamma
+_COLUMNS = 8  # these, with both bias corrections before gamma
 
 
 @triton.jit
@@ -46,14 +45,7 @@ def step(prepared, w, g, state, DECOUPLED: tl.constexpr):
     return w + divide(minus_step_size * m, denominator), (m, v, largest)
 
 
-@kernel
-def adam_step_kernel(
-    table, tensors, hyperparams, maximize_sign, grad_scale, found_inf, FLAG: tl.constexpr, T: tl.constexpr,
-    STATE: tl.constexpr, V: tl.constexpr, SLOTS: tl.constexpr, STATES: tl.constexpr, MIXING: tl.constexpr,
-    MASTER: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
-):  # fmt: skip
-    update(prepare, step, _COLUMNS, table, tensors, hyperparams, maximize_sign, grad_scale, found_inf, FLAG, T, STATE,
-           V, SLOTS, STATES, MIXING, MASTER, BLOCK, TAIL)  # fmt: skip
+RULE = {"PREPARE": prepare, "STEP": step, "COLUMNS": _COLUMNS}
 
 
 @torch.no_grad()
@@ -70,7 +62,7 @@ def restore_adam_step_(
     check_length(op, "exp_avg_sqs", exp_avg_sqs, params)
     state = {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "max_exp_avg_sqs": max_exp_avg_sqs}
     launch_update(
-        op, adam_step_kernel, params, grads, backups, first_grads, state, masters,
+        op, RULE, params, grads, backups, first_grads, state, masters,
         _with_bias_corrections(hyper, steps, groups), group_sizes, maximize, grad_scale, found_inf, decoupled,
     )  # fmt: skip
 

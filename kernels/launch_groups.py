@@ -221,17 +221,19 @@ def run(
 
 
 def launch(
-    function: Any, where: LaunchGroup | torch.device, *args: Any, wide_state: bool = False, **constants: Any
-) -> None:
+    function: Any, where: LaunchGroup | torch.device, *args: Any, wide_state: bool = False, name: str = "",
+    **constants: Any,
+) -> None:  # fmt: skip
     """Runs a kernel with one program per chunk of a group, or with a single program on a device.
 
-    ``wide_state``: float32 is stored beside 16-bit numbers.
+    ``wide_state``: float32 is stored beside 16-bit numbers. ``name``: by which its configuration is kept, if not by
+    that of the function.
     """
     if isinstance(where, torch.device):
         run(function, where, 1, args, constants, BUILT_IN.warps)
     elif where.chunks:
         types = {"T": TRITON_DTYPE[where.dtype], "STATE": TRITON_DTYPE[where.state]}
-        chosen = config_for(function.__name__, where.device, types["T"], types["STATE"], wide_state)
+        chosen = config_for(name or function.__name__, where.device, types["T"], types["STATE"], wide_state)
         blocks = {"BLOCK": chosen.block, "TAIL": chosen.tail}
         table = (where.table.on_device, where.table.tensors)
         run(function, where.device, where.chunks, (*table, *args), {**types, **blocks, **constants}, chosen.warps)

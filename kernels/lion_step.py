@@ -10,11 +10,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .checks import check_length, check_scalars
-from .multi_tensor_apply import kernel
 from .sam_math import sign
-from .update import launch_update, update
+from .update import launch_update
 
-_COLUMNS = tl.constexpr(5)  # lr, beta1, beta2, weight_decay, gamma
+_COLUMNS = 5  # lr, beta1, beta2, weight_decay, gamma
 
 
 @triton.jit
@@ -34,14 +33,7 @@ def step(prepared, w, g, state, FLAG: tl.constexpr):
     return tl.fma(minus_lr, sign(c), decay * w), (m,)
 
 
-@kernel
-def lion_step_kernel(
-    table, tensors, hyperparams, maximize_sign, grad_scale, found_inf, FLAG: tl.constexpr, T: tl.constexpr,
-    STATE: tl.constexpr, V: tl.constexpr, SLOTS: tl.constexpr, STATES: tl.constexpr, MIXING: tl.constexpr,
-    MASTER: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
-):  # fmt: skip
-    update(prepare, step, _COLUMNS, table, tensors, hyperparams, maximize_sign, grad_scale, found_inf, FLAG, T, STATE,
-           V, SLOTS, STATES, MIXING, MASTER, BLOCK, TAIL)  # fmt: skip
+RULE = {"PREPARE": prepare, "STEP": step, "COLUMNS": _COLUMNS}
 
 
 @torch.no_grad()
@@ -51,10 +43,10 @@ def restore_lion_step_(
     grad_scale: Tensor | None, found_inf: Tensor | None,
 ) -> None:  # fmt: skip
     op = "restore_lion_step_"
-    check_scalars(op, "hyper", hyper, torch.float64, _COLUMNS.value * len(group_sizes))
+    check_scalars(op, "hyper", hyper, torch.float64, _COLUMNS * len(group_sizes))
     check_length(op, "exp_avgs", exp_avgs, params)
     launch_update(
-        op, lion_step_kernel, params, grads, backups, first_grads, {"exp_avgs": exp_avgs}, masters, hyper, group_sizes,
+        op, RULE, params, grads, backups, first_grads, {"exp_avgs": exp_avgs}, masters, hyper, group_sizes,
         maximize, grad_scale, found_inf,
     )  # fmt: skip
 

@@ -19,13 +19,13 @@ CHUNK = tl.constexpr(8192)  # scalars per program; fixes the order of summation.
 LENGTH, UNMASKED, ROW, INDEX, FIRST, HEADER = (tl.constexpr(i) for i in range(6))
 
 
-def kernel(function: Callable[..., Any]) -> Any:
+def kernel(function: Callable[..., Any], repr: Callable[[Any], str] | None = None) -> Any:
     """triton.jit with one binary per set of constants: no argument's value or alignment triggers another compilation.
 
-    It reads annotations, so files with kernels must not postpone them (from __future__ import annotations).
+    ``repr`` names a binary, see triton.jit. It reads annotations, so files with kernels must not postpone them (from __future__ import annotations).
     """
     given = [p.name for p in inspect.signature(function).parameters.values() if p.annotation is not tl.constexpr]
-    return triton.jit(function, do_not_specialize=given, do_not_specialize_on_alignment=given)
+    return triton.jit(function, do_not_specialize=given, do_not_specialize_on_alignment=given, repr=repr)
 
 
 @triton.jit

@@ -10,10 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .checks import check_scalars
-from .multi_tensor_apply import kernel
-from .update import launch_update, update
+from .update import launch_update
 
-_COLUMNS = tl.constexpr(5)  # lr, momentum, dampening, weight_decay, gamma
+_COLUMNS = 5  # lr, momentum, dampening, weight_decay, gamma
 
 
 @triton.jit
@@ -37,14 +36,7 @@ def step(prepared, w, g, state, NESTEROV: tl.constexpr):
     return tl.fma(minus_lr, d, w), new
 
 
-@kernel
-def sgd_step_kernel(
-    table, tensors, hyperparams, maximize_sign, grad_scale, found_inf, FLAG: tl.constexpr, T: tl.constexpr,
-    STATE: tl.constexpr, V: tl.constexpr, SLOTS: tl.constexpr, STATES: tl.constexpr, MIXING: tl.constexpr,
-    MASTER: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
-):  # fmt: skip
-    update(prepare, step, _COLUMNS, table, tensors, hyperparams, maximize_sign, grad_scale, found_inf, FLAG, T, STATE,
-           V, SLOTS, STATES, MIXING, MASTER, BLOCK, TAIL)  # fmt: skip
+RULE = {"PREPARE": prepare, "STEP": step, "COLUMNS": _COLUMNS}
 
 
 @torch.no_grad()
@@ -54,10 +46,10 @@ def restore_sgd_step_(
     nesterov: bool, maximize: bool, grad_scale: Tensor | None, found_inf: Tensor | None,
 ) -> None:  # fmt: skip
     op = "restore_sgd_step_"
-    check_scalars(op, "hyper", hyper, torch.float64, _COLUMNS.value * len(group_sizes))
+    check_scalars(op, "hyper", hyper, torch.float64, _COLUMNS * len(group_sizes))
     state = {"momentum_buffers": momentum_buffers}
     launch_update(
-        op, sgd_step_kernel, params, grads, backups, first_grads, state, masters, hyper, group_sizes, maximize,
+        op, RULE, params, grads, backups, first_grads, state, masters, hyper, group_sizes, maximize,
         grad_scale, found_inf, nesterov,
     )  # fmt: skip
 

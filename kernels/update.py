@@ -1,4 +1,4 @@
-"""What the updates of all base optimizers share: the kernel around a rule, and the launch of such a kernel.
+"""What the updates of all base optimizers share: the kernel around a rule, and its launch.
 
 A rule is two functions. ``PREPARE(row, FLAG, V)`` reads its row of hyperparameters and returns the tuple that
 ``STEP(prepared, w, g, state, FLAG)`` takes, which returns the new w and the new state tensors (more than there are in
@@ -7,6 +7,7 @@ restore is part of the update.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from .checks import Operand, check_length, check_masters, check_scalars
 from .device_cache import on_device
 from .launch_groups import launch, launch_groups, validate
-from .multi_tensor_apply import ROW, address, load, locate, store
+from .multi_tensor_apply import ROW, address, kernel, load, locate, store
 from .sam_math import mix
 
 _PARAM, _SOURCE, _GRAD, _FIRST_GRAD, _STATE = (tl.constexpr(i) for i in range(5))  # state tensors come last
@@ -45,14 +46,19 @@ def _update_block(
     store(param, at, count, tl.where(skipped, kept.to(T), updated.to(T)), WHOLE)
 
 
-@triton.jit
-def update(
-    PREPARE: tl.constexpr, STEP: tl.constexpr, COLUMNS: tl.constexpr, table, tensors, hyperparams, maximize_sign,
-    grad_scale, found_inf, FLAG: tl.constexpr, T: tl.constexpr, STATE: tl.constexpr, V: tl.constexpr,
+def kernel_name(constants: dict[str, Any]) -> str:
+    """What profilers show, and launch configurations are kept by: sgd_step_kernel for the rule in sgd_step.py."""
+    return constants["STEP"].fn.__module__.rpartition(".")[2] + "_kernel"
+
+
+@partial(kernel, repr=lambda specialization: kernel_name(specialization.constants))
+def update_kernel(
+    table, tensors, hyperparams, maximize_sign, grad_scale, found_inf, PREPARE: tl.constexpr, STEP: tl.constexpr,
+    COLUMNS: tl.constexpr, FLAG: tl.constexpr, T: tl.constexpr, STATE: tl.constexpr, V: tl.constexpr,
     SLOTS: tl.constexpr, STATES: tl.constexpr, MIXING: tl.constexpr, MASTER: tl.constexpr, BLOCK: tl.constexpr,
     TAIL: tl.constexpr,
 ):  # fmt: skip
-    """The body of a rule's kernel. Rows have ``COLUMNS`` hyperparameters, the last of which is gamma."""
+    """Rows have ``COLUMNS`` hyperparameters, the last of which is gamma."""
     record, begin, count, whole = locate(table, tensors, SLOTS, BLOCK)
     param, source = address(record, _PARAM, begin, T), address(record, _SOURCE, begin, STATE)
     grad, first_grad = address(record, _GRAD, begin, T), address(record, _FIRST_GRAD, begin, T)
@@ -93,12 +99,12 @@ def scaling(op: str, grad_scale: Tensor | None, found_inf: Tensor | None) -> lis
 
 
 def launch_update(
-    op: str, kernel: Any, params: Sequence[Tensor], grads: Sequence[Tensor], backups: Sequence[Tensor],
+    op: str, rule: dict[str, Any], params: Sequence[Tensor], grads: Sequence[Tensor], backups: Sequence[Tensor],
     first_grads: Sequence[Tensor], state: dict[str, Sequence[Tensor]], masters: Sequence[Tensor], hyperparams: Tensor,
     group_sizes: Sequence[int], maximize: bool, grad_scale: Tensor | None, found_inf: Tensor | None,
     flag: bool = False,
 ) -> None:  # fmt: skip
-    """Runs the kernel of a rule. An empty list of ``state`` is a tensor that this variant of the rule lacks."""
+    """Runs the kernel with a rule: ``PREPARE``, ``STEP`` and ``COLUMNS``. An empty list of ``state`` is a tensor that this variant of the rule lacks."""
     check_length(op, "grads", grads, params)
     check_masters(op, masters, params)
     amp = scaling(op, grad_scale, found_inf)
@@ -116,7 +122,7 @@ def launch_update(
     for group in launch_groups(call, operands):
         scalars = on_device(group.device, hyperparams, *amp)
         launch(
-            kernel, group, scalars[0], -1 if maximize else 1, *scalars[1:], V=group.arithmetic, FLAG=flag,
-            SLOTS=len(operands), STATES=sum(map(bool, state.values())), MIXING=bool(first_grads),
-            MASTER=bool(masters), wide_state=bool(masters),
+            update_kernel, group, scalars[0], -1 if maximize else 1, *scalars[1:], V=group.arithmetic, **rule,
+            FLAG=flag, SLOTS=len(operands), STATES=sum(map(bool, state.values())), MIXING=bool(first_grads),
+            MASTER=bool(masters), wide_state=bool(masters), name=kernel_name(rule),
         )  # fmt: skip

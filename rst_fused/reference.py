@@ -17,6 +17,11 @@ from torch import Tensor
 NORM_EPS = 1e-12
 _MASK32 = 0xFFFFFFFF
 
+Tensors = Sequence[Tensor]
+State = tuple[Tensor, ...]
+Formula = Callable[..., tuple[Tensor, State]]  # of w, g, the state, the hyperparameters without gamma, and options
+Op = Callable[..., None]
+
 
 # --- formulas -------------------------------------------------------------------------------------------------------
 def asam_scale(magnitude: Tensor, eta: float) -> Tensor:
@@ -47,9 +52,6 @@ def asam_perturb(w: Tensor, g: Tensor, t: Tensor, scale: Tensor) -> Tensor:
 def mix(g1: Tensor, g2: Tensor, gamma: Tensor) -> Tensor:
     """G-RST: (1 - gamma) g1 + gamma g2 (Zhao et al. 2022, section 4.2)."""
     return gamma * g2 + (1 - gamma) * g1
-
-
-State = tuple[Tensor, ...]
 
 
 def sgd(w: Tensor, g: Tensor, state: State, hyper: Sequence[Tensor], nesterov: bool) -> tuple[Tensor, State]:
@@ -178,7 +180,7 @@ def element_positions(p: Tensor) -> Tensor:
 
 # --- ops ------------------------------------------------------------------------------------------------------------
 @torch.no_grad()
-def grad_norm(stats: Tensor, grads: Sequence[Tensor], params: Sequence[Tensor], adaptive: bool, eta: float) -> None:
+def grad_norm(stats: Tensor, grads: Tensors, params: Tensors, adaptive: bool, eta: float) -> None:
     total = torch.zeros((), dtype=torch.float64, device=stats.device)
     for i, grad in enumerate(grads):
         g = _wide(grad).double()
@@ -201,19 +203,9 @@ def finish_norm(stats: Tensor, norm: Tensor) -> None:
 
 @torch.no_grad()
 def perturb_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    backups: Sequence[Tensor],
-    masters: Sequence[Tensor],
-    stats: Tensor,
-    rho: Tensor,
-    group_sizes: Sequence[int],
-    adaptive: bool,
-    eta: float,
-    stochastic: bool,
-    rng: Tensor,
-    first_index: int,
-) -> None:
+    params: Tensors, grads: Tensors, backups: Tensors, masters: Tensors, stats: Tensor, rho: Tensor,
+    group_sizes: Sequence[int], adaptive: bool, eta: float, stochastic: bool, rng: Tensor, first_index: int,
+) -> None:  # fmt: skip
     for i, row in enumerate(_rows(group_sizes)):
         p = params[i]
         if not masters:
@@ -232,14 +224,9 @@ def perturb_(
 
 @torch.no_grad()
 def restore_(
-    params: Sequence[Tensor],
-    backups: Sequence[Tensor],
-    masters: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    first_grads: Sequence[Tensor],
-    gamma: Tensor,
+    params: Tensors, backups: Tensors, masters: Tensors, grads: Tensors, first_grads: Tensors, gamma: Tensor,
     group_sizes: Sequence[int],
-) -> None:
+) -> None:  # fmt: skip
     for p, saved in zip(params, masters or backups, strict=True):
         p.copy_(saved)
     if first_grads:
@@ -247,111 +234,43 @@ def restore_(
             _write([_result(grads[i], mix(_wide(first_grads[i]), _wide(grads[i]), gamma[row]))])
 
 
-def _update(
-    formula: Callable[[Tensor, Tensor, State, list[Tensor], int], tuple[Tensor, State]],
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    backups: Sequence[Tensor],
-    first_grads: Sequence[Tensor],
-    state_lists: Sequence[Sequence[Tensor]],
-    masters: Sequence[Tensor],
-    hyper: Tensor,
-    group_sizes: Sequence[int],
-    maximize: bool,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-) -> None:
-    """Applies ``formula``(w, g, state, hyperparameters without gamma, row) to every parameter.
+def _ops_of(formula: Formula, states: int, counts_steps: bool = False) -> tuple[Op, Op]:
+    """The ops <rule>_step_ and restore_<rule>_step_ of a base optimizer with so many lists of state.
 
     Weights are those before the perturbation. Where ``found_inf`` is not 0, they are only restored. All results are
     there before the first is written, so an interrupt leaves weights and state all as before or all as after.
     """
-    sources = masters or backups or params
-    results = []
-    for i, row in enumerate(_rows(group_sizes)):
-        *numbers, gamma = hyper[row].unbind()
-        w, g = _wide(sources[i]), _wide(grads[i])
-        if first_grads:
-            g = mix(_wide(first_grads[i]), g, gamma)
-        if grad_scale is not None:
-            g = g / grad_scale.to(g.device)
-        state = [tensors[i] for tensors in state_lists if tensors]
-        updated, new_state = formula(w, -g if maximize else g, tuple(map(_wide, state)), numbers, row)
-        skip = None if found_inf is None else (found_inf != 0).to(w.device)
-        results += [_result(old, new, old, skip) for old, new in zip(state, new_state, strict=True)]
-        if masters:
-            results.append(_result(masters[i], updated, masters[i], skip))
-        results.append(_result(params[i], updated, sources[i], skip))
-    _write(results)
+
+    @torch.no_grad()
+    def restore_step_(params: Tensors, grads: Tensors, backups: Tensors, first_grads: Tensors, *args: Any) -> None:
+        state_lists, (masters, hyper, *rest) = args[:states], args[states:]
+        steps = rest.pop(0) if counts_steps else None
+        group_sizes, *option, maximize, grad_scale, found_inf = rest
+        sources = masters or backups or params
+        results = []
+        for i, row in enumerate(_rows(group_sizes)):
+            *numbers, gamma = hyper[row].unbind()
+            w, g = _wide(sources[i]), _wide(grads[i])
+            if first_grads:
+                g = mix(_wide(first_grads[i]), g, gamma)
+            if grad_scale is not None:
+                g = g / grad_scale.to(g.device)
+            state = [tensors[i] for tensors in state_lists if tensors]
+            options = option if steps is None else [steps[row], *option]
+            updated, new_state = formula(w, -g if maximize else g, tuple(map(_wide, state)), numbers, *options)
+            skip = None if found_inf is None else (found_inf != 0).to(w.device)
+            results += [_result(old, new, old, skip) for old, new in zip(state, new_state, strict=True)]
+            if masters:
+                results.append(_result(masters[i], updated, masters[i], skip))
+            results.append(_result(params[i], updated, sources[i], skip))
+        _write(results)
+
+    def step_(params: Tensors, grads: Tensors, *args: Any) -> None:
+        restore_step_(params, grads, [], [], *args)
+
+    return step_, restore_step_
 
 
-@torch.no_grad()
-def restore_sgd_step_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    backups: Sequence[Tensor],
-    first_grads: Sequence[Tensor],
-    momentum_buffers: Sequence[Tensor],
-    masters: Sequence[Tensor],
-    hyper: Tensor,
-    group_sizes: Sequence[int],
-    nesterov: bool,
-    *options: Any,
-) -> None:
-    _update(
-        lambda w, g, state, numbers, row: sgd(w, g, state, numbers, nesterov),
-        params, grads, backups, first_grads, [momentum_buffers], masters, hyper, group_sizes, *options,
-    )  # fmt: skip
-
-
-@torch.no_grad()
-def restore_adam_step_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    backups: Sequence[Tensor],
-    first_grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    max_exp_avg_sqs: Sequence[Tensor],
-    masters: Sequence[Tensor],
-    hyper: Tensor,
-    steps: Tensor,
-    group_sizes: Sequence[int],
-    decoupled: bool,
-    *options: Any,
-) -> None:
-    _update(
-        lambda w, g, state, numbers, row: adam(w, g, state, numbers, steps[row], decoupled),
-        params, grads, backups, first_grads, [exp_avgs, exp_avg_sqs, max_exp_avg_sqs], masters, hyper, group_sizes,
-        *options,
-    )  # fmt: skip
-
-
-@torch.no_grad()
-def restore_lion_step_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    backups: Sequence[Tensor],
-    first_grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    masters: Sequence[Tensor],
-    hyper: Tensor,
-    group_sizes: Sequence[int],
-    *options: Any,
-) -> None:
-    _update(
-        lambda w, g, state, numbers, row: lion(w, g, state, numbers),
-        params, grads, backups, first_grads, [exp_avgs], masters, hyper, group_sizes, *options,
-    )  # fmt: skip
-
-
-def sgd_step_(params: Sequence[Tensor], grads: Sequence[Tensor], *args: Any) -> None:
-    restore_sgd_step_(params, grads, [], [], *args)
-
-
-def adam_step_(params: Sequence[Tensor], grads: Sequence[Tensor], *args: Any) -> None:
-    restore_adam_step_(params, grads, [], [], *args)
-
-
-def lion_step_(params: Sequence[Tensor], grads: Sequence[Tensor], *args: Any) -> None:
-    restore_lion_step_(params, grads, [], [], *args)
+sgd_step_, restore_sgd_step_ = _ops_of(sgd, states=1)
+adam_step_, restore_adam_step_ = _ops_of(adam, states=3, counts_steps=True)
+lion_step_, restore_lion_step_ = _ops_of(lion, states=1)

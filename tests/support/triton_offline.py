@@ -22,14 +22,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import rst_fused  # noqa: F401  (makes rst_fused.kernels importable in a checkout)
-from rst_fused.kernels import launch_groups
-from rst_fused.kernels.adam_step import adam_step_kernel
+from rst_fused.kernels import adam_step, launch_groups, lion_step, sgd_step
 from rst_fused.kernels.grad_norm import SUMS, finish_kernel, grad_norm_kernel
 from rst_fused.kernels.launch_config import BUILT_IN, WIDE_STATE
-from rst_fused.kernels.lion_step import lion_step_kernel
 from rst_fused.kernels.perturb import perturb_kernel
 from rst_fused.kernels.restore import mix_kernel, restore_kernel
-from rst_fused.kernels.sgd_step import sgd_step_kernel
+from rst_fused.kernels.update import update_kernel
 
 ARCHITECTURES = (80, 90, 100)
 ARGUMENTS = {
@@ -51,8 +49,8 @@ F32, F64, BF16, F16 = tl.float32, tl.float64, tl.bfloat16, tl.float16
 SIZES = {"BLOCK": BUILT_IN.block, "TAIL": BUILT_IN.tail}
 
 
-def _updating(state: Any) -> dict[str, Any]:
-    return {"MASTER": state is not None, "BLOCK": (BUILT_IN if state is None else WIDE_STATE).block}
+def _updating(rule: dict[str, Any], state: Any) -> dict[str, Any]:
+    return {**rule, "MASTER": state is not None, "BLOCK": (BUILT_IN if state is None else WIDE_STATE).block}
 
 
 def _types(t: Any, state: Any = None, arithmetic: bool = True) -> dict[str, Any]:
@@ -66,15 +64,17 @@ def _perturb(t: Any, state: Any = None, adaptive: bool = False, is_complex: bool
 
 
 def _sgd(t: Any, state: Any = None, mixing: bool = False) -> dict[str, Any]:
-    return _types(t, state) | {"FLAG": mixing, "STATES": 1, "SLOTS": 5, "MIXING": mixing} | _updating(state)
+    flags = {"FLAG": mixing, "STATES": 1, "SLOTS": 5, "MIXING": mixing}
+    return _types(t, state) | flags | _updating(sgd_step.RULE, state)
 
 
 def _adam(t: Any, state: Any = None, mixing: bool = False, states: int = 2) -> dict[str, Any]:
-    return _types(t, state) | {"FLAG": True, "STATES": states, "SLOTS": 7, "MIXING": mixing} | _updating(state)
+    flags = {"FLAG": True, "STATES": states, "SLOTS": 7, "MIXING": mixing}
+    return _types(t, state) | flags | _updating(adam_step.RULE, state)
 
 
 def _lion(t: Any, state: Any = None, mixing: bool = False) -> dict[str, Any]:
-    return _sgd(t, state, mixing) | {"FLAG": False}
+    return _sgd(t, state, mixing) | {"FLAG": False} | lion_step.RULE
 
 
 def _norm(t: Any, adaptive: bool = False, is_complex: bool = False) -> dict[str, Any]:
@@ -91,15 +91,15 @@ VARIANTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "perturb asam complex64": (perturb_kernel, _perturb(F32, None, True, True)),
     "restore bf16 master": (restore_kernel, _types(BF16, F32, False)),
     "mix fp32": (mix_kernel, _types(F32)),
-    "sgd fp32": (sgd_step_kernel, _sgd(F32)),
-    "sgd bf16 master mixing": (sgd_step_kernel, _sgd(BF16, F32, True)),
-    "adam fp32": (adam_step_kernel, _adam(F32)),
-    "adam fp64 mixing": (adam_step_kernel, _adam(F64, None, True)),
-    "adam bf16 master mixing": (adam_step_kernel, _adam(BF16, F32, True)),
-    "amsgrad fp32": (adam_step_kernel, _adam(F32, states=3)),
-    "amsgrad bf16 master mixing": (adam_step_kernel, _adam(BF16, F32, True, 3)),
-    "lion fp32": (lion_step_kernel, _lion(F32)),
-    "lion bf16 master mixing": (lion_step_kernel, _lion(BF16, F32, True)),
+    "sgd fp32": (update_kernel, _sgd(F32)),
+    "sgd bf16 master mixing": (update_kernel, _sgd(BF16, F32, True)),
+    "adam fp32": (update_kernel, _adam(F32)),
+    "adam fp64 mixing": (update_kernel, _adam(F64, None, True)),
+    "adam bf16 master mixing": (update_kernel, _adam(BF16, F32, True)),
+    "amsgrad fp32": (update_kernel, _adam(F32, states=3)),
+    "amsgrad bf16 master mixing": (update_kernel, _adam(BF16, F32, True, 3)),
+    "lion fp32": (update_kernel, _lion(F32)),
+    "lion bf16 master mixing": (update_kernel, _lion(BF16, F32, True)),
 }
 
 
@@ -134,7 +134,8 @@ def report() -> list[dict[str, Any]]:
             seconds = round(time.perf_counter() - start, 2)
             ptx = binary.asm["ptx"]
             found = {**resources(ptx, architecture), "shared": binary.metadata.shared, **widths(ptx)}
-            rows.append({"kernel": name, "function": kernel.__name__, "sm": architecture, **found, "seconds": seconds})
+            names = {"kernel": name, "function": kernel.__name__, "symbol": binary.metadata.name}
+            rows.append({**names, "sm": architecture, **found, "seconds": seconds})
     return rows
 
 

@@ -39,6 +39,13 @@ def test_every_kernel_is_compiled(report: list[dict[str, Any]]) -> None:
     assert {row["function"] for row in report} == set(re.findall(r"^def (\w+_kernel)\(", sources, re.MULTILINE))
 
 
+def test_an_update_has_the_name_of_its_rule(report: list[dict[str, Any]]) -> None:
+    """In profilers: they all are update_kernel with another rule. By that name its launch configuration is kept."""
+    updates = {row["symbol"] for row in report if row["function"] == "update_kernel"}
+    assert updates == {"sgd_step_kernel", "adam_step_kernel", "lion_step_kernel"}
+    assert {row["symbol"] for row in report if row["function"] == "perturb_kernel"} == {"perturb_kernel"}
+
+
 def test_every_architecture_compiles_without_spills(report: list[dict[str, Any]]) -> None:
     """A stack frame may hold what a call to division needs, never a spilled register."""
     assert {row["sm"] for row in report} == {80, 90, 100}

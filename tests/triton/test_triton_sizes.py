@@ -25,7 +25,7 @@ FILE = "triton-NVIDIA-H200-cuda-90-3.6.0.json"
 def kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """The modules, on a machine with an H200 and nothing measured yet; and its file."""
     found = SimpleNamespace(folder=tmp_path / "cache", file=tmp_path / "cache" / FILE)
-    for name in ("launch_config", "autotune", "launch_groups"):
+    for name in ("launch_config", "autotune", "launch_groups", "update"):
         setattr(found, name, importlib.import_module(f"rst_fused.kernels.{name}"))
     monkeypatch.setenv("RST_FUSED_CACHE_DIR", str(found.folder))
     monkeypatch.setattr(found.launch_config, "identity", lambda device: dict(HERE))
@@ -168,7 +168,9 @@ def test_what_is_timed_is_the_kernel_it_is_kept_for(
         with kernels.autotune._forced(candidate):
             call()
         ((function, _, programs, _, constants, warps),) = launches
-        assert (function.__name__, programs) == (kernel, 16), "8 tensors of 10000 in chunks of 8192"
+        is_update = function.__name__ == "update_kernel"
+        name = kernels.update.kernel_name(constants) if is_update else function.__name__
+        assert (name, programs) == (kernel, 16), "8 tensors of 10000 in chunks of 8192"
         names = {torch.float32: "fp32", torch.bfloat16: "bf16"}
         assert (str(constants["T"]), str(constants["STATE"])) == (names[dtype], names[state])
         assert (constants["BLOCK"], constants["TAIL"], warps) == (candidate.block, candidate.tail, 2)
