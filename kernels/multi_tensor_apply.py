@@ -22,7 +22,8 @@ LENGTH, UNMASKED, ROW, INDEX, FIRST, HEADER = (tl.constexpr(i) for i in range(6)
 def kernel(function: Callable[..., Any], repr: Callable[[Any], str] | None = None) -> Any:
     """triton.jit with one binary per set of constants: no argument's value or alignment triggers another compilation.
 
-    ``repr`` names a binary, see triton.jit. It reads annotations, so files with kernels must not postpone them (from __future__ import annotations).
+    ``repr`` names a binary, see triton.jit. Annotations are read, so files with kernels must not postpone them (from
+    __future__ import annotations).
     """
     given = [p.name for p in inspect.signature(function).parameters.values() if p.annotation is not tl.constexpr]
     return triton.jit(function, do_not_specialize=given, do_not_specialize_on_alignment=given, repr=repr)

@@ -104,7 +104,8 @@ def launch_update(
     group_sizes: Sequence[int], maximize: bool, grad_scale: Tensor | None, found_inf: Tensor | None,
     flag: bool = False,
 ) -> None:  # fmt: skip
-    """Runs the kernel with a rule: ``PREPARE``, ``STEP`` and ``COLUMNS``. An empty list of ``state`` is a tensor that this variant of the rule lacks."""
+    """Runs the kernel with a rule: ``PREPARE``, ``STEP`` and ``COLUMNS``. An empty list of ``state`` is a tensor that
+    this variant of the rule lacks."""
     check_length(op, "grads", grads, params)
     check_masters(op, masters, params)
     amp = scaling(op, grad_scale, found_inf)
