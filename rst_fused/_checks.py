@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+PLAIN = (torch.Tensor, torch.nn.Parameter)
+SIXTEEN_BIT = (torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.float64, *SIXTEEN_BIT, torch.complex64, torch.complex128)
 
 
 def as_integer(name: str, value: Any, low: int, high: float = math.inf) -> int:
@@ -36,9 +38,13 @@ def as_real(name: str, value: Any, low: float, high: float) -> float:
 
 def check_number(name: str, value: Any, low: float, high: float | None = None) -> None:
     """Raises unless ``value`` (a number or one-element tensor) is finite and lies in [low, high)."""
-    if isinstance(value, torch.Tensor) and value.numel() != 1:
-        raise ValueError(f"{name} is a tensor of shape {tuple(value.shape)}: expected a number or a one-element tensor")
-    if isinstance(value, bool) or not isinstance(value, (Real, torch.Tensor)):
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if isinstance(value, torch.Tensor):
+        if value.numel() != 1:
+            given = f"a tensor of shape {tuple(value.shape)}"
+            raise ValueError(f"{name} is {given}: expected a number or a one-element tensor")
+        is_number = value.dtype != torch.bool and not value.is_complex()
+    if not is_number:
         raise TypeError(f"{name}={value!r}: expected a number, got {type(value).__name__}")
     number = float(value)
     if not low <= number or (high is not None and not number < high) or not math.isfinite(number):
@@ -65,18 +71,29 @@ def required_params(params: Iterable[Any] | None) -> Iterable[Any]:
     return params
 
 
+def address_of(t: torch.Tensor) -> int:
+    """Of its first element; 0 where it has no memory of its own."""
+    try:
+        return t.data_ptr()
+    except RuntimeError:  # tensors of torch.func
+        return 0
+
+
+def last_offset(t: torch.Tensor) -> int:
+    """From the first element of a tensor, which has some, to its last one."""
+    if t.is_contiguous():
+        return t.numel() - 1
+    return sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+
+
 def first_overlap(tensors: Sequence[torch.Tensor]) -> tuple[int, int] | None:
     """Positions i < j of two tensors that share memory, or None. Plain tensors with memory."""
     spans = []
     for i, t in enumerate(tensors):
-        if type(t) in _PLAIN and (t.is_cpu or t.is_cuda or t.is_xpu) and t.numel() > 0:
-            try:
-                start = t.data_ptr()
-            except RuntimeError:  # torch.func wraps tensors that have none
-                continue
-            last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+        if type(t) in PLAIN and (t.is_cpu or t.is_cuda or t.is_xpu) and t.numel() > 0:
+            start = address_of(t)
             if start != 0:
-                spans.append((start, start + (last + 1) * t.element_size(), i))
+                spans.append((start, start + (last_offset(t) + 1) * t.element_size(), i))
     spans.sort()
     reaching: list[tuple[int, int]] = []  # (end, position) of those that may reach beyond the next start
     for start, end, j in spans:
@@ -97,7 +114,7 @@ def _share_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _has_gaps(t: torch.Tensor) -> bool:
-    return t.numel() != 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+    return t.numel() != 1 + last_offset(t)
 
 
 def _addresses(t: torch.Tensor, unit: int) -> torch.Tensor:

@@ -17,11 +17,6 @@ def _mix(z: int) -> int:
     return z ^ (z >> 31)
 
 
-def _key(seed: int) -> int:
-    # Were the bare seed the counter's start, seed + G would be the stream of seed, one step on.
-    return _mix((seed + _GOLDEN) & _MASK)
-
-
 def uniform(seed: int, step: int) -> float:
     """A number in [0, 1), a multiple of 2^-53, that depends on (seed, step) and on nothing else.
 
@@ -29,17 +24,15 @@ def uniform(seed: int, step: int) -> float:
     splitmix64: integers only, so it is the same on every machine and rank, and a run resumes from its step
     count. Raises ValueError unless seed and step are integers from 0 to 2^64 - 1.
     """
-    return _uniform(as_integer("seed", seed, 0, _MASK), as_integer("step", step, 0, _MASK))
-
-
-def _uniform(seed: int, step: int) -> float:
+    seed, step = as_integer("seed", seed, 0, _MASK), as_integer("step", step, 0, _MASK)
     return _block(seed, step >> 6)[step & 63]
 
 
 @lru_cache(maxsize=64)
 def _block(seed: int, number: int) -> tuple[float, ...]:
     """uniform for the 64 steps from 64 * number on: made at once, a number costs a training step next to nothing."""
-    key, first = _key(seed), 64 * number + 1
+    # Were the bare seed the counter's start, seed + G would be the stream of seed, one step on.
+    key, first = _mix((seed + _GOLDEN) & _MASK), 64 * number + 1
     return tuple((_mix((key + t * _GOLDEN) & _MASK) >> 11) * 2.0**-53 for t in range(first, first + 64))
 
 
@@ -48,12 +41,11 @@ def draw(seed: int, step: int, p: float) -> bool:
 
     p = 0 never fires and p = 1 always does. Raises ValueError as ``uniform`` does, and unless p is in [0, 1].
     """
-    seed, step = as_integer("seed", seed, 0, _MASK), as_integer("step", step, 0, _MASK)
-    return draw_at(seed, step, p)
+    return draw_at(as_integer("seed", seed, 0, _MASK), as_integer("step", step, 0, _MASK), p)
 
 
 def draw_at(seed: int, step: int, p: float) -> bool:
     """``draw`` for a seed and a step that are known to be integers in range."""
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"p={p!r}: expected a probability in [0, 1]")
-    return _uniform(seed, step) < p
+    return _block(seed, step >> 6)[step & 63] < p

@@ -22,13 +22,12 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from rst_fused._backends import backend_for
-from rst_fused._checks import as_integer, check_number, first_overlap
+from rst_fused._checks import DTYPES, SIXTEEN_BIT, as_integer, check_number, first_overlap
 from rst_fused._schemas import STATS
 
 Number = float | Tensor | Sequence[float | Tensor]
 Tensors = Sequence[Tensor]
 _READ = ("grads", "backups", "first_grads")  # the lists that no update writes
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64, torch.complex128)
 
 
 @torch.no_grad()
@@ -49,7 +48,7 @@ def grad_norm(
         raise ValueError("params=None with adaptive=True: ASAM scales gradients by |w|, pass the parameters")
     sources = _listed("params", params) if adaptive else []
     _check_number("eta", eta, 0)
-    _check("grads", grads, {"params": sources}, needed=["params"] if adaptive else [])
+    _check("grads", grads, {"params": sources}, [], {}, ["params"] if adaptive else [])
     device = grads[0].device if grads else torch.device("cpu")
     if stats is None:
         stats = torch.zeros(len(STATS), dtype=torch.float64, device=device)
@@ -73,9 +72,9 @@ def perturb_(
     """
     masters = _listed("masters", masters)
     backups = [] if masters else _needed("backups", backups)
-    needed = ["grads", "masters" if masters else "backups"]
     _check_number("eta", eta, 0)
-    _check("params", params, {"grads": grads, "backups": backups}, {"masters": masters}, needed=needed)
+    like = {"grads": grads, "backups": backups}
+    _check("params", params, like, masters, {}, ["grads", "masters" if masters else "backups"])
     _check_apart(params=params, backups=backups)
     sizes = _sizes(params, group_sizes)
     counters = [as_integer("seed", seed, 0, 2**63 - 1), as_integer("step", step, 0, 2**63 - 1)]
@@ -104,7 +103,7 @@ def restore_(
     if firsts and grads is None:
         raise ValueError("grads=None with first_grads: mixing needs the gradients of the second pass")
     like = {"backups": backups, "grads": _listed("grads", grads), "first_grads": firsts}
-    _check("params", params, like, {"masters": masters}, needed=["masters" if masters else "backups"])
+    _check("params", params, like, masters, {}, ["masters" if masters else "backups"])
     _check_apart(params=params, grads=like["grads"] if firsts else [])
     sizes = _sizes(params, group_sizes)
     _ops(backend, params).restore_(
@@ -241,7 +240,7 @@ def _update_lists(
     kept, backed_up = _listed("masters", masters), _listed("backups", backups)
     firsts = _listed("first_grads", first_grads)
     like = {"grads": grads, "backups": backed_up, "first_grads": firsts}
-    _check("params", params, like, {"masters": kept}, state, ["grads", *needed])
+    _check("params", params, like, kept, state, ["grads", *needed])
     _check_apart(params=params, **state, masters=kept)
     return {
         "params": list(params), "grads": list(grads), "backups": [] if kept else backed_up, "first_grads": firsts,
@@ -281,26 +280,25 @@ def _listed(name: str, tensors: Tensors | None) -> list[Tensor]:
 
 
 def _check(
-    lead_name: str, lead: Tensors, like: Mapping[str, Tensors], masters: Mapping[str, Tensors] | None = None,
-    state: Mapping[str, Tensors] | None = None, needed: Sequence[str] = (),
+    lead_name: str, lead: Tensors, like: Mapping[str, Tensors], masters: Tensors, state: Mapping[str, Tensors],
+    needed: Sequence[str],
 ) -> None:  # fmt: skip
     """``like``: as the parameter; ``masters``: float32; ``state``: float32 beside masters, else as the parameter.
 
     A list may be empty unless it is in ``needed``.
     """
-    has_masters = any((masters or {}).values())
-    for name, tensors in {lead_name: lead, **like, **(masters or {}), **(state or {})}.items():
+    companions = {**like, **state, "masters": masters}
+    for name, tensors in {lead_name: lead, **companions}.items():
         for i, t in enumerate(_needed(name, tensors)):
             if not isinstance(t, Tensor):
                 raise TypeError(f"{name}[{i}] is {type(t).__name__}: expected a tensor")
     for i, p in enumerate(lead):
-        if p.layout != torch.strided or p.dtype not in _DTYPES:
-            raise ValueError(f"{lead_name}[{i}] is {p.layout} of {p.dtype}: expected a dense tensor of {_DTYPES}")
-        if has_masters and p.dtype not in (torch.bfloat16, torch.float16):
+        if p.layout != torch.strided or p.dtype not in DTYPES:
+            raise ValueError(f"{lead_name}[{i}] is {p.layout} of {p.dtype}: expected a dense tensor of {DTYPES}")
+        if masters and p.dtype not in SIXTEEN_BIT:
             raise ValueError(f"masters given, but {lead_name}[{i}] is {p.dtype}: masters go with bfloat16 and float16")
-    wide = [(name, tensors, has_masters) for name, tensors in (state or {}).items()]
-    wide += [(name, tensors, True) for name, tensors in (masters or {}).items()]
-    for name, tensors, fp32 in [*((n, t, False) for n, t in like.items()), *wide]:
+    for name, tensors in companions.items():
+        fp32 = name == "masters" or (bool(masters) and name in state)
         if len(tensors) != len(lead) and (tensors or name in needed):
             raise ValueError(f"{name} has {len(tensors)} tensors, expected {len(lead)}, one for each of {lead_name}")
         for i, (t, p) in enumerate(zip(tensors, lead, strict=False)):

@@ -90,7 +90,9 @@ class RST(StepOptimizer):
         self.rule: Rule | None = None if self.base is not None else rule_for(base)  # the rule of the fused one
         check_number("rho", rho, 0)
         check_number("eta", eta, 0)
-        self._set_trials(schedule, gamma)
+        self._reset(StepState())
+        self._gamma_follows_schedule = False
+        self.schedule, self.gamma = schedule, gamma
         self.adaptive, self.eta = as_flag("adaptive", adaptive), float(eta)
         self.seed = as_integer("seed", seed, 0, 2**63 - 1)
         self.master_weights = as_flag("master_weights", master_weights)
@@ -99,7 +101,6 @@ class RST(StepOptimizer):
         self.requested_backend, self._model = backend, model
         self._devices: list[DeviceState] = []  # at least one; that of the first parameter leads
         self._constructed = False  # whether groups that are added are compared with those that are there
-        self._reset(StepState())
         if self.rule is not None:
             super().__init__(required_params(params), {**self._hyper(hyper), "rho": rho})
             validation.check_apart(validation.tensors_of(self.param_groups), [])
@@ -205,9 +206,6 @@ class RST(StepOptimizer):
         fire = drawn if fire is None else bool(fire)
         if not fire:
             return False
-        state = self._step_state  # after the draw: a schedule is the user's, and may have loaded a state
-        state.perturbed = True
-        state.mixing = state.mixes
         try:
             step.perturb(self)
         except BaseException:
@@ -221,9 +219,6 @@ class RST(StepOptimizer):
         self._refuse_while_perturbed("perturb")
         if not fire:
             return False
-        state = self._step_state
-        state.perturbed = True
-        state.mixing = state.mixes
         step.perturb(self, compiling=True)
         return True
 
@@ -343,7 +338,7 @@ class RST(StepOptimizer):
             saving.adapt(self, given[0])
         for group, rho in zip(self.param_groups, rhos, strict=True):
             group.setdefault("rho", rho)
-        saving.take_counters(self)
+        self._reset(saving.take_counters(self))
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_while_perturbed("pickling or copying")

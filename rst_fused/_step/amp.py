@@ -32,34 +32,27 @@ class Scaling:
 
     def on(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
         """For ops on ``device``: a number on the CPU serves everywhere, one on another GPU is copied."""
-        return _on(device, self.grad_scale), _on(device, self.found_inf)
+        scale, found_inf = (t if t is None or t.is_cpu else t.to(device) for t in (self.grad_scale, self.found_inf))
+        return scale, found_inf
 
-    def is_readable_by(self, device: torch.device, counts_steps: bool) -> bool:
-        """Whether kernels on ``device`` find the numbers there, or the CPU knows them.
+    def for_plan(self, device: torch.device, counts_steps: bool) -> tuple[float, tuple[int, int]] | None:
+        """The scale where the CPU knows it, else the addresses of grad_scale and found_inf on ``device`` (0: absent).
 
-        With found_inf on the GPU the CPU could not tell whether a step counts.
+        None if a plan can use neither: with found_inf on the GPU the CPU could not tell whether a step counts.
         """
+        if self is NONE:  # at every step without AMP
+            return _UNSCALED
         numbers = [t for t in (self.grad_scale, self.found_inf) if t is not None]
-        on_cpu = [t.is_cpu for t in numbers]
-        return all(on_cpu) or (
-            not counts_steps and all((t.device, t.dtype) == (device, torch.float32) for t in numbers)
-        )
-
-    def scale(self) -> float:
-        """1 where it is on the GPU."""
-        return float(self.grad_scale) if self.grad_scale is not None and self.grad_scale.is_cpu else 1.0
-
-    def addresses(self) -> tuple[int, int]:
-        """Of both on the GPU; 0 for what is not there."""
-        here = [0 if t is None or t.is_cpu else t.data_ptr() for t in (self.grad_scale, self.found_inf)]
-        return here[0], here[1]
-
-
-def _on(device: torch.device, number: Tensor | None) -> Tensor | None:
-    return number if number is None or number.is_cpu or number.device == device else number.to(device)
+        if all(t.is_cpu for t in numbers):
+            return 1.0 if self.grad_scale is None else float(self.grad_scale), (0, 0)
+        if counts_steps or any((t.device, t.dtype) != (device, torch.float32) for t in numbers):
+            return None
+        scale, found_inf = (0 if t is None else t.data_ptr() for t in (self.grad_scale, self.found_inf))
+        return 1.0, (scale, found_inf)
 
 
 NONE = Scaling()
+_UNSCALED = (1.0, (0, 0))
 
 
 def scaling(opt: StepOptimizer) -> Scaling:
@@ -80,13 +73,9 @@ def scaling(opt: StepOptimizer) -> Scaling:
     return Scaling(grad_scale, found_inf)
 
 
-def active(opt: StepOptimizer) -> bool:
-    return getattr(opt, "found_inf", None) is not None
-
-
 def check_closure(opt: StepOptimizer) -> None:
     """Raises for a closure that a scaler hands to step: it has looked for overflows in the earlier gradients."""
-    if active(opt):
+    if getattr(opt, "found_inf", None) is not None:
         forget(opt)
         raise RuntimeError(
             "step(closure) by a GradScaler: it looks for overflows before the closure has run; "

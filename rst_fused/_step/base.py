@@ -39,10 +39,6 @@ class StepOptimizer(Optimizer):
         """Dynamo looks for this name; see rst_fused._step.columns.init_group."""
         raise NotImplementedError
 
-    def _reset(self, step_state: StepState) -> None:
-        """Nothing of a step under way is ever saved: neither backups nor launch plans."""
-        raise NotImplementedError
-
     @property
     def backend(self) -> Backend:
         """What serves the parameters; where they are on several devices, those on the device of the first one."""
@@ -52,12 +48,6 @@ class StepOptimizer(Optimizer):
     def non_finite_norms(self) -> int:
         """SAM steps so far whose gradient norm was not finite, so that nothing was perturbed. Waits for the device."""
         return int(self._devices[0].stats[3])
-
-    def _set_trials(self, schedule: Any, gamma: Any) -> None:
-        self._step_state = StepState()
-        self._gamma_follows_schedule = False
-        self.schedule = schedule
-        self.gamma = gamma
 
     @property
     def schedule(self) -> Schedule:

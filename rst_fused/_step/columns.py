@@ -10,12 +10,8 @@ from torch import Tensor
 
 from rst_fused._step.base import StepOptimizer
 from rst_fused._step.devices import DeviceState, device_of
-from rst_fused._step.rules import Flags, Group, signed_rho
-from rst_fused._step.validation import SIXTEEN_BIT, waited
-
-
-def has_master(opt: StepOptimizer, p: Tensor) -> bool:
-    return opt.master_weights and p.dtype in SIXTEEN_BIT
+from rst_fused._step.rules import Flags, Group
+from rst_fused._step.validation import has_master, is_usable, waited
 
 
 def master_kinds(opt: StepOptimizer) -> tuple[bool, ...]:
@@ -75,24 +71,17 @@ def share_steps(opt: StepOptimizer, group: Group, mine: list[Tensor]) -> None:
 def backup_of(opt: StepOptimizer, p: Tensor) -> Tensor:
     """The tensor that keeps p's weights while they are perturbed; allocated once (again if the model was converted)."""
     backups = opt._step_state.backups
-    backup = backups.get(p)
-    if backup is None or not _fits(backup, p):
-        backup = backups[p] = torch.empty_like(p, requires_grad=False, memory_format=torch.preserve_format)
-    return backup
-
-
-def _fits(backup: Tensor, p: Tensor) -> bool:
-    """Also whether it still has memory, and is laid out as a new one would be."""
-    same = backup.dtype == p.dtype and backup.shape == p.shape and backup.device == p.device
-    return same and backup.untyped_storage().nbytes() >= backup.numel() * backup.element_size()
+    b = backups.get(p)
+    if b is None or (b.dtype, b.shape, b.device) != (p.dtype, p.shape, p.device) or not is_usable(b):
+        b = backups[p] = torch.empty_like(p, requires_grad=False, memory_format=torch.preserve_format)
+    return b
 
 
 def readable(p: Tensor) -> Tensor:
     """The gradient of p as kernels can read it."""
     g = p.grad
     assert g is not None
-    if type(g) is not Tensor:
-        g = waited(g)
+    g = waited(g)
     return g.resolve_conj().resolve_neg() if p.is_complex() else g
 
 
@@ -154,15 +143,11 @@ class Columns:
     """The arguments of one call of an op, gathered over parameter groups that agree in all flags."""
 
     def __init__(self) -> None:
-        self.params: list[Tensor] = []
-        self.grads: list[Tensor] = []
-        self.backups: list[Tensor] = []
-        self.state0: list[Tensor] = []
-        self.state1: list[Tensor] = []
-        self.state2: list[Tensor] = []
-        self.masters: list[Tensor] = []
-        self.steps: list[Tensor] = []
-        self.sizes: list[int] = []
+        self.lists: list[list[Any]] = [[] for _ in range(10)]  # what init_group fills, in its order
+        (
+            self.params, self.grads, self.backups, self.state0, self.state1, self.state2, self.masters, self.steps,
+            self.sizes, self.is_first_step,
+        ) = self.lists  # fmt: skip
         self.rows: list[tuple[Group, bool]] = []  # the group of each row, and whether it is a first step
 
     @property
@@ -178,16 +163,8 @@ class Columns:
         return found
 
     def extend(self, other: Columns) -> None:
-        # One by one, as Dynamo of torch 2.11 can trace it.
-        self.params += other.params
-        self.grads += other.grads
-        self.backups += other.backups
-        self.state0 += other.state0
-        self.state1 += other.state1
-        self.state2 += other.state2
-        self.masters += other.masters
-        self.steps += other.steps
-        self.sizes += other.sizes
+        for mine, others in zip(self.lists, other.lists, strict=True):
+            mine.extend(others)
         self.rows += other.rows
 
 
@@ -198,13 +175,9 @@ def gather(opt: StepOptimizer, indices: list[int], updating: bool, masters_only:
     for i in indices:
         group = opt.param_groups[i]
         c = Columns()
-        is_first_step: list[bool] = []
         # Dynamo fills the lists of a call to _init_group only if they are empty, so each group has its own.
-        opt._init_group(
-            group, updating, masters_only, only, c.params, c.grads, c.backups, c.state0, c.state1, c.state2, c.masters,
-            c.steps, c.sizes, is_first_step,
-        )  # fmt: skip
-        c.rows = [(group, new) for new in is_first_step]
+        opt._init_group(group, updating, masters_only, only, *c.lists)
+        c.rows = [(group, new) for new in c.is_first_step]
         out.extend(c)
     return out
 
@@ -232,7 +205,8 @@ def has_all_state(opt: StepOptimizer) -> bool:
 
 
 def rho_rows(c: Columns) -> list[list[Any]]:
-    return [[signed_rho(group)] for group, _ in c.rows]
+    """rho, negative where the objective is maximized: the perturbation always makes the objective worse."""
+    return [[-group["rho"] if group.get("maximize") else group["rho"]] for group, _ in c.rows]
 
 
 def hyperparam_rows(opt: StepOptimizer, c: Columns) -> list[list[Any]]:

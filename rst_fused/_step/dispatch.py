@@ -13,18 +13,9 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from rst_fused._step import columns
 from rst_fused._step.amp import Scaling
 from rst_fused._step.base import StepOptimizer
-from rst_fused._step.columns import (
-    Columns,
-    gather,
-    graph_inputs,
-    has_master,
-    hyperparam_rows,
-    master_kinds,
-    partition,
-    rho_rows,
-)
 from rst_fused._step.devices import DeviceState, device_of
 from rst_fused._step.norm import combine_norms
 from rst_fused._step.rules import hyperparam_tensor
@@ -44,20 +35,15 @@ def setters(state: StepState, fields: dict[str, Any]) -> list[partial[None]]:
     return [partial(setattr, state, name, value) for name, value in fields.items()]
 
 
-def recorded(opt: StepOptimizer) -> bool:
-    """Whether what is called now runs later: under torch.compile, or in a CUDA graph."""
-    return is_compiling() or opt.capturing
-
-
 @torch.no_grad()
 def perturb(opt: StepOptimizer) -> None:
     """grad_norm and perturb_ over all groups."""
     state = opt._step_state
     everything = list(range(len(opt.param_groups)))
-    later = recorded(opt)
-    calls: list[tuple[DeviceState, Columns]] = []
+    later = is_compiling() or opt.capturing  # what is called now runs then
+    calls: list[tuple[DeviceState, columns.Columns]] = []
     for device in opt._devices:
-        here = [gather(opt, everything, False, kind, device) for kind in master_kinds(opt)]
+        here = [columns.gather(opt, everything, False, kind, device) for kind in columns.master_kinds(opt)]
         here = [c for c in here if c.params]
         grads = [g for c in here for g in c.grads]
         sources = [p for c in here for p in (c.masters or c.params)] if opt.adaptive else []
@@ -72,10 +58,9 @@ def perturb(opt: StepOptimizer) -> None:
         combine_norms(opt._devices)
     first_index = 0
     for device, c in calls:
-        rho = hyperparam_tensor(rho_rows(c), graph_inputs(opt, c), c.params[0].device).flatten()
-        saved = dict(state.saved)
-        for p, kept in zip(c.params, c.masters if len(c.masters) > 0 else c.backups, strict=True):
-            saved[p] = kept
+        rho = hyperparam_tensor(columns.rho_rows(c), columns.graph_inputs(opt, c), c.params[0].device).flatten()
+        kept = c.masters if len(c.masters) > 0 else c.backups
+        saved = {**state.saved, **dict(zip(c.params, kept, strict=True))}
         if not later:
             # An interrupt may strike between the op and the note that it ran, or (in plain torch) inside the op: with
             # backups written beforehand, restoring is right in every case.
@@ -88,12 +73,10 @@ def perturb(opt: StepOptimizer) -> None:
         )  # fmt: skip
         first_index += len(c.params)
         state.saved = saved
-        first_grads = dict(state.first_grads)
-        for p, g in zip(c.params, c.grads, strict=True):
-            if state.mixing:
-                first_grads[p] = g
+        if state.mixing:
+            state.first_grads = {**state.first_grads, **dict(zip(c.params, c.grads, strict=True))}
+        for p in c.params:
             p.grad = None
-        state.first_grads = first_grads
         bump_versions(c.params)
 
 
@@ -109,10 +92,10 @@ def update(opt: StepOptimizer, scaling: Scaling, after: dict[str, Any]) -> None:
     counts: list[Call] = []
     updated: list[list[Tensor]] = []
     new: list[Tensor] = []  # with a first step that has hyperparameters of its own
-    for flags, indices in partition(opt):
+    for flags, indices in columns.partition(opt):
         assert flags is not None
-        for device, kind in product(opt._devices, master_kinds(opt)):
-            c = gather(opt, indices, True, kind, device)
+        for device, kind in product(opt._devices, columns.master_kinds(opt)):
+            c = columns.gather(opt, indices, True, kind, device)
             if not c.params:
                 continue
             if c.steps and c.steps[0].is_cpu and not is_compiling() and opt.capturing:
@@ -122,7 +105,7 @@ def update(opt: StepOptimizer, scaling: Scaling, after: dict[str, Any]) -> None:
                 firsts = state.first_grads
                 mixed = [firsts.get(p, g) for p, g in zip(c.params, c.grads, strict=True)] if state.mixing else []
                 lists += [[] if c.masters else c.backups, mixed]
-            hyper = hyperparam_tensor(hyperparam_rows(opt, c), graph_inputs(opt, c), c.params[0].device)
+            hyper = hyperparam_tensor(columns.hyperparam_rows(opt, c), columns.graph_inputs(opt, c), c.params[0].device)
             steps = torch.stack([step.reshape(()) for step in c.steps]).double() + 1 if c.steps else None
             updates.append(
                 rule.call(
@@ -134,10 +117,8 @@ def update(opt: StepOptimizer, scaling: Scaling, after: dict[str, Any]) -> None:
             if c.steps:
                 counts.append((torch._foreach_add_, (c.steps, _increments(c.steps, scaling.found_inf))))
             new += c.of_first_steps()
-    left = dict(state.saved)
-    for params in updated:
-        for p in params:
-            left.pop(p, None)
+    done = {p for params in updated for p in params}
+    left = {p: w for p, w in state.saved.items() if p not in done}
     restores = _restore_calls(opt, left) if state.perturbed else []
     _commit(opt, updates, updated, [*restores, *counts], after)
     if new and scaling.found_inf is not None and bool((scaling.found_inf != 0).any()):
@@ -215,12 +196,12 @@ def _restore_calls(opt: StepOptimizer, saved: dict[Tensor, Tensor], mixing: bool
     calls: list[Call] = []
     firsts = opt._step_state.first_grads
     rest = dict(saved)
-    for device, kind in product(opt._devices, master_kinds(opt)):
+    for device, kind in product(opt._devices, columns.master_kinds(opt)):
         for mixed in (True, False) if mixing else (False,):
             params = [
                 p
                 for p in saved
-                if has_master(opt, p) == kind
+                if columns.has_master(opt, p) == kind
                 and device_of(p) == device.device
                 and still_fits(opt, p)
                 and (is_compiling() or (is_usable(p) and is_usable(saved[p])))

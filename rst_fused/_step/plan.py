@@ -15,26 +15,14 @@ from torch import Tensor
 from torch._C import _len_torch_dispatch_stack
 
 from rst_fused._backends import plan_extension
-from rst_fused._step import validation
-from rst_fused._step.amp import NONE, Scaling
+from rst_fused._checks import PLAIN
+from rst_fused._step import columns, validation
+from rst_fused._step.amp import Scaling
 from rst_fused._step.base import StepOptimizer
-from rst_fused._step.columns import (
-    Columns,
-    backup_of,
-    gather,
-    has_all_state,
-    has_master,
-    hyperparam_rows,
-    master_kinds,
-    partition,
-    rho_rows,
-)
 from rst_fused._step.rules import Flags
 
 _FLOATS = {float}
-_PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
 _CAN_PLAN = plan_extension() is not None and plan_extension().can_plan()
-_NO_ADDRESSES = (0, 0)
 
 
 @dataclass
@@ -61,7 +49,7 @@ class PlanCache:
         self._after_perturb: dict[str, Any] = {}  # the fields of StepState that it changes
         self._updates = False  # whether it knows the state that an update needs
         self._stats_address = 0
-        self._columns = Columns()
+        self._columns = columns.Columns()
         self._cached = _HyperparamCache()
 
     # --- the three phases: whether they were served ----------------------------------------------------------------
@@ -73,14 +61,13 @@ class PlanCache:
         if cached.rho is None:
             validation.check_rho(opt)
             self._check(opt)
-            cached.rho = _floats([row[0] for row in rho_rows(self._columns)])
+            cached.rho = _floats([row[0] for row in columns.rho_rows(self._columns)])
             if cached.rho is None:
                 return False
-        served: bool = self._plan.perturb(
+        return self._plan.perturb(
             self._stats_address, cached.rho, opt.adaptive, opt.eta, opt.stochastic_rounding, opt.seed, state.steps,
             state.mixing, self._after_perturb,
         )  # fmt: skip
-        return served
 
     def update(self, opt: StepOptimizer, scaling: Scaling, after: dict[str, Any]) -> bool:
         """Restore, mixing and base step; the step state becomes ``after`` in the same call."""
@@ -88,28 +75,24 @@ class PlanCache:
         restores = bool(state.saved)
         if not self._updates or (restores and state.saved is not self._saved) or not self._is_current(opt):
             return False
-        scale, addresses = 1.0, _NO_ADDRESSES
-        if scaling is not NONE:
-            if not scaling.is_readable_by(opt._devices[0].device, counts_steps=bool(self._columns.steps)):
-                return False
-            scale, addresses = scaling.scale(), scaling.addresses()
+        numbers = scaling.for_plan(opt._devices[0].device, counts_steps=bool(self._columns.steps))
+        if numbers is None:
+            return False
         mixing, cached = state.mixing, self._cached
         gamma = state.gamma if mixing else 1.0
         if cached.rows is None or cached.rows[0] != gamma:
             self._check(opt)
-            found = _floats([x for row in hyperparam_rows(opt, self._columns) for x in row])
+            found = _floats([x for row in columns.hyperparam_rows(opt, self._columns) for x in row])
             if found is None:
                 return False
             cached.rows = gamma, found
-        served: bool = self._plan.update(cached.rows[1], restores, mixing, scale, addresses, after)
-        return served
+        return self._plan.update(cached.rows[1], restores, mixing, *numbers, after)
 
     def restore(self, opt: StepOptimizer, after: dict[str, Any]) -> bool:
         """Undoes a perturbation; the step state becomes ``after`` in the same call."""
         if not self._saved or opt._step_state.saved is not self._saved:
             return False
-        served: bool = self._plan.restore(after)
-        return served
+        return self._plan.restore(after)
 
     # --- the cache --------------------------------------------------------------------------------------------------
     def _is_current(self, opt: StepOptimizer) -> bool:
@@ -149,39 +132,40 @@ class PlanCache:
         state, rule = opt._step_state, opt.rule
         everything = list(range(len(opt.param_groups)))
         params = [p for group in opt.param_groups for p in group["params"]]
-        updating = for_update or has_all_state(opt)
-        columns = Columns()
-        for kind in master_kinds(opt):
-            columns.extend(gather(opt, everything, updating, kind, opt._devices[0]))
-        if not columns.params or not all(_counted_in_place(step) for step in columns.steps):
-            return False
-        masters = [opt.state[p]["master"] if has_master(opt, p) else None for p in columns.params]
-        backed = not for_update or bool(state.backups) or all(has_master(opt, p) for p in columns.params)
-        backups = [backup_of(opt, p) if backed and not has_master(opt, p) else None for p in columns.params]
+        updating = for_update or columns.has_all_state(opt)
+        c = columns.Columns()
+        for kind in columns.master_kinds(opt):
+            c.extend(columns.gather(opt, everything, updating, kind, opt._devices[0]))
+        if not c.params or not all(type(s) is Tensor and s.is_cpu and s.dtype == torch.float32 for s in c.steps):
+            return False  # a plan counts in place
+        masters = [opt.state[p]["master"] if columns.has_master(opt, p) else None for p in c.params]
+        backed = not for_update or bool(state.backups) or all(columns.has_master(opt, p) for p in c.params)
+        backups = [columns.backup_of(opt, p) if backed and not columns.has_master(opt, p) else None for p in c.params]
         kept = [m if b is None else b for m, b in zip(masters, backups, strict=True)]
-        saved = {p: w for p, w in zip(columns.params, kept, strict=True) if w is not None}
-        companions = [*masters, *backups, *columns.steps, *(t for column in columns.states for t in column)]
-        if not all(t is None or type(t) in _PLAIN_TENSORS for t in companions):
+        saved = {p: w for p, w in zip(c.params, kept, strict=True) if w is not None}
+        companions = [*masters, *backups, *c.steps, *(t for column in c.states for t in column)]
+        if not all(t is None or type(t) in PLAIN for t in companions):
             return False
         if state.saved and {p: id(w) for p, w in saved.items()} != {p: id(w) for p, w in state.saved.items()}:
             return False  # some parameters have only one of both gradients
         flags = _flags_of(opt)  # which agree among the groups
         plan = plan_extension().Plan(
-            gpu=opt.backend.plans == "gpu", groups=opt.param_groups, everything=params, active=columns.params,
-            idle=[p for p in params if p.grad is None], sizes=columns.sizes, masters=masters, states=columns.states,
-            backups=backups, steps=columns.steps, row_groups=[id(group) for group, _ in columns.rows],
+            gpu=opt.backend.plans == "gpu", groups=opt.param_groups, everything=params, active=c.params,
+            idle=[p for p in params if p.grad is None], sizes=c.sizes, masters=masters, states=c.states,
+            backups=backups, steps=c.steps, row_groups=[id(group) for group, _ in c.rows],
             rule=0 if rule is None else rule.index, option=flags[0].option if flags else False,
             maximize=flags[0].maximize if flags else False,
             state={} if rule is None else opt.state,  # that of an optimizer instance is its own affair
             step_state=state,
         )  # fmt: skip
-        columns.grads, columns.backups = [], []  # a kept gradient would be memory that zero_grad cannot free
+        c.grads.clear()  # a kept gradient would be memory that zero_grad cannot free
+        c.backups.clear()
         if state.saved:  # between the passes: the new plan takes over where the one before it stopped
             state.take_first_grads()
             if state.mixing:
                 state.first_grads = plan.first_grads_of(state.first_grads)
             state.saved = saved
-        self._columns, self._flags = columns, flags
+        self._columns, self._flags = c, flags
         self._state, self._state_size = opt.state, len(opt.state)
         self._stats_address = opt._devices[0].stats.data_ptr()
         self._updates = updating and rule is not None
@@ -204,25 +188,17 @@ def _serves(opt: StepOptimizer) -> bool:
         and opt._devices[0].backend.plans != ""
         and _CAN_PLAN
         and _len_torch_dispatch_stack() == 0
-        and len(partition(opt)) == 1
-        and all(
-            type(p) in _PLAIN_TENSORS and not p.is_complex() for group in opt.param_groups for p in group["params"]
-        )
+        and len(columns.partition(opt)) == 1
+        and all(type(p) in PLAIN and not p.is_complex() for group in opt.param_groups for p in group["params"])
         and not any(group.get("capturable") for group in opt.param_groups)
         and not (opt.rule is not None and any(opt.rule.splits_first_step(group) for group in opt.param_groups))
     )
-
-
-def _counted_in_place(step: Tensor) -> bool:
-    """Whether a plan can count in this tensor."""
-    return type(step) is Tensor and step.is_cpu and step.dtype == torch.float32
 
 
 def _floats(given: list[Any]) -> list[float] | None:
     """As floats; None if reading one would wait for the GPU."""
     if set(map(type, given)) == _FLOATS:
         return given
-    for x in given:
-        if isinstance(x, Tensor) and not x.is_cpu:
-            return None
+    if any(isinstance(x, Tensor) and not x.is_cpu for x in given):
+        return None
     return [float(x) for x in given]

@@ -39,10 +39,17 @@ class Rule:
 
     def check(self, group: Group) -> None:
         """Raises ValueError or TypeError for a hyperparameter that torch.optim would refuse."""
-        raise NotImplementedError
+        for name in self.numbers:
+            if name == "betas":
+                check_betas(name, group[name])
+            else:
+                check_number(name, group[name], -math.inf if name == "dampening" else 0)
+        for name, default in self.defaults.items():
+            if isinstance(default, bool):
+                as_flag(name, group[name])
 
     def flags(self, group: Group) -> Flags:
-        raise NotImplementedError
+        return Flags(len(self.states), False, bool(group["maximize"]), False)
 
     def row(self, group: Group, is_first_step: bool, gamma: Any) -> list[Any]:
         """The group's hyperparameters in the order of the op's schema (rst_fused._schemas)."""
@@ -83,11 +90,7 @@ class SgdRule(Rule):
     }  # fmt: skip
 
     def check(self, group: Group) -> None:
-        for name in ("lr", "momentum", "weight_decay"):
-            check_number(name, group[name], 0)
-        check_number("dampening", group["dampening"], -math.inf)
-        for name in ("nesterov", "maximize"):
-            as_flag(name, group[name])
+        super().check(group)
         if group["nesterov"] and (group["momentum"] == 0 or group["dampening"] != 0):
             raise ValueError(
                 f"nesterov=True with momentum={group['momentum']!r}, dampening={group['dampening']!r}: "
@@ -123,13 +126,6 @@ class AdamRule(Rule):
             "amsgrad": False, "maximize": False, "capturable": False,
         }  # fmt: skip
 
-    def check(self, group: Group) -> None:
-        for name in ("lr", "eps", "weight_decay"):
-            check_number(name, group[name], 0)
-        check_betas("betas", group["betas"])
-        for name in ("amsgrad", "maximize", "capturable"):
-            as_flag(name, group[name])
-
     def flags(self, group: Group) -> Flags:
         states = 3 if group.get("amsgrad") else 2
         return Flags(states, self.decoupled, bool(group["maximize"]), bool(group.get("capturable")))
@@ -146,15 +142,6 @@ class LionRule(Rule):
     states = ("exp_avg",)
     numbers = ("lr", "betas", "weight_decay")
     defaults: Group = {"lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 0.0, "maximize": False}
-
-    def check(self, group: Group) -> None:
-        for name in ("lr", "weight_decay"):
-            check_number(name, group[name], 0)
-        check_betas("betas", group["betas"])
-        as_flag("maximize", group["maximize"])
-
-    def flags(self, group: Group) -> Flags:
-        return Flags(1, False, bool(group["maximize"]), False)
 
     def row(self, group: Group, is_first_step: bool, gamma: Any) -> list[Any]:
         beta1, beta2 = group["betas"]
@@ -173,11 +160,6 @@ def rule_for(base: Any) -> Rule:
     if rule is None:
         raise ValueError(f"base={base!r}: expected {NAMES} or a torch.optim.Optimizer instance")
     return rule
-
-
-def signed_rho(group: Group) -> Any:
-    """rho, negative where the objective is maximized: the perturbation always makes the objective worse."""
-    return -group["rho"] if group.get("maximize") else group["rho"]
 
 
 # --- numbers set by hand ----------------------------------------------------------------------------------------------

@@ -12,10 +12,11 @@ from typing import Any
 
 from torch import Tensor
 
-_AFTER_RESTORE: dict[str, Any] = {
+# The fields that change when all weights are back, or a step is done. Executors set them together with the last kernel.
+AFTER_RESTORE: dict[str, Any] = {
     "perturbed": False, "mixing": False, "captured": False, "saved": {}, "first_grads": {},
 }  # fmt: skip
-_AFTER_SAM_STEP: dict[str, Any] = {**_AFTER_RESTORE, "finished": True, "was_sam": True}
+_AFTER_SAM_STEP: dict[str, Any] = {**AFTER_RESTORE, "finished": True, "was_sam": True}
 _AFTER_BASE_STEP: dict[str, Any] = {"finished": True, "was_sam": False}
 
 
@@ -48,14 +49,10 @@ class StepState:
             self.sam_steps += self.was_sam
             self.finished = False
 
-    def after_restore(self) -> dict[str, Any]:
-        """The fields that change when all weights are back. Executors set them together with the last kernel."""
-        return _AFTER_RESTORE
-
     def after_step(self, counts: bool = True) -> dict[str, Any]:
         """The fields that change when the step is done; one that was captured into a CUDA graph does not count."""
         if not counts:
-            return _AFTER_RESTORE
+            return AFTER_RESTORE
         return _AFTER_SAM_STEP if self.perturbed else _AFTER_BASE_STEP
 
     def become(self, fields: dict[str, Any]) -> None:

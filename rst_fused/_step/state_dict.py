@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rst_fused._checks import as_flag, as_integer
+from rst_fused._checks import as_flag, as_integer, check_number
 from rst_fused._step.base import StepOptimizer
 from rst_fused._step.columns import has_master
 from rst_fused._step.rules import RULES, check_current
@@ -42,17 +42,18 @@ def for_pickle(opt: StepOptimizer) -> dict[str, Any]:
     return {**kept, "_saved_stats": opt._devices[0].stats, "_saved_counts": (opt.steps, opt.sam_steps)}
 
 
-def take_counters(opt: StepOptimizer) -> None:
+def take_counters(opt: StepOptimizer) -> StepState:
     """Moves the counters that were loaded out of the groups; without any, a run of torch.optim goes on, at step 0."""
     counters: dict[str, int] = {}
     for group in opt.param_groups:
         counters.update({name: int(group.pop(name)) for name in list(group) if name.startswith("rst_")})
     opt.seed = counters.get("rst_seed", opt.seed)
-    opt._reset(StepState(counters.get("rst_steps", 0), counters.get("rst_sam_steps", 0)))
+    state = StepState(counters.get("rst_steps", 0), counters.get("rst_sam_steps", 0))
     for device in opt._devices:
-        device.rng.copy_(torch.tensor([opt.seed, opt.steps], dtype=torch.int64, device="cpu"))
+        device.rng.copy_(torch.tensor([opt.seed, state.steps], dtype=torch.int64, device="cpu"))
         stats = [math.nan, 0, 0, counters.get("rst_non_finite_norms", 0), 0]
         device.stats.copy_(torch.tensor(stats, dtype=torch.float64, device="cpu"))
+    return state
 
 
 def _pairs(opt: StepOptimizer, saved: dict[str, Any]) -> Iterator[tuple[dict[str, Any], Tensor, dict[str, Any]]]:
@@ -66,6 +67,7 @@ def _pairs(opt: StepOptimizer, saved: dict[str, Any]) -> Iterator[tuple[dict[str
 def check(opt: StepOptimizer, saved: dict[str, Any]) -> None:
     """Raises for what cannot be loaded, before anything is: the state of another model, an option that the fused base
     does not have, numbers out of range. ValueError, or TypeError where a number was expected."""
+    rule = opt.rule
     for i, group in enumerate(saved["param_groups"]):
         where = f"state_dict: param_groups[{i}]"
         if "rho" in group:
@@ -80,34 +82,35 @@ def check(opt: StepOptimizer, saved: dict[str, Any]) -> None:
                 f"{where}['rst_sam_steps']={counts['rst_sam_steps']}: expected no more than rst_steps, which is "
                 f"{counts.get('rst_steps', 'missing')}"
             )
-    if opt.rule is None:
-        return
-    for i, group in enumerate(saved["param_groups"]):
-        missing = [name for name in opt.rule.defaults if name not in group and name not in opt.rule.added]
+        if rule is None:
+            continue
+        missing = [name for name in rule.defaults if name not in group and name not in rule.added]
         if missing:
             raise ValueError(
-                f"state_dict lacks {missing} in group {i}: expected one saved by base={opt.rule.name!r} or its twin "
-                "in torch.optim"
+                f"state_dict lacks {missing} in group {i}: expected one saved by base={rule.name!r} or its twin in "
+                "torch.optim"
             )
-        check_current(i, group, opt.rule.numbers, of="state_dict: ")
-        for name, default in opt.rule.defaults.items():
+        check_current(i, group, rule.numbers, of="state_dict: ")
+        for name, default in rule.defaults.items():
             if isinstance(default, bool) and name in group:
-                as_flag(f"state_dict: param_groups[{i}][{name!r}]", group[name])
+                as_flag(f"{where}[{name!r}]", group[name])
+    if rule is None:
+        return
     for i, (group, p, state) in enumerate(_pairs(opt, saved)):
         if not isinstance(state, dict):
             raise TypeError(f"state_dict has {type(state).__name__} as the state of parameter {i}: expected a dict")
-        others = [name for name in _STATE_NAMES if name in state and name not in opt.rule.states]
+        others = [name for name in _STATE_NAMES if name in state and name not in rule.states]
         if others:
             raise ValueError(
-                f"state_dict has {others} of parameter {i}, which base={opt.rule.name!r} does not keep: it was saved "
+                f"state_dict has {others} of parameter {i}, which base={rule.name!r} does not keep: it was saved "
                 "by another base optimizer"
             )
-        for name in (*opt.rule.states, "master"):
+        for name in (*rule.states, "master"):
             if name not in state:
                 continue
             value = state[name]
             if not isinstance(value, Tensor):
-                if value is None and name != "master" and name not in opt.rule.state_names({**opt.rule.added, **group}):
+                if value is None and name != "master" and name not in rule.state_names({**rule.added, **group}):
                     continue  # a momentum_buffer that torch.optim.SGD does not use
                 raise ValueError(f"state_dict has {name}={value!r} of parameter {i}: expected a tensor")
             if value.shape != p.shape:
@@ -115,22 +118,9 @@ def check(opt: StepOptimizer, saved: dict[str, Any]) -> None:
                     f"state_dict has {name} of parameter {i} in shape {tuple(value.shape)}, but the parameter is "
                     f"{tuple(p.shape)}: it was saved from another model"
                 )
-        if opt.rule.counts_steps and "step" in state:
-            _check_step(i, state["step"])
-
-
-def _check_step(i: int, step: Any) -> None:
-    number = step
-    if isinstance(step, Tensor):
-        if step.numel() != 1 or step.is_complex():
-            raise ValueError(f"state_dict has step of parameter {i} in shape {tuple(step.shape)}: expected one number")
-        if not step.is_cpu:
-            return
-        number = step.item()
-    if isinstance(number, bool) or not isinstance(number, (int, float)):
-        raise TypeError(f"state_dict has step={step!r} of parameter {i}: expected a number, or a tensor of one")
-    if not (math.isfinite(number) and number >= 0):
-        raise ValueError(f"state_dict has step={step!r} of parameter {i}: expected a number >= 0")
+        step = state.get("step", 0) if rule.counts_steps else 0
+        if not isinstance(step, Tensor) or step.is_cpu or step.numel() != 1:  # nobody waits for a GPU
+            check_number(f"state_dict: step of parameter {i}", step, 0)
 
 
 def adapt(opt: StepOptimizer, saved: dict[str, Any]) -> None:
@@ -147,11 +137,8 @@ def adapt(opt: StepOptimizer, saved: dict[str, Any]) -> None:
         step = state.get("step")
         if step is not None and not isinstance(step, Tensor):
             opt.state[p]["step"] = torch.tensor(float(step), dtype=torch.float32, device="cpu")
-        for name in opt.rule.states:
+        for name in (*opt.rule.states, "master"):
             if name in state and state[name] is None:
                 del opt.state[p][name]
-        if not has_master(opt, p):
-            continue
-        for name in (*opt.rule.states, "master"):
-            if state.get(name) is not None:
+            elif name in state and has_master(opt, p):
                 opt.state[p][name] = state[name].detach().to(p.device, torch.float32, copy=True)

@@ -8,18 +8,22 @@ from typing import Any
 
 from rst_fused._step import amp, dispatch, validation
 from rst_fused._step.base import StepOptimizer
+from rst_fused._step.state import AFTER_RESTORE
 
 
 def perturb(opt: StepOptimizer, compiling: bool = False) -> None:
     """Moves the weights to w + e, keeps them, and takes the gradients out of p.grad."""
+    state = opt._step_state
+    state.perturbed = True
+    state.mixing = state.mixes
     if compiling:
         dispatch.perturb(opt)
         return
-    opt._step_state.captured = capturing = opt.capturing
+    state.captured = capturing = opt.capturing
     # In a graph, random bits and hyperparameters on the GPU must stay there, which those of a plan do not.
     if not capturing and opt._plans.perturb(opt):
         return
-    validation.check_perturb(opt)
+    validation.check_phase(opt, updating=False)
     if not capturing and opt._plans.renew(opt, for_update=False) and opt._plans.perturb(opt):
         return
     dispatch.perturb(opt)
@@ -47,7 +51,7 @@ def update(opt: StepOptimizer, compiling: bool = False) -> None:
         scaling = scaling.known_to_be_finite()
     if not capturing and opt._plans.update(opt, scaling, after):
         return
-    validation.check_update(opt)
+    validation.check_phase(opt, updating=True)
     if not capturing and opt._plans.renew(opt, for_update=True) and opt._plans.update(opt, scaling, after):
         return
     dispatch.update(opt, scaling, after)
@@ -58,11 +62,11 @@ def restore(opt: StepOptimizer, compiling: bool = False) -> None:
     """Abandons a perturbation."""
     state = opt._step_state
     if compiling:
-        dispatch.restore(opt, state.after_restore())
+        dispatch.restore(opt, AFTER_RESTORE)
     elif state.captured:  # nothing has been perturbed, and no backup written
-        state.become(state.after_restore())
+        state.become(AFTER_RESTORE)
     elif state.perturbed or state.saved:
-        _restore(opt, state.after_restore())
+        _restore(opt, AFTER_RESTORE)
 
 
 def _restore(opt: StepOptimizer, after: dict[str, Any]) -> None:

@@ -13,15 +13,12 @@ from torch._C import _len_torch_dispatch_stack
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from rst_fused._checks import first_overlap, may_overlap_itself
+from rst_fused._checks import DTYPES, PLAIN, SIXTEEN_BIT, address_of, first_overlap, last_offset, may_overlap_itself
 from rst_fused._step.base import StepOptimizer
 from rst_fused._step.devices import device_of
 from rst_fused._step.rules import Group, check_current
 
-SIXTEEN_BIT = (torch.bfloat16, torch.float16)
-SUPPORTED = (torch.float32, torch.float64, *SIXTEEN_BIT, torch.complex64, torch.complex128)
 _COMMON = ("schedule", "gamma", "adaptive", "eta", "seed", "backend", "master_weights", "stochastic_rounding")
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 # --- at construction --------------------------------------------------------------------------------------------------
@@ -45,8 +42,8 @@ def check_params(tensors: list[Any]) -> None:
             raise ValueError(f"params[{i}] is on meta, without data: expected weights, see Module.to_empty")
         if p.layout != torch.strided:
             raise ValueError(f"params[{i}] has layout {p.layout}: expected a dense tensor")
-        if p.dtype not in SUPPORTED:
-            raise ValueError(f"params[{i}] is {p.dtype}: expected one of {[str(d) for d in SUPPORTED]}")
+        if p.dtype not in DTYPES:
+            raise ValueError(f"params[{i}] is {p.dtype}: expected one of {[str(d) for d in DTYPES]}")
         if is_lazy(p):
             continue
         if p.is_conj() or p.is_neg():
@@ -102,20 +99,14 @@ def check_base_instance(base: Optimizer, params: Iterable[Any] | None) -> None:
 
 
 # --- before a step ----------------------------------------------------------------------------------------------------
-def check_perturb(opt: StepOptimizer) -> None:
-    """Raises unless everything that a perturbation reads and writes fits, before anything is changed."""
+def check_phase(opt: StepOptimizer, updating: bool) -> None:
+    """Raises unless all that a perturbation, or an update, reads and writes fits, before anything is changed."""
     check_grads(opt)
-    check_rho(opt)
+    if not updating:
+        check_rho(opt)
     check_hyperparams(opt)
-    check_memory(opt)
-    check_state(opt)
-
-
-def check_update(opt: StepOptimizer) -> None:
-    """Raises unless everything that an update reads and writes fits, before anything is changed."""
-    check_grads(opt)
-    check_hyperparams(opt)
-    check_saved(opt)
+    if updating:
+        check_saved(opt)
     check_memory(opt)
     check_state(opt)
 
@@ -133,6 +124,10 @@ def check_hyperparams(opt: StepOptimizer) -> None:
             check_current(i, group, opt.rule.numbers)
 
 
+def has_master(opt: StepOptimizer, p: Tensor) -> bool:
+    return opt.master_weights and p.dtype in SIXTEEN_BIT
+
+
 def _named(opt: StepOptimizer) -> Iterator[tuple[str, Tensor]]:
     for i, group in enumerate(opt.param_groups):
         for j, p in enumerate(group["params"]):
@@ -145,21 +140,14 @@ def has_memory(t: Tensor) -> bool:
         return False
     if not (t.is_cpu or t.is_cuda or t.is_xpu):
         return True  # what an address means on other devices is for their backend to say
-    try:
-        return t.numel() == 0 or t.data_ptr() != 0
-    except RuntimeError:  # tensors of torch.func
-        return False
+    return t.numel() == 0 or address_of(t) != 0
 
 
 def _beyond_storage(t: Tensor) -> bool:
     """Whether the storage was cut below the tensor's last element."""
-    count = t.numel()
-    if count == 0:
+    if t.numel() == 0:
         return False
-    last = count - 1
-    if not t.is_contiguous():
-        last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
-    return (t.storage_offset() + last + 1) * t.element_size() > t.untyped_storage().nbytes()
+    return (t.storage_offset() + last_offset(t) + 1) * t.element_size() > t.untyped_storage().nbytes()
 
 
 def is_usable(t: Tensor) -> bool:
@@ -171,7 +159,7 @@ def _check_readable(what: str, t: Tensor) -> None:
     if _len_torch_dispatch_stack() > 0:
         return  # a mode such as FakeTensorMode stands between the tensors and the kernels
     if not has_memory(t):
-        kind = f"a {type(t).__name__}" if type(t) not in _PLAIN else "a tensor whose storage was freed"
+        kind = f"a {type(t).__name__}" if type(t) not in PLAIN else "a tensor whose storage was freed"
         raise RuntimeError(
             f"{what} is {kind}, without memory of its own that a kernel could use: expected a plain tensor, "
             "such as what to_local() gives, or the storage back before perturb() and step()"
@@ -183,12 +171,23 @@ def _check_readable(what: str, t: Tensor) -> None:
         )
 
 
+def _check_own(what: str, t: Tensor) -> None:
+    """Raises unless a tensor can be written in place."""
+    _check_readable(what, t)
+    if t.is_conj() or t.is_neg() or may_overlap_itself(t):
+        raise RuntimeError(
+            f"{what} is a view whose elements are computed or shared when it is read: expected a tensor of its own, as "
+            "after clone(memory_format=torch.contiguous_format)"
+        )
+
+
 def waited(g: Tensor) -> Tensor:
     """The plain tensor of a gradient that a collective of torch.distributed still fills."""
+    if type(g) is Tensor:
+        return g
     collectives = sys.modules.get("torch.distributed._functional_collectives")
     if collectives is not None and isinstance(g, collectives.AsyncCollectiveTensor):
-        plain: Tensor = g.wait()
-        return plain
+        return g.wait()
     return g
 
 
@@ -203,8 +202,8 @@ def check_grads(opt: StepOptimizer) -> None:
                 f"{name} is on {p.device}, but the optimizer was made for {made_for}: make it after the model has been "
                 "moved"
             )
-        if p.dtype not in SUPPORTED:
-            raise RuntimeError(f"{name} is {p.dtype}: expected one of {[str(d) for d in SUPPORTED]}")
+        if p.dtype not in DTYPES:
+            raise RuntimeError(f"{name} is {p.dtype}: expected one of {[str(d) for d in DTYPES]}")
         g = p.grad
         if g is None:
             continue
@@ -230,12 +229,7 @@ def check_memory(opt: StepOptimizer) -> None:
     if addresses == opt._step_state.apart:
         return
     for name, p in params:
-        _check_readable(name, p)
-        if p.is_conj() or p.is_neg() or may_overlap_itself(p):
-            raise RuntimeError(
-                f"{name} became a view whose elements are computed or shared when it is read: expected a tensor of its "
-                "own, as after clone(memory_format=torch.contiguous_format)"
-            )
+        _check_own(name, p)
     shared = first_overlap([p for _, p in params])
     if shared is not None:
         raise RuntimeError(
@@ -257,9 +251,9 @@ def check_state(opt: StepOptimizer) -> None:
             if not state:
                 continue
             where = f"parameter {j} of group {i}"
-            has_master = opt.master_weights and p.dtype in SIXTEEN_BIT
-            dtype = torch.float32 if has_master else p.dtype
-            for name in (*names, "master") if has_master else names:
+            master = has_master(opt, p)
+            dtype = torch.float32 if master else p.dtype
+            for name in (*names, "master") if master else names:
                 if name in state:
                     _check_entry(f"state {name!r} of {where}", state[name], p, dtype)
             if rule.counts_steps and "step" in state:
@@ -275,21 +269,15 @@ def check_step_count(what: str, step: Any) -> None:
 
 
 def _check_entry(what: str, t: Any, p: Tensor, dtype: torch.dtype) -> None:
-    if (
-        isinstance(t, Tensor) and t.dtype == dtype and t.shape == p.shape and t.device == p.device
-        and t.layout == torch.strided
-    ):  # fmt: skip
-        _check_readable(what, t)
-        if t.is_neg() or t.is_conj() or may_overlap_itself(t):
-            raise RuntimeError(f"{what} is a view whose elements are computed or shared when read: clone it first")
-        return
     needs = f"but its parameter needs {tuple(p.shape)} {dtype} on {p.device}"
     if not isinstance(t, Tensor):
         raise RuntimeError(f"{what} is {t!r}, {needs}: delete the entry, or put a tensor there")
-    raise RuntimeError(
-        f"{what} is {tuple(t.shape)} {t.dtype} on {t.device}, {needs}: convert or move a model before the optimizer is "
-        "made, or state with it"
-    )
+    if (t.dtype, t.shape, t.device, t.layout) != (dtype, p.shape, p.device, torch.strided):
+        raise RuntimeError(
+            f"{what} is {tuple(t.shape)} {t.dtype} on {t.device}, {needs}: convert or move a model before the "
+            "optimizer is made, or state with it"
+        )
+    _check_own(what, t)
 
 
 def check_grads_apart(opt: StepOptimizer) -> None:
@@ -309,8 +297,7 @@ def still_fits(opt: StepOptimizer, p: Tensor) -> bool:
     """Whether a perturbed parameter is of the shape that it had then, and of a dtype that is served alike."""
     kept = opt._step_state.saved[p]
     by_master = is_master(p, kept, opt)
-    has_master = opt.master_weights and p.dtype in SIXTEEN_BIT
-    return kept.shape == p.shape and by_master == has_master and (by_master or kept.dtype == p.dtype)
+    return kept.shape == p.shape and by_master == has_master(opt, p) and (by_master or kept.dtype == p.dtype)
 
 
 def is_master(p: Tensor, kept: Tensor, opt: StepOptimizer) -> bool:
