@@ -13,7 +13,7 @@ import importlib.util
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
@@ -69,6 +69,7 @@ try:
     _plan_ext.connect(_core)
 except ImportError as error:
     _import_error = str(error)
+_NOT_BUILT = f"the C++ extension is not built ({_import_error}): {_BUILD_HINT}"
 
 
 def _select_simd() -> None:
@@ -128,26 +129,23 @@ def _triton() -> Backend:
     return Backend("triton", True, f"Triton {importlib.metadata.version('triton')}", devices, ops)
 
 
-def _built_reason() -> str:
-    plans = _plan_ext.can_plan()
-    return "compiled C++ extension" + ("" if plans else ", without launch plans: torch lacks what they look up")
+def _cpu() -> Backend:
+    if _plan_ext is None:
+        return Backend("cpu", False, _NOT_BUILT, ("cpu",), None)
+    lacks = "" if _plan_ext.can_plan() else ", without launch plans: torch lacks what they look up"
+    return Backend("cpu", True, "compiled C++ extension" + lacks, ("cpu",), _ops(NAMESPACE), "cpu")
 
 
 _REFERENCE = Backend(
     "reference", True, "plain torch", None,
     SimpleNamespace(**{name: _opaque(OPAQUE_NAMESPACE, name, getattr(reference, name)) for name in SCHEMAS}),
 )  # fmt: skip
-_CPU = (
-    Backend("cpu", True, _built_reason(), ("cpu",), _ops(NAMESPACE), "cpu")
-    if _plan_ext is not None
-    else Backend("cpu", False, f"the C++ extension is not built ({_import_error}): {_BUILD_HINT}", ("cpu",), None)
-)
 
 
 def _cuda() -> Backend:
     missing = ""
     if _plan_ext is None:
-        missing = f"the C++ extension is not built ({_import_error}): {_BUILD_HINT}"
+        missing = _NOT_BUILT
     elif _plan_ext.build_info()["CUDA"] == "not built":
         missing = "the extension was built without CUDA: put nvcc on PATH, set RST_FUSED_BUILD_CUDA=1 and install again"
     elif torch.version.cuda is None:
@@ -160,7 +158,7 @@ def _cuda() -> Backend:
     return Backend("cuda", True, f"CUDA {built}", ("cuda",), _ops(NAMESPACE), "gpu", built.split()[-1])
 
 
-_CUDA = _cuda()
+_CUDA, _CPU = _cuda(), _cpu()
 _TRITON = _triton()
 _BY_SPEED = (_CUDA, _CPU, _TRITON, _REFERENCE)
 _said = False
@@ -176,12 +174,11 @@ def backend_for(requested: str, device: torch.device) -> Backend:
 
     Raises ValueError for an unknown name or a device it does not support, RuntimeError if it is not available.
     """
-    names = [b.name for b in _BY_SPEED]
     if requested == "auto":
         return next(_announced(b, device) for b in _BY_SPEED if b.available and b.supports(device))
-    if requested not in names:
-        raise ValueError(f"backend={requested!r}: expected 'auto' or one of {names}")
-    found = _BY_SPEED[names.index(requested)]
+    found = next((b for b in _BY_SPEED if b.name == requested), None)
+    if found is None:
+        raise ValueError(f"backend={requested!r}: expected 'auto' or one of {[b.name for b in _BY_SPEED]}")
     if not found.available:
         raise RuntimeError(f"backend={requested!r} was asked for but {found.reason}")
     if not found.supports(device):
@@ -203,6 +200,13 @@ def _announced(backend: Backend, device: torch.device) -> Backend:
             f"rst_fused runs on its reference backend (plain torch): {faster.reason}", RuntimeWarning, stacklevel=2
         )
     return backend
+
+
+def bump_versions(*lists: Sequence[torch.Tensor]) -> None:
+    """Tells autograd that these tensors changed: the compiled ops cannot."""
+    if not torch.compiler.is_compiling():
+        for tensors in lists:
+            torch.autograd.graph.increment_version(tensors)
 
 
 def plan_extension() -> Any:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from rst_fused._backends import backend_for
+from rst_fused._backends import backend_for, bump_versions
 from rst_fused._checks import DTYPES, SIXTEEN_BIT, as_integer, check_number, first_overlap
 from rst_fused._schemas import STATS
 
@@ -83,7 +83,7 @@ def perturb_(
         list(params), list(grads), backups, masters, stats, _rows(sizes, rho=rho).flatten(), sizes, adaptive, eta,
         stochastic_rounding, rng, first_index,
     )  # fmt: skip
-    _bump_versions(params, backups)
+    bump_versions(params, backups)
 
 
 @torch.no_grad()
@@ -109,7 +109,7 @@ def restore_(
     _ops(backend, params).restore_(
         list(params), backups, masters, like["grads"], firsts, _rows(sizes, gamma=gamma).flatten(), sizes
     )
-    _bump_versions(params, like["grads"] if firsts else [])
+    bump_versions(params, like["grads"] if firsts else [])
 
 
 def sgd_step_(
@@ -257,7 +257,7 @@ def _update(
     sizes = _sizes(params, group_sizes)
     steps = [] if step is None else [_rows(sizes, step=step).flatten()]
     getattr(_ops(backend, params), op)(*lists.values(), _rows(sizes, **hyper), *steps, sizes, *options)
-    _bump_versions(*(tensors for name, tensors in lists.items() if name not in _READ))
+    bump_versions(*(tensors for name, tensors in lists.items() if name not in _READ))
 
 
 # --- arguments ------------------------------------------------------------------------------------------------------
@@ -351,10 +351,3 @@ def _rows(sizes: list[int], **columns: Number) -> Tensor:
         numbers = [torch.as_tensor(x, dtype=torch.float64, device=device).reshape(()) for x in given]
         rows.append(torch.stack(numbers).expand(len(sizes)))
     return torch.stack(rows, dim=1).contiguous()
-
-
-def _bump_versions(*lists: Tensors) -> None:
-    """Tells autograd that these tensors changed: the compiled ops cannot."""
-    if not is_compiling():
-        for tensors in lists:
-            torch.autograd.graph.increment_version(tensors)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -229,7 +230,7 @@ class RST(StepOptimizer):
         step.update(self, compiling=True)
         return None
 
-    @with_hooks(in_graph=_step_in_graph)
+    @partial(with_hooks, _step_in_graph)
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Restores the weights if they are perturbed, and applies the base optimizer to them, in one pass.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -168,7 +169,9 @@ class Columns:
         self.rows += other.rows
 
 
-def gather(opt: StepOptimizer, indices: list[int], updating: bool, masters_only: bool, device: DeviceState) -> Columns:
+def gather(
+    opt: StepOptimizer, indices: Iterable[int], updating: bool, masters_only: bool, device: DeviceState
+) -> Columns:
     """The columns of the given groups: parameters on one device, with a master copy or those without."""
     out = Columns()
     only = None if len(opt._devices) == 1 else str(device.device)

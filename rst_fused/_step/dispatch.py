@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from rst_fused._backends import bump_versions
 from rst_fused._step import columns
 from rst_fused._step.amp import Scaling
 from rst_fused._step.base import StepOptimizer
@@ -38,8 +39,7 @@ def setters(state: StepState, fields: dict[str, Any]) -> list[partial[None]]:
 @torch.no_grad()
 def perturb(opt: StepOptimizer) -> None:
     """grad_norm and perturb_ over all groups."""
-    state = opt._step_state
-    everything = list(range(len(opt.param_groups)))
+    state, everything = opt._step_state, range(len(opt.param_groups))
     later = is_compiling() or opt.capturing  # what is called now runs then
     calls: list[tuple[DeviceState, columns.Columns]] = []
     for device in opt._devices:
@@ -195,36 +195,23 @@ def _restore_calls(opt: StepOptimizer, saved: dict[Tensor, Tensor], mixing: bool
     """w <- its backup or master, for these parameters."""
     calls: list[Call] = []
     firsts = opt._step_state.first_grads
-    rest = dict(saved)
-    for device, kind in product(opt._devices, columns.master_kinds(opt)):
-        for mixed in (True, False) if mixing else (False,):
-            params = [
-                p
-                for p in saved
-                if columns.has_master(opt, p) == kind
-                and device_of(p) == device.device
-                and still_fits(opt, p)
-                and (is_compiling() or (is_usable(p) and is_usable(saved[p])))
-                and (not mixing or mixed == (p.grad is not None and p in firsts))
-            ]
-            if not params:
-                continue
-            weights = [rest.pop(p) for p in params]
-            backups, masters = ([], weights) if kind else (weights, [])
-            grads = [waited(p.grad) for p in params if p.grad is not None] if mixed else []
-            first_grads = [firsts[p] for p in params] if mixed else []
-            gamma = hyperparam_tensor([[opt._step_state.gamma]]).flatten()
-            calls.append(
-                (device.backend.ops.restore_, (params, backups, masters, grads, first_grads, gamma, [len(params)]))
-            )
-    for p, kept in rest.items():  # moved to another device or converted meanwhile
-        # Where its data was replaced or freed, nothing of it is perturbed.
-        if kept.shape == p.shape and p.numel() > 0 and is_usable(p) and is_usable(kept):
+    backends = {str(state.device): state.backend for state in opt._devices}
+    parts: dict[tuple[str, bool, bool], list[Tensor]] = {}
+    for p, kept in saved.items():
+        usable = is_compiling() or (is_usable(p) and is_usable(kept))
+        if usable and still_fits(opt, p) and str(device_of(p)) in backends:
+            mixed = mixing and p.grad is not None and p in firsts
+            parts.setdefault((str(device_of(p)), columns.has_master(opt, p), mixed), []).append(p)
+        elif usable and kept.shape == p.shape and p.numel() > 0:
+            # Moved or converted meanwhile. Where its data was replaced or freed, nothing of it is perturbed.
             calls.append((Tensor.copy_, (p, kept)))
+    for (device, by_master, mixed), params in parts.items():
+        weights = [saved[p] for p in params]
+        backups, masters = ([], weights) if by_master else (weights, [])
+        grads = [waited(p.grad) for p in params if p.grad is not None] if mixed else []
+        first_grads = [firsts[p] for p in params] if mixed else []
+        gamma = hyperparam_tensor([[opt._step_state.gamma]]).flatten()
+        calls.append(
+            (backends[device].ops.restore_, (params, backups, masters, grads, first_grads, gamma, [len(params)]))
+        )
     return calls
-
-
-def bump_versions(params: list[Tensor]) -> None:
-    """Tells autograd that the parameters changed: the compiled ops cannot."""
-    if not is_compiling():
-        torch.autograd.graph.increment_version(params)

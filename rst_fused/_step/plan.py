@@ -130,12 +130,11 @@ class PlanCache:
 
     def _build(self, opt: StepOptimizer, for_update: bool) -> bool:
         state, rule = opt._step_state, opt.rule
-        everything = list(range(len(opt.param_groups)))
         params = [p for group in opt.param_groups for p in group["params"]]
         updating = for_update or columns.has_all_state(opt)
         c = columns.Columns()
         for kind in columns.master_kinds(opt):
-            c.extend(columns.gather(opt, everything, updating, kind, opt._devices[0]))
+            c.extend(columns.gather(opt, range(len(opt.param_groups)), updating, kind, opt._devices[0]))
         if not c.params or not all(type(s) is Tensor and s.is_cpu and s.dtype == torch.float32 for s in c.steps):
             return False  # a plan counts in place
         masters = [opt.state[p]["master"] if columns.has_master(opt, p) else None for p in c.params]
