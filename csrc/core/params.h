@@ -20,18 +20,30 @@ RST_HD void write_stats(double sum_of_squares, double* stats) {
   stats[kNonFiniteCount] += finish.non_finite;
 }
 
+// Parameters of an op that are in device memory; what is null is taken from the OpParams.
+struct DeviceScalars {
+  const double* hyperparams = nullptr;  // or rho, or gamma
+  int columns = 0;
+  const double* steps = nullptr;  // of a rule that counts steps
+  const int64_t* rng = nullptr;
+  const float* grad_scale = nullptr;
+  const float* found_inf = nullptr;
+};
+
 // Values that are the same for all tensors of a call.
 struct OpParams {
   bool adaptive = false, stochastic = false;
   bool restoring = true;  // updates read w from the backup, where there is one
   double eta = 0;
   double grad_multiplier = 1;           // -1 to maximize; divided by the gradient scale of AMP
-  const double* scales = nullptr;       // perturb, per row: rho / (norm + eps) on the CPU, rho on a GPU
+  double* stats = nullptr;              // of grad_norm, which writes them, and perturb, which reads them
+  const double* rhos = nullptr;         // perturb, per row
   const double* gammas = nullptr;       // restore with mixing: per row
   int rule = 0;                         // of an update: a RuleIndex
   bool flag = false;                    // its flag: nesterov, or decoupled
   const double* hyperparams = nullptr;  // kRuleInfos[rule].row_size() for each row
   uint64_t seed = 0, step = 0;
+  DeviceScalars on_device;  // for GPU kernels
 };
 
 // Among RST_RULE_VARIANTS, the one with the state tensors that `tensor` has.

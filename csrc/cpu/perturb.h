@@ -30,7 +30,7 @@ template <class T, bool Adaptive, bool Master, bool Stochastic>
 RST_INLINE void perturb_each(const ChunkArgs& c) {
   using V = Arithmetic<T>;
   using W = State<T, Master>;  // where w is read
-  const Perturb<V> sam{broadcast<V>(c.params->scales[c.tensor->row])};
+  const Perturb<V> sam{broadcast<V>(c.params->rhos[c.tensor->row] * c.params->stats[kInverse])};
   const AsamPerturb<V> asam{sam.scale};
   const AsamScale<V> asam_scale{broadcast<V>(c.params->eta)};
   const bool complex = c.tensor->complex;

@@ -123,7 +123,7 @@ int dtype(const Tensor& tensor) { return static_cast<int>(tensor.dtype); }
 
 }  // namespace
 
-void grad_norm(const Table& table, const OpParams& params, const Threads& threads, double* stats) {
+void grad_norm(const Table& table, const OpParams& params, const Threads& threads) {
   std::vector<double> sums(table.chunks.size());
   auto pick = [](const KernelTable& k, const Tensor& t, const OpParams& c) {
     return k.grad_norm[dtype(t)][c.adaptive][t.has(kMaster)];
@@ -131,18 +131,14 @@ void grad_norm(const Table& table, const OpParams& params, const Threads& thread
   run(table, params, pick, bit(kGrad) | (params.adaptive ? bit(kParam) | bit(kMaster) : 0), 0, threads, sums.data());
   double total = 0;
   for (double sum : sums) total += sum;
-  write_stats(total, stats);
+  write_stats(total, params.stats);
 }
 
-void perturb(const Table& table, OpParams params, const Threads& threads, const double* stats, const double* rho,
-             int rows) {
-  std::vector<double> scales(rho, rho + rows);
-  for (double& scale : scales) scale *= stats[kInverse];
-  params.scales = scales.data();
+void perturb(const Table& table, const OpParams& params, const Threads& threads) {
   auto pick = [](const KernelTable& k, const Tensor& t, const OpParams& c) {
     return k.perturb[dtype(t)][c.adaptive][t.has(kMaster)];
   };
-  if (stats[kInverse] == 0) {  // 0 * inf would be NaN: do not even compute e
+  if (params.stats[kInverse] == 0) {  // 0 * inf would be NaN: do not even compute e
     auto keep = [](const KernelTable& k, const Tensor& t, const OpParams&) { return k.backup[dtype(t)]; };
     run(table, params, keep, bit(kParam), bit(kBackup), threads);
     return;

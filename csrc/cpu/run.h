@@ -5,11 +5,10 @@
 
 namespace rst {
 
-// stats <- norm over all gradients; ||T g|| when params.adaptive.
-void grad_norm(const Table& table, const OpParams& params, const Threads& threads, double* stats);
-// w <- w + e. `rho` holds one number per row; the inverse norm comes from stats.
-void perturb(const Table& table, OpParams params, const Threads& threads, const double* stats, const double* rho,
-             int rows);
+// params.stats <- norm over all gradients; ||T g|| when params.adaptive.
+void grad_norm(const Table& table, const OpParams& params, const Threads& threads);
+// w <- w + e. The inverse norm comes from params.stats.
+void perturb(const Table& table, const OpParams& params, const Threads& threads);
 // w <- backup, or the rounded master; with first gradients also g <- (1 - gamma) g1 + gamma g.
 void restore(const Table& table, const OpParams& params, const Threads& threads);
 // One step of the base optimizer params.rule. Restores w first (folded into the same pass) where a backup or master is

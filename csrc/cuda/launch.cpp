@@ -98,7 +98,8 @@ class Launches {
   std::unique_ptr<Args<Operands>> args_{new Args<Operands>};
 };
 
-LaunchParams launch_params_of(const Table& table, const OpParams& params, const DeviceScalars& on_device) {
+LaunchParams launch_params_of(const Table& table, const OpParams& params) {
+  const DeviceScalars& on_device = params.on_device;
   LaunchParams c{};
   c.device_hyperparams = on_device.hyperparams;
   c.device_steps = on_device.steps;
@@ -106,6 +107,7 @@ LaunchParams launch_params_of(const Table& table, const OpParams& params, const 
   c.rng = on_device.rng;
   c.seed = params.seed;
   c.step = params.step;
+  c.stats = params.stats;
   c.grad_scale = on_device.grad_scale;
   c.found_inf = on_device.found_inf;
   c.eta = params.eta;
@@ -151,12 +153,13 @@ void* source_of(const Tensor& tensor, const OpParams& params) {
 }
 
 template <int MostStates>
-void update_with(const Table& table, const OpParams& params, const DeviceScalars& on_device, const Launcher& launcher) {
+void update_with(const Table& table, const OpParams& params, const Launcher& launcher) {
   constexpr int kOperands = kUpdateState0 + MostStates;
   const RuleInfo& info = kRuleInfos[params.rule];
+  const DeviceScalars& on_device = params.on_device;
   const bool all_on_device = on_device.hyperparams != nullptr && (on_device.steps != nullptr || !info.counts_steps);
   for_each_kernel<kOperands>(
-      table, launch_params_of(table, params, on_device),
+      table, launch_params_of(table, params),
       rows_of(table, all_on_device ? nullptr : params.hyperparams, info.row_size()), launcher,
       [&](const Tensor& t) -> const GpuKernel& {
         return update_kernels[variant_of(params.rule, t)][dtype(t)][t.has(kFirstGrad)][t.has(kMaster)];
@@ -179,13 +182,12 @@ int64_t norm_partials(const Table& table) {
   return all;
 }
 
-void grad_norm(const Table& table, const OpParams& params, double* stats, double* partials, const Launcher& launcher) {
+void grad_norm(const Table& table, const OpParams& params, double* partials, const Launcher& launcher) {
   auto pick = [&](const Tensor& t) -> const GpuKernel& {
     return grad_norm_kernels[dtype(t)][params.adaptive][params.adaptive && t.complex]
                             [params.adaptive && t.has(kMaster)];
   };
-  LaunchParams launch = launch_params_of(table, params, {});
-  launch.stats = stats;
+  LaunchParams launch = launch_params_of(table, params);
   launch.partials = partials;
   launch.all_partials = norm_partials(table);
   std::vector<const GpuKernel*> kernels;
@@ -208,14 +210,12 @@ void grad_norm(const Table& table, const OpParams& params, double* stats, double
   }
 }
 
-void perturb(const Table& table, const OpParams& params, const DeviceScalars& on_device, double* stats,
-             const Launcher& launcher) {
-  LaunchParams launch = launch_params_of(table, params, on_device);
-  launch.stats = stats;
+void perturb(const Table& table, const OpParams& params, const Launcher& launcher) {
+  const LaunchParams launch = launch_params_of(table, params);
   std::vector<const Tensor*> started;
   try {
     for_each_kernel<kPerturbOperands>(
-        table, launch, rows_of(table, params.scales, 1), launcher,
+        table, launch, rows_of(table, params.rhos, 1), launcher,
         [&](const Tensor& t) -> const GpuKernel& {
           return perturb_kernels[dtype(t)][params.adaptive][params.adaptive && t.complex][t.has(kMaster)];
         },
@@ -231,13 +231,13 @@ void perturb(const Table& table, const OpParams& params, const DeviceScalars& on
       undo.tensors.push_back(*tensor);
       undo.tensors.back().data[kFirstGrad] = nullptr;  // nothing to mix
     }
-    restore(undo, OpParams{}, {}, launcher);
+    restore(undo, OpParams{}, launcher);
     throw;
   }
 }
 
-void restore(const Table& table, const OpParams& params, const DeviceScalars& on_device, const Launcher& launcher) {
-  const LaunchParams launch = launch_params_of(table, params, on_device);
+void restore(const Table& table, const OpParams& params, const Launcher& launcher) {
+  const LaunchParams launch = launch_params_of(table, params);
   for_each_kernel<kRestoreOperands>(
       table, launch, {}, launcher,
       [](const Tensor& t) -> const GpuKernel& { return restore_kernels[dtype(t)][t.has(kMaster)]; },
@@ -257,14 +257,14 @@ void restore(const Table& table, const OpParams& params, const DeviceScalars& on
       });
 }
 
-void update(const Table& table, const OpParams& params, const DeviceScalars& on_device, const Launcher& launcher) {
+void update(const Table& table, const OpParams& params, const Launcher& launcher) {
   switch (kRuleInfos[params.rule].most_states) {
     case 1:
-      return update_with<1>(table, params, on_device, launcher);
+      return update_with<1>(table, params, launcher);
     case 2:
-      return update_with<2>(table, params, on_device, launcher);
+      return update_with<2>(table, params, launcher);
     default:
-      return update_with<3>(table, params, on_device, launcher);
+      return update_with<3>(table, params, launcher);
   }
 }
 

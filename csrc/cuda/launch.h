@@ -15,25 +15,14 @@ struct Launcher {
   void* stream = nullptr;
 };
 
-// Parameters of an op that are in device memory; what is null is taken from the OpParams.
-struct DeviceScalars {
-  const double* hyperparams = nullptr;  // or rho, or gamma
-  int columns = 0;
-  const double* steps = nullptr;  // of a rule that counts steps
-  const int64_t* rng = nullptr;
-  const float* grad_scale = nullptr;
-  const float* found_inf = nullptr;
-};
-
 // How many doubles grad_norm needs to work in.
 int64_t norm_partials(const Table& table);
 
 // As in cpu/run.h; all pointers in the table, stats and partials are the device's. In the table every tensor must have
-// the memory layout of its companions. params.scales holds rho, one number per row.
-void grad_norm(const Table& table, const OpParams& params, double* stats, double* partials, const Launcher& launcher);
-void perturb(const Table& table, const OpParams& params, const DeviceScalars& on_device, double* stats,
-             const Launcher& launcher);
-void restore(const Table& table, const OpParams& params, const DeviceScalars& on_device, const Launcher& launcher);
-void update(const Table& table, const OpParams& params, const DeviceScalars& on_device, const Launcher& launcher);
+// the memory layout of its companions.
+void grad_norm(const Table& table, const OpParams& params, double* partials, const Launcher& launcher);
+void perturb(const Table& table, const OpParams& params, const Launcher& launcher);
+void restore(const Table& table, const OpParams& params, const Launcher& launcher);
+void update(const Table& table, const OpParams& params, const Launcher& launcher);
 
 }  // namespace rst::cuda

@@ -54,12 +54,13 @@ bool Plan::perturb(uintptr_t stats, std::vector<double> rho, bool adaptive, doub
   params.stochastic = stochastic;
   params.seed = seed;
   params.step = step;
-  double* stats_data = reinterpret_cast<double*>(stats);
+  params.stats = reinterpret_cast<double*>(stats);
+  params.rhos = rho.data();
   py::object kept;
   if (keep) kept = first_grads_with(grad_handles_.data());
   run([&] {
-    ops_.grad_norm(table_, params, stats_data, device_);
-    ops_.perturb(table_, params, stats_data, rho.data(), static_cast<int>(rho.size()), device_);
+    ops_.grad_norm(table_, params, device_);
+    ops_.perturb(table_, params, device_);
   });
   become(after);
   if (keep && PyObject_SetAttr(step_state_.ptr(), name_of_first_grads(), kept.ptr()) != 0) {
@@ -124,10 +125,9 @@ bool Plan::update(std::vector<double> rows, bool restores, bool mixing, double s
   params.hyperparams = rows.data();
   params.grad_multiplier = (maximize_ ? -1 : 1) / scale;
   params.restoring = restores;
-  cuda::DeviceScalars scalars;
-  scalars.grad_scale = reinterpret_cast<const float*>(on_device[0]);
-  scalars.found_inf = reinterpret_cast<const float*>(on_device[1]);
-  run([&] { ops_.update(table_, params, scalars, device_); });
+  params.on_device.grad_scale = reinterpret_cast<const float*>(on_device[0]);
+  params.on_device.found_inf = reinterpret_cast<const float*>(on_device[1]);
+  run([&] { ops_.update(table_, params, device_); });
   for (size_t row = 0; row < counters_.size(); ++row) *counter(row) += 1;
   core().bump_versions(counters_.data(), static_cast<int64_t>(counters_.size()));
   become(after);

@@ -138,9 +138,11 @@ std::vector<std::vector<std::vector<char>>> run_everything(bool masters, const T
     params.adaptive = adaptive;
     params.eta = 0.01;
     params.stochastic = true;
-    grad_norm(model.table, params, threads, stats);
+    params.stats = stats;
+    params.rhos = rho;
+    grad_norm(model.table, params, threads);
     EXPECT(std::isfinite(stats[kNorm]) && stats[kNorm] > 0);
-    perturb(model.table, params, threads, stats, rho, 1);
+    perturb(model.table, params, threads);
     seen.push_back(model.bytes(kParam));
     EXPECT(seen.back() != start);
     restore(model.table, params, threads);
@@ -178,9 +180,11 @@ void test_kernels() {
 
 // Stores past the cache, which otherwise only models take that are larger than it.
 void test_streaming() {
-  const double scales[] = {0.5};
+  double stats[kStats] = {1, 1};
+  const double rho[] = {0.5};
   OpParams params;
-  params.scales = scales;
+  params.stats = stats;
+  params.rhos = rho;
   params.stochastic = true;
   for (const KernelTable* level : runnable_kernels()) {
     for (bool masters : {false, true}) {
@@ -250,9 +254,12 @@ void test_non_finite() {
     table.cut();
     double stats[kStats] = {};
     const double rho[] = {0.5};
-    grad_norm(table, OpParams{}, Threads{}, stats);
+    OpParams params;
+    params.stats = stats;
+    params.rhos = rho;
+    grad_norm(table, params, Threads{});
     EXPECT(stats[kNonFinite] == (bad == 0 ? 0 : 1) && stats[kInverse] == 0);
-    perturb(table, OpParams{}, Threads{}, stats, rho, 1);
+    perturb(table, params, Threads{});
     EXPECT(p.memory[kParam] == before && p.memory[kBackup] == before);
   }
 }
@@ -301,8 +308,12 @@ void test_strided() {
   Table table;
   table.tensors = {tensor};
   table.cut();
-  const double stats[kStats] = {1, 1, 0, 0, 0}, rho[] = {0.5};
-  perturb(table, OpParams{}, Threads{}, stats, rho, 1);
+  double stats[kStats] = {1, 1};
+  const double rho[] = {0.5};
+  OpParams params;
+  params.stats = stats;
+  params.rhos = rho;
+  perturb(table, params, Threads{});
   for (int i = 0; i < 40; ++i) {
     for (int j = 0; j < 50; ++j) {
       EXPECT(w[i * 100 + j * 2] == before[i * 100 + j * 2] + 0.5f * g[j * 40 + i]);
@@ -344,7 +355,8 @@ void test_strided_norm() {
           table.tensors = {gaps ? strided : dense.tensor};
           table.cut();
           double stats[kStats] = {};
-          grad_norm(table, params, Threads{}, stats);
+          params.stats = stats;
+          grad_norm(table, params, Threads{});
           norms[gaps] = stats[kNorm];
         }
         EXPECT(norms[0] > 100 && norms[0] < 200 + 100 * adaptive && norms[1] == norms[0]);

@@ -16,16 +16,7 @@ namespace {
 
 CoreApi make_api() {
   CoreApi api{};
-  api.cpu.grad_norm = [](const Table& t, const OpParams& params, double* stats, int32_t) {
-    grad_norm(t, params, torch_threads(), stats);
-  };
-  api.cpu.perturb = [](const Table& t, const OpParams& params, double* stats, const double* rho, int rows, int32_t) {
-    perturb(t, params, torch_threads(), stats, rho, rows);
-  };
-  api.cpu.restore = [](const Table& t, const OpParams& params, int32_t) { restore(t, params, torch_threads()); };
-  api.cpu.update = [](const Table& t, const OpParams& params, const cuda::DeviceScalars&, int32_t) {
-    update(t, params, torch_threads());
-  };
+  api.cpu = {on_threads<grad_norm>, on_threads<perturb>, on_threads<restore>, on_threads<update>};
   api.facts_of = &facts_of;
   api.describe = [](int32_t dtype, Tensor& t) {
     return describe(torch::stable::detail::to<ScalarType>(torch::stable::detail::from(dtype)), t);

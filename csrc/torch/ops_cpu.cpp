@@ -41,7 +41,8 @@ void grad_norm(StableTensor stats, TensorList grads, TensorList params, bool ada
   const Table table =
       build_chunk_table("grad_norm", kCpu, grads, {{kGrad, "grads", grads, false}, {kParam, "params", params, false}},
                         {static_cast<int64_t>(grads.size())});
-  grad_norm(table, op_params, torch_threads(), static_cast<double*>(stats.data_ptr()));
+  op_params.stats = static_cast<double*>(stats.data_ptr());
+  grad_norm(table, op_params, torch_threads());
 }
 
 void perturb_(TensorList params, TensorList grads, TensorList backups, TensorList masters, StableTensor stats,
@@ -50,19 +51,19 @@ void perturb_(TensorList params, TensorList grads, TensorList backups, TensorLis
   const char* op = "perturb_";
   check_scalars(op, "stats", kCpu, stats, ScalarType::Double, kStats);
   check_scalars(op, "rng", kCpu, rng, ScalarType::Long, 2);
-  const double* rhos = hyperparams(op, "rho", rho, group_sizes.size());
+  OpParams op_params;
+  op_params.rhos = hyperparams(op, "rho", rho, group_sizes.size());
   check_length(op, "grads", grads.size(), params.size());
   if (masters.empty()) check_length(op, "backups", backups.size(), params.size());
   Table table = build_chunk_table(op, kCpu, params, perturb_lists(params, grads, backups, masters), group_sizes);
-  OpParams op_params;
+  op_params.stats = static_cast<double*>(stats.data_ptr());
   op_params.adaptive = adaptive;
   op_params.eta = eta;
   op_params.stochastic = stochastic;
   op_params.seed = static_cast<uint64_t>(static_cast<const int64_t*>(rng.data_ptr())[0]);
   op_params.step = static_cast<uint64_t>(static_cast<const int64_t*>(rng.data_ptr())[1]);
   for (Tensor& tensor : table.tensors) tensor.index += first_index;
-  perturb(table, op_params, torch_threads(), static_cast<const double*>(stats.data_ptr()), rhos,
-          static_cast<int>(group_sizes.size()));
+  perturb(table, op_params, torch_threads());
 }
 
 void restore_(TensorList params, TensorList backups, TensorList masters, TensorList grads, TensorList first_grads,

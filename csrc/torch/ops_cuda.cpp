@@ -16,8 +16,6 @@ namespace rst {
 
 namespace {
 
-using cuda::DeviceScalars;
-
 using GetStream = AOTITorchError (*)(int32_t device, void** stream);
 
 // Looked up by name in the CUDA part of torch, so that this library also loads with a torch that lacks it.
@@ -119,7 +117,7 @@ const double* hyperparams_of(const char* op, const char* name, const Target& tar
 
 // grad_scale and found_inf of AMP. True where an overflow is known already.
 bool read_scaling(const char* op, const Target& target, const OptionalTensor& grad_scale,
-                  const OptionalTensor& found_inf, OpParams& op_params, DeviceScalars& on_device) {
+                  const OptionalTensor& found_inf, OpParams& op_params) {
   auto is_on_device = [&](const char* name, const StableTensor& given) {
     const OpDevice& place = target.device.holds(given) ? target.device : kCpu;
     check_scalars(op, name, place, given, ScalarType::Float, 1);
@@ -128,7 +126,7 @@ bool read_scaling(const char* op, const Target& target, const OptionalTensor& gr
   if (grad_scale.has_value()) {
     const float* data = static_cast<const float*>(grad_scale->data_ptr());
     if (is_on_device("grad_scale", *grad_scale)) {
-      on_device.grad_scale = data;
+      op_params.on_device.grad_scale = data;
     } else {
       op_params.grad_multiplier /= *data;
     }
@@ -136,7 +134,7 @@ bool read_scaling(const char* op, const Target& target, const OptionalTensor& gr
   if (!found_inf.has_value()) return false;
   const float* data = static_cast<const float*>(found_inf->data_ptr());
   if (!is_on_device("found_inf", *found_inf)) return *data != 0;
-  on_device.found_inf = data;
+  op_params.on_device.found_inf = data;
   return false;
 }
 
@@ -154,8 +152,8 @@ void grad_norm(StableTensor stats, TensorList grads, TensorList params, bool ada
   OpParams op_params;
   op_params.adaptive = adaptive;
   op_params.eta = eta;
-  cuda::grad_norm(table, op_params, static_cast<double*>(stats.data_ptr()), static_cast<double*>(partials.data_ptr()),
-                  target.launcher);
+  op_params.stats = static_cast<double*>(stats.data_ptr());
+  cuda::grad_norm(table, op_params, static_cast<double*>(partials.data_ptr()), target.launcher);
 }
 
 void perturb_(TensorList params, TensorList grads, TensorList backups, TensorList masters, StableTensor stats,
@@ -170,21 +168,21 @@ void perturb_(TensorList params, TensorList grads, TensorList backups, TensorLis
   Table table = build_chunk_table(op, target.device, params, companions, group_sizes);
   for (Tensor& tensor : table.tensors) tensor.index += first_index;
   Copies copies(table, params, companions);
-  DeviceScalars on_device;
   OpParams op_params;
+  op_params.stats = static_cast<double*>(stats.data_ptr());
   op_params.adaptive = adaptive;
   op_params.eta = eta;
   op_params.stochastic = stochastic;
-  op_params.scales = hyperparams_of(op, "rho", target, rho, group_sizes.size(), 1, on_device);
+  op_params.rhos = hyperparams_of(op, "rho", target, rho, group_sizes.size(), 1, op_params.on_device);
   check_scalars(op, "rng", target.device.holds(rng) ? target.device : kCpu, rng, ScalarType::Long, 2);
   const int64_t* seed_and_step = static_cast<const int64_t*>(rng.data_ptr());
   if (rng.is_cpu() && target.reads_scalars) {
     op_params.seed = static_cast<uint64_t>(seed_and_step[0]);
     op_params.step = static_cast<uint64_t>(seed_and_step[1]);
   } else {
-    on_device.rng = seed_and_step;
+    op_params.on_device.rng = seed_and_step;
   }
-  cuda::perturb(table, op_params, on_device, static_cast<double*>(stats.data_ptr()), target.launcher);
+  cuda::perturb(table, op_params, target.launcher);
   copies.copy_back();
 }
 
@@ -198,12 +196,11 @@ void restore_(TensorList params, TensorList backups, TensorList masters, TensorL
   const Companions companions = restore_lists(params, backups, masters, grads, first_grads);
   Table table = build_chunk_table(op, target.device, params, companions, group_sizes);
   Copies copies(table, params, companions);
-  DeviceScalars on_device;
   OpParams op_params;
   if (!first_grads.empty()) {
-    op_params.gammas = hyperparams_of(op, "gamma", target, gamma, group_sizes.size(), 1, on_device);
+    op_params.gammas = hyperparams_of(op, "gamma", target, gamma, group_sizes.size(), 1, op_params.on_device);
   }
-  cuda::restore(table, op_params, on_device, target.launcher);
+  cuda::restore(table, op_params, target.launcher);
   copies.copy_back();
 }
 
@@ -214,7 +211,9 @@ void update(const StepArgs& args) {
   const Companions companions = args.lists();
   Table table = build_chunk_table(args.op, target.device, args.params, companions, args.group_sizes);
   Copies copies(table, args.params, companions);
-  DeviceScalars on_device, counts;
+  OpParams op_params;
+  DeviceScalars& on_device = op_params.on_device;
+  DeviceScalars counts;
   const size_t groups = args.group_sizes.size();
   const double* hyperparams =
       hyperparams_of(args.op, "hyper", target, args.hyperparams, groups, args.rule.columns, on_device);
@@ -222,16 +221,15 @@ void update(const StepArgs& args) {
       args.steps == nullptr ? nullptr : hyperparams_of(args.op, "steps", target, *args.steps, groups, 1, counts);
   on_device.steps = counts.hyperparams;
   const std::vector<double> rows = args.rows(hyperparams, steps);
-  OpParams op_params;
   op_params.rule = args.rule.index;
   op_params.flag = args.flag;
   op_params.hyperparams = rows.data();
   op_params.grad_multiplier = args.maximize ? -1 : 1;
-  if (read_scaling(args.op, target, args.grad_scale, args.found_inf, op_params, on_device)) {
+  if (read_scaling(args.op, target, args.grad_scale, args.found_inf, op_params)) {
     for (Tensor& tensor : table.tensors) tensor.data[kFirstGrad] = nullptr;  // nothing to mix
-    cuda::restore(table, OpParams{}, {}, target.launcher);
+    cuda::restore(table, OpParams{}, target.launcher);
   } else {
-    cuda::update(table, op_params, on_device, target.launcher);
+    cuda::update(table, op_params, target.launcher);
   }
   copies.copy_back();
 }
@@ -246,23 +244,20 @@ Simulation& simulation() {
 }
 
 const CoreOps& cuda_ops() {
-  static const CoreOps ops{
-      [](const Table& t, const OpParams& c, double* stats, int32_t device) {
-        StableTensor partials = partials_for(t, device);
-        cuda::grad_norm(t, c, stats, static_cast<double*>(partials.data_ptr()),
-                        target_of("grad_norm", device).launcher);
-      },
-      [](const Table& t, const OpParams& c, double* stats, const double* rho, int, int32_t device) {
-        OpParams op_params = c;
-        op_params.scales = rho;
-        cuda::perturb(t, op_params, {}, stats, target_of("perturb_", device).launcher);
-      },
-      [](const Table& t, const OpParams& c, int32_t device) {
-        cuda::restore(t, c, {}, target_of("restore_", device).launcher);
-      },
-      [](const Table& t, const OpParams& c, const DeviceScalars& on_device, int32_t device) {
-        cuda::update(t, c, on_device, target_of(kRuleInfos[c.rule].step_op, device).launcher);
-      }};
+  static const CoreOps ops{[](const Table& t, const OpParams& c, int32_t device) {
+                             StableTensor partials = partials_for(t, device);
+                             cuda::grad_norm(t, c, static_cast<double*>(partials.data_ptr()),
+                                             target_of("grad_norm", device).launcher);
+                           },
+                           [](const Table& t, const OpParams& c, int32_t device) {
+                             cuda::perturb(t, c, target_of("perturb_", device).launcher);
+                           },
+                           [](const Table& t, const OpParams& c, int32_t device) {
+                             cuda::restore(t, c, target_of("restore_", device).launcher);
+                           },
+                           [](const Table& t, const OpParams& c, int32_t device) {
+                             cuda::update(t, c, target_of(kRuleInfos[c.rule].step_op, device).launcher);
+                           }};
   return ops;
 }
 

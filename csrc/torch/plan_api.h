@@ -76,13 +76,9 @@ struct ExpectedLayout {
 using SeenGrad = bool(void* context, int64_t index, void* data, const TensorFacts* facts);
 
 // The ops, on torch's threads or on the current stream of a GPU.
+using Op = void(const Table& table, const OpParams& params, int32_t device);
 struct CoreOps {
-  void (*grad_norm)(const Table& table, const OpParams& params, double* stats, int32_t device);
-  void (*perturb)(const Table& table, const OpParams& params, double* stats, const double* rho, int rows,
-                  int32_t device);
-  void (*restore)(const Table& table, const OpParams& params, int32_t device);
-  // `on_device`: the numbers of AMP, where they are in GPU memory.
-  void (*update)(const Table& table, const OpParams& params, const cuda::DeviceScalars& on_device, int32_t device);
+  Op *grad_norm, *perturb, *restore, *update;
 };
 
 struct CoreApi {

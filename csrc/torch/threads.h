@@ -4,7 +4,7 @@
 #include <torch/csrc/stable/c/shim.h>
 #include <torch/headeronly/util/shim_utils.h>
 
-#include "core/chunk_table.h"
+#include "core/params.h"
 
 namespace rst {
 
@@ -23,6 +23,12 @@ inline Threads torch_threads() {
             };
             TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, n, 1, range, &work));
           }};
+}
+
+// An op of cpu/run.h, as CoreOps has it.
+template <void (*op)(const Table&, const OpParams&, const Threads&)>
+void on_threads(const Table& table, const OpParams& params, int32_t) {
+  op(table, params, torch_threads());
 }
 
 }  // namespace rst
