@@ -91,7 +91,7 @@ void update(const StepArgs& args) {
   const Table table = build_chunk_table(args.op, kCpu, args.params, args.lists(), args.group_sizes);
   const size_t groups = args.group_sizes.size();
   const double* given = hyperparams(args.op, "hyper", args.hyperparams, args.rule.columns * groups);
-  const double* steps = args.steps == nullptr ? nullptr : hyperparams(args.op, "steps", *args.steps, groups);
+  const double* steps = !args.rule.counts_steps ? nullptr : hyperparams(args.op, "steps", args.steps, groups);
   const std::vector<double> rows = args.rows(given, steps);
   OpParams op_params;
   op_params.rule = args.rule.index;

@@ -218,7 +218,7 @@ void update(const StepArgs& args) {
   const double* hyperparams =
       hyperparams_of(args.op, "hyper", target, args.hyperparams, groups, args.rule.columns, on_device);
   const double* steps =
-      args.steps == nullptr ? nullptr : hyperparams_of(args.op, "steps", target, *args.steps, groups, 1, counts);
+      !args.rule.counts_steps ? nullptr : hyperparams_of(args.op, "steps", target, args.steps, groups, 1, counts);
   on_device.steps = counts.hyperparams;
   const std::vector<double> rows = args.rows(hyperparams, steps);
   op_params.rule = args.rule.index;

@@ -5,8 +5,6 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <array>
-#include <utility>
 
 #include "core/params.h"
 #include "torch/tensor_lists.h"
@@ -16,19 +14,16 @@ namespace rst {
 struct StepArgs {
   const char* op;
   const RuleInfo& rule;
-  const TensorList &params, &grads, &backups, &first_grads;
-  std::array<const TensorList*, kStates> states;  // null: the rule has fewer
-  const TensorList& masters;
-  const StableTensor& hyperparams;
-  const StableTensor* steps;  // null: the rule does not count them
-  const Sizes& group_sizes;
-  bool flag, maximize;
-  const OptionalTensor &grad_scale, &found_inf;
+  TensorList params{}, grads{}, backups{}, first_grads{}, states[kStates]{}, masters{};
+  StableTensor hyperparams{}, steps{};  // steps: where the rule counts them
+  Sizes group_sizes{};
+  bool flag = false, maximize = false;
+  OptionalTensor grad_scale{}, found_inf{};
 
   void check_lengths() const {
     check_length(op, "grads", grads.size(), params.size());
     for (int s = 0; s < rule.fewest_states; ++s) {
-      check_length(op, rule.state_names[s], states[s]->size(), params.size());
+      check_length(op, rule.state_names[s], states[s].size(), params.size());
     }
   }
   Companions lists() const {
@@ -37,7 +32,7 @@ struct StepArgs {
                      {kBackup, "backups", backups_or_none(backups, masters), false},
                      {kFirstGrad, "first_grads", first_grads, false}};
     for (int s = 0; s < rule.most_states; ++s) {
-      lists.push_back({static_cast<Operand>(kState0 + s), rule.state_names[s], *states[s], true});
+      lists.push_back({static_cast<Operand>(kState0 + s), rule.state_names[s], states[s], true});
     }
     lists.push_back({kMaster, "masters", masters, true});
     return lists;
@@ -54,73 +49,34 @@ struct StepArgs {
   }
 };
 
-template <class T, size_t>
-struct Repeat {
-  using type = T;
-};
+// The next arguments of a call; what they refer to belongs to `values` from here on.
+template <class... T>
+void take(StableIValue*& stack, T&... values) {
+  ((values = torch::stable::detail::to<T>(*stack++)), ...);
+}
 
-// `run` has the signature of the rule's restore_<name>_step_, run_without_restore that of its <name>_step_. Both call
-// update(StepArgs).
-template <class Rule, RuleIndex index, void (*update)(const StepArgs&),
-          class = std::make_index_sequence<Rule::kMostStates>, class = std::make_index_sequence<Rule::kCountsSteps>,
-          class = std::make_index_sequence<Rule::kHasFlag>>
-struct StepOp;
-
-template <class Rule, RuleIndex index, void (*update)(const StepArgs&), size_t... State, size_t... Count,
-          size_t... Flag>
-struct StepOp<Rule, index, update, std::index_sequence<State...>, std::index_sequence<Count...>,
-              std::index_sequence<Flag...>> {
-  static void run(TensorList params, TensorList grads, TensorList backups, TensorList first_grads,
-                  typename Repeat<TensorList, State>::type... states, TensorList masters, StableTensor hyperparams,
-                  typename Repeat<StableTensor, Count>::type... steps, Sizes group_sizes,
-                  typename Repeat<bool, Flag>::type... flag, bool maximize, OptionalTensor grad_scale,
-                  OptionalTensor found_inf) {
-    const StableTensor* counts = nullptr;
-    ((counts = &steps), ...);
-    update({kRuleInfos[index].restore_step_op,
-            kRuleInfos[index],
-            params,
-            grads,
-            backups,
-            first_grads,
-            {&states...},
-            masters,
-            hyperparams,
-            counts,
-            group_sizes,
-            (flag || ... || false),
-            maximize,
-            grad_scale,
-            found_inf});
-  }
-  static void run_without_restore(TensorList params, TensorList grads,
-                                  typename Repeat<TensorList, State>::type... states, TensorList masters,
-                                  StableTensor hyperparams, typename Repeat<StableTensor, Count>::type... steps,
-                                  Sizes group_sizes, typename Repeat<bool, Flag>::type... flag, bool maximize,
-                                  OptionalTensor grad_scale, OptionalTensor found_inf) {
-    const StableTensor* counts = nullptr;
-    ((counts = &steps), ...);
-    update({kRuleInfos[index].step_op,
-            kRuleInfos[index],
-            params,
-            grads,
-            kNoTensors,
-            kNoTensors,
-            {&states...},
-            masters,
-            hyperparams,
-            counts,
-            group_sizes,
-            (flag || ... || false),
-            maximize,
-            grad_scale,
-            found_inf});
-  }
-};
+// The kernel of <name>_step_ or restore_<name>_step_, as TORCH_BOX would make it for one rule: it takes all arguments
+// before anything can throw.
+template <RuleIndex index, bool restores, void (*update)(const StepArgs&)>
+void step(StableIValue* stack, uint64_t given, uint64_t) {
+  constexpr const RuleInfo& rule = kRuleInfos[index];
+  constexpr uint64_t expected = 8 + 2 * restores + rule.most_states + rule.counts_steps + rule.has_flag;
+  StepArgs args{restores ? rule.restore_step_op : rule.step_op, rule};
+  STD_TORCH_CHECK(given == expected, "rst_fused::", args.op, " was given ", given, " arguments, expected ", expected);
+  take(stack, args.params, args.grads);
+  if (restores) take(stack, args.backups, args.first_grads);
+  for (int s = 0; s < rule.most_states; ++s) take(stack, args.states[s]);
+  take(stack, args.masters, args.hyperparams);
+  if (rule.counts_steps) take(stack, args.steps);
+  take(stack, args.group_sizes);
+  if (rule.has_flag) take(stack, args.flag);
+  take(stack, args.maximize, args.grad_scale, args.found_inf);
+  update(args);
+}
 
 // Registers both ops of every rule.
-#define RST_IMPL_STEP(Rule, name)                                                            \
-  m.impl(#name "_step_", TORCH_BOX((&StepOp<Rule, k##Rule, &update>::run_without_restore))); \
-  m.impl("restore_" #name "_step_", TORCH_BOX((&StepOp<Rule, k##Rule, &update>::run)));
+#define RST_IMPL_STEP(Rule, name)                         \
+  m.impl(#name "_step_", &step<k##Rule, false, &update>); \
+  m.impl("restore_" #name "_step_", &step<k##Rule, true, &update>);
 
 }  // namespace rst

@@ -36,7 +36,7 @@ struct RuleInfo {
   const char *step_op, *restore_step_op;
   int columns;  // of hyperparameters, without the step count
   int fewest_states, most_states;
-  bool counts_steps;
+  bool counts_steps, has_flag;
   const char* const* state_names;
   int first_variant;  // among RST_RULE_VARIANTS
 
@@ -62,6 +62,7 @@ static_assert(variants_before(kRules) == kRuleVariants, "RST_RULE_VARIANTS lists
    Rule::kFewestStates,           \
    Rule::kMostStates,             \
    Rule::kCountsSteps,            \
+   Rule::kHasFlag,                \
    Rule::kStateNames,             \
    detail::variants_before(k##Rule)},
 constexpr RuleInfo kRuleInfos[] = {RST_RULES(RST_RULE_INFO)};
