@@ -41,7 +41,8 @@ struct OpParams {
   const double* gammas = nullptr;       // restore with mixing: per row
   int rule = 0;                         // of an update: a RuleIndex
   bool flag = false;                    // its flag: nesterov, or decoupled
-  const double* hyperparams = nullptr;  // kRuleInfos[rule].row_size() for each row
+  const double* hyperparams = nullptr;  // kRuleInfos[rule].columns for each row
+  const double* steps = nullptr;        // of a rule that counts steps: per row
   uint64_t seed = 0, step = 0;
   DeviceScalars on_device;  // for GPU kernels
 };

@@ -48,10 +48,12 @@ RST_INLINE void update_with(const ChunkArgs& c, const Rule& hyperparams, double 
 template <class Rule, int N, class T, bool Mixing, bool Master>
 void update_chunk(const ChunkArgs& c) {
   const OpParams& params = *c.params;
-  const double* const row = params.hyperparams + c.tensor->row * (Rule::kColumns + Rule::kCountsSteps);
-  const Rule hyperparams =
-      Rule::prepare([row](int column) { return row[column]; }, params.grad_multiplier, params.flag);
-  const double gamma = row[Rule::kGamma];
+  const int row = c.tensor->row;
+  const auto number = [&params, row](int column) {
+    return column < Rule::kColumns ? params.hyperparams[row * Rule::kColumns + column] : params.steps[row];
+  };
+  const Rule hyperparams = Rule::prepare(number, params.grad_multiplier, params.flag);
+  const double gamma = number(Rule::kGamma);
   if constexpr (Rule::kHasUnitFactors) {
     if (hyperparams.has_unit_factors()) return update_with<Rule, N, T, Mixing, Master, One>(c, hyperparams, gamma);
   }

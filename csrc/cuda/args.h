@@ -15,12 +15,12 @@ namespace rst::cuda {
 constexpr int kArgumentBytes = RST_CUDA_ARGUMENT_BYTES;
 constexpr int kThreads = 512;                // of every block
 constexpr int kRows = 8;                     // rows of hyperparameters in one launch
-constexpr int kHyperparams = longest_row();  // in a row
+constexpr int kHyperparams = longest_row();  // in a row, besides the step count
 
 // The same for all tensors of a launch.
 struct LaunchParams {
-  double hyperparams[kRows][kHyperparams];  // in the order of the schema, the step count last
-  const double* device_hyperparams;         // not null: they are read from device tensors instead
+  double hyperparams[kRows][kHyperparams], steps[kRows];
+  const double* device_hyperparams;  // not null: they are read from device tensors instead
   const double* device_steps;
   const int64_t* rng;  // [seed, step]; null: the two below
   uint64_t seed, step;

@@ -21,9 +21,9 @@ int32_t chunk_of(const Table& table) {
 
 int64_t chunks_in(const Tensor& tensor, int32_t chunk) { return (tensor.numel + chunk - 1) / chunk; }
 
-// Hyperparameters that travel in the arguments of a launch. Null: none do.
+// Hyperparameters and step counts that travel in the arguments of a launch. Null: these do not.
 struct Rows {
-  const double* data = nullptr;
+  const double *data = nullptr, *steps = nullptr;
   int columns = 0, count = 0;
 };
 
@@ -42,7 +42,7 @@ class Launches {
     if (tensor.numel == 0) return;
     const int64_t chunks = chunks_in(tensor, launch_.chunk);
     constexpr int64_t kMostBlocks = 0x7fffffff;  // in one launch
-    const int reach = rows_.data != nullptr ? kRows : 1 << 16;
+    const int reach = rows_.data != nullptr || rows_.steps != nullptr ? kRows : 1 << 16;
     if (count_ == Args<Operands>::kTensors || blocks_ + chunks > kMostBlocks ||
         (count_ > 0 && tensor.row - first_row_ >= reach)) {
       flush(false);
@@ -71,8 +71,11 @@ class Launches {
       args.params.device_hyperparams += static_cast<int64_t>(first_row_) * launch_.columns;
     }
     if (launch_.device_steps != nullptr) args.params.device_steps += first_row_;
-    for (int r = 0; rows_.data != nullptr && r < kRows && first_row_ + r < rows_.count; ++r) {
-      std::copy_n(rows_.data + (first_row_ + r) * rows_.columns, rows_.columns, args.params.hyperparams[r]);
+    for (int r = 0, row = first_row_; r < kRows && row < rows_.count; ++r, ++row) {
+      if (rows_.data != nullptr) {
+        std::copy_n(rows_.data + row * rows_.columns, rows_.columns, args.params.hyperparams[r]);
+      }
+      if (rows_.steps != nullptr) args.params.steps[r] = rows_.steps[row];
     }
     launcher_.launch(kernel_, static_cast<unsigned>(std::max<int64_t>(blocks_, 1)), &args, launcher_);
     if (done_ != nullptr) done_->insert(done_->end(), waiting_.begin(), waiting_.end());
@@ -118,8 +121,8 @@ LaunchParams launch_params_of(const Table& table, const OpParams& params) {
   return c;
 }
 
-Rows rows_of(const Table& table, const double* data, int columns) {
-  Rows rows{data, columns};
+Rows rows_of(const Table& table, const double* data, int columns, const double* steps = nullptr) {
+  Rows rows{data, steps, columns};
   for (const Tensor& tensor : table.tensors) rows.count = std::max(rows.count, tensor.row + 1);
   return rows;
 }
@@ -155,12 +158,9 @@ void* source_of(const Tensor& tensor, const OpParams& params) {
 template <int MostStates>
 void update_with(const Table& table, const OpParams& params, const Launcher& launcher) {
   constexpr int kOperands = kUpdateState0 + MostStates;
-  const RuleInfo& info = kRuleInfos[params.rule];
-  const DeviceScalars& on_device = params.on_device;
-  const bool all_on_device = on_device.hyperparams != nullptr && (on_device.steps != nullptr || !info.counts_steps);
   for_each_kernel<kOperands>(
       table, launch_params_of(table, params),
-      rows_of(table, all_on_device ? nullptr : params.hyperparams, info.row_size()), launcher,
+      rows_of(table, params.hyperparams, kRuleInfos[params.rule].columns, params.steps), launcher,
       [&](const Tensor& t) -> const GpuKernel& {
         return update_kernels[variant_of(params.rule, t)][dtype(t)][t.has(kFirstGrad)][t.has(kMaster)];
       },

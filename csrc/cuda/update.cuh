@@ -65,7 +65,7 @@ __device__ __forceinline__ Rule prepared(const Args<Operands>& args, int t) {
   const auto row = [&](int column) {
     if (column < Rule::kColumns) return hyperparam(args, t, column);
     const int64_t row = args.row[t];
-    return c.device_steps == nullptr ? c.hyperparams[row][column] : c.device_steps[row];
+    return c.device_steps == nullptr ? c.steps[row] : c.device_steps[row];
   };
   return Rule::prepare(row, grad_multiplier(c), c.flag);
 }

@@ -112,17 +112,15 @@ bool Plan::update(std::vector<double> rows, bool restores, bool mixing, double s
   if (mixing && !has_first_grads()) return false;
   py::object first_grads = first_grads_;  // another thread may step while this one computes
   if (!collect(true, restores, mixing)) return false;
-  const RuleInfo& rule = kRuleInfos[rule_];
-  if (rows.size() != row_count() * rule.columns) throw py::value_error("rows do not have the columns of the rule");
-  if (rule.counts_steps) {  // the number of this step comes last in each row
-    for (size_t row = 0; row < counters_.size(); ++row) {
-      rows.insert(rows.begin() + static_cast<int64_t>((row + 1) * rule.row_size() - 1), *counter(row) + 1.0);
-    }
-  }
+  const size_t columns = kRuleInfos[rule_].columns;
+  if (rows.size() != row_count() * columns) throw py::value_error("rows do not have the columns of the rule");
+  std::vector<double> steps;
+  for (size_t row = 0; row < counters_.size(); ++row) steps.push_back(*counter(row) + 1.0);
   OpParams params;
   params.rule = rule_;
   params.flag = option_;
   params.hyperparams = rows.data();
+  params.steps = steps.empty() ? nullptr : steps.data();
   params.grad_multiplier = (maximize_ ? -1 : 1) / scale;
   params.restoring = restores;
   params.on_device.grad_scale = reinterpret_cast<const float*>(on_device[0]);

@@ -106,15 +106,17 @@ struct Model {
   }
 };
 
-// Hyperparameters of every rule that do something, in the order of its columns, gamma and the step count last.
+// Hyperparameters of every rule that do something, in the order of its columns, gamma last.
 void choose(int rule, OpParams& params) {
   static const double kHyperparams[kRules][longest_row()] = {
       {0.1, 0.9, 0, 0.01, 2.0},
-      {0.01, 0.9, 0.999, 1e-8, 0.01, 2.0, 1},
+      {0.01, 0.9, 0.999, 1e-8, 0.01, 2.0},
       {0.01, 0.9, 0.99, 0.01, 2.0},
   };
   params.rule = rule;
+  static const double kStep = 1;
   params.hyperparams = kHyperparams[rule];
+  params.steps = &kStep;
   params.flag = true;
 }
 

@@ -90,13 +90,11 @@ void update(const StepArgs& args) {
   args.check_lengths();
   const Table table = build_chunk_table(args.op, kCpu, args.params, args.lists(), args.group_sizes);
   const size_t groups = args.group_sizes.size();
-  const double* given = hyperparams(args.op, "hyper", args.hyperparams, args.rule.columns * groups);
-  const double* steps = !args.rule.counts_steps ? nullptr : hyperparams(args.op, "steps", args.steps, groups);
-  const std::vector<double> rows = args.rows(given, steps);
   OpParams op_params;
+  op_params.hyperparams = hyperparams(args.op, "hyper", args.hyperparams, args.rule.columns * groups);
+  if (args.rule.counts_steps) op_params.steps = hyperparams(args.op, "steps", args.steps, groups);
   op_params.rule = args.rule.index;
   op_params.flag = args.flag;
-  op_params.hyperparams = rows.data();
   op_params.grad_multiplier = grad_multiplier(args.maximize, args.grad_scale);
   if (overflowed(args.found_inf)) {
     undo_only(args.op, args.params, args.backups, args.masters);

@@ -215,15 +215,12 @@ void update(const StepArgs& args) {
   DeviceScalars& on_device = op_params.on_device;
   DeviceScalars counts;
   const size_t groups = args.group_sizes.size();
-  const double* hyperparams =
+  op_params.hyperparams =
       hyperparams_of(args.op, "hyper", target, args.hyperparams, groups, args.rule.columns, on_device);
-  const double* steps =
-      !args.rule.counts_steps ? nullptr : hyperparams_of(args.op, "steps", target, args.steps, groups, 1, counts);
+  if (args.rule.counts_steps) op_params.steps = hyperparams_of(args.op, "steps", target, args.steps, groups, 1, counts);
   on_device.steps = counts.hyperparams;
-  const std::vector<double> rows = args.rows(hyperparams, steps);
   op_params.rule = args.rule.index;
   op_params.flag = args.flag;
-  op_params.hyperparams = rows.data();
   op_params.grad_multiplier = args.maximize ? -1 : 1;
   if (read_scaling(args.op, target, args.grad_scale, args.found_inf, op_params)) {
     for (Tensor& tensor : table.tensors) tensor.data[kFirstGrad] = nullptr;  // nothing to mix

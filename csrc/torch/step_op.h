@@ -4,8 +4,6 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include <algorithm>
-
 #include "core/params.h"
 #include "torch/tensor_lists.h"
 
@@ -36,16 +34,6 @@ struct StepArgs {
     }
     lists.push_back({kMaster, "masters", masters, true});
     return lists;
-  }
-  // Rows of rule.row_size() numbers. Null: those numbers are not read here.
-  std::vector<double> rows(const double* hyperparams, const double* steps) const {
-    const size_t columns = rule.columns, size = rule.row_size();
-    std::vector<double> rows(group_sizes.size() * size);
-    for (size_t r = 0; r < group_sizes.size(); ++r) {
-      if (hyperparams != nullptr) std::copy_n(hyperparams + r * columns, columns, &rows[r * size]);
-      if (steps != nullptr) rows[r * size + columns] = steps[r];
-    }
-    return rows;
   }
 };
 

@@ -36,7 +36,7 @@ FAULTS = [
     ("no backup", "cuda/perturb.cuh", "if constexpr (!Master) store(copy, i, in.w);", "", "perturb"),
     ("neighbours share random bits", "cuda/perturb.cuh", ": bits >> 16;", ": bits;", "perturb"),
     ("momentum forgotten", "cuda/update.cuh", "store(state[s], i, kept[s]);", "", "sgd_step"),
-    ("step count from elsewhere", "cuda/update.cuh", "row][column] :", "row][5] :", "adam_step"),
+    ("step count from elsewhere", "cuda/update.cuh", "? c.steps[row]", "? c.hyperparams[row][5]", "adam_step"),
     ("largest second moment forgotten", "math/rules/adam.h", "maximum(state[2], v)", "v", "adam_step"),
     ("beta1 for beta2", "math/rules/lion.h", "fma(one_minus_beta2, g - m", "fma(one_minus_beta1, g - m", "lion_step"),
     ("numbers before they are there", "cuda/update.cuh", "    __syncthreads();\n", "", "adam_step"),

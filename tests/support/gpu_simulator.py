@@ -26,7 +26,7 @@ from rst_fused._schemas import SCHEMAS
 ROOT = Path(__file__).parents[2]
 NAMESPACE = "rst_fused_gpu"  # the GPU ops, for tensors of any device: see csrc/torch/ops_cuda.cpp
 VARIABLE = "RST_FUSED_PTXSIM"
-ROWS, HYPERPARAMS, ARGUMENT_BYTES, THREADS = 8, 7, 32764, 512  # csrc/cuda/args.h
+ROWS, HYPERPARAMS, ARGUMENT_BYTES, THREADS = 8, 6, 32764, 512  # csrc/cuda/args.h
 SIZES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2, "16": 2, "32": 4, "64": 8}
 # Operands of each kernel, in order: r read, w written, s state (fp32 beside a master), c copy (the backup or master).
 OPERANDS = {
@@ -52,7 +52,8 @@ needed = pytest.mark.skipif(missing() is not None, reason=f"GPU kernels cannot b
 
 class LaunchParams(ctypes.Structure):
     _fields_ = [
-        ("hyperparams", ctypes.c_double * (ROWS * HYPERPARAMS)), ("device_hyperparams", ctypes.c_void_p),
+        ("hyperparams", ctypes.c_double * (ROWS * HYPERPARAMS)), ("steps", ctypes.c_double * ROWS),
+        ("device_hyperparams", ctypes.c_void_p),
         ("device_steps", ctypes.c_void_p), ("rng", ctypes.c_void_p), ("seed", ctypes.c_uint64),
         ("step", ctypes.c_uint64), ("stats", ctypes.c_void_p),
         ("partials", ctypes.c_void_p), ("grad_scale", ctypes.c_void_p), ("found_inf", ctypes.c_void_p),

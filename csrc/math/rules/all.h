@@ -1,6 +1,6 @@
-// Every base optimizer. A rule is a struct with the columns of its hyperparameters (gamma last, then the step count if
-// it has one), the names of its state tensors, of which the last may be absent (a variant of its own), and what it
-// prepares from a row of hyperparameters. Its Step holds the whole recipe: operator()(w, g, state) returns the new w.
+// Every base optimizer. A rule is a struct with the columns of its hyperparameters (gamma last), the names of its state
+// tensors, of which the last may be absent (a variant of its own), and what it prepares from a row of hyperparameters.
+// Its Step holds the whole recipe: operator()(w, g, state) returns the new w.
 #pragma once
 
 #include "math/rules/adam.h"
@@ -34,13 +34,11 @@ enum RuleIndex : int { RST_RULES(RST_RULE_INDEX) kRules };
 struct RuleInfo {
   int index;
   const char *step_op, *restore_step_op;
-  int columns;  // of hyperparameters, without the step count
+  int columns;  // of hyperparameters
   int fewest_states, most_states;
   bool counts_steps, has_flag;
   const char* const* state_names;
   int first_variant;  // among RST_RULE_VARIANTS
-
-  constexpr int row_size() const { return columns + counts_steps; }
 };
 
 namespace detail {
@@ -71,7 +69,7 @@ constexpr RuleInfo kRuleInfos[] = {RST_RULES(RST_RULE_INFO)};
 // The most doubles in a row of hyperparameters.
 constexpr int longest_row() {
   int longest = 0;
-  for (const RuleInfo& info : kRuleInfos) longest = info.row_size() > longest ? info.row_size() : longest;
+  for (const RuleInfo& info : kRuleInfos) longest = info.columns > longest ? info.columns : longest;
   return longest;
 }
 
