@@ -16,7 +16,7 @@ namespace {
 
 CoreApi make_api() {
   CoreApi api{};
-  api.cpu = {on_threads<grad_norm>, on_threads<perturb>, on_threads<restore>, on_threads<update>};
+  api.cpu = kCpuOps;
   api.facts_of = &facts_of;
   api.describe = [](int32_t dtype, Tensor& t) {
     return describe(torch::stable::detail::to<ScalarType>(torch::stable::detail::from(dtype)), t);

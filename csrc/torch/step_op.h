@@ -1,5 +1,5 @@
-// The registered ops of all base optimizers, for both bindings: from the schema of a rule (rst_fused/_schemas.py) to
-// one struct that is the same for all of them.
+// The registered ops of all base optimizers: from the schema of a rule (rst_fused/_schemas.py) to one struct that is
+// the same for all of them.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -61,10 +61,5 @@ void step(StableIValue* stack, uint64_t given, uint64_t) {
   take(stack, args.maximize, args.grad_scale, args.found_inf);
   update(args);
 }
-
-// Registers both ops of every rule.
-#define RST_IMPL_STEP(Rule, name)                         \
-  m.impl(#name "_step_", &step<k##Rule, false, &update>); \
-  m.impl("restore_" #name "_step_", &step<k##Rule, true, &update>);
 
 }  // namespace rst

@@ -16,6 +16,7 @@ struct Companion {
   const TensorList& list;
   bool written;
 };
+using Companions = std::vector<Companion>;
 
 inline View view_of(const StableTensor& t) {
   return {t.data_ptr(), static_cast<int>(t.dim()), t.sizes().data(), t.strides().data()};
@@ -23,7 +24,7 @@ inline View view_of(const StableTensor& t) {
 
 // Lists that are absent are empty; `lead` is the list every other one must match.
 inline Table build_chunk_table(const char* op, const OpDevice& device, const TensorList& lead,
-                               const std::vector<Companion>& companions, const Sizes& group_sizes) {
+                               const Companions& companions, const Sizes& group_sizes) {
   check_group_sizes(op, group_sizes, lead.size());
   bool masters = false;
   for (const Companion& c : companions) {
@@ -70,29 +71,11 @@ inline Table build_chunk_table(const char* op, const OpDevice& device, const Ten
   return table;
 }
 
-// The lists that each op takes, for both bindings. A master takes the place of a backup.
-using Companions = std::vector<Companion>;
 inline const TensorList kNoTensors;
 
+// A master takes the place of a backup.
 inline const TensorList& backups_or_none(const TensorList& backups, const TensorList& masters) {
   return masters.empty() ? backups : kNoTensors;
-}
-
-inline Companions perturb_lists(const TensorList& params, const TensorList& grads, const TensorList& backups,
-                                const TensorList& masters) {
-  return {{kParam, "params", params, true},
-          {kGrad, "grads", grads, false},
-          {kBackup, "backups", backups_or_none(backups, masters), true},
-          {kMaster, "masters", masters, false}};
-}
-
-inline Companions restore_lists(const TensorList& params, const TensorList& backups, const TensorList& masters,
-                                const TensorList& grads, const TensorList& first_grads) {
-  return {{kParam, "params", params, true},
-          {kGrad, "grads", first_grads.empty() ? kNoTensors : grads, true},
-          {kBackup, "backups", backups_or_none(backups, masters), false},
-          {kFirstGrad, "first_grads", first_grads, false},
-          {kMaster, "masters", masters, false}};
 }
 
 }  // namespace rst

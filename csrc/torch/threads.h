@@ -4,7 +4,7 @@
 #include <torch/csrc/stable/c/shim.h>
 #include <torch/headeronly/util/shim_utils.h>
 
-#include "core/params.h"
+#include "torch/plan_api.h"
 
 namespace rst {
 
@@ -30,5 +30,7 @@ template <void (*op)(const Table&, const OpParams&, const Threads&)>
 void on_threads(const Table& table, const OpParams& params, int32_t) {
   op(table, params, torch_threads());
 }
+
+constexpr CoreOps kCpuOps{on_threads<grad_norm>, on_threads<perturb>, on_threads<restore>, on_threads<update>};
 
 }  // namespace rst
