@@ -37,11 +37,6 @@ inline bool describe(ScalarType type, Tensor& tensor) {
   }
 }
 
-inline void check_length(const char* op, const char* name, size_t given, size_t expected) {
-  STD_TORCH_CHECK(given == expected, "rst_fused::", op, ": ", name, " has ", given, " entries, expected ", expected,
-                  ", one per parameter");
-}
-
 // The device that an op runs on.
 struct OpDevice {
   int32_t type, index;

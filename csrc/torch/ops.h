@@ -80,8 +80,8 @@ void grad_norm(StableTensor stats, TensorList grads, TensorList params, bool ada
   const char* op = "grad_norm";
   const Target target = target_of(stats);
   check_scalars(op, "stats", target.device, stats, ScalarType::Double, kStats);
-  if (adaptive) check_length(op, "params", params.size(), grads.size());
-  const Companions lists{{kGrad, "grads", grads, false}, {kParam, "params", adaptive ? params : kNoTensors, false}};
+  const Companions lists{{kGrad, "grads", grads, false},
+                         {kParam, "params", adaptive ? params : kNoTensors, false, adaptive}};
   Table table = build_chunk_table(op, target.device, grads, lists, {static_cast<int64_t>(grads.size())});
   const Copies copies(target, table, adaptive ? params : grads, lists);
   OpParams op_params;
@@ -98,11 +98,9 @@ void perturb_(TensorList params, TensorList grads, TensorList backups, TensorLis
   const char* op = "perturb_";
   const Target target = target_of(stats);
   check_scalars(op, "stats", target.device, stats, ScalarType::Double, kStats);
-  check_length(op, "grads", grads.size(), params.size());
-  if (masters.empty()) check_length(op, "backups", backups.size(), params.size());
   const Companions lists{{kParam, "params", params, true},
-                         {kGrad, "grads", grads, false},
-                         {kBackup, "backups", backups_or_none(backups, masters), true},
+                         {kGrad, "grads", grads, false, true},
+                         {kBackup, "backups", backups_or_none(backups, masters), true, masters.empty()},
                          {kMaster, "masters", masters, false}};
   Table table = build_chunk_table(op, target.device, params, lists, group_sizes);
   for (Tensor& tensor : table.tensors) tensor.index += first_index;
@@ -127,11 +125,9 @@ void restore_(TensorList params, TensorList backups, TensorList masters, TensorL
   const char* op = "restore_";
   const Target target = target_of(params.empty() ? gamma : params[0]);
   const bool mixing = !first_grads.empty();
-  if (masters.empty()) check_length(op, "backups", backups.size(), params.size());
-  if (mixing) check_length(op, "grads", grads.size(), params.size());
   const Companions lists{{kParam, "params", params, true},
-                         {kGrad, "grads", mixing ? grads : kNoTensors, true},
-                         {kBackup, "backups", backups_or_none(backups, masters), false},
+                         {kGrad, "grads", mixing ? grads : kNoTensors, true, mixing},
+                         {kBackup, "backups", backups_or_none(backups, masters), false, masters.empty()},
                          {kFirstGrad, "first_grads", first_grads, false},
                          {kMaster, "masters", masters, false}};
   Table table = build_chunk_table(op, target.device, params, lists, group_sizes);
@@ -148,7 +144,6 @@ void restore_(TensorList params, TensorList backups, TensorList masters, TensorL
 template <TargetOf target_of>
 void update(const StepArgs& args) {
   const Target target = target_of(args.params.empty() ? args.hyperparams : args.params[0]);
-  args.check_lengths();
   const Companions lists = args.lists();
   Table table = build_chunk_table(args.op, target.device, args.params, lists, args.group_sizes);
   if (args.params.empty()) return;

@@ -18,19 +18,14 @@ struct StepArgs {
   bool flag = false, maximize = false;
   OptionalTensor grad_scale{}, found_inf{};
 
-  void check_lengths() const {
-    check_length(op, "grads", grads.size(), params.size());
-    for (int s = 0; s < rule.fewest_states; ++s) {
-      check_length(op, rule.state_names[s], states[s].size(), params.size());
-    }
-  }
   Companions lists() const {
     Companions lists{{kParam, "params", params, true},
-                     {kGrad, "grads", grads, false},
+                     {kGrad, "grads", grads, false, true},
                      {kBackup, "backups", backups_or_none(backups, masters), false},
                      {kFirstGrad, "first_grads", first_grads, false}};
     for (int s = 0; s < rule.most_states; ++s) {
-      lists.push_back({static_cast<Operand>(kState0 + s), rule.state_names[s], states[s], true});
+      lists.push_back(
+          {static_cast<Operand>(kState0 + s), rule.state_names[s], states[s], true, s < rule.fewest_states});
     }
     lists.push_back({kMaster, "masters", masters, true});
     return lists;

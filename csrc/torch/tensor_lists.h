@@ -15,6 +15,7 @@ struct Companion {
   const char* name;
   const TensorList& list;
   bool written;
+  bool required = false;  // else it may be absent, that is, empty
 };
 using Companions = std::vector<Companion>;
 
@@ -22,13 +23,14 @@ inline View view_of(const StableTensor& t) {
   return {t.data_ptr(), static_cast<int>(t.dim()), t.sizes().data(), t.strides().data()};
 }
 
-// Lists that are absent are empty; `lead` is the list every other one must match.
+// `lead` is the list every other one must match.
 inline Table build_chunk_table(const char* op, const OpDevice& device, const TensorList& lead,
                                const Companions& companions, const Sizes& group_sizes) {
   check_group_sizes(op, group_sizes, lead.size());
   bool masters = false;
   for (const Companion& c : companions) {
-    if (!c.list.empty()) check_length(op, c.name, c.list.size(), lead.size());
+    STD_TORCH_CHECK(c.list.size() == lead.size() || (c.list.empty() && !c.required), "rst_fused::", op, ": ", c.name,
+                    " has ", c.list.size(), " entries, expected ", lead.size(), ", one per parameter");
     masters = masters || (c.operand == kMaster && !c.list.empty());
   }
   Table table;
