@@ -23,28 +23,32 @@ RST_HD void write_stats(double sum_of_squares, double* stats) {
 // Parameters of an op that are in device memory; what is null is taken from the OpParams.
 struct DeviceScalars {
   const double* hyperparams = nullptr;  // or rho, or gamma
-  int columns = 0;
-  const double* steps = nullptr;  // of a rule that counts steps
-  const int64_t* rng = nullptr;
-  const float* grad_scale = nullptr;
+  const double* steps = nullptr;        // of a rule that counts steps
+  const int64_t* rng = nullptr;         // seed and step
+  const float* grad_scale = nullptr;    // of AMP
   const float* found_inf = nullptr;
 };
 
-// Values that are the same for all tensors of a call.
-struct OpParams {
-  bool adaptive = false, stochastic = false;
-  bool restoring = true;  // updates read w from the backup, where there is one
+// Values that are the same for all tensors of a call: those that GPU kernels are given too.
+struct CommonParams {
+  DeviceScalars on_device;  // for GPU kernels
+  double* stats = nullptr;  // of grad_norm, which writes them, and perturb, which reads them
   double eta = 0;
-  double grad_multiplier = 1;           // -1 to maximize; divided by the gradient scale of AMP
-  double* stats = nullptr;              // of grad_norm, which writes them, and perturb, which reads them
+  double grad_multiplier = 1;  // -1 to maximize; divided by the gradient scale of AMP
+  uint64_t seed = 0, step = 0;
+  bool stochastic = false;
+  bool flag = false;  // of the rule: nesterov, or decoupled
+};
+
+// All of them.
+struct OpParams : CommonParams {
+  bool adaptive = false;
+  bool restoring = true;                // updates read w from the backup, where there is one
   const double* rhos = nullptr;         // perturb, per row
   const double* gammas = nullptr;       // restore with mixing: per row
   int rule = 0;                         // of an update: a RuleIndex
-  bool flag = false;                    // its flag: nesterov, or decoupled
   const double* hyperparams = nullptr;  // kRuleInfos[rule].columns for each row
   const double* steps = nullptr;        // of a rule that counts steps: per row
-  uint64_t seed = 0, step = 0;
-  DeviceScalars on_device;  // for GPU kernels
 };
 
 // Among RST_RULE_VARIANTS, the one with the state tensors that `tensor` has.

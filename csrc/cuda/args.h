@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "math/rules/all.h"
+#include "core/params.h"
 
 namespace rst::cuda {
 
@@ -17,25 +17,13 @@ constexpr int kThreads = 512;                // of every block
 constexpr int kRows = 8;                     // rows of hyperparameters in one launch
 constexpr int kHyperparams = longest_row();  // in a row, besides the step count
 
-// The same for all tensors of a launch.
-struct LaunchParams {
+// The same for all tensors of a launch. What is not null in `on_device` is read there instead.
+struct LaunchParams : CommonParams {
   double hyperparams[kRows][kHyperparams], steps[kRows];
-  const double* device_hyperparams;  // not null: they are read from device tensors instead
-  const double* device_steps;
-  const int64_t* rng;  // [seed, step]; null: the two below
-  uint64_t seed, step;
-  double* stats;            // see rst_fused/_schemas.py
-  double* partials;         // grad_norm: one sum per chunk of all launches
-  const float* grad_scale;  // of AMP, or null
-  const float* found_inf;
-  double eta;
-  double grad_multiplier;  // 1, or -1 to maximize
+  double* partials;  // grad_norm: one sum per chunk of all launches
   int64_t first_partial, all_partials;
   int32_t tensors, chunk;  // chunk: elements that one block works on
-  int32_t columns;         // of device_hyperparams
-  bool last;               // grad_norm: the launch that finishes the sum
-  bool stochastic;
-  bool flag;  // of the rule: nesterov, or decoupled
+  bool last;               // launch of an op: that of grad_norm finishes the sum
 };
 
 // One launch over tensors with `Operands` operands each.

@@ -1,6 +1,7 @@
 #include "cuda/launch.h"
 
 #include <algorithm>
+#include <array>
 #include <memory>
 
 #include "cuda/kernels.h"
@@ -21,31 +22,29 @@ int32_t chunk_of(const Table& table) {
 
 int64_t chunks_in(const Tensor& tensor, int32_t chunk) { return (tensor.numel + chunk - 1) / chunk; }
 
-// Hyperparameters and step counts that travel in the arguments of a launch. Null: these do not.
+// Hyperparameters and step counts, of which those that are null do not travel in the arguments of a launch.
 struct Rows {
-  const double *data = nullptr, *steps = nullptr;
-  int columns = 0, count = 0;
+  const double *hyperparams = nullptr, *steps = nullptr;
+  int columns = 0;
 };
 
-// Collects tensors into launches of one kernel and starts each when it is full.
+// Collects tensors into launches of one kernel after another and starts each when it is full.
 template <int Operands>
 class Launches {
   static_assert(sizeof(Args<Operands>) <= kArgumentBytes, "a launch must fit into the arguments of a kernel");
 
  public:
   // `done` receives the tensors of launches that have started.
-  Launches(const GpuKernel& kernel, const LaunchParams& launch, Rows rows, const Launcher& launcher,
-           std::vector<const Tensor*>* done = nullptr)
-      : kernel_(kernel), launch_(launch), rows_(rows), launcher_(launcher), done_(done) {}
+  Launches(const LaunchParams& launch, Rows rows, const Launcher& launcher, std::vector<const Tensor*>* done = nullptr)
+      : launch_(launch), rows_(rows), launcher_(launcher), done_(done) {}
 
-  void add(const Tensor& tensor, void* const (&data)[Operands]) {
-    if (tensor.numel == 0) return;
+  void add(const GpuKernel& kernel, const Tensor& tensor, const std::array<void*, Operands>& data) {
     const int64_t chunks = chunks_in(tensor, launch_.chunk);
     constexpr int64_t kMostBlocks = 0x7fffffff;  // in one launch
-    const int reach = rows_.data != nullptr || rows_.steps != nullptr ? kRows : 1 << 16;
-    if (count_ == Args<Operands>::kTensors || blocks_ + chunks > kMostBlocks ||
-        (count_ > 0 && tensor.row - first_row_ >= reach)) {
-      flush(false);
+    const int reach = rows_.hyperparams != nullptr || rows_.steps != nullptr ? kRows : 1 << 16;
+    if (count_ > 0 &&
+        (count_ == Args<Operands>::kTensors || blocks_ + chunks > kMostBlocks || tensor.row - first_row_ >= reach)) {
+      flush(kernel, false);
     }
     if (count_ == 0) first_row_ = tensor.row;
     Args<Operands>& args = *args_;
@@ -59,25 +58,23 @@ class Launches {
     if (done_ != nullptr) waiting_.push_back(&tensor);
   }
 
-  void flush(bool last) {
-    if (count_ == 0 && !last) return;
+  // Starts what has been added, or one block without a tensor. `last`: no launch of the op will follow.
+  void flush(const GpuKernel& kernel, bool last) {
     Args<Operands>& args = *args_;
     args.params = launch_;
     args.params.first_partial = started_;
     args.params.tensors = count_;
     args.params.last = last;
     args.first_chunk[count_] = static_cast<int32_t>(blocks_);
-    if (launch_.device_hyperparams != nullptr) {
-      args.params.device_hyperparams += static_cast<int64_t>(first_row_) * launch_.columns;
+    DeviceScalars& on_device = args.params.on_device;
+    if (on_device.hyperparams != nullptr) on_device.hyperparams += static_cast<int64_t>(first_row_) * rows_.columns;
+    if (on_device.steps != nullptr) on_device.steps += first_row_;
+    const int rows = count_ == 0 ? 0 : args.row[count_ - 1] + 1;
+    for (int r = 0; rows_.hyperparams != nullptr && r < rows; ++r) {
+      std::copy_n(rows_.hyperparams + (first_row_ + r) * rows_.columns, rows_.columns, args.params.hyperparams[r]);
     }
-    if (launch_.device_steps != nullptr) args.params.device_steps += first_row_;
-    for (int r = 0, row = first_row_; r < kRows && row < rows_.count; ++r, ++row) {
-      if (rows_.data != nullptr) {
-        std::copy_n(rows_.data + row * rows_.columns, rows_.columns, args.params.hyperparams[r]);
-      }
-      if (rows_.steps != nullptr) args.params.steps[r] = rows_.steps[row];
-    }
-    launcher_.launch(kernel_, static_cast<unsigned>(std::max<int64_t>(blocks_, 1)), &args, launcher_);
+    if (rows_.steps != nullptr) std::copy_n(rows_.steps + first_row_, rows, args.params.steps);
+    launcher_.launch(kernel, static_cast<unsigned>(std::max<int64_t>(blocks_, 1)), &args, launcher_);
     if (done_ != nullptr) done_->insert(done_->end(), waiting_.begin(), waiting_.end());
     waiting_.clear();
     started_ += blocks_;
@@ -85,11 +82,7 @@ class Launches {
     count_ = 0;
   }
 
-  int64_t started() const { return started_; }
-  void starts_at(int64_t partial) { started_ = partial; }
-
  private:
-  const GpuKernel& kernel_;
   const LaunchParams& launch_;
   Rows rows_;
   const Launcher& launcher_;
@@ -102,51 +95,31 @@ class Launches {
 };
 
 LaunchParams launch_params_of(const Table& table, const OpParams& params) {
-  const DeviceScalars& on_device = params.on_device;
-  LaunchParams c{};
-  c.device_hyperparams = on_device.hyperparams;
-  c.device_steps = on_device.steps;
-  c.columns = on_device.columns;
-  c.rng = on_device.rng;
-  c.seed = params.seed;
-  c.step = params.step;
-  c.stats = params.stats;
-  c.grad_scale = on_device.grad_scale;
-  c.found_inf = on_device.found_inf;
-  c.eta = params.eta;
-  c.grad_multiplier = params.grad_multiplier;
-  c.chunk = chunk_of(table);
-  c.stochastic = params.stochastic;
-  c.flag = params.flag;
-  return c;
-}
-
-Rows rows_of(const Table& table, const double* data, int columns, const double* steps = nullptr) {
-  Rows rows{data, steps, columns};
-  for (const Tensor& tensor : table.tensors) rows.count = std::max(rows.count, tensor.row + 1);
-  return rows;
+  LaunchParams launch{};
+  static_cast<CommonParams&>(launch) = params;
+  launch.chunk = chunk_of(table);
+  return launch;
 }
 
 int dtype(const Tensor& tensor) { return static_cast<int>(tensor.dtype); }
 
-// Tensors of one kernel go together; kernels follow one another in the order of their first tensors.
-template <int Operands, class Pick, class Gather>
+// Tensors of one kernel go together; kernels follow one another in the order of their first tensors. `operands_of`
+// gives what a kernel works on, in the order of its enum in args.h.
+template <int Operands, class Pick, class OperandsOf>
 void for_each_kernel(const Table& table, const LaunchParams& launch, Rows rows, const Launcher& launcher, Pick pick,
-                     Gather operands_of, std::vector<const Tensor*>* started = nullptr) {
-  std::vector<const GpuKernel*> done;
-  for (const Tensor& lead : table.tensors) {
-    if (lead.numel == 0) continue;
-    const GpuKernel* kernel = &pick(lead);
-    if (std::find(done.begin(), done.end(), kernel) != done.end()) continue;
-    done.push_back(kernel);
-    Launches<Operands> launches(*kernel, launch, rows, launcher, started);
-    for (const Tensor& tensor : table.tensors) {
-      if (tensor.numel == 0 || &pick(tensor) != kernel) continue;
-      void* data[Operands];
-      operands_of(tensor, data);
-      launches.add(tensor, data);
+                     OperandsOf operands_of, std::vector<const Tensor*>* started = nullptr) {
+  std::vector<const GpuKernel*> kernels;
+  for (const Tensor& tensor : table.tensors) {
+    if (tensor.numel > 0 && std::find(kernels.begin(), kernels.end(), &pick(tensor)) == kernels.end()) {
+      kernels.push_back(&pick(tensor));
     }
-    launches.flush(false);
+  }
+  Launches<Operands> launches(launch, rows, launcher, started);
+  for (const GpuKernel* kernel : kernels) {
+    for (const Tensor& tensor : table.tensors) {
+      if (tensor.numel > 0 && &pick(tensor) == kernel) launches.add(*kernel, tensor, operands_of(tensor));
+    }
+    launches.flush(*kernel, kernel == kernels.back());
   }
 }
 
@@ -155,21 +128,18 @@ void* source_of(const Tensor& tensor, const OpParams& params) {
   return tensor.data[tensor.has(kBackup) && params.restoring ? kBackup : kParam];
 }
 
-template <int MostStates>
+template <class Rule>
 void update_with(const Table& table, const OpParams& params, const Launcher& launcher) {
-  constexpr int kOperands = kUpdateState0 + MostStates;
+  constexpr int kOperands = kUpdateState0 + Rule::kMostStates;
   for_each_kernel<kOperands>(
-      table, launch_params_of(table, params),
-      rows_of(table, params.hyperparams, kRuleInfos[params.rule].columns, params.steps), launcher,
+      table, launch_params_of(table, params), {params.hyperparams, params.steps, Rule::kColumns}, launcher,
       [&](const Tensor& t) -> const GpuKernel& {
         return update_kernels[variant_of(params.rule, t)][dtype(t)][t.has(kFirstGrad)][t.has(kMaster)];
       },
-      [&](const Tensor& t, void*(&data)[kOperands]) {
-        data[kUpdateParam] = t.data[kParam];
-        data[kUpdateGrad] = t.data[kGrad];
-        data[kUpdateSource] = source_of(t, params);
-        data[kUpdateFirst] = t.data[kFirstGrad];
-        std::copy_n(t.data + kState0, MostStates, data + kUpdateState0);
+      [&](const Tensor& t) {
+        std::array<void*, kOperands> data{t.data[kParam], t.data[kGrad], source_of(t, params), t.data[kFirstGrad]};
+        std::copy_n(t.data + kState0, Rule::kMostStates, &data[kUpdateState0]);
+        return data;
       });
 }
 
@@ -183,46 +153,31 @@ int64_t norm_partials(const Table& table) {
 }
 
 void grad_norm(const Table& table, const OpParams& params, double* partials, const Launcher& launcher) {
-  auto pick = [&](const Tensor& t) -> const GpuKernel& {
-    return grad_norm_kernels[dtype(t)][params.adaptive][params.adaptive && t.complex]
-                            [params.adaptive && t.has(kMaster)];
-  };
   LaunchParams launch = launch_params_of(table, params);
   launch.partials = partials;
   launch.all_partials = norm_partials(table);
-  std::vector<const GpuKernel*> kernels;
-  for (const Tensor& tensor : table.tensors) {
-    if (tensor.numel > 0 && std::find(kernels.begin(), kernels.end(), &pick(tensor)) == kernels.end()) {
-      kernels.push_back(&pick(tensor));
-    }
+  if (launch.all_partials == 0) {  // the norm of nothing
+    return Launches<kNormOperands>(launch, {}, launcher).flush(grad_norm_kernels[0][0][0][0], true);
   }
-  if (kernels.empty()) kernels.push_back(&grad_norm_kernels[0][0][0][0]);  // the norm of nothing: one block, no tensor
-  int64_t partial = 0;
-  for (const GpuKernel* kernel : kernels) {
-    Launches<kNormOperands> launches(*kernel, launch, {}, launcher);
-    launches.starts_at(partial);
-    for (const Tensor& tensor : table.tensors) {
-      if (tensor.numel == 0 || &pick(tensor) != kernel) continue;
-      launches.add(tensor, {tensor.data[kGrad], tensor.data[tensor.has(kMaster) ? kMaster : kParam]});
-    }
-    launches.flush(kernel == kernels.back());
-    partial = launches.started();
-  }
+  for_each_kernel<kNormOperands>(
+      table, launch, {}, launcher,
+      [&](const Tensor& t) -> const GpuKernel& {
+        return grad_norm_kernels[dtype(t)][params.adaptive][params.adaptive && t.complex]
+                                [params.adaptive && t.has(kMaster)];
+      },
+      [](const Tensor& t) { return std::array{t.data[kGrad], t.data[t.has(kMaster) ? kMaster : kParam]}; });
 }
 
 void perturb(const Table& table, const OpParams& params, const Launcher& launcher) {
-  const LaunchParams launch = launch_params_of(table, params);
   std::vector<const Tensor*> started;
   try {
     for_each_kernel<kPerturbOperands>(
-        table, launch, rows_of(table, params.rhos, 1), launcher,
+        table, launch_params_of(table, params), {params.rhos, nullptr, 1}, launcher,
         [&](const Tensor& t) -> const GpuKernel& {
           return perturb_kernels[dtype(t)][params.adaptive][params.adaptive && t.complex][t.has(kMaster)];
         },
-        [](const Tensor& t, void*(&data)[kPerturbOperands]) {
-          data[kPerturbParam] = t.data[kParam];
-          data[kPerturbGrad] = t.data[kGrad];
-          data[kPerturbCopy] = t.data[t.has(kMaster) ? kMaster : kBackup];
+        [](const Tensor& t) {
+          return std::array{t.data[kParam], t.data[kGrad], t.data[t.has(kMaster) ? kMaster : kBackup]};
         },
         &started);
   } catch (...) {  // a launch failed: undo what earlier launches perturbed; only that has a backup
@@ -241,31 +196,22 @@ void restore(const Table& table, const OpParams& params, const Launcher& launche
   for_each_kernel<kRestoreOperands>(
       table, launch, {}, launcher,
       [](const Tensor& t) -> const GpuKernel& { return restore_kernels[dtype(t)][t.has(kMaster)]; },
-      [&](const Tensor& t, void*(&data)[kRestoreOperands]) {
-        data[kRestoreParam] = t.data[kParam];
-        data[kRestoreSource] = source_of(t, params);
-      });
+      [&](const Tensor& t) { return std::array{t.data[kParam], source_of(t, params)}; });
   // An empty tensor has no addresses, so one tensor does not speak for all.
   const auto& tensors = table.tensors;
   if (std::none_of(tensors.begin(), tensors.end(), [](const Tensor& t) { return t.has(kFirstGrad); })) return;
   for_each_kernel<kMixOperands>(
-      table, launch, rows_of(table, params.gammas, 1), launcher,
+      table, launch, {params.gammas, nullptr, 1}, launcher,
       [](const Tensor& t) -> const GpuKernel& { return mix_kernels[dtype(t)]; },
-      [](const Tensor& t, void*(&data)[kMixOperands]) {
-        data[kMixGrad] = t.data[kGrad];
-        data[kMixFirst] = t.data[kFirstGrad];
-      });
+      [](const Tensor& t) { return std::array{t.data[kGrad], t.data[kFirstGrad]}; });
 }
 
 void update(const Table& table, const OpParams& params, const Launcher& launcher) {
-  switch (kRuleInfos[params.rule].most_states) {
-    case 1:
-      return update_with<1>(table, params, launcher);
-    case 2:
-      return update_with<2>(table, params, launcher);
-    default:
-      return update_with<3>(table, params, launcher);
-  }
+#define RST_UPDATE(Rule, name) \
+  case k##Rule:                \
+    return update_with<Rule>(table, params, launcher);
+  switch (params.rule) { RST_RULES(RST_UPDATE) }
+#undef RST_UPDATE
 }
 
 }  // namespace rst::cuda

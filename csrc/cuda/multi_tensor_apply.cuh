@@ -129,20 +129,21 @@ __device__ __forceinline__ void for_each_pack(bool packs, int32_t count, Op& op)
 }
 
 // A hyperparameter of the block's tensor, from the arguments or from device memory, wherever the op was given it.
-template <int Operands>
+template <int Columns, int Operands>
 __device__ __forceinline__ double hyperparam(const Args<Operands>& args, int tensor, int column) {
   const LaunchParams& c = args.params;
   const int row = args.row[tensor];
-  return c.device_hyperparams == nullptr ? c.hyperparams[row][column]
-                                         : c.device_hyperparams[static_cast<int64_t>(row) * c.columns + column];
+  const double* const on_device = c.on_device.hyperparams;
+  return on_device == nullptr ? c.hyperparams[row][column] : on_device[static_cast<int64_t>(row) * Columns + column];
 }
 
 // True where AMP found an overflow: the step is not taken, but the weights are restored.
 __device__ __forceinline__ bool overflowed(const LaunchParams& c) {
-  return c.found_inf != nullptr && *c.found_inf != 0;
+  return c.on_device.found_inf != nullptr && *c.on_device.found_inf != 0;
 }
 __device__ __forceinline__ double grad_multiplier(const LaunchParams& c) {
-  return c.grad_scale == nullptr ? c.grad_multiplier : c.grad_multiplier / static_cast<double>(*c.grad_scale);
+  const float* const scale = c.on_device.grad_scale;
+  return scale == nullptr ? c.grad_multiplier : c.grad_multiplier / static_cast<double>(*scale);
 }
 
 }  // namespace rst::cuda

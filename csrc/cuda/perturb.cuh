@@ -115,12 +115,12 @@ __device__ __forceinline__ void perturb(const Args<kPerturbOperands>& args) {
     }
     return;
   }
-  const A factor = static_cast<A>(hyperparam(args, piece.tensor, 0) * inverse);
+  const A factor = static_cast<A>(hyperparam<1>(args, piece.tensor, 0) * inverse);
   RandomBits random{0};
   if constexpr (sizeof(T) == 2) {
     if (c.stochastic) {
-      const uint64_t seed = c.rng == nullptr ? c.seed : static_cast<uint64_t>(c.rng[0]);
-      const uint64_t step = c.rng == nullptr ? c.step : static_cast<uint64_t>(c.rng[1]);
+      const uint64_t seed = c.on_device.rng == nullptr ? c.seed : static_cast<uint64_t>(c.on_device.rng[0]);
+      const uint64_t step = c.on_device.rng == nullptr ? c.step : static_cast<uint64_t>(c.on_device.rng[1]);
       // A chunk never straddles a multiple of 2^32 elements: both are powers of two.
       random = RandomBits::of(seed, step, static_cast<uint64_t>(args.index[piece.tensor]),
                               static_cast<uint64_t>(piece.begin) >> 32);

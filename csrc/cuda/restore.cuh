@@ -64,7 +64,7 @@ template <class T>
 __device__ __forceinline__ void mix(const Args<kMixOperands>& args) {
   using A = Arithmetic<T>;
   const Piece piece = piece_of(args);
-  const double gamma = hyperparam(args, piece.tensor, 0);
+  const double gamma = hyperparam<1>(args, piece.tensor, 0);
   MixEach<T> op{static_cast<T*>(args.data[kMixGrad][piece.tensor]) + piece.begin,
                 static_cast<const T*>(args.data[kMixFirst][piece.tensor]) + piece.begin,
                 {static_cast<A>(gamma), static_cast<A>(1 - gamma)}};

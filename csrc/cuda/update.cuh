@@ -63,9 +63,9 @@ template <class Rule, int Operands>
 __device__ __forceinline__ Rule prepared(const Args<Operands>& args, int t) {
   const LaunchParams& c = args.params;
   const auto row = [&](int column) {
-    if (column < Rule::kColumns) return hyperparam(args, t, column);
+    if (column < Rule::kColumns) return hyperparam<Rule::kColumns>(args, t, column);
     const int64_t row = args.row[t];
-    return c.device_steps == nullptr ? c.steps[row] : c.device_steps[row];
+    return c.on_device.steps == nullptr ? c.steps[row] : c.on_device.steps[row];
   };
   return Rule::prepare(row, grad_multiplier(c), c.flag);
 }
@@ -102,7 +102,7 @@ __device__ __forceinline__ void update(const Args<kUpdateOperands<Rule>>& args) 
     for_each_pack<T, 1, 1>(packs, piece.count, undo);
     return;
   }
-  const double gamma = hyperparam(args, t, Rule::kGamma);
+  const double gamma = hyperparam<Rule::kColumns>(args, t, Rule::kGamma);
   UpdateEach<Rule, N, T, Mixing, Master> op{
       param,
       source,

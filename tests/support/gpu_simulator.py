@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from rst_fused import _backends
-from rst_fused._schemas import SCHEMAS
+from rst_fused._schemas import ADAM_HYPER, LION_HYPER, SCHEMAS, SGD_HYPER
 
 ROOT = Path(__file__).parents[2]
 NAMESPACE = "rst_fused_gpu"  # the GPU ops, for tensors of any device: see csrc/torch/ops_cuda.cpp
@@ -34,6 +34,7 @@ OPERANDS = {
     "sgd_step": ("w", "r", "ws", "r", "ws"), "adam_step": ("w", "r", "ws", "r", "ws", "ws", "ws"),
     "lion_step": ("w", "r", "ws", "r", "ws"),
 }  # fmt: skip
+COLUMNS = {"sgd_step": len(SGD_HYPER), "adam_step": len(ADAM_HYPER), "lion_step": len(LION_HYPER)}  # else rho or gamma
 
 
 def missing() -> str | None:
@@ -52,14 +53,13 @@ needed = pytest.mark.skipif(missing() is not None, reason=f"GPU kernels cannot b
 
 class LaunchParams(ctypes.Structure):
     _fields_ = [
+        ("device_hyperparams", ctypes.c_void_p), ("device_steps", ctypes.c_void_p), ("rng", ctypes.c_void_p),
+        ("grad_scale", ctypes.c_void_p), ("found_inf", ctypes.c_void_p), ("stats", ctypes.c_void_p),
+        ("eta", ctypes.c_double), ("grad_multiplier", ctypes.c_double), ("seed", ctypes.c_uint64),
+        ("step", ctypes.c_uint64), ("stochastic", ctypes.c_bool), ("flag", ctypes.c_bool),
         ("hyperparams", ctypes.c_double * (ROWS * HYPERPARAMS)), ("steps", ctypes.c_double * ROWS),
-        ("device_hyperparams", ctypes.c_void_p),
-        ("device_steps", ctypes.c_void_p), ("rng", ctypes.c_void_p), ("seed", ctypes.c_uint64),
-        ("step", ctypes.c_uint64), ("stats", ctypes.c_void_p),
-        ("partials", ctypes.c_void_p), ("grad_scale", ctypes.c_void_p), ("found_inf", ctypes.c_void_p),
-        ("eta", ctypes.c_double), ("grad_multiplier", ctypes.c_double), ("first_partial", ctypes.c_int64),
-        ("all_partials", ctypes.c_int64), ("tensors", ctypes.c_int32), ("chunk", ctypes.c_int32),
-        ("columns", ctypes.c_int32), ("last", ctypes.c_bool), ("stochastic", ctypes.c_bool), ("flag", ctypes.c_bool),
+        ("partials", ctypes.c_void_p), ("first_partial", ctypes.c_int64), ("all_partials", ctypes.c_int64),
+        ("tensors", ctypes.c_int32), ("chunk", ctypes.c_int32), ("last", ctypes.c_bool),
     ]  # fmt: skip
 
 
@@ -140,7 +140,7 @@ class Simulator:
             for t in range(params.tensors):
                 allow(args.data[s][t], args.numel[t] * (4 if wide else size), written)
         rows = max((args.row[t] for t in range(params.tensors)), default=0) + 1
-        allow(params.device_hyperparams, rows * params.columns * 8, False)
+        allow(params.device_hyperparams, rows * COLUMNS.get(op, 1) * 8, False)
         allow(params.device_steps, rows * 8, False)
         allow(params.rng, 16, False)
         allow(params.stats, 40, op == "grad_norm")
