@@ -2,7 +2,7 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <cstdio>
+#include <fstream>
 #include <string>
 
 #include "cpu/run.h"
@@ -13,15 +13,12 @@ namespace rst {
 static int64_t listed_cache_bytes() {
   int64_t largest = 0;
   for (int index = 0;; ++index) {
-    const std::string path = "/sys/devices/system/cpu/cpu0/cache/index" + std::to_string(index) + "/size";
-    FILE* file = std::fopen(path.c_str(), "r");
-    if (file == nullptr) return largest;
-    long long size = 0;
+    std::ifstream file("/sys/devices/system/cpu/cpu0/cache/index" + std::to_string(index) + "/size");
+    if (!file.is_open()) return largest;
+    int64_t size = 0;
     char unit = ' ';
-    if (std::fscanf(file, "%lld%c", &size, &unit) >= 1) {
-      largest = std::max<int64_t>(largest, unit == 'K' ? size << 10 : unit == 'M' ? size << 20 : size);
-    }
-    std::fclose(file);
+    file >> size >> unit;
+    largest = std::max(largest, unit == 'K' ? size << 10 : unit == 'M' ? size << 20 : size);
   }
 }
 
