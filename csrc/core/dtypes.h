@@ -19,20 +19,6 @@ struct Half {
   uint16_t bits;
 };
 
-// The builtin type that stores an element of T.
-template <class T>
-struct StorageOf {
-  using type = T;
-};
-template <>
-struct StorageOf<BFloat16> {
-  using type = uint16_t;
-};
-template <>
-struct StorageOf<Half> {
-  using type = uint16_t;
-};
-
 RST_INLINE float half_bits_to_float(uint16_t h) {
   uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16, exponent = (h >> 10) & 31u, mantissa = h & 0x3ffu, bits;
   float value;

@@ -17,13 +17,13 @@ constexpr int kNormBlocks = kSquares * sizeof(T) / 4;  // whose squares are adde
 // Adds the squares of lanes [k, k + kFloatLanes) of a block.
 template <class T>
 RST_INLINE FloatV add_squares(const T* block, int k, FloatV sum) {
-  if constexpr (std::is_same<T, float>::value) {
+  if constexpr (std::is_same_v<T, float>) {
     FloatV g;
     std::memcpy(&g, block + k, sizeof(g));
     return fma(g, g, sum);
   } else {
     Twin g;
-    if constexpr (std::is_same<T, BFloat16>::value) {  // neighbours
+    if constexpr (std::is_same_v<T, BFloat16>) {  // neighbours
       typename Convert<Twin, BFloat16>::Raw raw;
       std::memcpy(&raw, block + 2 * k, sizeof(raw));
       g = Convert<Twin, BFloat16>::widen(raw);
@@ -134,7 +134,7 @@ bool sum_in_fp32(const ChunkArgs& c) {
   const double total = sums.total();
   // Even if denormal numbers are flushed to zero, at most 2^14 squares below 2^-126 are lost: 2^-32 of the total.
   if (!(total >= 0x1p-80 && total <= 0x1p120)) {
-    using Bits = typename std::conditional<sizeof(T) == 4, uint32_t, uint16_t>::type;
+    using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>;
     bool zero = total == 0;
     for (i = 0; zero && i < c.count; ++i) {
       Bits bits;

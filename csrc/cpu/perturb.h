@@ -11,7 +11,7 @@ namespace rst::CPU_CAPABILITY {
 template <class T, bool Own>
 RST_INLINE Twin stochastic_round(Twin v, UintV bits) {
   using Round = StochasticRound<FloatV, UintV>;
-  if constexpr (std::is_same<T, BFloat16>::value) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
     const UintV even = bits & 0xffffu, odd = bits >> 16;
     if constexpr (Own) {
       return {from_bits(Round::own_upper_half(v.a, even)), from_bits(Round::own_upper_half(v.b, odd))};

@@ -183,28 +183,17 @@ RST_INLINE Twin sign(Twin x) { return {sign(x.a), sign(x.b)}; }
 
 template <class V>
 RST_INLINE V broadcast(double x) {
-  if constexpr (std::is_same<V, Twin>::value) {
+  if constexpr (std::is_same_v<V, Twin>) {
     return {broadcast<FloatV>(x), broadcast<FloatV>(x)};
   } else {
-    return V{} + static_cast<typename std::decay<decltype(V{}[0])>::type>(x);
+    return V{} + static_cast<std::decay_t<decltype(V{}[0])>>(x);
   }
 }
 RST_INLINE void assign(FloatV& to, double x) { to = broadcast<FloatV>(x); }
 RST_INLINE void assign(DoubleV& to, double x) { to = broadcast<DoubleV>(x); }
 RST_INLINE void assign(Twin& to, double x) { to = broadcast<Twin>(x); }
 
-template <class V>
-struct Shape {
-  using Scalar = typename std::decay<decltype(V{}[0])>::type;
-  static constexpr int kLanes = sizeof(V) / sizeof(Scalar);
-};
-template <>
-struct Shape<Twin> {
-  using Scalar = float;
-  static constexpr int kLanes = 2 * kFloatLanes;
-};
-
-// Storage format of T in vectors of Shape<V>::kLanes elements: the raw bits, and the conversion to and from arithmetic.
+// Storage format of T in as many elements as a V holds: the raw bits, and the conversion to and from arithmetic.
 // Where T is narrower than V, truncate is narrow for values that T holds exactly, and narrow_own for values computed
 // only from elements of T and finite numbers.
 template <class V, class T>
@@ -274,7 +263,7 @@ struct FloatPair {
   FloatV first, second;
 };
 template <class Raw>
-constexpr bool kInHalves = std::is_same<Raw, HalfPair>::value || std::is_same<Raw, FloatPair>::value;
+constexpr bool kInHalves = std::is_same_v<Raw, HalfPair> || std::is_same_v<Raw, FloatPair>;
 RST_INLINE void stream(uint16_t* p, HalfPair v) {
   stream(p, v.first);
   stream(p + kFloatLanes, v.second);

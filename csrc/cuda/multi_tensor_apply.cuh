@@ -1,6 +1,8 @@
 // The loop of all elementwise kernels: one block per chunk of a tensor, 16 bytes per access where addresses allow.
 #pragma once
 
+#include <type_traits>
+
 #include "core/dtypes.h"
 #include "cuda/args.h"
 #include "math/sam_math.h"
@@ -14,27 +16,10 @@ struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Pack {
 };
 
 template <class T>
-struct ArithmeticOf {
-  using type = float;
-};
-template <>
-struct ArithmeticOf<double> {
-  using type = double;
-};
-template <class T>
-using Arithmetic = typename ArithmeticOf<T>::type;
-
+using Arithmetic = std::conditional_t<std::is_same_v<T, double>, double, float>;
 // A parameter's state has its format, or is fp32 beside a master copy.
 template <class T, bool Master>
-struct StateOf {
-  using type = T;
-};
-template <class T>
-struct StateOf<T, true> {
-  using type = float;
-};
-template <class T, bool Master>
-using State = typename StateOf<T, Master>::type;
+using State = std::conditional_t<Master, float, T>;
 
 __device__ __forceinline__ float widen(float x) { return x; }
 __device__ __forceinline__ double widen(double x) { return x; }

@@ -8,19 +8,14 @@
 namespace rst::cuda {
 
 template <class T>
-struct Rounding {};
-template <>
-struct Rounding<BFloat16> {
-  static __device__ __forceinline__ BFloat16 of(float x, uint32_t random) {
-    return {static_cast<uint16_t>(to_bits(StochasticRound<float, uint32_t>::to_bfloat16(x, random)) >> 16)};
+__device__ __forceinline__ T stochastic_round(float x, uint32_t random) {
+  using Round = StochasticRound<float, uint32_t>;
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    return {static_cast<uint16_t>(to_bits(Round::to_bfloat16(x, random)) >> 16)};
+  } else {
+    return narrow<Half>(Round::to_float16(x, random));
   }
-};
-template <>
-struct Rounding<Half> {
-  static __device__ __forceinline__ Half of(float x, uint32_t random) {
-    return narrow<Half>(StochasticRound<float, uint32_t>::to_float16(x, random));
-  }
-};
+}
 
 template <class T, bool Adaptive, bool Complex, bool Master>
 struct PerturbEach {
@@ -70,7 +65,7 @@ struct PerturbEach {
           } else {  // packs start at even elements
             bits = k % 2 == 0 ? random.pair((element + k) >> 1) : bits >> 16;
           }
-          out.at[k] = Rounding<T>::of(moved(in, k), bits & 0xffffu);
+          out.at[k] = stochastic_round<T>(moved(in, k), bits & 0xffffu);
         }
         store(param, i, out);
         return;

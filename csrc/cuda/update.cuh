@@ -2,8 +2,6 @@
 // writes w and the state. Per fp32 parameter that is 12 bytes, 8 for each state tensor and 4 with mixing.
 #pragma once
 
-#include <type_traits>
-
 #include "core/params.h"
 #include "cuda/restore.cuh"
 
@@ -75,8 +73,7 @@ __device__ __forceinline__ Rule prepared(const Args<Operands>& args, int t) {
 template <int N, class T>
 constexpr int kUpdateBlocks = N > 1 || sizeof(T) == 8 ? 1 : 2;
 template <class Rule, int N, class T, bool Mixing, bool Master>
-constexpr int kUpdateUnroll =
-    Master || (sizeof(T) == 2 && !std::is_same<Rule, Sgd>::value) || (N > 1 && Mixing) ? 1 : 2;
+constexpr int kUpdateUnroll = Master || (sizeof(T) == 2 && !std::is_same_v<Rule, Sgd>) || (N > 1 && Mixing) ? 1 : 2;
 
 template <class Rule>
 constexpr int kUpdateOperands = kUpdateState0 + Rule::kMostStates;
