@@ -156,7 +156,7 @@ void grad_norm_chunk(const ChunkArgs& c) {
   }
   NormSums sums = sums_before(c);
   static_assert(kGather % kNormLanes == 0, "pieces of a chunk would be summed in another order than the whole");
-  const AsamScale<DoubleV> scale{broadcast<DoubleV>(c.params->eta)};
+  const AsamScale<DoubleV> scale{as<DoubleV>(c.params->eta)};
   const bool complex = c.tensor->complex;
 
   auto add = [&](auto at, DoubleV sum) __attribute__((always_inline)) {

@@ -30,9 +30,9 @@ template <class T, bool Adaptive, bool Master, bool Stochastic>
 RST_INLINE void perturb_each(const ChunkArgs& c) {
   using V = Arithmetic<T>;
   using W = State<T, Master>;  // where w is read
-  const Perturb<V> sam{broadcast<V>(c.params->rhos[c.tensor->row] * c.params->stats[kInverse])};
+  const Perturb<V> sam{as<V>(c.params->rhos[c.tensor->row] * c.params->stats[kInverse])};
   const AsamPerturb<V> asam{sam.scale};
-  const AsamScale<V> asam_scale{broadcast<V>(c.params->eta)};
+  const AsamScale<V> asam_scale{as<V>(c.params->eta)};
   const bool complex = c.tensor->complex;
   // Local copies: the compiler need not fear that a store changes them.
   void* const param = c.data[kParam];

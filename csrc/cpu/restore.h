@@ -20,8 +20,7 @@ void restore_chunk(const ChunkArgs& c) {
 template <class T>
 void mix_chunk(const ChunkArgs& c) {
   using V = Arithmetic<T>;
-  const double gamma = c.params->gammas[c.tensor->row];
-  const Mix<V> mix{broadcast<V>(gamma), broadcast<V>(1 - gamma)};
+  const auto mix = Mix<V>::of(c.params->gammas[c.tensor->row]);
   for_each_vector<T, V>(c, nullptr, RST_BODY(at) {
     const V g1 = at.template load<T>(c.data[kFirstGrad]), g2 = at.template load<T>(c.data[kGrad]);
     at.template store<T, true>(c.data[kGrad], mix(g1, g2));

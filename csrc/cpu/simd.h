@@ -181,17 +181,12 @@ RST_INLINE V sign(V x);
 RST_INLINE Twin maximum(Twin x, Twin y) { return {maximum(x.a, y.a), maximum(x.b, y.b)}; }
 RST_INLINE Twin sign(Twin x) { return {sign(x.a), sign(x.b)}; }
 
-template <class V>
-RST_INLINE V broadcast(double x) {
-  if constexpr (std::is_same_v<V, Twin>) {
-    return {broadcast<FloatV>(x), broadcast<FloatV>(x)};
-  } else {
-    return V{} + static_cast<std::decay_t<decltype(V{}[0])>>(x);
-  }
+RST_INLINE void assign(FloatV& to, double x) { to = FloatV{} + static_cast<float>(x); }
+RST_INLINE void assign(DoubleV& to, double x) { to = DoubleV{} + x; }
+RST_INLINE void assign(Twin& to, double x) {
+  assign(to.a, x);
+  to.b = to.a;
 }
-RST_INLINE void assign(FloatV& to, double x) { to = broadcast<FloatV>(x); }
-RST_INLINE void assign(DoubleV& to, double x) { to = broadcast<DoubleV>(x); }
-RST_INLINE void assign(Twin& to, double x) { to = broadcast<Twin>(x); }
 
 // Storage format of T in as many elements as a V holds: the raw bits, and the conversion to and from arithmetic.
 // Where T is narrower than V, truncate is narrow for values that T holds exactly, and narrow_own for values computed

@@ -14,12 +14,12 @@ RST_INLINE void for_each_constant(std::integer_sequence<int, I...>, [[maybe_unus
   (f(std::integral_constant<int, I>{}), ...);
 }
 
-template <class Rule, int N, class T, bool Mixing, bool Master, class... Factor>
-RST_INLINE void update_with(const ChunkArgs& c, const Rule& hyperparams, double gamma) {
+template <class Rule, int N, class T, bool Mixing, bool Master, class... Factor, class Row>
+RST_INLINE void update_with(const ChunkArgs& c, const Row& row) {
   using V = Arithmetic<T>;
   using S = State<T, Master>;
-  const typename Rule::template Step<V, Factor...> step(hyperparams);
-  const Mix<V> mix{broadcast<V>(gamma), broadcast<V>(1 - gamma)};
+  const auto step = Rule::template Step<V, Factor...>::prepare(row, c.params->grad_multiplier, c.params->flag);
+  const auto mix = Mix<V>::of(row(Rule::kGamma));
   // Local copies: so the compiler knows that no store changes them.
   void* const param = c.data[kParam];
   [[maybe_unused]] void* const states[] = {c.data[kState0], c.data[kState1], c.data[kState2]};
@@ -47,17 +47,15 @@ RST_INLINE void update_with(const ChunkArgs& c, const Rule& hyperparams, double 
 
 template <class Rule, int N, class T, bool Mixing, bool Master>
 void update_chunk(const ChunkArgs& c) {
-  const OpParams& params = *c.params;
-  const int row = c.tensor->row;
-  const auto number = [&params, row](int column) {
-    return column < Rule::kColumns ? params.hyperparams[row * Rule::kColumns + column] : params.steps[row];
+  const auto row = [&params = *c.params, at = c.tensor->row](int column) {
+    return column < Rule::kColumns ? params.hyperparams[at * Rule::kColumns + column] : params.steps[at];
   };
-  const Rule hyperparams = Rule::prepare(number, params.grad_multiplier, params.flag);
-  const double gamma = number(Rule::kGamma);
   if constexpr (Rule::kHasUnitFactors) {
-    if (hyperparams.has_unit_factors()) return update_with<Rule, N, T, Mixing, Master, One>(c, hyperparams, gamma);
+    if (Rule::has_unit_factors(row, c.params->grad_multiplier)) {
+      return update_with<Rule, N, T, Mixing, Master, One>(c, row);
+    }
   }
-  update_with<Rule, N, T, Mixing, Master>(c, hyperparams, gamma);
+  update_with<Rule, N, T, Mixing, Master>(c, row);
 }
 
 }  // namespace rst::CPU_CAPABILITY

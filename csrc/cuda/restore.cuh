@@ -62,12 +62,10 @@ struct MixEach {
 
 template <class T>
 __device__ __forceinline__ void mix(const Args<kMixOperands>& args) {
-  using A = Arithmetic<T>;
   const Piece piece = piece_of(args);
-  const double gamma = hyperparam<1>(args, piece.tensor, 0);
   MixEach<T> op{static_cast<T*>(args.data[kMixGrad][piece.tensor]) + piece.begin,
                 static_cast<const T*>(args.data[kMixFirst][piece.tensor]) + piece.begin,
-                {static_cast<A>(gamma), static_cast<A>(1 - gamma)}};
+                Mix<Arithmetic<T>>::of(hyperparam<1>(args, piece.tensor, 0))};
   for_each_pack<T, 2, 1>(aligned(args, piece.tensor), piece.count, op);
 }
 

@@ -57,15 +57,15 @@ struct UpdateEach {
 };
 
 // What the rule makes of the hyperparameters of tensor t.
-template <class Rule, int Operands>
-__device__ __forceinline__ Rule prepared(const Args<Operands>& args, int t) {
+template <class Rule, class Step, int Operands>
+__device__ __forceinline__ Step prepared(const Args<Operands>& args, int t) {
   const LaunchParams& c = args.params;
   const auto row = [&](int column) {
     if (column < Rule::kColumns) return hyperparam<Rule::kColumns>(args, t, column);
     const int64_t row = args.row[t];
     return c.on_device.steps == nullptr ? c.steps[row] : c.on_device.steps[row];
   };
-  return Rule::prepare(row, grad_multiplier(c), c.flag);
+  return Step::prepare(row, grad_multiplier(c), c.flag);
 }
 
 // Blocks per multiprocessor, and packs in flight in every thread: with more, registers would spill. Only SGD has
@@ -82,13 +82,14 @@ template <class Rule, int N, class T, bool Mixing, bool Master>
 __device__ __forceinline__ void update(const Args<kUpdateOperands<Rule>>& args) {
   using A = Arithmetic<T>;
   using S = State<T, Master>;
+  using Step = typename Rule::template Step<A>;
   const LaunchParams& c = args.params;
   const Piece piece = piece_of(args);
   const int t = piece.tensor;
   // Where preparing takes a call, for powers, one thread does it, before all else: a call spills the live values.
-  __shared__ Rule shared;
+  __shared__ Step shared;
   if constexpr (Rule::kCountsSteps) {
-    if (threadIdx.x == 0) shared = prepared<Rule>(args, t);
+    if (threadIdx.x == 0) shared = prepared<Rule, Step>(args, t);
     __syncthreads();
   }
   T* const param = static_cast<T*>(args.data[kUpdateParam][t]) + piece.begin;
@@ -99,15 +100,14 @@ __device__ __forceinline__ void update(const Args<kUpdateOperands<Rule>>& args) 
     for_each_pack<T, 1, 1>(packs, piece.count, undo);
     return;
   }
-  const double gamma = hyperparam<Rule::kColumns>(args, t, Rule::kGamma);
   UpdateEach<Rule, N, T, Mixing, Master> op{
       param,
       source,
       {},
       static_cast<const T*>(args.data[kUpdateGrad][t]) + piece.begin,
       Mixing ? static_cast<const T*>(args.data[kUpdateFirst][t]) + piece.begin : nullptr,
-      typename Rule::template Step<A>(Rule::kCountsSteps ? shared : prepared<Rule>(args, t)),
-      {static_cast<A>(gamma), static_cast<A>(1 - gamma)}};
+      Rule::kCountsSteps ? shared : prepared<Rule, Step>(args, t),
+      Mix<A>::of(hyperparam<Rule::kColumns>(args, t, Rule::kGamma))};
 #pragma unroll
   for (int s = 0; s < N; ++s) op.state[s] = static_cast<S*>(args.data[kUpdateState0 + s][t]) + piece.begin;
   for_each_pack<T, kUpdateUnroll<Rule, N, T, Mixing, Master>, 1>(packs, piece.count, op);

@@ -40,9 +40,15 @@ RST_HD float from_bits(uint32_t bits) {
   return x;
 }
 
-// A prepared hyperparameter, in the value type of a kernel.
 RST_HD void assign(float& to, double x) { to = static_cast<float>(x); }
 RST_HD void assign(double& to, double x) { to = x; }
+// A number that is the same for all elements, in the value type of a kernel.
+template <class V>
+RST_HD V as(double x) {
+  V v;
+  assign(v, x);
+  return v;
+}
 
 // The larger one; NaN if either is, as torch.maximum.
 template <class V>
@@ -108,6 +114,7 @@ struct AsamPerturb {
 template <class V>
 struct Mix {
   V gamma, one_minus_gamma;
+  static RST_HD Mix of(double gamma) { return {as<V>(gamma), as<V>(1 - gamma)}; }
   RST_HD V operator()(V g1, V g2) const { return fma(gamma, g2, one_minus_gamma * g1); }
 };
 

@@ -13,32 +13,24 @@ struct Adam {
   static constexpr int kFewestStates = 2, kMostStates = 3;
   static constexpr bool kCountsSteps = true, kHasFlag = true, kHasUnitFactors = false;
 
-  double minus_step_size, one_minus_beta1, beta2, one_minus_beta2, bias2_sqrt, eps, weight_decay, decay;
-  double grad_multiplier;
-
-  // The step count starts at 1.
-  template <class Row>
-  static RST_HD Adam prepare(const Row& row, double grad_multiplier, bool decoupled) {
-    const double lr = row(kLr), beta1 = row(kBeta1), beta2 = row(kBeta2), weight_decay = row(kWeightDecay);
-    const double bias1 = 1 - ::pow(beta1, row(kStep)), bias2 = 1 - ::pow(beta2, row(kStep));
-    const double coupled_decay = decoupled ? 0 : weight_decay, decay = decoupled ? 1 - lr * weight_decay : 1;
-    return {-lr / bias1, 1 - beta1, beta2, 1 - beta2, ::sqrt(bias2), row(kEps), coupled_decay, decay, grad_multiplier};
-  }
-
   template <class V>
   struct Step {
     V minus_step_size, one_minus_beta1, beta2, one_minus_beta2, bias2_sqrt, eps, weight_decay, decay, grad_multiplier;
 
-    RST_HD explicit Step(const Adam& adam) {
-      assign(minus_step_size, adam.minus_step_size);
-      assign(one_minus_beta1, adam.one_minus_beta1);
-      assign(beta2, adam.beta2);
-      assign(one_minus_beta2, adam.one_minus_beta2);
-      assign(bias2_sqrt, adam.bias2_sqrt);
-      assign(eps, adam.eps);
-      assign(weight_decay, adam.weight_decay);
-      assign(decay, adam.decay);
-      assign(grad_multiplier, adam.grad_multiplier);
+    // The step count starts at 1.
+    template <class Row>
+    static RST_HD Step prepare(const Row& row, double grad_multiplier, bool decoupled) {
+      const double lr = row(kLr), beta1 = row(kBeta1), beta2 = row(kBeta2), weight_decay = row(kWeightDecay);
+      const double bias1 = 1 - ::pow(beta1, row(kStep)), bias2 = 1 - ::pow(beta2, row(kStep));
+      return {as<V>(-lr / bias1),
+              as<V>(1 - beta1),
+              as<V>(beta2),
+              as<V>(1 - beta2),
+              as<V>(::sqrt(bias2)),
+              as<V>(row(kEps)),
+              as<V>(decoupled ? 0 : weight_decay),
+              as<V>(decoupled ? 1 - lr * weight_decay : 1),
+              as<V>(grad_multiplier)};
     }
     template <int N>
     RST_HD V operator()(V w, V g, States<V, N>& state) const {

@@ -1,6 +1,6 @@
 // Every base optimizer. A rule is a struct with the columns of its hyperparameters (gamma last), the names of its state
-// tensors, of which the last may be absent (a variant of its own), and what it prepares from a row of hyperparameters.
-// Its Step holds the whole recipe: operator()(w, g, state) returns the new w.
+// tensors, of which the last may be absent (a variant of its own), and a Step, which holds what it prepares from a row
+// of hyperparameters and the whole recipe: operator()(w, g, state) returns the new w.
 #pragma once
 
 #include "math/rules/adam.h"

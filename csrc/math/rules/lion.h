@@ -11,23 +11,14 @@ struct Lion {
   static constexpr int kFewestStates = 1, kMostStates = 1;
   static constexpr bool kCountsSteps = false, kHasFlag = false, kHasUnitFactors = false;
 
-  double minus_lr, one_minus_beta1, one_minus_beta2, decay, grad_multiplier;
-
-  template <class Row>
-  static RST_HD Lion prepare(const Row& row, double grad_multiplier, bool) {
-    return {-row(kLr), 1 - row(kBeta1), 1 - row(kBeta2), 1 - row(kLr) * row(kWeightDecay), grad_multiplier};
-  }
-
   template <class V>
   struct Step {
     V minus_lr, one_minus_beta1, one_minus_beta2, decay, grad_multiplier;
 
-    RST_HD explicit Step(const Lion& lion) {
-      assign(minus_lr, lion.minus_lr);
-      assign(one_minus_beta1, lion.one_minus_beta1);
-      assign(one_minus_beta2, lion.one_minus_beta2);
-      assign(decay, lion.decay);
-      assign(grad_multiplier, lion.grad_multiplier);
+    template <class Row>
+    static RST_HD Step prepare(const Row& row, double grad_multiplier, bool) {
+      return {as<V>(-row(kLr)), as<V>(1 - row(kBeta1)), as<V>(1 - row(kBeta2)), as<V>(1 - row(kLr) * row(kWeightDecay)),
+              as<V>(grad_multiplier)};
     }
     template <int N>
     RST_HD V operator()(V w, V g, States<V, N>& state) const {

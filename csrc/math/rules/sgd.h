@@ -11,14 +11,10 @@ struct Sgd {
   static constexpr int kFewestStates = 0, kMostStates = 1;
   static constexpr bool kCountsSteps = false, kHasFlag = true, kHasUnitFactors = true;
 
-  double minus_lr, momentum, one_minus_dampening, weight_decay, grad_multiplier;
-  bool nesterov;
-
   template <class Row>
-  static RST_HD Sgd prepare(const Row& row, double grad_multiplier, bool nesterov) {
-    return {-row(kLr), row(kMomentum), 1 - row(kDampening), row(kWeightDecay), grad_multiplier, nesterov};
+  static RST_HD bool has_unit_factors(const Row& row, double grad_multiplier) {
+    return 1 - row(kDampening) == 1 && grad_multiplier == 1;
   }
-  RST_HD bool has_unit_factors() const { return one_minus_dampening == 1 && grad_multiplier == 1; }
 
   template <class V, class Factor = V>
   struct Step {
@@ -26,12 +22,14 @@ struct Sgd {
     Factor one_minus_dampening, grad_multiplier;
     bool nesterov;
 
-    RST_HD explicit Step(const Sgd& sgd) : nesterov(sgd.nesterov) {
-      assign(minus_lr, sgd.minus_lr);
-      assign(momentum, sgd.momentum);
-      assign(weight_decay, sgd.weight_decay);
-      assign(one_minus_dampening, sgd.one_minus_dampening);
-      assign(grad_multiplier, sgd.grad_multiplier);
+    template <class Row>
+    static RST_HD Step prepare(const Row& row, double grad_multiplier, bool nesterov) {
+      return {as<V>(-row(kLr)),
+              as<V>(row(kMomentum)),
+              as<V>(row(kWeightDecay)),
+              as<Factor>(1 - row(kDampening)),
+              as<Factor>(grad_multiplier),
+              nesterov};
     }
     template <int N>
     RST_HD V operator()(V w, V g, [[maybe_unused]] States<V, N>& state) const {
