@@ -31,13 +31,7 @@ struct GradNorm {
     for (int k = 0; k < N; ++k) {
       const double g = widen(in.g.at[k]);
       if constexpr (Adaptive) {
-        const double w = widen(in.w.at[k]);
-        double magnitude = rst::abs(w);
-        if constexpr (Complex) {
-          const double other = widen(in.w.at[k ^ 1]);
-          magnitude = rst::sqrt(w * w + other * other);
-        }
-        sum = AsamSquaredNorm<double>{}(g, scale(magnitude), sum);
+        sum = AsamSquaredNorm<double>{}(g, scale(magnitude<double, Complex>(in.w, k)), sum);
       } else {
         sum = SquaredNorm<double>{}(g, sum);
       }

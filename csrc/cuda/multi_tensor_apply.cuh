@@ -56,6 +56,18 @@ __device__ __forceinline__ void store(void* base, int64_t i, const Pack<T, N>& v
   *reinterpret_cast<Pack<T, N>*>(static_cast<T*>(base) + i) = values;
 }
 
+// |w| of element k; for complex w, |w| of the pair that it belongs to.
+template <class A, bool Complex, class T, int N>
+__device__ __forceinline__ A magnitude(const Pack<T, N>& pack, int k) {
+  const A w = widen(pack.at[k]);
+  if constexpr (Complex) {
+    const A other = widen(pack.at[k ^ 1]);
+    return rst::sqrt(w * w + other * other);
+  } else {
+    return rst::abs(w);
+  }
+}
+
 // The part of a tensor that this block works on.
 struct Piece {
   int tensor;

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "core/params.h"
-#include "cuda/multi_tensor_apply.cuh"
+#include "cuda/restore.cuh"
 
 namespace rst::cuda {
 
@@ -42,13 +42,11 @@ struct PerturbEach {
   template <int N>
   __device__ __forceinline__ A moved(const In<N>& in, int k) const {
     const A w = widen(in.w.at[k]), g = widen(in.g.at[k]);
-    if constexpr (!Adaptive) return sam(w, g);
-    A magnitude = rst::abs(w);
-    if constexpr (Complex) {
-      const A other = widen(in.w.at[k ^ 1]);
-      magnitude = rst::sqrt(w * w + other * other);
+    if constexpr (Adaptive) {
+      return asam(w, g, scale(magnitude<A, Complex>(in.w, k)));
+    } else {
+      return sam(w, g);
     }
-    return asam(w, g, scale(magnitude));
   }
   template <int N>
   __device__ __forceinline__ void finish(int64_t i, const In<N>& in) const {
@@ -77,21 +75,6 @@ struct PerturbEach {
   }
 };
 
-// For a zero or non-finite norm: e = 0 whatever g is, so there is only the backup to write.
-template <class T>
-struct KeepEach {
-  const void* param;
-  void* backup;
-  template <int N>
-  __device__ __forceinline__ Pack<T, N> load(int64_t i) const {
-    return cuda::load<N, T>(param, i);
-  }
-  template <int N>
-  __device__ __forceinline__ void finish(int64_t i, const Pack<T, N>& in) const {
-    store(backup, i, in);
-  }
-};
-
 template <class T, bool Adaptive, bool Complex, bool Master>
 __device__ __forceinline__ void perturb(const Args<kPerturbOperands>& args) {
   using A = Arithmetic<T>;
@@ -103,9 +86,9 @@ __device__ __forceinline__ void perturb(const Args<kPerturbOperands>& args) {
   const T* const grad = static_cast<const T*>(args.data[kPerturbGrad][piece.tensor]) + piece.begin;
   const bool packs = aligned(args, piece.tensor);
   const double inverse = c.stats[kInverse];
-  if (inverse == 0) {  // 0 * inf would be NaN: do not even compute e
+  if (inverse == 0) {  // e = 0 whatever g is, and 0 * inf would be NaN: there is only the backup to write
     if constexpr (!Master) {
-      KeepEach<T> keep{param, copy};
+      RestoreEach<T, false> keep{copy, param};
       for_each_pack<T, 4, Complex ? 2 : 1>(packs, piece.count, keep);
     }
     return;
