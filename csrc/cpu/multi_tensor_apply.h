@@ -29,6 +29,9 @@ RST_INLINE void prefetch(const void* current) {
 }
 
 enum class Part { Whole, WholeStreaming, Some };
+// What is stored as a T: anything, what was computed only from elements of T and finite numbers, or what T holds
+// exactly. See Convert.
+enum class Values { Any, Own, Exact };
 
 // `lanes` elements from element `i` on. Missing lanes of a partial vector read as zero and are not written.
 template <class V, Part part>
@@ -44,27 +47,22 @@ struct At {
     if constexpr (sizeof(T) == 2 && (part == Part::Whole || (part == Part::WholeStreaming && width < kLine))) {
       if (i * static_cast<int64_t>(sizeof(T)) % kLine < width) prefetch(p);  // once a line
     }
-    if constexpr (part != Part::Some && kInHalves<decltype(raw)>) {
-      std::memcpy(&raw.first, p, sizeof(raw.first));
-      std::memcpy(&raw.second, p + kLanes<V> / 2, sizeof(raw.second));
+    if constexpr (part != Part::Some && kIsPair<decltype(raw)>) {
+      std::memcpy(&raw.a, p, sizeof(raw.a));
+      std::memcpy(&raw.b, p + kLanes<V> / 2, sizeof(raw.b));
     } else {
       std::memcpy(&raw, p, bytes<T>());
     }
     return Convert<V, T>::widen(raw);
   }
-  // Own: v was computed only from elements of T and finite numbers, see Convert.
-  template <class T, bool Own>
+  template <class T, Values values>
   RST_INLINE void store(void* base, V v) const {
-    put<T>(base, narrow<T, Own>(v));
+    put<T>(base, narrow<T, values>(v));
   }
-  // For a v that T can hold exactly.
-  template <class T>
-  RST_INLINE void store_exact(void* base, V v) const {
-    put<T>(base, Convert<V, T>::truncate(v));
-  }
-  template <class T>
-  RST_INLINE void store_only_exact(void* base, V v) const {
-    write_only<T>(base, Convert<V, T>::truncate(v));
+  // For outputs that the kernel does not read: no line is fetched only to be overwritten.
+  template <class T, Values values>
+  RST_INLINE void store_only(void* base, V v) const {
+    write_only<T>(base, narrow<T, values>(v));
   }
   // The bits as they are: not even the payload of a NaN changes.
   template <class T>
@@ -73,16 +71,13 @@ struct At {
     std::memcpy(&raw, static_cast<const T*>(from) + i, bytes<T>());
     write_only<T>(to, raw);
   }
-  // For outputs that the kernel does not read: no line is fetched only to be overwritten.
-  template <class T, bool Own>
-  RST_INLINE void store_only(void* base, V v) const {
-    write_only<T>(base, narrow<T, Own>(v));
-  }
 
  private:
-  template <class T, bool Own>
+  template <class T, Values values>
   RST_INLINE auto narrow(V v) const {
-    if constexpr (Own) {
+    if constexpr (values == Values::Exact) {
+      return Convert<V, T>::truncate(v);
+    } else if constexpr (values == Values::Own) {
       return Convert<V, T>::narrow_own(v);
     } else {
       return Convert<V, T>::narrow(v);
@@ -95,9 +90,9 @@ struct At {
   template <class T, class Raw>
   RST_INLINE void put(void* base, Raw raw) const {
     T* p = static_cast<T*>(base) + i;
-    if constexpr (part != Part::Some && kInHalves<Raw>) {
-      std::memcpy(p, &raw.first, sizeof(raw.first));
-      std::memcpy(p + kLanes<V> / 2, &raw.second, sizeof(raw.second));
+    if constexpr (part != Part::Some && kIsPair<Raw>) {
+      std::memcpy(p, &raw.a, sizeof(raw.a));
+      std::memcpy(p + kLanes<V> / 2, &raw.b, sizeof(raw.b));
     } else {
       std::memcpy(p, &raw, bytes<T>());
     }
@@ -105,8 +100,7 @@ struct At {
   template <class T, class Raw>
   RST_INLINE void write_only(void* base, Raw raw) const {
     if constexpr (part == Part::WholeStreaming) {
-      using Storage = std::conditional_t<sizeof(T) == 2, uint16_t, T>;
-      stream(static_cast<Storage*>(base) + i, raw);
+      stream(static_cast<T*>(base) + i, raw);
     } else {
       put<T>(base, raw);
     }

@@ -6,7 +6,7 @@
 
 namespace rst::CPU_CAPABILITY {
 
-// `bits`: those of the pairs of neighbours in v, in order. To be stored by store_exact, which for bfloat16 takes the
+// `bits`: those of the pairs of neighbours in v, in order. To be stored as Values::Exact, which for bfloat16 takes the
 // upper halves alone.
 template <class T, bool Own>
 RST_INLINE Twin stochastic_round(Twin v, UintV bits) {
@@ -63,15 +63,12 @@ RST_INLINE void perturb_each(const ChunkArgs& c) {
       // for_each_vector begins at even elements, one vector after another.
       place += RandomBits::place(static_cast<uint32_t>(at.lanes / 2));
       moved = stochastic_round<T, !Master>(moved, bits);
-      if constexpr (Master) {
-        at.template store_only_exact<T>(param, moved);
-      } else {
-        at.template store_exact<T>(param, moved);
-      }
-    } else if constexpr (Master) {
-      at.template store_only<T, false>(param, moved);
+    }
+    constexpr Values computed = Stochastic ? Values::Exact : Master ? Values::Any : Values::Own;
+    if constexpr (Master) {
+      at.template store_only<T, computed>(param, moved);
     } else {
-      at.template store<T, true>(param, moved);
+      at.template store<T, computed>(param, moved);
     }
   });
 }

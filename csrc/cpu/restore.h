@@ -10,7 +10,7 @@ template <class T, bool Master>
 void restore_chunk(const ChunkArgs& c) {
   if constexpr (Master) {
     for_each_vector<T, Arithmetic<T>>(c, c.data[kParam], RST_BODY(at) {
-      at.template store_only<T, false>(c.data[kParam], at.template load<State<T, true>>(c.data[kMaster]));
+      at.template store_only<T, Values::Any>(c.data[kParam], at.template load<State<T, true>>(c.data[kMaster]));
     });
   } else {  // bytes, not values: a NaN's payload comes back too
     std::memcpy(c.data[kParam], c.data[kBackup], c.count * sizeof(T));
@@ -23,7 +23,7 @@ void mix_chunk(const ChunkArgs& c) {
   const auto mix = Mix<V>::of(c.params->gammas[c.tensor->row]);
   for_each_vector<T, V>(c, nullptr, RST_BODY(at) {
     const V g1 = at.template load<T>(c.data[kFirstGrad]), g2 = at.template load<T>(c.data[kGrad]);
-    at.template store<T, true>(c.data[kGrad], mix(g1, g2));
+    at.template store<T, Values::Own>(c.data[kGrad], mix(g1, g2));
   });
 }
 

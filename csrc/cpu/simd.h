@@ -61,8 +61,6 @@ RST_INLINE FloatV fma(FloatV a, FloatV b, FloatV c) { return _mm512_fmadd_ps(a, 
 RST_INLINE DoubleV fma(DoubleV a, DoubleV b, DoubleV c) { return _mm512_fmadd_pd(a, b, c); }
 RST_INLINE FloatV sqrt(FloatV a) { return _mm512_sqrt_ps(a); }
 RST_INLINE DoubleV sqrt(DoubleV a) { return _mm512_sqrt_pd(a); }
-RST_INLINE void stream(float* p, FloatV v) { _mm512_stream_ps(p, v); }
-RST_INLINE void stream(double* p, DoubleV v) { _mm512_stream_pd(p, v); }
 RST_INLINE DoubleV to_double(Vector<float, 8> x) { return _mm512_cvtps_pd(reinterpret<__m256>(x)); }
 RST_INLINE FloatV half_to_float(Vector<uint16_t, 16> h) { return _mm512_cvtph_ps(reinterpret<__m256i>(h)); }
 RST_INLINE Vector<float, 8> half_to_float(Vector<uint16_t, 8> h) { return _mm256_cvtph_ps(reinterpret<__m128i>(h)); }
@@ -72,9 +70,6 @@ RST_INLINE Vector<uint32_t, 8> zero_extend(Vector<uint16_t, 8> h) {
 RST_INLINE Vector<uint16_t, 16> float_to_half(FloatV x) {
   return reinterpret<Vector<uint16_t, 16>>(_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
-RST_INLINE void stream(uint16_t* p, Vector<uint16_t, 16> v) {
-  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), reinterpret<__m256i>(v));
-}
 RST_INLINE Vector<uint16_t, 32> blend_neighbours(Vector<uint16_t, 32> even, Vector<uint16_t, 32> odd) {
   return reinterpret<Vector<uint16_t, 32>>(
       _mm512_mask_blend_epi16(0xaaaaaaaau, reinterpret<__m512i>(even), reinterpret<__m512i>(odd)));
@@ -82,16 +77,11 @@ RST_INLINE Vector<uint16_t, 32> blend_neighbours(Vector<uint16_t, 32> even, Vect
 RST_INLINE Vector<uint16_t, 32> minus_saturated(Vector<uint16_t, 32> a, Vector<uint16_t, 32> b) {
   return reinterpret<Vector<uint16_t, 32>>(_mm512_subs_epu16(reinterpret<__m512i>(a), reinterpret<__m512i>(b)));
 }
-RST_INLINE void stream(uint16_t* p, Vector<uint16_t, 32> v) {
-  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), reinterpret<__m512i>(v));
-}
 #elif RST_SIMD_LEVEL == 1
 RST_INLINE FloatV fma(FloatV a, FloatV b, FloatV c) { return _mm256_fmadd_ps(a, b, c); }
 RST_INLINE DoubleV fma(DoubleV a, DoubleV b, DoubleV c) { return _mm256_fmadd_pd(a, b, c); }
 RST_INLINE FloatV sqrt(FloatV a) { return _mm256_sqrt_ps(a); }
 RST_INLINE DoubleV sqrt(DoubleV a) { return _mm256_sqrt_pd(a); }
-RST_INLINE void stream(float* p, FloatV v) { _mm256_stream_ps(p, v); }
-RST_INLINE void stream(double* p, DoubleV v) { _mm256_stream_pd(p, v); }
 RST_INLINE DoubleV to_double(Vector<float, 4> x) { return _mm256_cvtps_pd(reinterpret<__m128>(x)); }
 RST_INLINE FloatV half_to_float(Vector<uint16_t, 8> h) { return _mm256_cvtph_ps(reinterpret<__m128i>(h)); }
 RST_INLINE Vector<float, 4> half_to_float(Vector<uint16_t, 4> h) {
@@ -102,12 +92,6 @@ RST_INLINE Vector<uint32_t, 4> zero_extend(Vector<uint16_t, 4> h) {
 }
 RST_INLINE Vector<uint16_t, 8> float_to_half(FloatV x) {
   return reinterpret<Vector<uint16_t, 8>>(_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-}
-RST_INLINE void stream(uint16_t* p, Vector<uint16_t, 8> v) {
-  _mm_stream_si128(reinterpret_cast<__m128i*>(p), reinterpret<__m128i>(v));
-}
-RST_INLINE void stream(uint16_t* p, Vector<uint16_t, 16> v) {
-  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), reinterpret<__m256i>(v));
 }
 RST_INLINE Vector<uint16_t, 16> blend_neighbours(Vector<uint16_t, 16> even, Vector<uint16_t, 16> odd) {
   return reinterpret<Vector<uint16_t, 16>>(
@@ -156,17 +140,43 @@ template <class H>
 RST_INLINE auto zero_extend(H h) {
   return __builtin_convertvector(h, Vector<uint32_t, sizeof(H) / 2>);
 }
-template <class Scalar, class V>
-RST_INLINE void stream(Scalar* p, V v) {
-  std::memcpy(p, &v, sizeof(v));
-}
 #endif
 
-// Two vectors side by side: the arithmetic of 16-bit dtypes, so that one whole vector of them is worked on at a time.
-// Which element is where is up to Convert.
-struct Twin {
-  FloatV a, b;
+// A store that bypasses the cache, where there is one.
+template <class V>
+RST_INLINE void stream(void* p, V v) {
+#if RST_SIMD_LEVEL > 0
+  if constexpr (sizeof(V) == 64) {
+    _mm512_stream_si512(static_cast<__m512i*>(p), reinterpret<__m512i>(v));
+  } else if constexpr (sizeof(V) == 32) {
+    _mm256_stream_si256(static_cast<__m256i*>(p), reinterpret<__m256i>(v));
+  } else {
+    _mm_stream_si128(static_cast<__m128i*>(p), reinterpret<__m128i>(v));
+  }
+#else
+  std::memcpy(p, &v, sizeof(v));
+#endif
+}
+
+// Two vectors side by side. They are read and written one by one: as one block, the compiler would send them through
+// the stack.
+template <class V>
+struct Pair {
+  V a, b;
 };
+template <class V>
+constexpr bool kIsPair = false;
+template <class V>
+constexpr bool kIsPair<Pair<V>> = true;
+template <class V>
+RST_INLINE void stream(void* p, Pair<V> v) {
+  stream(p, v.a);
+  stream(static_cast<char*>(p) + sizeof(V), v.b);
+}
+
+// The arithmetic of 16-bit dtypes, so that one whole vector of them is worked on at a time. Which element is where is
+// up to Convert.
+using Twin = Pair<FloatV>;
 RST_INLINE Twin operator+(Twin x, Twin y) { return {x.a + y.a, x.b + y.b}; }
 RST_INLINE Twin operator-(Twin x, Twin y) { return {x.a - y.a, x.b - y.b}; }
 RST_INLINE Twin operator*(Twin x, Twin y) { return {x.a * y.a, x.b * y.b}; }
@@ -193,24 +203,22 @@ RST_INLINE void assign(Twin& to, double x) {
 // only from elements of T and finite numbers.
 template <class V, class T>
 struct Convert;
-template <>
-struct Convert<FloatV, float> {
-  using Raw = FloatV;
-  static RST_INLINE FloatV widen(Raw raw) { return raw; }
-  static RST_INLINE Raw narrow(FloatV v) { return v; }
-  static RST_INLINE Raw narrow_own(FloatV v) { return v; }
+// A T that is computed with as it is stored.
+template <class V>
+struct Identity {
+  using Raw = V;
+  static RST_INLINE V widen(Raw raw) { return raw; }
+  static RST_INLINE Raw narrow(V v) { return v; }
+  static RST_INLINE Raw narrow_own(V v) { return v; }
 };
+template <>
+struct Convert<FloatV, float> : Identity<FloatV> {};
+template <>
+struct Convert<DoubleV, double> : Identity<DoubleV> {};
 template <>
 struct Convert<DoubleV, float> {
   using Raw = Vector<float, kDoubleLanes>;
   static RST_INLINE DoubleV widen(Raw raw) { return to_double(raw); }
-};
-template <>
-struct Convert<DoubleV, double> {
-  using Raw = DoubleV;
-  static RST_INLINE DoubleV widen(Raw raw) { return raw; }
-  static RST_INLINE Raw narrow(DoubleV v) { return v; }
-  static RST_INLINE Raw narrow_own(DoubleV v) { return v; }
 };
 template <>
 struct Convert<DoubleV, BFloat16> {
@@ -249,24 +257,11 @@ struct Convert<Twin, BFloat16> {
   }
   static RST_INLINE Raw truncate(Twin v) { return join(to_bits(v.a), to_bits(v.b)); }
 };
-// float16 in a Twin: the first elements in a, the rest in b. Formats in two vectors are read and written in halves:
-// as one block, the compiler would send them through the stack.
-struct HalfPair {
-  Vector<uint16_t, kFloatLanes> first, second;
-};
-struct FloatPair {
-  FloatV first, second;
-};
-template <class Raw>
-constexpr bool kInHalves = std::is_same_v<Raw, HalfPair> || std::is_same_v<Raw, FloatPair>;
-RST_INLINE void stream(uint16_t* p, HalfPair v) {
-  stream(p, v.first);
-  stream(p + kFloatLanes, v.second);
-}
+// float16 in a Twin: the first elements in a, the rest in b.
 template <>
 struct Convert<Twin, Half> {
-  using Raw = HalfPair;
-  static RST_INLINE Twin widen(Raw raw) { return {half_to_float(raw.first), half_to_float(raw.second)}; }
+  using Raw = Pair<Vector<uint16_t, kFloatLanes>>;
+  static RST_INLINE Twin widen(Raw raw) { return {half_to_float(raw.a), half_to_float(raw.b)}; }
   static RST_INLINE Raw narrow(Twin v) { return {float_to_half(v.a), float_to_half(v.b)}; }
   static RST_INLINE Raw truncate(Twin v) { return narrow(v); }
   static RST_INLINE Raw narrow_own(Twin v) { return narrow(v); }
@@ -316,13 +311,9 @@ struct Float32Beside {
 };
 template <class T>
 struct Convert<Twin, Float32Beside<T>> {
-  using Raw = FloatPair;
-  static RST_INLINE Twin widen(Raw raw) { return Beside<T>::arrange({raw.first, raw.second}); }
-  static RST_INLINE Raw narrow(Twin v) {
-    const Twin ordered = Beside<T>::restore(v);
-    return {ordered.a, ordered.b};
-  }
-  static RST_INLINE Raw narrow_own(Twin v) { return narrow(v); }
+  using Raw = Twin;
+  static RST_INLINE Twin widen(Raw raw) { return Beside<T>::arrange(raw); }
+  static RST_INLINE Raw narrow(Twin v) { return Beside<T>::restore(v); }
 };
 
 // Exchanges the two halves of every (real, imaginary) pair.

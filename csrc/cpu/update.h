@@ -27,6 +27,7 @@ RST_INLINE void update_with(const ChunkArgs& c, const Row& row) {
   const void* const source = c.source;
   const void* const grad = c.data[kGrad];
   const void* const first_grad = c.data[kFirstGrad];
+  constexpr Values computed = Master ? Values::Any : Values::Own;
   const bool write_only = Master || source != param;
 
   for_each_vector<T, V>(c, write_only ? param : nullptr, RST_BODY(at) {
@@ -38,10 +39,10 @@ RST_INLINE void update_with(const ChunkArgs& c, const Row& row) {
                       [&](auto i) __attribute__((always_inline)) { state[i] = at.template load<S>(states[i]); });
     const V updated = step(w, g, state);
     for_each_constant(std::make_integer_sequence<int, N>(), [&](auto i) __attribute__((always_inline)) {
-      at.template store<S, !Master>(states[i], state[i]);
+      at.template store<S, computed>(states[i], state[i]);
     });
-    if constexpr (Master) at.template store<S, false>(master, updated);
-    at.template store_only<T, !Master>(param, updated);
+    if constexpr (Master) at.template store<S, Values::Any>(master, updated);
+    at.template store_only<T, computed>(param, updated);
   });
 }
 
