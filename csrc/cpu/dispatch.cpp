@@ -7,14 +7,14 @@
 namespace rst {
 
 std::vector<const KernelTable*> runnable_kernels() {
-  std::vector<const KernelTable*> found{&plain_kernels()};
+  std::vector<const KernelTable*> found{&plain::kernel_table()};
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
-    found.push_back(&avx2_kernels());
+    found.push_back(&avx2::kernel_table());
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl")) {
-      found.push_back(&avx512_kernels());
+      found.push_back(&avx512::kernel_table());
     }
   }
 #endif

@@ -1,5 +1,5 @@
-// Instantiates all kernels for one SIMD level. A level's .cpp includes the standard headers, sets RST_SIMD_LEVEL and
-// CPU_CAPABILITY, switches the compiler's target and includes this file. Everything that depends on the level is in
+// Instantiates all kernels for one SIMD level. A level's .cpp includes cpu/standard_headers.h, sets RST_SIMD_LEVEL
+// and CPU_CAPABILITY, switches the compiler's target and includes this file. Everything that depends on the level is in
 // namespace rst::CPU_CAPABILITY, so that the linker can never pick code made for a newer processor on an older one.
 #pragma once
 
@@ -46,14 +46,19 @@ inline void fill(KernelTable& table, DType dtype) {
   }
 }
 
-inline KernelTable build_kernel_table(const char* name) {
-  KernelTable table{};
-  table.name = name;
-  fill<float>(table, DType::Float);
-  fill<double>(table, DType::Double);
-  fill<BFloat16>(table, DType::BFloat16);
-  fill<Half>(table, DType::Half);
-  return table;
+#define RST_NAME_OF(level) #level
+#define RST_NAME(level) RST_NAME_OF(level)
+const KernelTable& kernel_table() {
+  static const KernelTable all = [] {
+    KernelTable table{};
+    table.name = RST_NAME(CPU_CAPABILITY);
+    fill<float>(table, DType::Float);
+    fill<double>(table, DType::Double);
+    fill<BFloat16>(table, DType::BFloat16);
+    fill<Half>(table, DType::Half);
+    return table;
+  }();
+  return all;
 }
 
 }  // namespace rst::CPU_CAPABILITY

@@ -34,9 +34,15 @@ struct KernelTable {
   Kernel update[kRuleVariants][kDTypes][2][2];  // [mix][master]
 };
 
-const KernelTable& plain_kernels();
-const KernelTable& avx2_kernels();    // only where the compiler targets x86-64
-const KernelTable& avx512_kernels();  // likewise
+namespace plain {
+const KernelTable& kernel_table();
+}
+namespace avx2 {  // only where the compiler targets x86-64
+const KernelTable& kernel_table();
+}
+namespace avx512 {  // likewise
+const KernelTable& kernel_table();
+}
 
 // The level in use: the best one that this processor has until select_kernels chooses another.
 const KernelTable& kernels();

@@ -5,21 +5,15 @@
 // RST_SIMD_LEVEL is 0 (plain: 16-byte vectors, any architecture), 1 (AVX2 + FMA + F16C) or 2 (AVX-512 F/BW/DQ/VL).
 #pragma once
 
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <type_traits>
-#if RST_SIMD_LEVEL > 0
-#include <immintrin.h>
-#endif
+#include "core/dtypes.h"
+#include "cpu/standard_headers.h"
+
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors are passed only between functions that are always inlined
 #if RST_SIMD_LEVEL == 2
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // gcc 12's own _mm512_sqrt_ps
 #endif
 #endif
-
-#include "core/dtypes.h"
 
 namespace rst {
 
