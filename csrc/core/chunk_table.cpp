@@ -90,22 +90,23 @@ int useful_threads(const Table& table, int operands, int available) {
   return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, available)));
 }
 
-namespace {
-
-// Calls visit(offset) for each element of [begin, begin + count) in row-major order.
-template <class Visit>
-void walk(const Tensor& tensor, int operand, int64_t begin, int64_t count, Visit visit) {
+// Calls copy(at, packed, size) for each element of the scalars [begin, begin + count), in row-major order: where it is,
+// its offset among the packed ones, and its bytes.
+template <class Copy>
+static void walk(const Tensor& tensor, int operand, int64_t begin, int64_t count, Copy copy) {
+  const int64_t scalars = tensor.complex ? 2 : 1, size = scalars * size_of(tensor.dtype_of(operand));
+  char* const base = static_cast<char*>(tensor.data[operand]);
   const int ndim = static_cast<int>(tensor.sizes.size());
   const int64_t* strides = tensor.strides.data() + static_cast<int64_t>(operand) * ndim;
   std::vector<int64_t> index(ndim);
-  int64_t offset = 0, rest = begin;
+  int64_t offset = 0, rest = begin / scalars;
   for (int d = ndim - 1; d >= 0; --d) {
     index[d] = rest % tensor.sizes[d];
     rest /= tensor.sizes[d];
     offset += index[d] * strides[d];
   }
-  for (int64_t i = 0; i < count; ++i) {
-    visit(offset);
+  for (int64_t i = 0; i < count / scalars; ++i) {
+    copy(base + offset * size, i * size, size);
     for (int d = ndim - 1; d >= 0; --d) {
       offset += strides[d];
       if (++index[d] < tensor.sizes[d]) break;
@@ -115,26 +116,13 @@ void walk(const Tensor& tensor, int operand, int64_t begin, int64_t count, Visit
   }
 }
 
-template <class Copy>
-void move(const Tensor& tensor, int operand, int64_t begin, int64_t count, Copy copy) {
-  const int64_t scalars = tensor.complex ? 2 : 1, size = scalars * size_of(tensor.dtype_of(operand));
-  char* base = static_cast<char*>(tensor.data[operand]);
-  int64_t packed = 0;
-  walk(tensor, operand, begin / scalars, count / scalars, [&](int64_t offset) {
-    copy(base + offset * size, packed, size);
-    packed += size;
-  });
-}
-
-}  // namespace
-
 void gather(const Tensor& tensor, int operand, int64_t begin, int64_t count, void* packed) {
-  move(tensor, operand, begin, count,
+  walk(tensor, operand, begin, count,
        [&](char* at, int64_t to, int64_t size) { std::memcpy(static_cast<char*>(packed) + to, at, size); });
 }
 
 void scatter(const Tensor& tensor, int operand, int64_t begin, int64_t count, const void* packed) {
-  move(tensor, operand, begin, count,
+  walk(tensor, operand, begin, count,
        [&](char* at, int64_t from, int64_t size) { std::memcpy(at, static_cast<const char*>(packed) + from, size); });
 }
 
