@@ -10,14 +10,11 @@
 
 namespace rst::CPU_CAPABILITY {
 
-template <class T>
-constexpr bool kIs16Bit = sizeof(T) == 2;
-
 template <class Rule, int States, class T>
 inline void fill_update(Kernel (&update)[2][2]) {
   update[0][0] = update_chunk<Rule, States, T, false, false>;
   update[1][0] = update_chunk<Rule, States, T, true, false>;
-  if constexpr (kIs16Bit<T>) {
+  if constexpr (sizeof(T) == 2) {
     update[0][1] = update_chunk<Rule, States, T, false, true>;
     update[1][1] = update_chunk<Rule, States, T, true, true>;
   }
@@ -37,7 +34,7 @@ inline void fill(KernelTable& table, DType dtype) {
 #define RST_FILL(Rule, states, ...) fill_update<Rule, states, T>(table.update[variant++][d]);
   RST_RULE_VARIANTS(RST_FILL)
 #undef RST_FILL
-  if constexpr (kIs16Bit<T>) {
+  if constexpr (sizeof(T) == 2) {
     table.grad_norm[d][0][1] = grad_norm_chunk<T, false, false>;
     table.grad_norm[d][1][1] = grad_norm_chunk<T, true, true>;
     table.perturb[d][0][1] = perturb_chunk<T, false, true>;

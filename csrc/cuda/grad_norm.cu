@@ -23,13 +23,10 @@ RST_HALF(float16, Half)
 #define RST_OF(name) RST_ENTRY(rst_grad_norm_##name, kNormOperands)
 // Without ASAM complex numbers are pairs of scalars, and masters are not read.
 // clang-format off
-#define RST_WIDE_ROW(name) \
-  {{{RST_OF(name), {}}, {RST_OF(name), {}}}, {{RST_OF(name##_adaptive), {}}, {RST_OF(name##_adaptive_complex), {}}}}
-#define RST_HALF_ROW(name) \
-  {{{RST_OF(name), RST_OF(name)}, {}}, {{RST_OF(name##_adaptive), RST_OF(name##_adaptive_master)}, {}}}
+#define RST_ROW(name, special) {{RST_OF(name), {}}, {RST_OF(name##_adaptive), RST_OF(name##_adaptive##special)}}
 // clang-format on
 
-const GpuKernel grad_norm_kernels[kDTypes][2][2][2] = {RST_WIDE_ROW(float32), RST_WIDE_ROW(float64),
-                                                       RST_HALF_ROW(bfloat16), RST_HALF_ROW(float16)};
+const GpuKernel grad_norm_kernels[kDTypes][2][2] = {RST_ROW(float32, _complex), RST_ROW(float64, _complex),
+                                                    RST_ROW(bfloat16, _master), RST_ROW(float16, _master)};
 
 }  // namespace rst::cuda

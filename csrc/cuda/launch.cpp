@@ -157,13 +157,12 @@ void grad_norm(const Table& table, const OpParams& params, double* partials, con
   launch.partials = partials;
   launch.all_partials = norm_partials(table);
   if (launch.all_partials == 0) {  // the norm of nothing
-    return Launches<kNormOperands>(launch, {}, launcher).flush(grad_norm_kernels[0][0][0][0], true);
+    return Launches<kNormOperands>(launch, {}, launcher).flush(grad_norm_kernels[0][0][0], true);
   }
   for_each_kernel<kNormOperands>(
       table, launch, {}, launcher,
       [&](const Tensor& t) -> const GpuKernel& {
-        return grad_norm_kernels[dtype(t)][params.adaptive][params.adaptive && t.complex]
-                                [params.adaptive && t.has(kMaster)];
+        return grad_norm_kernels[dtype(t)][params.adaptive][params.adaptive && (t.complex || t.has(kMaster))];
       },
       [](const Tensor& t) { return std::array{t.data[kGrad], t.data[t.has(kMaster) ? kMaster : kParam]}; });
 }
@@ -174,7 +173,7 @@ void perturb(const Table& table, const OpParams& params, const Launcher& launche
     for_each_kernel<kPerturbOperands>(
         table, launch_params_of(table, params), {params.rhos, nullptr, 1}, launcher,
         [&](const Tensor& t) -> const GpuKernel& {
-          return perturb_kernels[dtype(t)][params.adaptive][params.adaptive && t.complex][t.has(kMaster)];
+          return perturb_kernels[dtype(t)][params.adaptive][t.has(kMaster) || (params.adaptive && t.complex)];
         },
         [](const Tensor& t) {
           return std::array{t.data[kParam], t.data[kGrad], t.data[t.has(kMaster) ? kMaster : kBackup]};

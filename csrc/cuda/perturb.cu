@@ -24,13 +24,12 @@ RST_HALF(float16, Half)
 #define RST_OF(name) RST_ENTRY(rst_perturb_##name, kPerturbOperands)
 // Without ASAM complex numbers are pairs of scalars.
 // clang-format off
-#define RST_WIDE_ROW(name) \
-  {{{RST_OF(name), {}}, {RST_OF(name), {}}}, {{RST_OF(name##_adaptive), {}}, {RST_OF(name##_adaptive_complex), {}}}}
+#define RST_WIDE_ROW(name) {{RST_OF(name), {}}, {RST_OF(name##_adaptive), RST_OF(name##_adaptive_complex)}}
 #define RST_HALF_ROW(name) \
-  {{{RST_OF(name), RST_OF(name##_master)}, {}}, {{RST_OF(name##_adaptive), RST_OF(name##_adaptive_master)}, {}}}
+  {{RST_OF(name), RST_OF(name##_master)}, {RST_OF(name##_adaptive), RST_OF(name##_adaptive_master)}}
 // clang-format on
 
-const GpuKernel perturb_kernels[kDTypes][2][2][2] = {RST_WIDE_ROW(float32), RST_WIDE_ROW(float64),
-                                                     RST_HALF_ROW(bfloat16), RST_HALF_ROW(float16)};
+const GpuKernel perturb_kernels[kDTypes][2][2] = {RST_WIDE_ROW(float32), RST_WIDE_ROW(float64), RST_HALF_ROW(bfloat16),
+                                                  RST_HALF_ROW(float16)};
 
 }  // namespace rst::cuda
