@@ -6,22 +6,11 @@ namespace rst::cuda {
 
 #define RST_GRAD_NORM(name, T, adaptive, complex, master) \
   RST_KERNEL(rst_grad_norm_##name, kNormOperands, 2) { grad_norm<T, adaptive, complex, master>(args); }
-#define RST_WIDE(name, T)                               \
-  RST_GRAD_NORM(name, T, false, false, false)           \
-  RST_GRAD_NORM(name##_adaptive, T, true, false, false) \
-  RST_GRAD_NORM(name##_adaptive_complex, T, true, true, false)
-#define RST_HALF(name, T)                               \
-  RST_GRAD_NORM(name, T, false, false, false)           \
-  RST_GRAD_NORM(name##_adaptive, T, true, false, false) \
-  RST_GRAD_NORM(name##_adaptive_master, T, true, false, true)
 
-RST_WIDE(float32, float)
-RST_WIDE(float64, double)
-RST_HALF(bfloat16, BFloat16)
-RST_HALF(float16, Half)
+RST_WITH_ASAM(RST_GRAD_NORM)
 
 #define RST_OF(name) RST_ENTRY(rst_grad_norm_##name, kNormOperands)
-// Without ASAM complex numbers are pairs of scalars, and masters are not read.
+// Without ASAM masters are not read.
 // clang-format off
 #define RST_ROW(name, special) {{RST_OF(name), {}}, {RST_OF(name##_adaptive), RST_OF(name##_adaptive##special)}}
 // clang-format on

@@ -152,3 +152,15 @@ __device__ __forceinline__ double grad_multiplier(const LaunchParams& c) {
       name(const __grid_constant__ rst::cuda::Args<rst::cuda::operands> args)
 #define RST_ENTRY(name, operands) \
   {#name, reinterpret_cast<const void*>(&name), static_cast<int>(sizeof(rst::cuda::Args<rst::cuda::operands>))}
+
+// X(name, T, adaptive, complex, master): the kernels of an op that has an ASAM form. Without ASAM complex numbers are
+// pairs of scalars.
+#define RST_ASAM_FORMS(X, name, T, special, complex, master) \
+  X(name, T, false, false, false)                            \
+  X(name##_adaptive, T, true, false, false)                  \
+  X(name##_adaptive##special, T, true, complex, master)
+#define RST_WITH_ASAM(X)                                      \
+  RST_ASAM_FORMS(X, float32, float, _complex, true, false)    \
+  RST_ASAM_FORMS(X, float64, double, _complex, true, false)   \
+  RST_ASAM_FORMS(X, bfloat16, BFloat16, _master, false, true) \
+  RST_ASAM_FORMS(X, float16, Half, _master, false, true)

@@ -6,23 +6,12 @@ namespace rst::cuda {
 
 #define RST_PERTURB(name, T, adaptive, complex, master) \
   RST_KERNEL(rst_perturb_##name, kPerturbOperands, 2) { perturb<T, adaptive, complex, master>(args); }
-#define RST_WIDE(name, T)                             \
-  RST_PERTURB(name, T, false, false, false)           \
-  RST_PERTURB(name##_adaptive, T, true, false, false) \
-  RST_PERTURB(name##_adaptive_complex, T, true, true, false)
-#define RST_HALF(name, T)                             \
-  RST_PERTURB(name, T, false, false, false)           \
-  RST_PERTURB(name##_master, T, false, false, true)   \
-  RST_PERTURB(name##_adaptive, T, true, false, false) \
-  RST_PERTURB(name##_adaptive_master, T, true, false, true)
 
-RST_WIDE(float32, float)
-RST_WIDE(float64, double)
-RST_HALF(bfloat16, BFloat16)
-RST_HALF(float16, Half)
+RST_WITH_ASAM(RST_PERTURB)
+RST_PERTURB(bfloat16_master, BFloat16, false, false, true)
+RST_PERTURB(float16_master, Half, false, false, true)
 
 #define RST_OF(name) RST_ENTRY(rst_perturb_##name, kPerturbOperands)
-// Without ASAM complex numbers are pairs of scalars.
 // clang-format off
 #define RST_WIDE_ROW(name) {{RST_OF(name), {}}, {RST_OF(name##_adaptive), RST_OF(name##_adaptive_complex)}}
 #define RST_HALF_ROW(name) \
