@@ -2,9 +2,8 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 
-#define RST_INLINE inline __attribute__((always_inline))
+#include "math/bits.h"
 
 namespace rst {
 
@@ -21,32 +20,23 @@ struct Half {
 
 RST_INLINE float half_bits_to_float(uint16_t h) {
   uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16, exponent = (h >> 10) & 31u, mantissa = h & 0x3ffu, bits;
-  float value;
   if (exponent == 0) {  // zero or subnormal: the mantissa counts quanta of 2^-24
-    value = static_cast<float>(mantissa) * 0x1p-24f;
-    std::memcpy(&bits, &value, 4);
-    bits |= sign;
+    bits = sign | reinterpret<uint32_t>(static_cast<float>(mantissa) * 0x1p-24f);
   } else if (exponent == 31) {
     bits = sign | 0x7f800000u | (mantissa << 13) | (mantissa != 0 ? 0x400000u : 0u);
   } else {
     bits = sign | ((exponent + 112) << 23) | (mantissa << 13);
   }
-  std::memcpy(&value, &bits, 4);
-  return value;
+  return reinterpret<float>(bits);
 }
 
 RST_INLINE uint16_t float_to_half_bits(float value) {  // nearest even
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
+  const uint32_t bits = reinterpret<uint32_t>(value);
   uint32_t sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
   if (magnitude > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u | ((magnitude >> 13) & 0x3ffu));
   if (magnitude >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);  // rounds to 65536 or more
   if (magnitude < 0x38800000u) {  // below 2^-14: adding 0.5 leaves the count of 2^-24 quanta in the low bits
-    float shifted;
-    std::memcpy(&shifted, &magnitude, 4);
-    shifted += 0.5f;
-    uint32_t quanta;
-    std::memcpy(&quanta, &shifted, 4);
+    const uint32_t quanta = reinterpret<uint32_t>(reinterpret<float>(magnitude) + 0.5f);
     return static_cast<uint16_t>(sign | (quanta - 0x3f000000u));
   }
   uint32_t rounded = magnitude + 0xfffu + ((magnitude >> 13) & 1u);

@@ -31,13 +31,6 @@ using UintV = Vector<uint32_t, kVectorBytes / 4>;
 constexpr int kFloatLanes = kVectorBytes / 4;
 constexpr int kDoubleLanes = kVectorBytes / 8;
 
-template <class To, class From>
-RST_INLINE To reinterpret(const From& from) {
-  static_assert(sizeof(To) == sizeof(From), "reinterpret keeps the size");
-  To to;
-  std::memcpy(&to, &from, sizeof(to));
-  return to;
-}
 RST_INLINE UintV to_bits(FloatV x) { return reinterpret<UintV>(x); }
 RST_INLINE FloatV from_bits(UintV x) { return reinterpret<FloatV>(x); }
 

@@ -10,13 +10,8 @@
 
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 
-#if defined(__CUDACC__)
-#define RST_HD __host__ __device__ __forceinline__
-#else
-#define RST_HD inline __attribute__((always_inline))
-#endif
+#include "math/bits.h"
 
 namespace rst {
 
@@ -29,16 +24,8 @@ RST_HD double abs(double a) { return ::fabs(a); }
 RST_HD float copysign(float a, float b) { return ::copysignf(a, b); }
 RST_HD double copysign(double a, double b) { return ::copysign(a, b); }
 
-RST_HD uint32_t to_bits(float x) {
-  uint32_t bits;
-  memcpy(&bits, &x, sizeof(bits));
-  return bits;
-}
-RST_HD float from_bits(uint32_t bits) {
-  float x;
-  memcpy(&x, &bits, sizeof(x));
-  return x;
-}
+RST_HD uint32_t to_bits(float x) { return reinterpret<uint32_t>(x); }
+RST_HD float from_bits(uint32_t bits) { return reinterpret<float>(bits); }
 
 RST_HD void assign(float& to, double x) { to = static_cast<float>(x); }
 RST_HD void assign(double& to, double x) { to = x; }
