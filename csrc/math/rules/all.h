@@ -23,13 +23,18 @@
 
 namespace rst {
 
-#define RST_COUNT(...) +1
-constexpr int kRuleVariants = 0 RST_RULE_VARIANTS(RST_COUNT);
-#undef RST_COUNT
-
 #define RST_RULE_INDEX(Rule, name) k##Rule,
 enum RuleIndex : int { RST_RULES(RST_RULE_INDEX) kRules };
 #undef RST_RULE_INDEX
+
+// The number of variants of all rules before this one.
+#define RST_IS_BEFORE(Rule, ...) +(k##Rule < rule)
+constexpr int variants_before(int rule) { return 0 RST_RULE_VARIANTS(RST_IS_BEFORE); }
+#undef RST_IS_BEFORE
+constexpr int kRuleVariants = variants_before(kRules);
+#define RST_STATES(Rule, name) +(Rule::kMostStates - Rule::kFewestStates + 1)
+static_assert(kRuleVariants == 0 RST_RULES(RST_STATES), "RST_RULE_VARIANTS lists every number of states of every rule");
+#undef RST_STATES
 
 struct RuleInfo {
   int index;
@@ -41,17 +46,6 @@ struct RuleInfo {
   int first_variant;  // among RST_RULE_VARIANTS
 };
 
-namespace detail {
-
-#define RST_RULE_VARIANT_COUNT(Rule, name) Rule::kMostStates - Rule::kFewestStates + 1,
-constexpr int kVariantCounts[] = {RST_RULES(RST_RULE_VARIANT_COUNT)};
-#undef RST_RULE_VARIANT_COUNT
-// The number of variants of all rules before this one.
-constexpr int variants_before(int rule) { return rule == 0 ? 0 : variants_before(rule - 1) + kVariantCounts[rule - 1]; }
-static_assert(variants_before(kRules) == kRuleVariants, "RST_RULE_VARIANTS lists every number of states of every rule");
-
-}  // namespace detail
-
 #define RST_RULE_INFO(Rule, name) \
   {k##Rule,                       \
    #name "_step_",                \
@@ -62,7 +56,7 @@ static_assert(variants_before(kRules) == kRuleVariants, "RST_RULE_VARIANTS lists
    Rule::kCountsSteps,            \
    Rule::kHasFlag,                \
    Rule::kStateNames,             \
-   detail::variants_before(k##Rule)},
+   variants_before(k##Rule)},
 constexpr RuleInfo kRuleInfos[] = {RST_RULES(RST_RULE_INFO)};
 #undef RST_RULE_INFO
 
