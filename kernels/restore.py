@@ -1,6 +1,6 @@
 """restore: reads the backup (or master), writes w: 8 bytes per fp32 parameter.
 
-mix: g <- (1 - gamma) g1 + gamma g: 12 bytes per fp32 parameter.
+With mixing (G-RST) also g <- (1 - gamma) g1 + gamma g: 20 bytes per fp32 parameter.
 """
 
 from collections.abc import Sequence
@@ -16,45 +16,38 @@ from .launch_groups import launch, launch_groups, validate
 from .multi_tensor_apply import ROW, address, kernel, load, locate, store
 from .sam_math import mix
 
-_PARAM, _SOURCE, _RESTORE_SLOTS = (tl.constexpr(i) for i in range(3))
-_GRAD, _FIRST_GRAD, _MIX_SLOTS = (tl.constexpr(i) for i in range(3))
+_PARAM, _SOURCE, _GRAD, _FIRST_GRAD, _SLOTS = (tl.constexpr(i) for i in range(5))
 
 
 @triton.jit
-def _restore(param, source, at, count, T: tl.constexpr, WHOLE: tl.constexpr):
-    # Without masters, source has dtype T: the bits are copied, including the payload of a NaN.
-    store(param, at, count, load(source, at, count, WHOLE).to(T), WHOLE)
-
-
-@kernel
-def restore_kernel(table, tensors, T: tl.constexpr, STATE: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr):
-    record, begin, count, whole = locate(table, tensors, _RESTORE_SLOTS, BLOCK)
-    param, source = address(record, _PARAM, begin, T), address(record, _SOURCE, begin, STATE)
-    for at in range(0, whole, BLOCK):
-        _restore(param, source, at + tl.arange(0, BLOCK), count, T, True)
-    for at in range(whole, count, TAIL):
-        _restore(param, source, at + tl.arange(0, TAIL), count, T, False)
-
-
-@triton.jit
-def _mix(grad, first_grad, at, count, gamma, one_minus_gamma, T: tl.constexpr, V: tl.constexpr, WHOLE: tl.constexpr):
-    g1, g2 = load(first_grad, at, count, WHOLE).to(V), load(grad, at, count, WHOLE).to(V)
-    store(grad, at, count, mix(gamma, one_minus_gamma, g1, g2).to(T), WHOLE)
-
-
-@kernel
-def mix_kernel(
-    table, tensors, gammas, T: tl.constexpr, STATE: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr,
-    TAIL: tl.constexpr,
+def _restore_block(
+    param, source, grad, first_grad, at, count, gamma, one_minus_gamma, T: tl.constexpr, V: tl.constexpr,
+    MIXING: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    record, begin, count, whole = locate(table, tensors, _MIX_SLOTS, BLOCK)
-    grad, first_grad = address(record, _GRAD, begin, T), address(record, _FIRST_GRAD, begin, STATE)
+    kept = load(source, at, count, WHOLE)
+    if MIXING:
+        g1, g2 = load(first_grad, at, count, WHOLE).to(V), load(grad, at, count, WHOLE).to(V)
+        store(grad, at, count, mix(gamma, one_minus_gamma, g1, g2).to(T), WHOLE)
+    # Without masters, source has dtype T: the bits are copied, including the payload of a NaN.
+    store(param, at, count, kept.to(T), WHOLE)
+
+
+@kernel
+def restore_kernel(
+    table, tensors, gammas, T: tl.constexpr, STATE: tl.constexpr, V: tl.constexpr, MIXING: tl.constexpr,
+    BLOCK: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    record, begin, count, whole = locate(table, tensors, _SLOTS, BLOCK)
+    param, source = address(record, _PARAM, begin, T), address(record, _SOURCE, begin, STATE)
+    grad, first_grad = address(record, _GRAD, begin, T), address(record, _FIRST_GRAD, begin, T)
     gamma = tl.load(gammas + tl.load(record + ROW))
     one_minus_gamma, gamma = (1 - gamma).to(V), gamma.to(V)
     for at in range(0, whole, BLOCK):
-        _mix(grad, first_grad, at + tl.arange(0, BLOCK), count, gamma, one_minus_gamma, T, V, True)
+        _restore_block(param, source, grad, first_grad, at + tl.arange(0, BLOCK), count, gamma, one_minus_gamma,
+                       T, V, MIXING, True)  # fmt: skip
     for at in range(whole, count, TAIL):
-        _mix(grad, first_grad, at + tl.arange(0, TAIL), count, gamma, one_minus_gamma, T, V, False)
+        _restore_block(param, source, grad, first_grad, at + tl.arange(0, TAIL), count, gamma, one_minus_gamma,
+                       T, V, MIXING, False)  # fmt: skip
 
 
 @torch.no_grad()
@@ -68,13 +61,13 @@ def restore_(
         check_length(op, "backups", backups, params)
     if first_grads:
         check_length(op, "grads", grads, params)
-        check_scalars(op, "gamma", gamma, torch.float64, len(group_sizes))
+    check_scalars(op, "gamma", gamma, torch.float64, len(group_sizes))
     source = Operand("masters", masters, dtype=torch.float32) if masters else Operand("backups", backups)
-    restored = [Operand("params", params, written=True, read=False), source]
-    mixed = [Operand("grads", grads, written=True), Operand("first_grads", first_grads)]
-    call = validate(op, [*restored, *(mixed if first_grads else ())], group_sizes)
-    for group in launch_groups(call, restored):
-        launch(restore_kernel, group)
-    for group in launch_groups(call, mixed) if first_grads else ():
+    operands = [
+        Operand("params", params, written=True, read=False), source,
+        Operand("grads", grads if first_grads else [], written=True), Operand("first_grads", first_grads),
+    ]  # fmt: skip
+    call = validate(op, operands, group_sizes)
+    for group in launch_groups(call, operands):
         (gammas,) = on_device(group.device, gamma)
-        launch(mix_kernel, group, gammas, V=group.arithmetic)
+        launch(restore_kernel, group, gammas, V=group.arithmetic, MIXING=bool(first_grads))

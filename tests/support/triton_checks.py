@@ -37,6 +37,7 @@ TRAFFIC = [
     ("perturb_", torch.complex64, (), {"adaptive": True}, 16, 16),
     ("restore_", torch.float32, (), {}, 4, 4),
     ("restore_", torch.bfloat16, ("masters",), {}, 4, 2),
+    ("restore_", torch.float32, ("grads", "first_grads"), {"gamma": 2.0}, 12, 8),
     ("restore_sgd_step_", torch.float32, ("momentum_buffers",), {"momentum": 0.9}, 12, 8),
     ("restore_sgd_step_", torch.float32, ("momentum_buffers", "first_grads"), {"momentum": 0.9, "gamma": 2.0}, 16, 8),
     ("restore_sgd_step_", torch.bfloat16, ("momentum_buffers",), {"momentum": 0.9}, 6, 4),

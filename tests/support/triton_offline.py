@@ -26,7 +26,7 @@ from rst_fused.kernels import adam_step, launch_groups, lion_step, sgd_step
 from rst_fused.kernels.grad_norm import SUMS, finish_kernel, grad_norm_kernel
 from rst_fused.kernels.launch_config import BUILT_IN, WIDE_STATE
 from rst_fused.kernels.perturb import perturb_kernel
-from rst_fused.kernels.restore import mix_kernel, restore_kernel
+from rst_fused.kernels.restore import restore_kernel
 from rst_fused.kernels.update import update_kernel
 
 ARCHITECTURES = (80, 90, 100)
@@ -89,8 +89,8 @@ VARIANTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "perturb bf16": (perturb_kernel, _perturb(BF16)),
     "perturb fp16 master": (perturb_kernel, _perturb(F16, F32)),
     "perturb asam complex64": (perturb_kernel, _perturb(F32, None, True, True)),
-    "restore bf16 master": (restore_kernel, _types(BF16, F32, False)),
-    "mix fp32": (mix_kernel, _types(F32)),
+    "restore bf16 master": (restore_kernel, _types(BF16, F32) | {"MIXING": False}),
+    "restore fp32 mixing": (restore_kernel, _types(F32) | {"MIXING": True}),
     "sgd fp32": (update_kernel, _sgd(F32)),
     "sgd bf16 master mixing": (update_kernel, _sgd(BF16, F32, True)),
     "adam fp32": (update_kernel, _adam(F32)),
