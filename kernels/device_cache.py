@@ -6,14 +6,13 @@ Both are copied without waiting, and only if they are not there yet: what recent
 import ctypes
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .multi_tensor_apply import CHUNK, HEADER
+from .multi_tensor_apply import CHUNK
 
 _ALIGNMENT = 16
 _ROOM = 8 << 20  # bytes set aside for captures: a table needs 8 per chunk, and a few more per tensor
@@ -21,14 +20,7 @@ _MOST_TABLES = 64  # kept on devices; a training step uses about three
 _MOST_SCALARS = 64  # sets of scalars kept on devices; a training step uses about three
 
 
-@dataclass(frozen=True)
-class Table:
-    on_device: Tensor
-    tensors: int
-    chunks: int
-
-
-_tables: OrderedDict[Any, Table] = OrderedDict()
+_tables: OrderedDict[Any, Tensor] = OrderedDict()
 _scalars: OrderedDict[Any, list[Tensor]] = OrderedDict()
 _captured: list[Any] = []  # what a CUDA graph reads at every replay must never be freed
 _spare: list[Tensor] = []  # pinned memory for captures, during which nothing should be allocated
@@ -89,15 +81,13 @@ def make_table(lengths: Sequence[int], rows: Sequence[int], indices: Sequence[in
 
 
 def table(device: torch.device, lengths: tuple[int, ...], rows: tuple[int, ...], indices: tuple[int, ...],
-          slots: tuple[tuple[int, ...], ...]) -> Table:  # fmt: skip
+          slots: tuple[tuple[int, ...], ...]) -> Tensor:  # fmt: skip
     """The table of an earlier call with these addresses on the same stream, or a new one: another stream would not wait
     for the copy."""
     key = (device, _stream(device), lengths, rows, indices, slots)
     found = _find(_tables, device, key)
     if found is None:
-        host = make_table(lengths, rows, indices, slots)
-        chunks = host.numel() - len(lengths) * (HEADER.value + len(slots))
-        found = Table(_upload(host, device), len(lengths), chunks)
+        found = _upload(make_table(lengths, rows, indices, slots), device)
         _keep(_tables, _MOST_TABLES, device, key, found)
     return found
 

@@ -11,9 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import launch_groups
 from .checks import KEPT, Operand, check_length, check_scalars, runs_on
 from .device_cache import on_device
-from .launch_groups import launch, launch_groups, validate
+from .launch_config import BUILT_IN
+from .launch_groups import launch, validated_groups
 from .multi_tensor_apply import address, kernel, load, locate, magnitude
 from .sam_math import asam_scale, asam_squared_norm, squared_norm
 
@@ -72,12 +74,12 @@ def grad_norm(stats: Tensor, grads: Sequence[Tensor], params: Sequence[Tensor], 
     if adaptive:
         check_length(op, "params", params, grads)
     operands = [Operand("grads", grads), Operand("params", params if adaptive else [], dtype=KEPT)]
-    call = validate(op, operands, [len(grads)])
     partials = [torch.empty(0, dtype=torch.float64, device=stats.device)]
-    for group in launch_groups(call, operands, split_complex=adaptive):
+    for group, table in validated_groups(op, operands, [len(grads)]):
         (eta_scalar,) = on_device(group.device, torch.tensor([eta], dtype=torch.float64, device="cpu"))
         sums = torch.empty(group.chunks, dtype=torch.float64, device=group.device)
-        launch(grad_norm_kernel, group, sums, eta_scalar, ADAPTIVE=adaptive, COMPLEX=group.complex)
+        launch(grad_norm_kernel, group, table, sums, eta_scalar, ADAPTIVE=adaptive, COMPLEX=group.dtype.is_complex)
         partials.append(sums.to(stats.device, non_blocking=True))
     joined = torch.cat(partials) if len(partials) > 2 else partials[-1]
-    launch(finish_kernel, stats.device, joined, joined.numel(), stats, BLOCK=SUMS)
+    args = (joined, joined.numel(), stats)
+    launch_groups.run(finish_kernel, stats.device, 1, args, {"BLOCK": SUMS}, BUILT_IN.warps)

@@ -4,8 +4,8 @@ Companions whose layout differs from the parameter's pass through dense copies, 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,8 +15,8 @@ from triton.compiler import CompiledKernel
 
 from . import device_cache
 from .checks import TRITON_DTYPE, Operand, check_lists, dense, runs_on, same_layout
-from .device_cache import Table
-from .launch_config import BUILT_IN, config_for
+from .launch_config import config_for
+from .multi_tensor_apply import CHUNK
 
 # C++ of torch.compile. It compares tensors with earlier ones in the time that Python needs to read one attribute each.
 _guards: Any = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
@@ -24,25 +24,34 @@ TensorGuards: Any = getattr(_guards, "TensorGuards", None)
 
 # Without fusion, a * b + c rounds twice unless the formula says fma.
 OPTIONS = {"enable_fp_fusion": False}
-_REAL = {torch.complex64: torch.float32, torch.complex128: torch.float64}
 _MOST_CALLS = 16  # remembered calls; a training step makes about three
 
 
 # --- lists of tensors -----------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class Layout:
-    """What a table holds besides addresses, for the tensors of a call that one launch serves."""
+class LaunchGroup:
+    """The tensors of a call that one launch serves, and what their table holds besides addresses."""
 
     device: torch.device
     dtype: torch.dtype  # of the parameters
     state: torch.dtype  # of what is kept beside them: dtype, or float32 beside masters
     members: list[int]
-    lengths: tuple[int, ...]
+    lengths: tuple[int, ...]  # in scalars: a complex number is two
     rows: tuple[int, ...]
     indices: tuple[int, ...]
     in_place: bool  # whether all tensors can be worked on where they are
 
+    @cached_property
+    def chunks(self) -> int:
+        return sum(-(-length // CHUNK.value) for length in self.lengths)
 
+    @property
+    def arithmetic(self) -> Any:
+        """The dtype that formulas compute in."""
+        return tl.float64 if self.dtype in (torch.float64, torch.complex128) else tl.float32
+
+
+@dataclass(frozen=True)
 class ValidatedCall:
     """What is known about the lists of a call: that they can be served, and how they are grouped.
 
@@ -50,11 +59,9 @@ class ValidatedCall:
     conj and neg. Addresses are not part of it: every call reads them again.
     """
 
-    def __init__(self, call: Any, operands: Sequence[Operand], group_sizes: Sequence[int]) -> None:
-        self.call = call
-        self.group_sizes = list(group_sizes)
-        self.layouts: dict[Any, list[Layout]] = {}
-        self.guards = [_guard(s, operands[0]) for s in operands] if TensorGuards else []
+    call: Any
+    guards: list[Callable[..., bool] | None]
+    groups: list[LaunchGroup]
 
     def matches(self, call: Any, operands: Sequence[Operand]) -> bool:
         return self.call == call and all(
@@ -72,48 +79,54 @@ def _guard(operand: Operand, lead: Operand) -> Callable[..., bool] | None:
     return TensorGuards(*operand.tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
 
 
-def validate(op: str, operands: Sequence[Operand], group_sizes: Sequence[int]) -> ValidatedCall:
-    """Checks the lists of a call, the first of which leads, unless an earlier call had equivalent lists.
+def validated_groups(
+    op: str, operands: Sequence[Operand], group_sizes: Sequence[int], first_index: int = 0
+) -> Iterator[tuple[LaunchGroup, Tensor]]:
+    """The launches of a call, each with its table. The first operand leads.
 
-    Raises for whatever would be read or written out of bounds.
+    Asking for the first one checks the lists, unless an earlier call had equivalent lists, and raises for whatever
+    would be read or written out of bounds. Asking for the next one copies results of the last one that went to dense
+    copies to where they belong.
     """
     lead = operands[0].tensors
     if lead:
         runs_on(op, f"{operands[0].name}[0]", lead[0])
-    call = (op, tuple(group_sizes), tuple((s.name, len(s.tensors), s.tensors is lead) for s in operands))
+    call = (
+        op, first_index, tuple(group_sizes), tuple((s.name, len(s.tensors), s.tensors is lead) for s in operands)
+    )  # fmt: skip
     known = next((known for known in _validated if known.matches(call, operands)), None)
     if known is None:
         check_lists(op, operands, group_sizes)
-        known = ValidatedCall(call, operands, group_sizes)
+        guards = [_guard(s, operands[0]) for s in operands] if TensorGuards else []
+        known = ValidatedCall(call, guards, _groups(operands, group_sizes, first_index))
     if TensorGuards and known is not next(iter(_validated), None):
         _validated[:] = [known, *(other for other in _validated if other is not known)][:_MOST_CALLS]
-    return known
+    for group in known.groups:
+        used, back = _prepare(operands, group)
+        yield group, device_cache.table(group.device, group.lengths, group.rows, group.indices, _slots(used))
+        for original, copy in back:
+            original.copy_(copy)
 
 
-def _prepare(
-    operands: Sequence[Operand], layout: Layout
-) -> tuple[list[Sequence[Tensor]], list[tuple[Tensor, Tensor]]]:
-    """The dense tensors to work on, all with the parameter's layout, and (original, copy) of those to write back."""
-    members = layout.members
-    if layout.in_place and len(members) == len(operands[0].tensors):
-        return [s.tensors for s in operands], []
-    used: list[Sequence[Tensor]] = [[s.tensors[i] for i in members] if s.tensors else [] for s in operands]
-    back: list[tuple[Tensor, Tensor]] = []
-    if layout.in_place:
-        return used, back
-    wanted = [dense(p.shape, p.stride()) for p in used[0]]
-    for n, s in enumerate(operands):
-        mine = list(used[n])
-        for k, t in enumerate(mine):
-            if _has_layout(t, wanted[k]):
-                continue
-            mine[k] = torch.empty_strided(t.shape, dense(t.shape, wanted[k]), dtype=t.dtype, device=t.device)
-            if s.read:
-                mine[k].copy_(t)
-            if s.written:
-                back.append((t, mine[k]))
-        used[n] = mine
-    return used, back
+def _groups(operands: Sequence[Operand], group_sizes: Sequence[int], first_index: int) -> list[LaunchGroup]:
+    lead = operands[0].tensors
+    rows = [row for row, size in enumerate(group_sizes) for _ in range(size)]
+    # The state's dtype is the parameter's unless some operand is fixed to float32.
+    fixed = next((s.tensors for s in operands if s.dtype is not None and s.tensors), lead)
+    members_of: dict[Any, list[int]] = {}
+    for i, (p, kept) in enumerate(zip(lead, fixed, strict=True)):
+        members_of.setdefault((p.device, p.dtype, kept.dtype), []).append(i)
+    wanted = [dense(p.shape, p.stride()) for p in lead]
+    return [
+        LaunchGroup(
+            device, dtype, state, members,
+            lengths=tuple(lead[i].numel() * (2 if dtype.is_complex else 1) for i in members),
+            rows=tuple(rows[i] for i in members),
+            indices=tuple(first_index + i for i in members),
+            in_place=all(_has_layout(s.tensors[i], wanted[i]) for s in operands if s.tensors for i in members),
+        )
+        for (device, dtype, state), members in members_of.items()
+    ]  # fmt: skip
 
 
 def _has_layout(t: Tensor, wanted: tuple[int, ...]) -> bool:
@@ -121,52 +134,26 @@ def _has_layout(t: Tensor, wanted: tuple[int, ...]) -> bool:
     return same_layout(t.shape, t.stride(), wanted) and not (t.is_conj() or t.is_neg())
 
 
-def _layouts(
-    operands: Sequence[Operand], group_sizes: Sequence[int], first_index: int, split_complex: bool
-) -> list[Layout]:
-    lead = operands[0].tensors
-    rows = [row for row, size in enumerate(group_sizes) for _ in range(size)]
-    # The state's dtype is the parameter's unless some operand is fixed to float32.
-    fixed = next((s.tensors for s in operands if s.dtype is not None and s.tensors), lead)
-    groups: dict[Any, list[int]] = {}
-    for i, (p, kept) in enumerate(zip(lead, fixed, strict=True)):
-        kind = p.dtype if split_complex else _REAL.get(p.dtype, p.dtype)
-        groups.setdefault((p.device, kind, _REAL.get(kept.dtype, kept.dtype)), []).append(i)
-    wanted = [dense(p.shape, p.stride()) for p in lead]
-    return [
-        Layout(
-            device, lead[members[0]].dtype, fixed[members[0]].dtype, members,
-            lengths=tuple(lead[i].numel() * (2 if lead[i].is_complex() else 1) for i in members),
-            rows=tuple(rows[i] for i in members),
-            indices=tuple(first_index + i for i in members),
-            in_place=all(_has_layout(s.tensors[i], wanted[i]) for s in operands if s.tensors for i in members),
-        )
-        for (device, *_), members in groups.items()
-    ]  # fmt: skip
-
-
-# --- calls ----------------------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class LaunchGroup:
-    """The tensors of a call that one launch serves."""
-
-    device: torch.device
-    dtype: torch.dtype  # of the parameters
-    state: torch.dtype  # of what is kept beside them: dtype, or float32 beside masters
-    table: Table
-
-    @property
-    def chunks(self) -> int:
-        return self.table.chunks
-
-    @property
-    def complex(self) -> bool:
-        return self.dtype.is_complex
-
-    @property
-    def arithmetic(self) -> Any:
-        """The dtype that formulas compute in."""
-        return tl.float64 if self.dtype in (torch.float64, torch.complex128) else tl.float32
+def _prepare(
+    operands: Sequence[Operand], group: LaunchGroup
+) -> tuple[list[Sequence[Tensor]], list[tuple[Tensor, Tensor]]]:
+    """The dense tensors to work on, all with the parameter's layout, and (original, copy) of those to write back."""
+    used: list[Sequence[Tensor]] = [s.tensors for s in operands]
+    if len(group.members) < len(used[0]):
+        used = [[tensors[i] for i in group.members] if tensors else [] for tensors in used]
+    back: list[tuple[Tensor, Tensor]] = []
+    if not group.in_place:
+        wanted = [dense(p.shape, p.stride()) for p in used[0]]
+        for n, s in enumerate(operands):
+            used[n] = mine = list(used[n])
+            for k, t in enumerate(mine):
+                if not _has_layout(t, wanted[k]):
+                    mine[k] = torch.empty_strided(t.shape, wanted[k], dtype=t.dtype, device=t.device)
+                    if s.read:
+                        mine[k].copy_(t)
+                    if s.written:
+                        back.append((t, mine[k]))
+    return used, back
 
 
 def _slots(used: Sequence[Sequence[Tensor]]) -> tuple[tuple[int, ...], ...]:
@@ -178,31 +165,10 @@ def _slots(used: Sequence[Sequence[Tensor]]) -> tuple[tuple[int, ...], ...]:
     )
 
 
-def launch_groups(
-    call: ValidatedCall, operands: Sequence[Operand], first_index: int = 0, split_complex: bool = False
-) -> Iterator[LaunchGroup]:
-    """The launches of a call. Asking for the next one copies results of the last one that went to dense copies to where
-    they belong. ``operands`` are those that were validated, or some of them."""
-    which = (operands[0].name, first_index, split_complex)
-    layouts = call.layouts.get(which)
-    if layouts is None:
-        layouts = call.layouts[which] = _layouts(operands, call.group_sizes, first_index, split_complex)
-    for layout in layouts:
-        used, back = _prepare(operands, layout)
-        found = device_cache.table(layout.device, layout.lengths, layout.rows, layout.indices, _slots(used))
-        yield LaunchGroup(layout.device, layout.dtype, layout.state, found)
-        for original, copy in back:
-            original.copy_(copy)
-
-
 # --- launches -------------------------------------------------------------------------------------------------------
 # What Triton compiled, and the constants that a launch has to repeat. Its own lookup takes several times as long, since
 # it inspects every argument; here the constants alone decide, see .multi_tensor_apply.kernel.
 _binaries: dict[Any, tuple[CompiledKernel, tuple[Any, ...]]] = {}
-
-
-def _on(device: torch.device) -> AbstractContextManager[Any]:
-    return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
 
 
 def run(
@@ -210,7 +176,7 @@ def run(
 ) -> None:
     key = (function.__name__, device, warps, *constants.values())
     known = _binaries.get(key)
-    with _on(device):
+    with torch.accelerator.device_index(device.index):  # None on the CPU: nothing to switch
         if known is not None:
             binary, fixed = known
             binary[(programs, 1, 1)](*args, *fixed)
@@ -221,19 +187,17 @@ def run(
 
 
 def launch(
-    function: Any, where: LaunchGroup | torch.device, *args: Any, wide_state: bool = False, name: str = "",
+    function: Any, group: LaunchGroup, table: Tensor, *args: Any, wide_state: bool = False, name: str = "",
     **constants: Any,
 ) -> None:  # fmt: skip
-    """Runs a kernel with one program per chunk of a group, or with a single program on a device.
+    """Runs a kernel with one program per chunk of a group.
 
     ``wide_state``: float32 is stored beside 16-bit numbers. ``name``: by which its configuration is kept, if not by
     that of the function.
     """
-    if isinstance(where, torch.device):
-        run(function, where, 1, args, constants, BUILT_IN.warps)
-    elif where.chunks:
-        types = {"T": TRITON_DTYPE[where.dtype], "STATE": TRITON_DTYPE[where.state]}
-        chosen = config_for(name or function.__name__, where.device, types["T"], types["STATE"], wide_state)
+    if group.chunks:
+        types = {"T": TRITON_DTYPE[group.dtype], "STATE": TRITON_DTYPE[group.state]}
+        chosen = config_for(name or function.__name__, group.device, types["T"], types["STATE"], wide_state)
         blocks = {"BLOCK": chosen.block, "TAIL": chosen.tail}
-        table = (where.table.on_device, where.table.tensors)
-        run(function, where.device, where.chunks, (*table, *args), {**types, **blocks, **constants}, chosen.warps)
+        args = (table, len(group.members), *args)
+        run(function, group.device, group.chunks, args, {**types, **blocks, **constants}, chosen.warps)

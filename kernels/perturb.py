@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .checks import SIXTEEN_BIT, Operand, check_length, check_masters, check_scalars
 from .device_cache import on_device
-from .launch_groups import launch, launch_groups, validate
+from .launch_groups import launch, validated_groups
 from .multi_tensor_apply import INDEX, ROW, address, kernel, load, locate, magnitude, store
 from .sam_math import asam_perturb, asam_scale, perturb, random_bits, random_key, random_pair, to_bfloat16, to_float16
 
@@ -98,11 +98,11 @@ def perturb_(
         Operand("params", params, written=True, read=False), source, Operand("grads", grads),
         Operand("backups", [] if masters else backups, written=True, read=False),
     ]  # fmt: skip
-    call = validate(op, operands, group_sizes)
     etas = torch.tensor([eta], dtype=torch.float64, device="cpu")
-    for group in launch_groups(call, operands, first_index, split_complex=adaptive):
+    for group, table in validated_groups(op, operands, group_sizes, first_index):
         scalars = on_device(group.device, stats, rho, etas, rng)
         launch(
-            perturb_kernel, group, *scalars, V=group.arithmetic, ADAPTIVE=adaptive, COMPLEX=group.complex,
-            MASTER=bool(masters), STOCHASTIC=stochastic and group.dtype in SIXTEEN_BIT,
+            perturb_kernel, group, table, *scalars, V=group.arithmetic, ADAPTIVE=adaptive,
+            COMPLEX=group.dtype.is_complex, MASTER=bool(masters),
+            STOCHASTIC=stochastic and group.dtype in SIXTEEN_BIT,
         )  # fmt: skip

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .checks import Operand, check_length, check_masters, check_scalars
 from .device_cache import on_device
-from .launch_groups import launch, launch_groups, validate
+from .launch_groups import launch, validated_groups
 from .multi_tensor_apply import ROW, address, kernel, load, locate, store
 from .sam_math import mix
 
@@ -67,7 +67,6 @@ def restore_(
         Operand("params", params, written=True, read=False), source,
         Operand("grads", grads if first_grads else [], written=True), Operand("first_grads", first_grads),
     ]  # fmt: skip
-    call = validate(op, operands, group_sizes)
-    for group in launch_groups(call, operands):
+    for group, table in validated_groups(op, operands, group_sizes):
         (gammas,) = on_device(group.device, gamma)
-        launch(restore_kernel, group, gammas, V=group.arithmetic, MIXING=bool(first_grads))
+        launch(restore_kernel, group, table, gammas, V=group.arithmetic, MIXING=bool(first_grads))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .checks import Operand, check_length, check_masters, check_scalars
 from .device_cache import on_device
-from .launch_groups import launch, launch_groups, validate
+from .launch_groups import launch, validated_groups
 from .multi_tensor_apply import ROW, address, kernel, load, locate, store
 from .sam_math import mix
 
@@ -119,11 +119,10 @@ def launch_update(
         Operand("first_grads", first_grads),
         *(Operand(name, tensors, written=True, dtype=wide) for name, tensors in state.items()),
     ]  # fmt: skip
-    call = validate(op, operands, group_sizes)
-    for group in launch_groups(call, operands):
+    for group, table in validated_groups(op, operands, group_sizes):
         scalars = on_device(group.device, hyperparams, *amp)
         launch(
-            update_kernel, group, scalars[0], -1 if maximize else 1, *scalars[1:], V=group.arithmetic, **rule,
+            update_kernel, group, table, scalars[0], -1 if maximize else 1, *scalars[1:], V=group.arithmetic, **rule,
             FLAG=flag, SLOTS=len(operands), STATES=sum(map(bool, state.values())), MIXING=bool(first_grads),
             MASTER=bool(masters), wide_state=bool(masters), name=kernel_name(rule),
         )  # fmt: skip

@@ -45,8 +45,8 @@ def flat(t: Tensor) -> Tensor:
     return t.as_strided((t.numel(),), (1,))
 
 
-def prepare(operands: Sequence[Any], layout: Any) -> Any:
-    used, back = _prepare(operands, layout)
+def prepare(operands: Sequence[Any], group: Any) -> Any:
+    used, back = _prepare(operands, group)
     by_address: dict[int, tuple[Tensor, bool]] = {}
     for operand, tensors in zip(operands, used, strict=True):
         for t in tensors:

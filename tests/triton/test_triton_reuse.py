@@ -24,7 +24,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The modules, the requested launches, and how often lists were checked; nothing is remembered from before."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # CPU tensors are taken
     found = SimpleNamespace(launches=[], checked=0)
-    for name in ("launch_groups", "device_cache", "sgd_step"):
+    for name in ("launch_groups", "device_cache", "multi_tensor_apply", "sgd_step"):
         setattr(found, name, importlib.import_module(f"rst_fused.kernels.{name}"))
     check_lists = found.launch_groups.check_lists
 
@@ -55,7 +55,7 @@ def step(kernels: Any, given: Lists) -> list[list[int]]:
     params, grads, buffers = given["params"], given["grads"], given["buffers"]
     kernels.sgd_step.sgd_step_(params, grads, buffers, [], HYPER, [len(params)], False, False, None, None)
     _, _, _, (table, tensors, *_), *_ = kernels.launches[-1]
-    width = kernels.device_cache.HEADER.value + 5  # addresses of one tensor
+    width = kernels.multi_tensor_apply.HEADER.value + 5  # addresses of one tensor
     return table[: tensors * width].view(tensors, width).tolist()
 
 

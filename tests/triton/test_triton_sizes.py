@@ -67,11 +67,11 @@ def test_a_launch_has_the_measured_sizes(kernels: Any, monkeypatch: pytest.Monke
     launches: list[Any] = []
     monkeypatch.setattr(kernels.launch_groups, "run", lambda *args: launches.append(args))
     leave(kernels)
-    table = SimpleNamespace(on_device=0, tensors=1, chunks=3)
-    group = kernels.launch_groups.LaunchGroup(META, torch.float32, torch.float32, table)
-    kernels.launch_groups.launch(SimpleNamespace(__name__="sgd_step_kernel"), group)
-    kernels.launch_groups.launch(SimpleNamespace(__name__="grad_norm_kernel"), group)
+    group = kernels.launch_groups.LaunchGroup(META, torch.float32, torch.float32, [0], (20000,), (0,), (0,), True)
+    for name in ("sgd_step_kernel", "grad_norm_kernel"):
+        kernels.launch_groups.launch(SimpleNamespace(__name__=name), group, torch.empty(0))
     assert [(a[4]["BLOCK"], a[4]["TAIL"], a[5]) for a in launches] == [(1024, 64, 2), (1024, 128, 4)]
+    assert [a[2] for a in launches] == [3, 3], "programs: one per chunk of 8192"
 
 
 @pytest.mark.parametrize(

@@ -73,8 +73,8 @@ def test_cpu_tensors_are_refused_by_the_kernels_too() -> None:
 
 
 # --- tables ---------------------------------------------------------------------------------------------------------
-def records(device_cache: Any, table: torch.Tensor, tensors: int, slots: int) -> list[list[int]]:
-    width = device_cache.HEADER.value + slots
+def records(table: torch.Tensor, tensors: int, slots: int) -> list[list[int]]:
+    width = importlib.import_module("rst_fused.kernels.multi_tensor_apply").HEADER.value + slots
     return table[: tensors * width].view(tensors, width).tolist()
 
 
@@ -83,7 +83,7 @@ def test_table(device_cache: Any) -> None:
     chunk = device_cache.CHUNK.value
     lengths, slots = (3, 0, 2 * chunk, chunk + 1), ((0, 0, 256, 512), (16, 0, 1024, 516))
     table = device_cache.make_table(lengths, (0, 0, 1, 2), (5, 6, 7, 8), slots)
-    assert records(device_cache, table, 4, 2) == [
+    assert records(table, 4, 2) == [
         [3, 3, 0, 5, 0, 0, 16],
         [0, 0, 0, 6, 1, 0, 0],
         [2 * chunk, 2 * chunk, 1, 7, 1, 256, 1024],
@@ -98,7 +98,7 @@ def test_tables_of_large_models(device_cache: Any) -> None:
     chunk, n = device_cache.CHUNK.value, 5 * 2**30
     lengths = (n + 1, *[7] * 5000)
     table = device_cache.make_table(lengths, (0,) * 5001, tuple(range(5001)), ((2**47,) * 5001,))
-    first = records(device_cache, table, 5001, 1)
+    first = records(table, 5001, 1)
     assert first[0][:2] == [n + 1, n + 1] and first[1][4] == n // chunk + 1 and first[-1][4] == n // chunk + 5000
     assert table.numel() == 5001 * 6 + n // chunk + 5001
 
@@ -138,7 +138,7 @@ def test_what_a_capture_reads_is_kept(device_cache: Any, monkeypatch: pytest.Mon
     table = device_cache.table(device, (40,), (0,), (0,), ((64,),))
     rho, rng = torch.tensor([0.5], dtype=torch.float64), torch.tensor([3, 1])
     scalars = device_cache.on_device(device, rho, rng, torch.tensor([1.0]))
-    assert [t.device.type for t in (table.on_device, *scalars)] == ["meta"] * 4
+    assert [t.device.type for t in (table, *scalars)] == ["meta"] * 4
     assert [(t.dtype, t.numel()) for t in scalars] == [(torch.float64, 1), (torch.int64, 2), (torch.float32, 1)]
     assert torch.equal(captured[0], device_cache.make_table((40,), (0,), (0,), ((64,),)))
     assert torch.equal(captured[1][8:24].view(torch.int64), rng) and captured[1][:8].view(torch.float64) == 0.5
@@ -168,8 +168,8 @@ def test_only_tensors_of_another_layout_are_copied(launch_groups: Any) -> None:
         launch_groups.Operand("params", [p, turned], written=True),
         launch_groups.Operand("grads", [turned, turned.clone()]),
     ]
-    (layout,) = launch_groups._layouts(operands, [2], 0, False)
-    assert not layout.in_place
-    used, back = launch_groups._prepare(operands, layout)
+    (group,) = launch_groups._groups(operands, [2], 0)
+    assert not group.in_place
+    used, back = launch_groups._prepare(operands, group)
     assert used[0][0] is p and used[0][1] is turned and used[1][1] is operands[1].tensors[1] and back == []
     assert used[1][0] is not turned and used[1][0].is_contiguous() and torch.equal(used[1][0], turned)
