@@ -60,7 +60,9 @@ def restore_adam_step_(
     check_scalars(op, "steps", steps, torch.float64, groups)
     check_length(op, "exp_avgs", exp_avgs, params)
     check_length(op, "exp_avg_sqs", exp_avg_sqs, params)
-    state = {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "max_exp_avg_sqs": max_exp_avg_sqs}
+    state = {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+    if max_exp_avg_sqs:
+        state["max_exp_avg_sqs"] = max_exp_avg_sqs
     launch_update(
         op, RULE, params, grads, backups, first_grads, state, masters,
         _with_bias_corrections(hyper, steps, groups), group_sizes, maximize, grad_scale, found_inf, decoupled,

@@ -35,9 +35,9 @@ def _stochastic(x, key, first, T: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.c
 
 @triton.jit
 def _move(
-    param, source, grad, backup, at, count, scale, eta, moving, key, first, T: tl.constexpr, V: tl.constexpr,
-    ADAPTIVE: tl.constexpr, COMPLEX: tl.constexpr, MASTER: tl.constexpr, STOCHASTIC: tl.constexpr,
-    WHOLE: tl.constexpr, BLOCK: tl.constexpr,
+    param, source, grad, backup, at, count, scale, eta, moving, key, first, T: tl.constexpr, STATE: tl.constexpr,
+    V: tl.constexpr, ADAPTIVE: tl.constexpr, COMPLEX: tl.constexpr, STOCHASTIC: tl.constexpr, WHOLE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     offsets = at + tl.arange(0, BLOCK)
     kept = load(source, offsets, count, WHOLE)
@@ -46,7 +46,7 @@ def _move(
         moved = asam_perturb(scale, w, g, asam_scale(eta, magnitude(w, source, offsets, count, COMPLEX, WHOLE)))
     else:
         moved = perturb(scale, w, g)
-    if not MASTER:
+    if T == STATE:  # otherwise the source is a master, which stays
         store(backup, offsets, count, kept, WHOLE)
     if STOCHASTIC:
         moved = _stochastic(moved, key, (first + at).to(tl.uint32), T, WHOLE, BLOCK)
@@ -57,8 +57,7 @@ def _move(
 @kernel
 def perturb_kernel(
     table, tensors, stats, rho, eta, rng, T: tl.constexpr, STATE: tl.constexpr, V: tl.constexpr,
-    ADAPTIVE: tl.constexpr, COMPLEX: tl.constexpr, MASTER: tl.constexpr, STOCHASTIC: tl.constexpr,
-    BLOCK: tl.constexpr, TAIL: tl.constexpr,
+    ADAPTIVE: tl.constexpr, COMPLEX: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     record, begin, count, whole = locate(table, tensors, _SLOTS, BLOCK)
     param, source = address(record, _PARAM, begin, T), address(record, _SOURCE, begin, STATE)
@@ -72,11 +71,11 @@ def perturb_kernel(
         # A chunk never straddles a multiple of 2^32 elements: both are powers of two.
         key = random_key(tl.load(rng), tl.load(rng + 1), tl.load(record + INDEX), begin >> 32)
     for at in range(0, whole, BLOCK):
-        _move(param, source, grad, backup, at, count, scale, eta, moving, key, begin, T, V, ADAPTIVE, COMPLEX,
-              MASTER, STOCHASTIC, True, BLOCK)  # fmt: skip
+        _move(param, source, grad, backup, at, count, scale, eta, moving, key, begin, T, STATE, V, ADAPTIVE,
+              COMPLEX, STOCHASTIC, True, BLOCK)  # fmt: skip
     for at in range(whole, count, TAIL):
-        _move(param, source, grad, backup, at, count, scale, eta, moving, key, begin, T, V, ADAPTIVE, COMPLEX,
-              MASTER, STOCHASTIC, False, TAIL)  # fmt: skip
+        _move(param, source, grad, backup, at, count, scale, eta, moving, key, begin, T, STATE, V, ADAPTIVE,
+              COMPLEX, STOCHASTIC, False, TAIL)  # fmt: skip
 
 
 @torch.no_grad()
@@ -103,6 +102,5 @@ def perturb_(
         scalars = on_device(group.device, stats, rho, etas, rng)
         launch(
             perturb_kernel, group, table, *scalars, V=group.arithmetic, ADAPTIVE=adaptive,
-            COMPLEX=group.dtype.is_complex, MASTER=bool(masters),
-            STOCHASTIC=stochastic and group.dtype in SIXTEEN_BIT,
+            COMPLEX=group.dtype.is_complex, STOCHASTIC=stochastic and group.dtype in SIXTEEN_BIT,
         )  # fmt: skip

@@ -47,7 +47,7 @@ def restore_sgd_step_(
 ) -> None:  # fmt: skip
     op = "restore_sgd_step_"
     check_scalars(op, "hyper", hyper, torch.float64, _COLUMNS * len(group_sizes))
-    state = {"momentum_buffers": momentum_buffers}
+    state = {"momentum_buffers": momentum_buffers} if momentum_buffers else {}
     launch_update(
         op, RULE, params, grads, backups, first_grads, state, masters, hyper, group_sizes, maximize,
         grad_scale, found_inf, nesterov,

@@ -28,20 +28,20 @@ _PARAM, _SOURCE, _GRAD, _FIRST_GRAD, _STATE = (tl.constexpr(i) for i in range(5)
 def _update_block(
     param, source, grad, first_grad, state, at, count, prepared, grad_multiplier, gamma, one_minus_gamma, skipped,
     STEP: tl.constexpr, FLAG: tl.constexpr, T: tl.constexpr, STATE: tl.constexpr, V: tl.constexpr,
-    STATES: tl.constexpr, MIXING: tl.constexpr, MASTER: tl.constexpr, WHOLE: tl.constexpr,
+    MIXING: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     kept = load(source, at, count, WHOLE)
     w, g = kept.to(V), load(grad, at, count, WHOLE).to(V)
     if MIXING:
         g = mix(gamma, one_minus_gamma, load(first_grad, at, count, WHOLE).to(V), g)
     old = ()
-    for s in tl.static_range(STATES):
+    for s in tl.static_range(len(state)):
         old = old + (load(state[s], at, count, WHOLE).to(V),)  # type: ignore[assignment]
     updated, new = STEP(prepared, w, grad_multiplier * g, old, FLAG)
     if not skipped:
-        for s in tl.static_range(STATES):
+        for s in tl.static_range(len(state)):
             store(state[s], at, count, new[s].to(STATE), WHOLE)
-        if MASTER:
+        if T != STATE:  # the source is a master
             store(source, at, count, updated.to(STATE), WHOLE)
     store(param, at, count, tl.where(skipped, kept.to(T), updated.to(T)), WHOLE)
 
@@ -55,11 +55,10 @@ def kernel_name(constants: dict[str, Any]) -> str:
 def update_kernel(
     table, tensors, hyperparams, maximize_sign, grad_scale, found_inf, PREPARE: tl.constexpr, STEP: tl.constexpr,
     COLUMNS: tl.constexpr, FLAG: tl.constexpr, T: tl.constexpr, STATE: tl.constexpr, V: tl.constexpr,
-    SLOTS: tl.constexpr, STATES: tl.constexpr, MIXING: tl.constexpr, MASTER: tl.constexpr, BLOCK: tl.constexpr,
-    TAIL: tl.constexpr,
+    STATES: tl.constexpr, MIXING: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """Rows have ``COLUMNS`` hyperparameters, the last of which is gamma."""
-    record, begin, count, whole = locate(table, tensors, SLOTS, BLOCK)
+    record, begin, count, whole = locate(table, tensors, _STATE + STATES, BLOCK)
     param, source = address(record, _PARAM, begin, T), address(record, _SOURCE, begin, STATE)
     grad, first_grad = address(record, _GRAD, begin, T), address(record, _FIRST_GRAD, begin, T)
     state = ()
@@ -73,12 +72,12 @@ def update_kernel(
     skipped = tl.load(found_inf) != 0
     for at in range(0, whole, BLOCK):
         _update_block(param, source, grad, first_grad, state, at + tl.arange(0, BLOCK), count, prepared,
-                      grad_multiplier, gamma, one_minus_gamma, skipped, STEP, FLAG, T, STATE, V, STATES, MIXING,
-                      MASTER, True)  # fmt: skip
+                      grad_multiplier, gamma, one_minus_gamma, skipped, STEP, FLAG, T, STATE, V, MIXING,
+                      True)  # fmt: skip
     for at in range(whole, count, TAIL):
         _update_block(param, source, grad, first_grad, state, at + tl.arange(0, TAIL), count, prepared,
-                      grad_multiplier, gamma, one_minus_gamma, skipped, STEP, FLAG, T, STATE, V, STATES, MIXING,
-                      MASTER, False)  # fmt: skip
+                      grad_multiplier, gamma, one_minus_gamma, skipped, STEP, FLAG, T, STATE, V, MIXING,
+                      False)  # fmt: skip
 
 
 # --- host -----------------------------------------------------------------------------------------------------------
@@ -104,8 +103,8 @@ def launch_update(
     group_sizes: Sequence[int], maximize: bool, grad_scale: Tensor | None, found_inf: Tensor | None,
     flag: bool = False,
 ) -> None:  # fmt: skip
-    """Runs the kernel with a rule: ``PREPARE``, ``STEP`` and ``COLUMNS``. An empty list of ``state`` is a tensor that
-    this variant of the rule lacks."""
+    """Runs the kernel with a rule: ``PREPARE``, ``STEP`` and ``COLUMNS``. ``state`` holds the state tensors of
+    this variant of it."""
     check_length(op, "grads", grads, params)
     check_masters(op, masters, params)
     amp = scaling(op, grad_scale, found_inf)
@@ -123,6 +122,5 @@ def launch_update(
         scalars = on_device(group.device, hyperparams, *amp)
         launch(
             update_kernel, group, table, scalars[0], -1 if maximize else 1, *scalars[1:], V=group.arithmetic, **rule,
-            FLAG=flag, SLOTS=len(operands), STATES=sum(map(bool, state.values())), MIXING=bool(first_grads),
-            MASTER=bool(masters), wide_state=bool(masters), name=kernel_name(rule),
+            FLAG=flag, STATES=len(state), MIXING=bool(first_grads), wide_state=bool(masters), name=kernel_name(rule),
         )  # fmt: skip

@@ -50,7 +50,7 @@ SIZES = {"BLOCK": BUILT_IN.block, "TAIL": BUILT_IN.tail}
 
 
 def _updating(rule: dict[str, Any], state: Any) -> dict[str, Any]:
-    return {**rule, "MASTER": state is not None, "BLOCK": (BUILT_IN if state is None else WIDE_STATE).block}
+    return {**rule, "BLOCK": (BUILT_IN if state is None else WIDE_STATE).block}
 
 
 def _types(t: Any, state: Any = None, arithmetic: bool = True) -> dict[str, Any]:
@@ -59,17 +59,17 @@ def _types(t: Any, state: Any = None, arithmetic: bool = True) -> dict[str, Any]
 
 
 def _perturb(t: Any, state: Any = None, adaptive: bool = False, is_complex: bool = False) -> dict[str, Any]:
-    flags = {"ADAPTIVE": adaptive, "COMPLEX": is_complex, "MASTER": state is not None, "STOCHASTIC": t in (BF16, F16)}
+    flags = {"ADAPTIVE": adaptive, "COMPLEX": is_complex, "STOCHASTIC": t in (BF16, F16)}
     return _types(t, state) | flags
 
 
 def _sgd(t: Any, state: Any = None, mixing: bool = False) -> dict[str, Any]:
-    flags = {"FLAG": mixing, "STATES": 1, "SLOTS": 5, "MIXING": mixing}
+    flags = {"FLAG": mixing, "STATES": 1, "MIXING": mixing}
     return _types(t, state) | flags | _updating(sgd_step.RULE, state)
 
 
 def _adam(t: Any, state: Any = None, mixing: bool = False, states: int = 2) -> dict[str, Any]:
-    flags = {"FLAG": True, "STATES": states, "SLOTS": 7, "MIXING": mixing}
+    flags = {"FLAG": True, "STATES": states, "MIXING": mixing}
     return _types(t, state) | flags | _updating(adam_step.RULE, state)
 
 
