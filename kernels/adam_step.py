@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .checks import check_length, check_scalars
+from .checks import check_scalars
 from .device_cache import on_device
 from .sam_math import divide, maximum, sqrt
 from .update import launch_update
@@ -58,8 +58,6 @@ def restore_adam_step_(
     op, groups = "restore_adam_step_", len(group_sizes)
     check_scalars(op, "hyper", hyper, torch.float64, _GIVEN * groups)
     check_scalars(op, "steps", steps, torch.float64, groups)
-    check_length(op, "exp_avgs", exp_avgs, params)
-    check_length(op, "exp_avg_sqs", exp_avg_sqs, params)
     state = {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
     if max_exp_avg_sqs:
         state["max_exp_avg_sqs"] = max_exp_avg_sqs

@@ -28,20 +28,6 @@ def _require(condition: bool, op: str, complaint: str) -> None:
         raise RuntimeError(f"rst_fused::{op}: {complaint}")
 
 
-def check_length(op: str, name: str, given: Sequence[Tensor], lead: Sequence[Tensor]) -> None:
-    _require(
-        len(given) == len(lead), op, f"{name} has {len(given)} entries, expected {len(lead)}, one per parameter"
-    )
-
-
-def check_masters(op: str, masters: Sequence[Tensor], params: Sequence[Tensor]) -> None:
-    for i, p in enumerate(params if masters else ()):
-        _require(
-            p.dtype in SIXTEEN_BIT, op,
-            f"masters go with bfloat16 and float16 parameters, but parameter {i} has dtype {p.dtype}",
-        )  # fmt: skip
-
-
 def check_scalars(
     op: str, name: str, given: Tensor, dtype: torch.dtype, least: int, on: torch.device | None = None
 ) -> None:
@@ -69,13 +55,14 @@ def _check_groups(op: str, group_sizes: Sequence[int], count: int) -> None:
 # --- memory layout --------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Operand:
-    """One list of a call. Empty: absent. ``dtype``: None for the parameter's own."""
+    """One list of a call. ``optional``: it may be absent, that is empty. ``dtype``: None for the parameter's own."""
 
     name: str
     tensors: Sequence[Tensor]
     written: bool = False
     read: bool = True
     dtype: torch.dtype | str | None = None
+    optional: bool = False
 
 
 def _order(shape: Sequence[int], stride: Sequence[int]) -> list[int]:
@@ -117,10 +104,15 @@ _facts = attrgetter("dtype", "shape", "device", "layout")
 
 
 def _check_operand(op: str, operand: Operand, lead: Sequence[Tensor], facts: Sequence[Any]) -> None:
-    check_length(op, operand.name, operand.tensors, lead)
+    count = len(operand.tensors)
+    _require(count == len(lead), op, f"{operand.name} has {count} entries, expected {len(lead)}, one per parameter")
     own_facts = list(map(_facts, operand.tensors))
     if operand.dtype is not None or own_facts != facts:
         for i, ((dtype, shape, device, layout), (own, *like)) in enumerate(zip(own_facts, facts, strict=True)):
+            _require(
+                operand.name != "masters" or own in SIXTEEN_BIT, op,
+                f"masters go with bfloat16 and float16 parameters, but parameter {i} has dtype {own}",
+            )  # fmt: skip
             expected = own if operand.dtype is None else operand.dtype
             if operand.dtype == KEPT:
                 expected = torch.float32 if dtype == torch.float32 and own in SIXTEEN_BIT else own
@@ -149,5 +141,5 @@ def check_lists(op: str, operands: Sequence[Operand], group_sizes: Sequence[int]
                 f"rst_fused::{op}: {operands[0].name}[{i}] is {layout} of dtype {dtype}, which no kernel serves"
             )
     for operand in operands:
-        if operand.tensors:
+        if operand.tensors or not operand.optional:
             _check_operand(op, operand, lead, facts)

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch_groups
-from .checks import KEPT, Operand, check_length, check_scalars, runs_on
+from .checks import KEPT, Operand, check_scalars, runs_on
 from .device_cache import on_device
 from .launch_config import BUILT_IN
 from .launch_groups import launch, validated_groups
@@ -71,11 +71,9 @@ def grad_norm(stats: Tensor, grads: Sequence[Tensor], params: Sequence[Tensor], 
     op = "grad_norm"
     check_scalars(op, "stats", stats, torch.float64, 5, on=grads[0].device if grads else None)
     runs_on(op, "stats", stats)
-    if adaptive:
-        check_length(op, "params", params, grads)
-    operands = [Operand("grads", grads), Operand("params", params if adaptive else [], dtype=KEPT)]
+    weights = Operand("params", params if adaptive else [], dtype=KEPT, optional=not adaptive)
     partials = [torch.empty(0, dtype=torch.float64, device=stats.device)]
-    for group, table in validated_groups(op, operands, [len(grads)]):
+    for group, table in validated_groups(op, [Operand("grads", grads), weights], [len(grads)]):
         (eta_scalar,) = on_device(group.device, torch.tensor([eta], dtype=torch.float64, device="cpu"))
         sums = torch.empty(group.chunks, dtype=torch.float64, device=group.device)
         launch(grad_norm_kernel, group, table, sums, eta_scalar, ADAPTIVE=adaptive, COMPLEX=group.dtype.is_complex)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .checks import check_length, check_scalars
+from .checks import check_scalars
 from .sam_math import sign
 from .update import launch_update
 
@@ -44,7 +44,6 @@ def restore_lion_step_(
 ) -> None:  # fmt: skip
     op = "restore_lion_step_"
     check_scalars(op, "hyper", hyper, torch.float64, _COLUMNS * len(group_sizes))
-    check_length(op, "exp_avgs", exp_avgs, params)
     launch_update(
         op, RULE, params, grads, backups, first_grads, {"exp_avgs": exp_avgs}, masters, hyper, group_sizes,
         maximize, grad_scale, found_inf,

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .checks import SIXTEEN_BIT, Operand, check_length, check_masters, check_scalars
+from .checks import SIXTEEN_BIT, Operand, check_scalars
 from .device_cache import on_device
 from .launch_groups import launch, validated_groups
 from .multi_tensor_apply import INDEX, ROW, address, kernel, load, locate, magnitude, store
@@ -88,14 +88,10 @@ def perturb_(
     check_scalars(op, "stats", stats, torch.float64, 5)
     check_scalars(op, "rng", rng, torch.int64, 2)
     check_scalars(op, "rho", rho, torch.float64, len(group_sizes))
-    check_length(op, "grads", grads, params)
-    check_masters(op, masters, params)
-    if not masters:
-        check_length(op, "backups", backups, params)
     source = Operand("masters", masters, dtype=torch.float32) if masters else Operand("params", params)
     operands = [
         Operand("params", params, written=True, read=False), source, Operand("grads", grads),
-        Operand("backups", [] if masters else backups, written=True, read=False),
+        Operand("backups", [] if masters else backups, written=True, read=False, optional=bool(masters)),
     ]  # fmt: skip
     etas = torch.tensor([eta], dtype=torch.float64, device="cpu")
     for group, table in validated_groups(op, operands, group_sizes, first_index):

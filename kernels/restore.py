@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .checks import Operand, check_length, check_masters, check_scalars
+from .checks import Operand, check_scalars
 from .device_cache import on_device
 from .launch_groups import launch, validated_groups
 from .multi_tensor_apply import ROW, address, kernel, load, locate, store
@@ -56,16 +56,12 @@ def restore_(
     first_grads: Sequence[Tensor], gamma: Tensor, group_sizes: Sequence[int],
 ) -> None:  # fmt: skip
     op = "restore_"
-    check_masters(op, masters, params)
-    if not masters:
-        check_length(op, "backups", backups, params)
-    if first_grads:
-        check_length(op, "grads", grads, params)
     check_scalars(op, "gamma", gamma, torch.float64, len(group_sizes))
     source = Operand("masters", masters, dtype=torch.float32) if masters else Operand("backups", backups)
     operands = [
         Operand("params", params, written=True, read=False), source,
-        Operand("grads", grads if first_grads else [], written=True), Operand("first_grads", first_grads),
+        Operand("grads", grads if first_grads else [], written=True, optional=not first_grads),
+        Operand("first_grads", first_grads, optional=True),
     ]  # fmt: skip
     for group, table in validated_groups(op, operands, group_sizes):
         (gammas,) = on_device(group.device, gamma)

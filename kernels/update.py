@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .checks import Operand, check_length, check_masters, check_scalars
+from .checks import Operand, check_scalars
 from .device_cache import on_device
 from .launch_groups import launch, validated_groups
 from .multi_tensor_apply import ROW, address, kernel, load, locate, store
@@ -105,8 +105,6 @@ def launch_update(
 ) -> None:  # fmt: skip
     """Runs the kernel with a rule: ``PREPARE``, ``STEP`` and ``COLUMNS``. ``state`` holds the state tensors of
     this variant of it."""
-    check_length(op, "grads", grads, params)
-    check_masters(op, masters, params)
     amp = scaling(op, grad_scale, found_inf)
     wide = torch.float32 if masters else None
     if masters:
@@ -115,7 +113,7 @@ def launch_update(
         source = Operand("backups", backups) if backups else Operand("params", params)
     operands = [
         Operand("params", params, written=True, read=False), source, Operand("grads", grads),
-        Operand("first_grads", first_grads),
+        Operand("first_grads", first_grads, optional=True),
         *(Operand(name, tensors, written=True, dtype=wide) for name, tensors in state.items()),
     ]  # fmt: skip
     for group, table in validated_groups(op, operands, group_sizes):
