@@ -5,7 +5,7 @@ Both are copied without waiting, and only if they are not there yet: what recent
 
 import ctypes
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -16,8 +16,7 @@ from .multi_tensor_apply import CHUNK
 
 _ALIGNMENT = 16
 _ROOM = 8 << 20  # bytes set aside for captures: a table needs 8 per chunk, and a few more per tensor
-_MOST_TABLES = 64  # kept on devices; a training step uses about three
-_MOST_SCALARS = 64  # sets of scalars kept on devices; a training step uses about three
+_MOST_KEPT = 64  # tables on devices, and sets of scalars; a training step uses about three of each
 
 
 _tables: OrderedDict[Any, Tensor] = OrderedDict()
@@ -38,35 +37,35 @@ def _upload(host: Tensor, device: torch.device) -> Tensor:
     """Starts a copy without waiting for it; torch keeps the pinned memory alive until it is done."""
     if device.type == "cpu":
         return host
-    if not _capturing(device):
-        if not _spare or _spare[0].numel() < _ROOM // 2:
-            _spare[:] = [torch.empty(_ROOM, dtype=torch.uint8, device="cpu", pin_memory=True)]
-        pinned = host.pin_memory()
+    capturing = _capturing(device)
+    if not capturing and (not _spare or _spare[0].numel() < _ROOM // 2):
+        _spare[:] = [torch.empty(_ROOM, dtype=torch.uint8, device="cpu", pin_memory=True)]
+    if capturing and _spare and _spare[0].numel() >= host.nbytes:
+        mine, _spare[0] = _spare[0][: host.nbytes], _spare[0][host.nbytes :]
+        pinned = mine.view(host.dtype).copy_(host)
     else:
-        if _spare and _spare[0].numel() >= host.nbytes:
-            mine, _spare[0] = _spare[0][: host.nbytes], _spare[0][host.nbytes :]
-            pinned = mine.view(host.dtype).copy_(host)
-        else:
-            pinned = host.pin_memory()
+        pinned = host.pin_memory()
+    if capturing:
         _captured.append(pinned)
     return pinned.to(device, non_blocking=True)
 
 
-def _keep(kept: OrderedDict[Any, Any], most: int, device: torch.device, key: Any, made: Any) -> None:
-    if _capturing(device):  # what was just copied is in the graph's own memory
-        return
-    kept[key] = made
-    if len(kept) > most:
-        kept.popitem(last=False)
-
-
-def _find(kept: OrderedDict[Any, Any], device: torch.device, key: Any) -> Any:
+def _remembered(kept: OrderedDict[Any, Any], device: torch.device, what: Any, make: Callable[[], Any]) -> Any:
+    """What an earlier call made of the same on the same stream, or a new one: another stream would not wait for the
+    copy."""
+    key = (device, _stream(device), what)
     found = kept.get(key)
     if found is not None:
         kept.move_to_end(key)
         if _capturing(device):
             _captured.append(found)
-    return found
+        return found
+    made = make()
+    if not _capturing(device):  # otherwise it is in the graph's own memory
+        kept[key] = made
+        if len(kept) > _MOST_KEPT:
+            kept.popitem(last=False)
+    return made
 
 
 # --- addresses ------------------------------------------------------------------------------------------------------
@@ -82,14 +81,11 @@ def make_table(lengths: Sequence[int], rows: Sequence[int], indices: Sequence[in
 
 def table(device: torch.device, lengths: tuple[int, ...], rows: tuple[int, ...], indices: tuple[int, ...],
           slots: tuple[tuple[int, ...], ...]) -> Tensor:  # fmt: skip
-    """The table of an earlier call with these addresses on the same stream, or a new one: another stream would not wait
-    for the copy."""
-    key = (device, _stream(device), lengths, rows, indices, slots)
-    found = _find(_tables, device, key)
-    if found is None:
-        found = _upload(make_table(lengths, rows, indices, slots), device)
-        _keep(_tables, _MOST_TABLES, device, key, found)
-    return found
+    """The table of these addresses on the device."""
+    return _remembered(
+        _tables, device, (lengths, rows, indices, slots),
+        lambda: _upload(make_table(lengths, rows, indices, slots), device),
+    )  # fmt: skip
 
 
 # --- scalars --------------------------------------------------------------------------------------------------------
@@ -101,15 +97,13 @@ def _bits(scalars: Tensor) -> bytes:
 def _send(device: torch.device, scalars: Sequence[Tensor]) -> list[Tensor]:
     """In one copy, unless the same values are on the device already."""
     bits = [_bits(s) for s in scalars]
-    key = (device, _stream(device), *(s.dtype for s in scalars), *bits)
-    found = _find(_scalars, device, key)
-    if found is None:
+
+    def make() -> list[Tensor]:
         packed = torch.frombuffer(bytearray(b"".join(bits) or bytes(8)), dtype=torch.uint8)
-        sent = _upload(packed, device)
-        ends = accumulate(map(len, bits))
-        found = [sent[end - len(b) :][: s.nbytes].view(s.dtype) for end, b, s in zip(ends, bits, scalars, strict=True)]
-        _keep(_scalars, _MOST_SCALARS, device, key, found)
-    return found
+        sent, ends = _upload(packed, device), accumulate(map(len, bits))
+        return [sent[end - len(b) :][: s.nbytes].view(s.dtype) for end, b, s in zip(ends, bits, scalars, strict=True)]
+
+    return _remembered(_scalars, device, (*(s.dtype for s in scalars), *bits), make)
 
 
 def on_device(device: torch.device, *scalars: Tensor) -> list[Tensor]:

@@ -204,9 +204,9 @@ def test_the_same_scalars_are_sent_once(kernels: Any, monkeypatch: pytest.Monkey
     monkeypatch.setattr(cache, "_stream", lambda _: 1)  # would not wait for a copy on another stream
     cache.on_device(meta, rho)
     assert len(sent) == 6
-    for k in range(cache._MOST_SCALARS + 5):
+    for k in range(cache._MOST_KEPT + 5):
         cache.on_device(meta, torch.tensor([k]))
-    assert len(cache._scalars) == cache._MOST_SCALARS
+    assert len(cache._scalars) == cache._MOST_KEPT
 
 
 # --- launches -------------------------------------------------------------------------------------------------------

@@ -112,9 +112,9 @@ def test_a_table_is_made_once_for_the_same_addresses(device_cache: Any) -> None:
 
     first = table(t.data_ptr())
     assert table(t.data_ptr()) is first and table(t.data_ptr() + 16) is not first
-    for k in range(device_cache._MOST_TABLES):
+    for k in range(device_cache._MOST_KEPT):
         table(16 * k)
-    assert len(device_cache._tables) == device_cache._MOST_TABLES and table(t.data_ptr()) is not first
+    assert len(device_cache._tables) == device_cache._MOST_KEPT and table(t.data_ptr()) is not first
 
 
 @needs_triton
