@@ -11,6 +11,7 @@ import re
 import tempfile
 import warnings
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,6 @@ CANDIDATES = tuple(LaunchConfig(per_thread, warps) for per_thread in (4, 8, 16) 
 TUNED = ("perturb_kernel", "restore_kernel", "sgd_step_kernel", "adam_step_kernel", "lion_step_kernel")
 
 Winners = dict[str, LaunchConfig]  # by kernel and dtypes
-_loaded: dict[torch.device, Winners] = {}
 forced: list[LaunchConfig] = []  # the candidate that is being timed
 
 
@@ -59,9 +59,7 @@ def config_for(kernel: str, device: torch.device, dtype: Any, state: Any, wide_s
         return built_in
     if forced:
         return forced[0]
-    winners = _loaded.get(device)
-    if winners is None:
-        winners = _loaded[device] = {} if device.type == "cpu" else read(device)
+    winners = read(device)
     return winners.get(key_of(kernel, dtype, state), built_in) if winners else built_in
 
 
@@ -101,16 +99,16 @@ def _parsed(text: str, made_for: dict[str, str]) -> Winners:
     return winners
 
 
+@cache
 def read(device: torch.device) -> Winners:
     """The winners in the file for this device; none without it. An unusable file is ignored with a warning."""
+    if device.type == "cpu":
+        return {}
     made_for = identity(device)
     try:
         path = path_of(made_for)
-    except RuntimeError:  # no home directory: then there is no file either
-        return {}
-    try:
         return _parsed(path.read_text(encoding="utf-8"), made_for)
-    except FileNotFoundError:
+    except (FileNotFoundError, RuntimeError):  # no home directory: then there is no file either
         return {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         warnings.warn(
@@ -122,27 +120,18 @@ def read(device: torch.device) -> Winners:
         return {}
 
 
-def writable(made_for: dict[str, str]) -> Path:
-    """The path of the file. Raises RuntimeError unless its folder takes files."""
+def write(made_for: dict[str, str], winners: Winners) -> None:
+    """Atomically, so that no process ever reads half a file. Raises RuntimeError if its folder takes none."""
+    data = {"format": FORMAT, **made_for, "sizes": {key: asdict(winner) for key, winner in sorted(winners.items())}}
     try:
         path = path_of(made_for)
         path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            whole = Path(folder) / path.name
+            whole.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")  # permissions of any new file
+            os.replace(whole, path)
     except (OSError, RuntimeError) as error:
         raise RuntimeError(
             f"autotune has nowhere to keep its results ({error}): set {FOLDER_VARIABLE} to a folder that can be written"
         ) from error
-    return path
-
-
-def write(path: Path, made_for: dict[str, str], winners: Winners) -> None:
-    """Atomically, so that no process ever reads half a file."""
-    data = {"format": FORMAT, **made_for, "sizes": {key: asdict(winner) for key, winner in sorted(winners.items())}}
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        whole = Path(folder) / path.name
-        whole.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")  # with the permissions of any new file
-        os.replace(whole, path)
-
-
-def use(device: torch.device, winners: Winners) -> None:
-    _loaded[device] = winners
+    read.cache_clear()

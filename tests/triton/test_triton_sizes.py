@@ -7,6 +7,7 @@ import importlib
 import json
 import re
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,15 +23,16 @@ FILE = "triton-NVIDIA-H200-cuda-90-3.6.0.json"
 
 
 @pytest.fixture
-def kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+def kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
     """The modules, on a machine with an H200 and nothing measured yet; and its file."""
     found = SimpleNamespace(folder=tmp_path / "cache", file=tmp_path / "cache" / FILE)
     for name in ("launch_config", "autotune", "launch_groups", "update"):
         setattr(found, name, importlib.import_module(f"rst_fused.kernels.{name}"))
     monkeypatch.setenv("RST_FUSED_CACHE_DIR", str(found.folder))
     monkeypatch.setattr(found.launch_config, "identity", lambda device: dict(HERE))
-    monkeypatch.setattr(found.launch_config, "_loaded", {})
-    return found
+    found.launch_config.read.cache_clear()
+    yield found
+    found.launch_config.read.cache_clear()
 
 
 def chosen(kernels: Any, kernel: str, dtype: str = "fp32", state: str = "fp32", wide: bool = False) -> tuple[int, int]:
@@ -101,7 +103,7 @@ def test_a_file_that_cannot_be_read_is_ignored_with_a_warning(kernels: Any) -> N
     kernels.file.write_text("{", encoding="utf-8")
     with pytest.warns(RuntimeWarning, match=f"{FILE} is ignored"):
         assert chosen(kernels, "sgd_step_kernel") == (8, 4)
-    kernels.launch_config._loaded.clear()
+    kernels.launch_config.read.cache_clear()
     kernels.file.unlink()
     kernels.file.mkdir()
     with pytest.warns(RuntimeWarning, match=f"{FILE} is ignored"):
@@ -141,7 +143,7 @@ def test_the_fastest_is_kept_and_used(kernels: Any, monkeypatch: pytest.MonkeyPa
     for times in found.values():
         assert len(times) == 6 and list(times.values()) == sorted(times.values())
     assert chosen(kernels, "perturb_kernel", "bf16", "fp32") == (16, 4), "in this process"
-    kernels.launch_config._loaded.clear()
+    kernels.launch_config.read.cache_clear()
     assert chosen(kernels, "perturb_kernel", "bf16", "fp32") == (16, 4), "and in the next"
     assert chosen(kernels, "sgd_step_kernel", "fp64", "fp64") == (4, 2), "what was measured before stays"
     data = json.loads(kernels.file.read_text(encoding="utf-8"))
@@ -203,6 +205,6 @@ def test_a_folder_that_cannot_be_written_is_an_error_before_anything_is_timed(
     def refuse(**_: Any) -> Any:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(kernels.launch_config.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(kernels.launch_config.tempfile, "TemporaryDirectory", refuse)
     with pytest.raises(RuntimeError, match="Permission denied"):
         kernels.autotune.autotune("meta", elements=64)
