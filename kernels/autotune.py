@@ -1,7 +1,6 @@
 """Measures block sizes and warps on a device. Nothing here runs unless it is called."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
@@ -60,24 +59,17 @@ def _calls(device: torch.device, dtype: torch.dtype, elements: int, masters: boo
     }  # fmt: skip
 
 
-@contextmanager
-def _forced(candidate: LaunchConfig) -> Iterator[None]:
-    launch_config.forced[:] = [candidate]
-    try:
-        yield
-    finally:
-        launch_config.forced.clear()
-
-
 def _times(call: Callable[[], None]) -> dict[LaunchConfig, float]:
     """Seconds of each candidate, the fastest first. One that needs more than the device has is left out."""
     seconds: dict[LaunchConfig, float] = {}
     for candidate in launch_config.CANDIDATES:
-        with _forced(candidate):
-            try:
-                seconds[candidate] = _seconds(call)
-            except OutOfResources:
-                continue
+        launch_config.forced[:] = [candidate]
+        try:
+            seconds[candidate] = _seconds(call)
+        except OutOfResources:
+            continue
+        finally:
+            launch_config.forced.clear()
     return dict(sorted(seconds.items(), key=lambda item: item[1]))
 
 

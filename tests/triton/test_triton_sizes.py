@@ -167,7 +167,8 @@ def test_what_is_timed_is_the_kernel_it_is_kept_for(
     assert tuple(calls) == kernels.launch_config.TUNED
     for kernel, call in calls.items():
         launches.clear()
-        with kernels.autotune._forced(candidate):
+        with monkeypatch.context() as patch:
+            patch.setattr(kernels.launch_config, "forced", [candidate])
             call()
         ((function, _, programs, _, constants, warps),) = launches
         is_update = function.__name__ == "update_kernel"
