@@ -32,10 +32,9 @@ def check_scalars(
     op: str, name: str, given: Tensor, dtype: torch.dtype, least: int, on: torch.device | None = None
 ) -> None:
     """At least ``least`` of them. They may be on the CPU or on a device, unless ``on`` says where they must be."""
-    good = given.dtype == dtype and given.is_contiguous() and (on is None or given.device.type == on.type)
-    where = "" if on is None else f" on {on.type}"
-    got = f"got {given.dtype} on {given.device}"
-    _require(good, op, f"{name} must be a contiguous tensor of dtype {dtype}{where}, {got}")
+    if given.dtype != dtype or not given.is_contiguous() or (on is not None and given.device.type != on.type):
+        where, got = "" if on is None else f" on {on.type}", f"got {given.dtype} on {given.device}"
+        raise RuntimeError(f"rst_fused::{op}: {name} must be a contiguous tensor of dtype {dtype}{where}, {got}")
     _require(given.numel() >= least, op, f"{name} has {given.numel()} elements, expected at least {least}")
 
 

@@ -81,19 +81,15 @@ def update_kernel(
 
 
 # --- host -----------------------------------------------------------------------------------------------------------
-_NEUTRAL = (
-    ("grad_scale", torch.ones(1, dtype=torch.float32, device="cpu")),
-    ("found_inf", torch.zeros(1, dtype=torch.float32, device="cpu")),
-)
+_ONE = torch.ones(1, dtype=torch.float32, device="cpu")
+_ZERO = torch.zeros(1, dtype=torch.float32, device="cpu")
 
 
 def scaling(op: str, grad_scale: Tensor | None, found_inf: Tensor | None) -> list[Tensor]:
     """Both as tensors: 1 and 0 where AMP is not used."""
-    scalars = []
-    for (name, neutral), given in zip(_NEUTRAL, (grad_scale, found_inf), strict=True):
-        if given is not None:
-            check_scalars(op, name, given, torch.float32, 1)
-        scalars.append(neutral if given is None else given)
+    scalars = [_ONE if grad_scale is None else grad_scale, _ZERO if found_inf is None else found_inf]
+    for name, given in zip(("grad_scale", "found_inf"), scalars, strict=True):
+        check_scalars(op, name, given, torch.float32, 1)
     return scalars
 
 
