@@ -78,10 +78,7 @@ def dense(shape: torch.Size, stride: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(out)
 
 
-def same_layout(shape: torch.Size, a: tuple[int, ...], b: tuple[int, ...]) -> bool:
-    return all(x == y or size == 1 for size, x, y in zip(shape, a, b, strict=True)) or 0 in shape
-
-
+@lru_cache(maxsize=4096)
 def overlaps(shape: torch.Size, stride: tuple[int, ...]) -> bool:
     """True if two indices may reach the same element."""
     if 0 in shape:
@@ -92,11 +89,6 @@ def overlaps(shape: torch.Size, stride: tuple[int, ...]) -> bool:
             return True
         reached += (shape[d] - 1) * stride[d]
     return False
-
-
-@lru_cache(maxsize=4096)
-def _writable(shape: torch.Size, stride: tuple[int, ...]) -> bool:
-    return not overlaps(shape, stride)
 
 
 _facts = attrgetter("dtype", "shape", "device", "layout")
@@ -122,7 +114,7 @@ def _check_operand(op: str, operand: Operand, lead: Sequence[Tensor], facts: Seq
                 )
             _require(shape == like[0], op, f"{operand.name}[{i}] does not have the shape of the parameter")
     for i, t in enumerate(operand.tensors if operand.written else ()):
-        if not _writable(t.shape, t.stride()):
+        if overlaps(t.shape, t.stride()):
             raise RuntimeError(
                 f"rst_fused::{op}: {operand.name}[{i}] is written, but several of its elements share memory (an "
                 "expanded tensor?); clone it first"

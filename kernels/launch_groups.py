@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.compiler import CompiledKernel
 
 from . import device_cache
-from .checks import TRITON_DTYPE, Operand, check_lists, dense, runs_on, same_layout
+from .checks import TRITON_DTYPE, Operand, check_lists, dense, runs_on
 from .launch_config import config_for
 from .multi_tensor_apply import CHUNK
 
@@ -131,7 +131,8 @@ def _groups(operands: Sequence[Operand], group_sizes: Sequence[int], first_index
 
 def _has_layout(t: Tensor, wanted: tuple[int, ...]) -> bool:
     """Whether a kernel can work on ``t`` in place, beside tensors of these strides."""
-    return same_layout(t.shape, t.stride(), wanted) and not (t.is_conj() or t.is_neg())
+    same = all(a == b or size == 1 for size, a, b in zip(t.shape, t.stride(), wanted, strict=True)) or 0 in t.shape
+    return same and not (t.is_conj() or t.is_neg())
 
 
 def _prepare(
