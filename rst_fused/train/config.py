@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, TypeVar
 
 import torch
@@ -28,12 +28,12 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "digits": {
         "model": "cnn", "epochs": 60, "batch_size": 100, "seeds": 3, "rho": 0.1, "label_noise": (0.0, 0.3),
         "threads": 1,
-        "sgd": {"lr": 0.02, "weight_decay": 0.01}, "adamw": {"lr": 1e-3, "weight_decay": 0.01},
+        "sgd": {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.01}, "adamw": {"lr": 1e-3, "weight_decay": 0.01},
     },
     "cifar10": {
         "model": "resnet18", "epochs": 30, "batch_size": 128, "seeds": 1, "rho": 0.05, "label_noise": (0.0,),
         "threads": None,
-        "sgd": {"lr": 0.1, "weight_decay": 5e-4}, "adamw": {"lr": 1e-3, "weight_decay": 0.01},
+        "sgd": {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}, "adamw": {"lr": 1e-3, "weight_decay": 0.01},
     },
 }  # fmt: skip
 
@@ -89,33 +89,23 @@ class Config:
     @classmethod
     def from_arguments(cls, args: argparse.Namespace) -> Config:
         """Fills in the defaults. Raises ValueError where options contradict each other."""
-        defaults = _DEFAULTS["digits" if args.data is None else "cifar10"]
-
-        def given(name: str, default: Any) -> Any:
-            value = getattr(args, name)
-            return default if value is None else value
-
         if args.base != "sgd" and args.momentum is not None:
             raise ValueError(f"--momentum {args.momentum} with --base {args.base}: only sgd has a momentum")
         options = {name: getattr(args, name) for name in SCHEDULE_OPTIONS}
         if args.schedule == "constant" and args.p is None and args.cost is None:
             options["p"] = 0.5
-        values: dict[str, Any] = {
+        of_data = _DEFAULTS["digits" if args.data is None else "cifar10"]
+        defaults = {**of_data, **of_data[args.base]}
+        given = {field.name: getattr(args, field.name) for field in fields(cls) if field.name != "output"}
+        values: dict[str, Any] = {name: defaults.get(name) if value is None else value for name, value in given.items()}
+        values |= {
             "data": None if args.data is None else str(args.data),
-            "subset": args.subset,
-            "label_noise": tuple(dict.fromkeys(given("label_noise", defaults["label_noise"]))),
+            "label_noise": tuple(dict.fromkeys(values["label_noise"])),
             "methods": tuple(name for name in METHODS if name in args.methods),
-            "base": args.base,
-            "momentum": given("momentum", 0.9) if args.base == "sgd" else None,
-            "gamma": args.gamma,
             "schedule": {"family": args.schedule, **options},
             "device": _checked_device(args.device),
-            "amp": args.amp,
-            **{k: given(k, defaults[k]) for k in ("model", "epochs", "batch_size", "seeds", "rho", "threads")},
-            **{name: given(name, default) for name, default in defaults[args.base].items()},
         }
-        values["output"] = str(args.output or _output_name(values))
-        return cls(**values)
+        return cls(**values, output=str(args.output or _output_name(values)))
 
     @property
     def hyper(self) -> dict[str, Any]:
