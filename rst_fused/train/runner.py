@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from rst_fused import RST, SAM
+from rst_fused import RST
 from rst_fused.schedule import Schedule, constant
 from rst_fused.train.config import Config
 from rst_fused.train.data import Dataset, batches, randomise_labels
@@ -156,13 +156,11 @@ def _optimizer(plan: Plan, method: str, model: nn.Module, seed: int) -> torch.op
         # The baseline is torch's own optimizer, not RST with p = 0.
         baseline = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[config.base]
         return baseline(model.parameters(), **config.hyper)
-    if method == "sam":
-        return SAM(model.parameters(), config.base, rho=config.rho, seed=seed, model=model, **config.hyper)
     return RST(
         model.parameters(),
         config.base,
         rho=config.rho,
-        schedule=plan.schedule,
+        schedule=plan.schedule_of(method),
         gamma=config.gamma if method == "g-rst" else 1.0,
         seed=seed,
         model=model,
