@@ -6,8 +6,8 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,7 +79,11 @@ def run_all(plan: Plan) -> list[Run]:
     jobs = [(n, s, m) for n in config.label_noise for s in range(config.seeds) for m in config.methods]
     runs: list[Run] = []
     quiet = not sys.stderr.isatty()
-    with _threads(config.threads), tqdm(total=len(jobs) * config.epochs, unit="epoch", disable=quiet) as bar:
+    with ExitStack() as stack:
+        if config.threads:
+            stack.callback(torch.set_num_threads, torch.get_num_threads())
+            torch.set_num_threads(config.threads)
+        bar = stack.enter_context(tqdm(total=len(jobs) * config.epochs, unit="epoch", disable=quiet))
         for noise, seed, method in jobs:
             name = f"label noise {noise:g}, seed {seed}, {config.label(method)}"
             bar.set_description(name)
@@ -205,13 +209,3 @@ class _Clock:
         """Mean over all steps of the median of the step's kind: first calls and a busy machine hardly show."""
         kinds = [laps for laps in self.laps.values() if laps]
         return sum(statistics.median(laps) * len(laps) for laps in kinds) / sum(map(len, kinds))
-
-
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
