@@ -21,7 +21,7 @@ from rst_fused.schedule import Schedule, constant
 from rst_fused.train.config import Config
 from rst_fused.train.data import Dataset, batches, randomise_labels
 from rst_fused.train.models import build_model
-from rst_fused.train.sharpness import loss_rise, mean_loss, top_eigenvalue
+from rst_fused.train.sharpness import eval_mode, loss_rise, mean_loss, top_eigenvalue
 
 # Enough images for a stable estimate, few enough at a time for the second derivatives of ResNet-18 to fit.
 SHARPNESS_IMAGES, SHARPNESS_BATCH = 200, 100
@@ -143,14 +143,12 @@ def run_one(plan: Plan, noise: float, seed: int, method: str, progress: Callable
 
 def accuracy(model: nn.Module, data: Dataset) -> float:
     """Percent of the test images that the model, in eval mode, puts into their class."""
-    model.eval()
     right = 0
-    with torch.no_grad():
+    with eval_mode(model), torch.no_grad():
         for images, labels in zip(
             data.test_images.split(TEST_BATCH), data.test_labels.split(TEST_BATCH), strict=True
         ):
             right += int((model(data.normalise(images)).argmax(1) == labels).sum())
-    model.train()
     return 100.0 * right / len(data.test_labels)
 
 

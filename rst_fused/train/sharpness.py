@@ -19,7 +19,7 @@ Batches = Sequence[tuple[Tensor, Tensor]]
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -38,7 +38,7 @@ def _terms(model: nn.Module, batches: Batches) -> Iterator[Tensor]:
 
 def mean_loss(model: nn.Module, batches: Batches) -> float:
     """Mean cross-entropy over the batches, in eval mode."""
-    with _eval_mode(model), torch.no_grad():
+    with eval_mode(model), torch.no_grad():
         return float(sum(_terms(model, batches)))
 
 
@@ -50,7 +50,7 @@ def loss_rise(model: nn.Module, batches: Batches, rho: float) -> float:
     probe = SAM(model.parameters(), base="sgd", lr=0.0, rho=rho)
     probe.zero_grad()
     before = 0.0
-    with _eval_mode(model):
+    with eval_mode(model):
         for term in _terms(model, batches):
             term.backward()
             before += float(term.detach())
@@ -98,6 +98,6 @@ def top_eigenvalue(
             vector = image
         return value
 
-    with _eval_mode(model):
+    with eval_mode(model):
         value = dominant(0.0)
         return dominant(value) + value if value < 0 else value
