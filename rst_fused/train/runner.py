@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -110,13 +111,12 @@ def run_one(plan: Plan, noise: float, seed: int, method: str, progress: Callable
         total = torch.zeros((), dtype=torch.float64, device=config.device)
         count = 0
         for images, targets in batches(data, labels, config.batch_size, generator):
-            before, start = _sam_steps(optimizer), clock.now()
-            total += optimizer.step(_closure(optimizer, model, images, targets, config))
-            clock.laps[_sam_steps(optimizer) > before].append(clock.now() - start)
+            before, start = getattr(optimizer, "sam_steps", 0), clock.now()
+            total += optimizer.step(partial(_backward, optimizer, model, images, targets, config.amp))
+            clock.laps[getattr(optimizer, "sam_steps", 0) > before].append(clock.now() - start)
             count += 1
         decay.step()
-        mean = float(total) / count
-        losses.append(mean if math.isfinite(mean) else None)
+        losses.append(_finite(float(total) / count))
         if losses[-1] is None:
             progress(config.epochs - epoch + 1)
             break
@@ -132,7 +132,7 @@ def run_one(plan: Plan, noise: float, seed: int, method: str, progress: Callable
         method=method,
         seed=seed,
         diverged=diverged,
-        cost=optimizer.cost if isinstance(optimizer, RST) else 1.0,
+        cost=getattr(optimizer, "cost", 1.0),
         seconds_per_step=clock.seconds_per_step(),
         train_losses=losses,
         test_accuracy=None if diverged else accuracy(model, data),
@@ -170,21 +170,15 @@ def _optimizer(plan: Plan, method: str, model: nn.Module, seed: int) -> torch.op
     )
 
 
-def _closure(
-    optimizer: torch.optim.Optimizer, model: nn.Module, images: Tensor, labels: Tensor, config: Config
-) -> Callable[[], Any]:
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=config.amp):
-            loss = F.cross_entropy(model(images), labels)
-        loss.backward()
-        return loss.detach()
-
-    return closure
-
-
-def _sam_steps(optimizer: torch.optim.Optimizer) -> int:
-    return optimizer.sam_steps if isinstance(optimizer, RST) else 0
+def _backward(
+    optimizer: torch.optim.Optimizer, model: nn.Module, images: Tensor, labels: Tensor, amp: bool
+) -> Any:
+    """The loss, whose gradients are left in the parameters."""
+    optimizer.zero_grad()
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
+        loss = F.cross_entropy(model(images), labels)
+    loss.backward()
+    return loss.detach()
 
 
 def _finite(value: float) -> float | None:
