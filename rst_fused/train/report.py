@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 import rst_fused
@@ -145,7 +144,6 @@ def draw(plan: Plan, rows: Sequence[Row], path: Path) -> None:
     """A PNG: accuracy against cost for each label noise, then p(t)."""
     noises = plan.config.label_noise
     figure = Figure(figsize=(3.6 * (len(noises) + 1), 3.4), layout="constrained")
-    FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(noises) + 1, squeeze=False)[0]
     for axes, noise in zip(panels, noises, strict=False):
         _draw_accuracy(axes, [row for row in rows if row.label_noise == noise], noise)
