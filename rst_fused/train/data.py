@@ -18,10 +18,10 @@ from torch.nn import functional as F
 
 DIGITS_TRAIN = 1000
 CIFAR_FOLDER = "cifar-10-batches-py"
-CIFAR_TRAIN_FILES = tuple(f"data_batch_{k}" for k in range(1, 6))
-CIFAR_TEST_FILE = "test_batch"
+CIFAR_FILES = (*(f"data_batch_{k}" for k in range(1, 6)), "test_batch")
 CIFAR_PIXELS = 3 * 32 * 32
 CROP_PADDING = 4
+CLASSES = 10
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,6 @@ class Dataset:
     """Images uint8 (N, C, H, W), labels int64 (N,); ``mean`` and ``std`` float32 (C,) in units of a pixel."""
 
     name: str
-    classes: int
     augmented: bool
     train_images: Tensor
     train_labels: Tensor
@@ -51,14 +50,12 @@ def _dataset(
     name: str, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], subset: int | None, augmented: bool
 ) -> Dataset:
     images, labels = train
-    if subset is not None:
-        if not 1 <= subset <= len(labels):
-            raise ValueError(f"--subset must lie in 1..{len(labels)} for {name}, got {subset}")
-        images, labels = images[:subset], labels[:subset]
+    if subset is not None and not 1 <= subset <= len(labels):
+        raise ValueError(f"--subset must lie in 1..{len(labels)} for {name}, got {subset}")
+    images, labels = images[:subset], labels[:subset]
     pixels = images.float()
     return Dataset(
         name=name,
-        classes=10,
         augmented=augmented,
         train_images=images.contiguous(),
         train_labels=labels.contiguous(),
@@ -148,15 +145,15 @@ def load_cifar10(folder: Path, subset: int | None = None) -> Dataset:
     """CIFAR-10 from ``folder``, which is or holds ``cifar-10-batches-py`` (six pickled batches)."""
     inner = folder / CIFAR_FOLDER
     root = inner if inner.is_dir() else folder
-    missing = [name for name in (*CIFAR_TRAIN_FILES, CIFAR_TEST_FILE) if not (root / name).is_file()]
+    missing = [name for name in CIFAR_FILES if not (root / name).is_file()]
     if missing:
         raise ValueError(
             f"--data {folder}: no {', '.join(missing)} in {root}; give the folder that "
             f"cifar-10-python.tar.gz unpacks to ({CIFAR_FOLDER}) or the one that holds it"
         )
-    parts = [read_cifar_batch(root / name) for name in CIFAR_TRAIN_FILES]
-    train = torch.cat([images for images, _ in parts]), torch.cat([labels for _, labels in parts])
-    return _dataset("cifar10", train, read_cifar_batch(root / CIFAR_TEST_FILE), subset, augmented=True)
+    *parts, test = (read_cifar_batch(root / name) for name in CIFAR_FILES)
+    images, labels = (torch.cat(part) for part in zip(*parts, strict=True))
+    return _dataset("cifar10", (images, labels), test, subset, augmented=True)
 
 
 def randomise_labels(labels: Tensor, fraction: float, classes: int, seed: int) -> Tensor:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from rst_fused import RST
 from rst_fused.schedule import Schedule, constant
 from rst_fused.train.config import Config
-from rst_fused.train.data import Dataset, batches, randomise_labels
+from rst_fused.train.data import CLASSES, Dataset, batches, randomise_labels
 from rst_fused.train.models import build_model
 from rst_fused.train.sharpness import eval_mode, loss_rise, mean_loss, top_eigenvalue
 
@@ -98,9 +98,9 @@ def run_all(plan: Plan) -> list[Run]:
 def run_one(plan: Plan, noise: float, seed: int, method: str, progress: Callable[[int], object]) -> Run:
     """One run; a diverged one ends early. ``progress`` is called with numbers that add up to the epochs."""
     config, data = plan.config, plan.data
-    labels = randomise_labels(data.train_labels, noise, data.classes, seed)
+    labels = randomise_labels(data.train_labels, noise, CLASSES, seed)
     channels, size = data.train_images.shape[1:3]
-    model = build_model(config.model, channels, data.classes, size, seed).to(config.device)
+    model = build_model(config.model, channels, CLASSES, size, seed).to(config.device)
     optimizer = _optimizer(plan, method, model, seed)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.epochs)
     generator = torch.Generator().manual_seed(seed)
