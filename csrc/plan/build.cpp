@@ -77,43 +77,45 @@ Plan::Plan(bool gpu, py::list groups, py::list everything, py::list active, py::
   watch_state();
 }
 
+int64_t* Plan::copy(const int64_t* numbers, int count) {
+  constexpr size_t kBlock = 1024;
+  const auto size = static_cast<size_t>(count);
+  if (shapes_.empty() || shapes_.back().size() + size > shapes_.back().capacity()) {
+    shapes_.emplace_back().reserve(std::max(size, kBlock));
+  }
+  std::vector<int64_t>& block = shapes_.back();
+  block.insert(block.end(), numbers, numbers + size);
+  return block.data() + block.size() - size;
+}
+
+const TensorFacts& Plan::note(const py::handle& tensor) {
+  tensors_.push_back(tensor_ref(tensor));
+  TensorFacts& facts = layouts_.emplace_back();
+  if (!core().facts_of(tensors_.back().handle, facts)) throw py::value_error("not an ordinary tensor");
+  facts.sizes = copy(facts.sizes, facts.ndim);
+  facts.strides = copy(facts.strides, facts.ndim);
+  return facts;
+}
+
 void Plan::add_params(const std::vector<int64_t>& sizes) {
   const size_t n = active_.size();
-  entries_.resize(n);
   views_.resize(n);
   grad_handles_.resize(n);
   table_.tensors.resize(n);
-  std::vector<TensorFacts> facts(n);
-  size_t dims = 0;
-  for (size_t i = 0; i < n; ++i) {
-    tensors_.push_back(tensor_ref(active_[i]));
-    if (!core().facts_of(tensors_[i].handle, facts[i]) || !core().describe(facts[i].dtype, table_.tensors[i])) {
-      throw py::value_error("a parameter is not an ordinary tensor");
-    }
-    dims += facts[i].ndim;
-  }
-  shapes_.resize(3 * dims);
-  int64_t* shape = shapes_.data();
   size_t row = 0;
   int64_t left = 0;
   for (size_t i = 0; i < n; ++i) {
     for (; left == 0; ++row) left = sizes.at(row);
     --left;
-    const TensorFacts& p = facts[i];
-    Entry& entry = entries_[i];
+    const TensorFacts& p = note(active_[i]);
     Tensor& t = table_.tensors[i];
+    if (!core().describe(p.dtype, t)) throw py::value_error("a parameter has a dtype that no kernel serves");
     device_ = p.device;
-    entry.dtype = p.dtype;
-    entry.ndim = p.ndim;
-    entry.shape = shape;
-    std::copy(p.sizes, p.sizes + p.ndim, shape);
-    std::copy(p.strides, p.strides + p.ndim, shape + p.ndim);
-    shape += 3 * p.ndim;
     t.state_dtype = t.dtype;
     t.row = static_cast<int>(row) - 1;
     t.index = static_cast<int64_t>(i);
-    views_[i][kParam] = {p.data, p.ndim, entry.sizes(), entry.strides()};
-    layouts_.push_back({p.data, p.device, p.dtype, p.ndim, entry.shape});
+    views_[i][kParam] = p;
+    entries_.push_back({copy(p.strides, p.ndim)});
   }
 }
 
@@ -121,16 +123,7 @@ void Plan::add(const py::list& tensors, Operand operand) {
   for (size_t i = 0; i < entries_.size(); ++i) {
     const py::object tensor = tensors[i];
     if (tensor.is_none()) continue;
-    const TensorRef ref = tensor_ref(tensor);
-    TensorFacts t;
-    if (!core().facts_of(ref.handle, t)) throw py::value_error("state is not an ordinary tensor");
-    auto shape = std::make_unique<int64_t[]>(2 * t.ndim + 1);
-    std::copy(t.sizes, t.sizes + t.ndim, shape.get());
-    std::copy(t.strides, t.strides + t.ndim, shape.get() + t.ndim);
-    views_[i][operand] = {t.data, t.ndim, shape.get(), shape.get() + t.ndim};
-    tensors_.push_back(ref);
-    layouts_.push_back({t.data, t.device, t.dtype, t.ndim, shape.get()});
-    copies_.push_back(std::move(shape));
+    views_[i][operand] = note(tensor);
     kept_.append(tensor);
   }
 }

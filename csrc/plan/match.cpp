@@ -6,21 +6,14 @@
 
 namespace rst {
 
-bool Plan::is_like(const Entry& entry, const TensorFacts& grad) const {
-  return grad.dtype == entry.dtype && grad.device == device_ && grad.ndim == entry.ndim &&
-         equal(grad.sizes, entry.sizes(), entry.ndim);
-}
-
 bool Plan::fits(size_t index, const TensorFacts& grad) {
   Entry& entry = entries_[index];
-  const int ndim = entry.ndim;
-  if (!is_like(entry, grad)) return false;
-  const bool known = entry.has_layout && equal(grad.strides, entry.grad_strides(), ndim);
-  if (known && !table_.chunks.empty()) {
+  const int ndim = grad.ndim;
+  if (!is_like(grad, layouts_[index])) return false;
+  if (!table_.chunks.empty() && equal(grad.strides, entry.grad_strides, ndim)) {
     table_.tensors[index].data[kGrad] = grad.data;
   } else {
-    std::copy(grad.strides, grad.strides + ndim, entry.grad_strides());
-    entry.has_layout = true;
+    std::copy(grad.strides, grad.strides + ndim, entry.grad_strides);
     // torch gives the imaginary part of a conjugated tensor as a view that is negated when it is read. Such a view
     // never fills its memory, unless it has one element.
     const bool single = std::all_of(grad.sizes, grad.sizes + ndim, [](int64_t size) { return size == 1; });
@@ -36,12 +29,12 @@ void Plan::set_all_layouts(bool mixing) {
     View views[kOperands];
     for (int s = 0; s < kOperands; ++s) views[s] = views_[i][s];
     const Entry& entry = entries_[i];
-    views[kGrad] = {entry.grad, entry.ndim, entry.sizes(), entry.grad_strides()};
+    views[kGrad] = {entry.grad, views[kParam].ndim, views[kParam].sizes, entry.grad_strides};
     if (mixing) {
       TensorFacts g;
       core().facts_of(core().slot(first_->slots, static_cast<int64_t>(i)), g);  // which were compared before
-      views[kFirstGrad] = {g.data, g.ndim, g.sizes, g.strides};
-      first_grads_differ_ = first_grads_differ_ || !equal(g.strides, entry.grad_strides(), g.ndim);
+      views[kFirstGrad] = g;
+      first_grads_differ_ = first_grads_differ_ || !equal(g.strides, entry.grad_strides, g.ndim);
     }
     set_layout(table_.tensors[i], views);
   }
@@ -80,8 +73,8 @@ bool Plan::read_first_grads() {
     const Entry& entry = plan.entries_[index];
     if (facts != nullptr || plan.first_grad_words_[index] != plan.grad_words_[index]) {
       TensorFacts g;
-      if (!core().facts_of(core().slot(plan.first_->slots, i), g) || !plan.is_like(entry, g)) return false;
-      if (!equal(g.strides, entry.grad_strides(), g.ndim)) plan.table_.chunks.clear();
+      if (!core().facts_of(core().slot(plan.first_->slots, i), g) || !is_like(g, plan.layouts_[index])) return false;
+      if (!equal(g.strides, entry.grad_strides, g.ndim)) plan.table_.chunks.clear();
     }
     plan.table_.tensors[index].data[kFirstGrad] = data;
     return data == nullptr || data != entry.grad;

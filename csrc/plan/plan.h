@@ -84,17 +84,13 @@ class Plan {
 
  private:
   struct Entry {
-    int32_t dtype;  // torch's number
-    int ndim;
-    int64_t* shape;  // in shapes_: sizes, strides of the parameter, strides of its gradient
+    int64_t* grad_strides;  // those of the parameter until the first gradient is seen
     void* grad = nullptr;
-    bool has_layout = false;  // grad_strides are those of a gradient
     bool may_be_negated = false;
-
-    const int64_t* sizes() const { return shape; }
-    const int64_t* strides() const { return shape + ndim; }
-    int64_t* grad_strides() const { return shape + 2 * ndim; }
   };
+  // Adds a tensor to tensors_ and layouts_.
+  const TensorFacts& note(const py::handle& tensor);
+  int64_t* copy(const int64_t* numbers, int count);
   void add_params(const std::vector<int64_t>& sizes);
   void add(const py::list& tensors, Operand operand);
   void hold_companions();
@@ -112,8 +108,6 @@ class Plan {
   bool in_place(int64_t begin, int64_t end);
   // If false, the table may be half renewed: kernels may run only after a call that returned true.
   bool read_grads();
-  // Whether a gradient is one of its parameter, in whatever layout.
-  bool is_like(const Entry& entry, const TensorFacts& grad) const;
   bool fits(size_t index, const TensorFacts& grad);
   bool none_is_negated();
   // Whether the rows of a group are at different steps, for the ops would join them otherwise.
@@ -153,9 +147,10 @@ class Plan {
   py::list hyperparams_kept_;                                // references that keep the values alive
   int64_t hyperparams_version_ = 0;
   std::vector<Entry> entries_;
-  std::vector<int64_t> shapes_;          // of all entries, side by side, since every step reads them
-  std::vector<TensorRef> tensors_;       // parameters, then masters, backups and states
-  std::vector<ExpectedLayout> layouts_;  // of these
+  std::vector<TensorRef> tensors_;    // parameters, then masters, backups and states
+  std::vector<TensorFacts> layouts_;  // of these
+  // Their sizes and strides, of which a tensor may free its own: in blocks that stay where they are, side by side.
+  std::vector<std::vector<int64_t>> shapes_;
   std::vector<KnownWords> words_, grad_words_, first_grad_words_;  // of these, and of the gradients
   int64_t masters_end_ = 0, backups_end_ = 0;
   std::vector<TensorRef> idle_tensors_, counters_;
@@ -168,8 +163,6 @@ class Plan {
   bool first_grads_kept_ = false;    // whether there may be any in it
   bool mixes_ = false;               // whether the table has first gradients
   bool first_grads_differ_ = false;  // in strides, from the second ones
-  // Copies of the shapes of companions: a tensor may free its own when it is resized.
-  std::vector<std::unique_ptr<int64_t[]>> copies_;
   std::vector<std::array<View, kOperands>> views_;
   Table table_;
   bool same_layout_ = true;  // false: tensors of a parameter differ in layout, which GPU kernels do not serve

@@ -19,13 +19,10 @@ struct TensorRef {
   const void* impl;
 };
 
-struct TensorFacts {
-  void* data;
-  int32_t device;  // the index of a GPU, or kOnCpu
-  int32_t dtype;   // torch's number for it
-  int ndim;
-  const int64_t* sizes;  // belong to the tensor
-  const int64_t* strides;
+// What kernels are told about a tensor. Sizes and strides belong to the tensor, or to the plan that noted them.
+struct TensorFacts : View {
+  int32_t device = kOnCpu;  // the index of a GPU, or kOnCpu
+  int32_t dtype = 0;        // torch's number for it
 };
 
 // For a handful of dimensions faster than memcmp.
@@ -34,6 +31,11 @@ inline bool equal(const int64_t* a, const int64_t* b, int ndim) {
     if (a[d] != b[d]) return false;
   }
   return true;
+}
+
+// Whether a tensor could take the place of the other: they may differ in address and strides.
+inline bool is_like(const TensorFacts& a, const TensorFacts& b) {
+  return a.dtype == b.dtype && a.device == b.device && a.ndim == b.ndim && equal(a.sizes, b.sizes, a.ndim);
 }
 
 // The words of a TensorImpl that hold sizes, strides (of up to five dimensions), storage offset, dtype, device and
@@ -56,21 +58,6 @@ struct ImplLayout {
   uint64_t special_bit = 0;  // of storage_special: asking for the address does more than that, as in copy on write
 };
 
-// What kernels were told about a tensor. `shape`: sizes, then strides.
-struct ExpectedLayout {
-  void* data;
-  int32_t device, dtype;
-  int ndim;
-  const int64_t* shape;
-
-  const int64_t* sizes() const { return shape; }
-  const int64_t* strides() const { return shape + ndim; }
-  bool fits(const TensorFacts& t) const {
-    return t.data == data && t.dtype == dtype && t.device == device && t.ndim == ndim &&
-           equal(t.sizes, sizes(), ndim) && equal(t.strides, strides(), ndim);
-  }
-};
-
 // Called with the gradient of the parameter at `index` while it is in the cache; after false it is not called again.
 // `facts` is null where they are those of the last call, but for the address.
 using SeenGrad = bool(void* context, int64_t index, void* data, const TensorFacts* facts);
@@ -91,12 +78,11 @@ struct CoreApi {
   bool (*describe)(int32_t torch_dtype, Tensor& tensor);
   void (*set_impl_layout)(const ImplLayout& layout);
   // Whether tensors [begin, end) are what `layouts` says. `words`: theirs at the last call.
-  bool (*in_place)(const TensorRef* tensors, int64_t begin, int64_t end, const ExpectedLayout* layouts,
-                   KnownWords* words);
+  bool (*in_place)(const TensorRef* tensors, int64_t begin, int64_t end, const TensorFacts* layouts, KnownWords* words);
   // Reads the gradients of the first `count` tensors. False if a tensor is not in place, if a gradient is missing or is
   // not an ordinary strided tensor, or if `seen` returns false. `grads` receives their handles; it must hold those of
   // the last call, or null. `grad_words`: those of the gradients at the last call.
-  bool (*read_grads)(const TensorRef* tensors, int64_t count, const ExpectedLayout* layouts, KnownWords* words,
+  bool (*read_grads)(const TensorRef* tensors, int64_t count, const TensorFacts* layouts, KnownWords* words,
                      void** grads, KnownWords* grad_words, SeenGrad* seen, void* context);
   bool (*has_grads)(const TensorRef* tensors, int64_t count);      // whether any of them has one
   void (*clear_grads)(void* const* grads, int64_t count);          // p.grad = None, for `grads` from read_grads

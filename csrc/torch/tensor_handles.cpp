@@ -64,12 +64,15 @@ KnownWords shared_words(AtenTensorHandle tensor, const TensorFacts& facts) {
   return &all.back();
 }
 
-bool is_in_place(const TensorRef& tensor, const ExpectedLayout& layout, KnownWords& words) {
+bool is_in_place(const TensorRef& tensor, const TensorFacts& layout, KnownWords& words) {
   const AtenTensorHandle handle = handle_of(tensor);
   void* data = nullptr;
   if (same_words(handle, words) && read_data(handle, words, data)) return data == layout.data;
   TensorFacts facts;
-  if (!read_facts(handle, facts) || !layout.fits(facts)) return false;
+  if (!read_facts(handle, facts) || facts.data != layout.data || !is_like(facts, layout) ||
+      !equal(facts.strides, layout.strides, layout.ndim)) {
+    return false;
+  }
   words = shared_words(handle, facts);
   return true;
 }
@@ -151,7 +154,7 @@ bool facts_of(void* handle, TensorFacts& facts) { return read_facts(static_cast<
 
 void set_impl_layout(const ImplLayout& layout) { impl_layout = layout; }
 
-bool read_grads(const TensorRef* tensors, int64_t count, const ExpectedLayout* layouts, KnownWords* words, void** grads,
+bool read_grads(const TensorRef* tensors, int64_t count, const TensorFacts* layouts, KnownWords* words, void** grads,
                 KnownWords* grad_words, SeenGrad* seen, void* context) {
   const auto grad = [&](int64_t i) { return static_cast<AtenTensorHandle>(grads[i]); };
   bool fine = true;
@@ -185,7 +188,7 @@ bool read_grads(const TensorRef* tensors, int64_t count, const ExpectedLayout* l
   return fine;
 }
 
-bool in_place(const TensorRef* tensors, int64_t begin, int64_t end, const ExpectedLayout* layouts, KnownWords* words) {
+bool in_place(const TensorRef* tensors, int64_t begin, int64_t end, const TensorFacts* layouts, KnownWords* words) {
   bool fine = true;
   visit(
       begin, end, [&](int64_t i) { fine = fine && is_in_place(tensors[i], layouts[i], words[i]); },

@@ -7,8 +7,8 @@ namespace rst {
 
 bool facts_of(void* handle, TensorFacts& facts);
 void set_impl_layout(const ImplLayout& layout);
-bool in_place(const TensorRef* tensors, int64_t begin, int64_t end, const ExpectedLayout* layouts, KnownWords* words);
-bool read_grads(const TensorRef* tensors, int64_t count, const ExpectedLayout* layouts, KnownWords* words, void** grads,
+bool in_place(const TensorRef* tensors, int64_t begin, int64_t end, const TensorFacts* layouts, KnownWords* words);
+bool read_grads(const TensorRef* tensors, int64_t count, const TensorFacts* layouts, KnownWords* words, void** grads,
                 KnownWords* grad_words, SeenGrad* seen, void* context);
 bool has_grads(const TensorRef* tensors, int64_t count);
 void clear_grads(void* const* grads, int64_t count);
