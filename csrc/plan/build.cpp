@@ -57,6 +57,11 @@ Plan::Plan(bool gpu, py::list groups, py::list everything, py::list active, py::
   if (rule < 0 || rule >= kRules) throw py::index_error("rule is not the number of a base optimizer");
   if (states.size() > kStates) throw py::value_error("more state tensors than a rule has");
   add_params(sizes);
+  for (const py::handle& step : steps) {
+    note(step);
+    kept_.append(step);
+  }
+  counters_end_ = static_cast<int64_t>(tensors_.size());
   add(masters, kMaster);
   masters_end_ = static_cast<int64_t>(tensors_.size());
   add(backups, kBackup);
@@ -66,10 +71,6 @@ Plan::Plan(bool gpu, py::list groups, py::list everything, py::list active, py::
     if (views_[i][kMaster].data != nullptr) table_.tensors[i].state_dtype = DType::Float;
   }
   for (const py::handle& tensor : idle_) idle_tensors_.push_back(tensor_ref(tensor));
-  for (const py::handle& step : steps) {
-    counters_.push_back(tensor_ref(step));
-    kept_.append(step);
-  }
   hold_companions();
   words_.resize(tensors_.size());
   grad_words_.resize(entries_.size());
@@ -129,7 +130,7 @@ void Plan::add(const py::list& tensors, Operand operand) {
 }
 
 // Parameters may get another TensorImpl at any time, and torch.utils.swap_tensors asks that nobody but Python holds
-// them. Their companions are held here: then the pointers to their TensorImpls are read from one place.
+// them. All other tensors are held here: then the pointers to their TensorImpls are read from one place.
 void Plan::hold_companions() {
   const auto companions = static_cast<int64_t>(tensors_.size()) - count();
   if (companions == 0) return;
@@ -159,8 +160,7 @@ void Plan::clear() {
   companions_.reset();
   entries_.clear();
   idle_tensors_.clear();
-  counters_.clear();
-  masters_end_ = backups_end_ = 0;
+  counters_end_ = masters_end_ = backups_end_ = 0;
   table_ = Table();
   const auto groups = std::exchange(groups_, {});
   first_ = nullptr;

@@ -2,7 +2,6 @@
 #include "plan/plan.h"
 
 #include <algorithm>
-#include <numeric>
 
 namespace rst {
 
@@ -92,25 +91,10 @@ void Plan::set_mixing(bool mixing) {
   }
 }
 
-float* Plan::counter(size_t row) const {
-  TensorFacts t;
-  const bool there = core().facts_of(counters_[row].handle, t) && t.device == kOnCpu;
-  const auto elements = there ? std::accumulate(t.sizes, t.sizes + t.ndim, int64_t{1}, std::multiplies<>()) : 0;
-  static const int32_t float32 = [] {  // torch's number for it
-    Tensor described;
-    int32_t dtype = 0;
-    while (!core().describe(dtype, described) || described.dtype != DType::Float || described.complex) ++dtype;
-    return dtype;
-  }();
-  return elements == 1 && t.dtype == float32 ? static_cast<float*>(t.data) : nullptr;
-}
-
 bool Plan::steps_differ() const {
-  for (size_t a = 0; a < counters_.size(); ++a) {
-    const float* const count = counter(a);
-    if (count == nullptr) return false;
+  for (size_t a = 0; a < counters(); ++a) {
     for (size_t b = 0; b < a; ++b) {
-      if (row_groups_[a] == row_groups_[b] && *counter(b) == *count) return false;
+      if (row_groups_[a] == row_groups_[b] && counter(b) == counter(a)) return false;
     }
   }
   return true;
@@ -121,7 +105,7 @@ bool Plan::collect(bool updating, bool restores, bool mixing) {
   const bool reads_backups = restores || !updating;
   if (!in_place(count(), reads_backups ? backups_end_ : masters_end_) || !steps_differ()) return false;
   if (updating && !in_place(backups_end_, static_cast<int64_t>(tensors_.size()))) return false;
-  if ((updating || masters_end_ > count()) && !same_state()) return false;
+  if ((updating || masters_end_ > counters_end_) && !same_state()) return false;
   if (core().has_grads(idle_tensors_.data(), static_cast<int64_t>(idle_tensors_.size()))) return false;
   if (updating && mixing != mixes_) set_mixing(mixing);
   if (mixing && !read_first_grads()) return false;

@@ -50,9 +50,9 @@ class Plan {
   // groups: the parameter groups. everything: all parameters in their order. active: those with a gradient, in the
   // order of the ops; idle: the others. sizes: how many active parameters share each row of hyperparameters.
   // masters, states, backups: the companions of the active parameters, or None. steps: the step counter of each row,
-  // where the rule counts steps; row_groups: the group of each row, by number. state: the optimizer's state, in which
-  // an update must find the same tensors. step_state: its StepState. gpu: which kernels run. rule, option, maximize: of
-  // an update.
+  // where the rule counts steps: a number in float32 on the CPU; row_groups: the group of each row, by number. state:
+  // the optimizer's state, in which an update must find the same tensors. step_state: its StepState. gpu: which kernels
+  // run. rule, option, maximize: of an update.
   Plan(bool gpu, py::list groups, py::list everything, py::list active, py::list idle, std::vector<int64_t> sizes,
        py::list masters, std::vector<py::list> states, py::list backups, py::list steps,
        std::vector<int64_t> row_groups, int rule, bool option, bool maximize, py::dict state, py::object step_state);
@@ -112,7 +112,8 @@ class Plan {
   bool none_is_negated();
   // Whether the rows of a group are at different steps, for the ops would join them otherwise.
   bool steps_differ() const;
-  float* counter(size_t row) const;
+  // Of the steps of a row, once the counters were found in place.
+  float& counter(size_t row) const { return *static_cast<float*>(layouts_[entries_.size() + row].data); }
   void set_all_layouts(bool mixing);
   // Cuts the table once every tensor has its layout.
   void cut();
@@ -128,6 +129,7 @@ class Plan {
   void become(const py::dict& after);
 
   size_t row_count() const { return table_.tensors.empty() ? 0 : table_.tensors.back().row + 1; }
+  size_t counters() const { return static_cast<size_t>(counters_end_ - count()); }
   int64_t count() const { return static_cast<int64_t>(entries_.size()); }
 
   const CoreOps& ops_;
@@ -147,16 +149,16 @@ class Plan {
   py::list hyperparams_kept_;                                // references that keep the values alive
   int64_t hyperparams_version_ = 0;
   std::vector<Entry> entries_;
-  std::vector<TensorRef> tensors_;    // parameters, then masters, backups and states
+  std::vector<TensorRef> tensors_;    // parameters, then step counters, masters, backups and states
   std::vector<TensorFacts> layouts_;  // of these
   // Their sizes and strides, of which a tensor may free its own: in blocks that stay where they are, side by side.
   std::vector<std::vector<int64_t>> shapes_;
   std::vector<KnownWords> words_, grad_words_, first_grad_words_;  // of these, and of the gradients
-  int64_t masters_end_ = 0, backups_end_ = 0;
-  std::vector<TensorRef> idle_tensors_, counters_;
+  int64_t counters_end_ = 0, masters_end_ = 0, backups_end_ = 0;
+  std::vector<TensorRef> idle_tensors_;
   std::vector<int64_t> row_groups_;
   std::vector<void*> grad_handles_;
-  Slots companions_;                     // masters, backups and states
+  Slots companions_;                     // all tensors but the parameters
   Slots slots_;                          // for the gradients, while others may run
   py::object first_grads_ = py::none();  // made once, and again while somebody has the last ones
   FirstGrads* first_ = nullptr;

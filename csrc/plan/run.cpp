@@ -115,7 +115,7 @@ bool Plan::update(std::vector<double> rows, bool restores, bool mixing, double s
   const size_t columns = kRuleInfos[rule_].columns;
   if (rows.size() != row_count() * columns) throw py::value_error("rows do not have the columns of the rule");
   std::vector<double> steps;
-  for (size_t row = 0; row < counters_.size(); ++row) steps.push_back(*counter(row) + 1.0);
+  for (size_t row = 0; row < counters(); ++row) steps.push_back(counter(row) + 1.0);
   OpParams params;
   params.rule = rule_;
   params.flag = option_;
@@ -126,8 +126,8 @@ bool Plan::update(std::vector<double> rows, bool restores, bool mixing, double s
   params.on_device.grad_scale = reinterpret_cast<const float*>(on_device[0]);
   params.on_device.found_inf = reinterpret_cast<const float*>(on_device[1]);
   run([&] { ops_.update(table_, params, device_); });
-  for (size_t row = 0; row < counters_.size(); ++row) *counter(row) += 1;
-  core().bump_versions(counters_.data(), static_cast<int64_t>(counters_.size()));
+  for (size_t row = 0; row < counters(); ++row) counter(row) += 1;
+  core().bump_versions(tensors_.data() + count(), static_cast<int64_t>(counters()));
   become(after);
   first_grads = py::none();
   release_first_grads();
@@ -135,7 +135,8 @@ bool Plan::update(std::vector<double> rows, bool restores, bool mixing, double s
 }
 
 bool Plan::restore(const py::dict& after) {
-  if (!in_place(0, backups_end_) || (masters_end_ > count() && !same_state())) return false;
+  if (!in_place(0, count()) || !in_place(counters_end_, backups_end_)) return false;
+  if (masters_end_ > counters_end_ && !same_state()) return false;
   for (size_t i = 0; i < entries_.size(); ++i) {  // without the gradients, which may be gone
     View views[kOperands];
     for (Operand operand : {kParam, kBackup, kMaster}) views[operand] = views_[i][operand];

@@ -135,7 +135,8 @@ class PlanCache:
         c = columns.Columns()
         for kind in columns.master_kinds(opt):
             c.extend(columns.gather(opt, range(len(opt.param_groups)), updating, kind, opt._devices[0]))
-        if not c.params or not all(type(s) is Tensor and s.is_cpu and s.dtype == torch.float32 for s in c.steps):
+        counters = [(type(s), s.device.type, s.dtype, s.numel()) for s in c.steps]
+        if not c.params or set(counters) - {(Tensor, "cpu", torch.float32, 1)}:
             return False  # a plan counts in place
         masters = [opt.state[p]["master"] if columns.has_master(opt, p) else None for p in c.params]
         backed = not for_update or bool(state.backups) or all(columns.has_master(opt, p) for p in c.params)
