@@ -31,12 +31,7 @@ TensorRef tensor_ref(const py::handle& tensor) {
   static const py::handle type = py::object(py::module_::import("torch").attr("Tensor")).release();
   if (!py::isinstance(tensor, type)) throw py::type_error("not a tensor: " + py::repr(tensor).cast<std::string>());
   char* const at = reinterpret_cast<char*>(tensor.ptr()) + impl_offset;
-  return {at, *reinterpret_cast<const void* const*>(at)};
-}
-
-void Slots::reset(int64_t handle) {
-  const int64_t before = std::exchange(handle_, handle);
-  if (before != 0) core().release_slots(before);
+  return {reinterpret_cast<AtenTensorHandle>(at), *reinterpret_cast<const void* const*>(at)};
 }
 
 Plan::Plan(bool gpu, py::list groups, py::list everything, py::list active, py::list idle, std::vector<int64_t> sizes,
@@ -134,12 +129,12 @@ void Plan::add(const py::list& tensors, Operand operand) {
 void Plan::hold_companions() {
   const auto companions = static_cast<int64_t>(tensors_.size()) - count();
   if (companions == 0) return;
-  std::vector<void*> handles;
+  std::vector<AtenTensorHandle> handles;
   for (auto i = static_cast<size_t>(count()); i < tensors_.size(); ++i) handles.push_back(tensors_[i].handle);
   companions_.reset(core().make_slots(companions));
-  core().fill_slots(companions_, handles.data());
+  core().fill_slots(companions_.get(), handles.data());
   for (auto i = static_cast<size_t>(count()); i < tensors_.size(); ++i) {
-    tensors_[i].handle = static_cast<void*>(&tensors_[i].impl);
+    tensors_[i].handle = reinterpret_cast<AtenTensorHandle>(&tensors_[i].impl);
   }
 }
 

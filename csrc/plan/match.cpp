@@ -31,7 +31,7 @@ void Plan::set_all_layouts(bool mixing) {
     views[kGrad] = {entry.grad, views[kParam].ndim, views[kParam].sizes, entry.grad_strides};
     if (mixing) {
       TensorFacts g;
-      core().facts_of(core().slot(first_->slots, static_cast<int64_t>(i)), g);  // which were compared before
+      core().facts_of(core().slot(first_->slots.get(), static_cast<int64_t>(i)), g);  // which were compared before
       views[kFirstGrad] = g;
       first_grads_differ_ = first_grads_differ_ || !equal(g.strides, entry.grad_strides, g.ndim);
     }
@@ -72,13 +72,14 @@ bool Plan::read_first_grads() {
     const Entry& entry = plan.entries_[index];
     if (facts != nullptr || plan.first_grad_words_[index] != plan.grad_words_[index]) {
       TensorFacts g;
-      if (!core().facts_of(core().slot(plan.first_->slots, i), g) || !is_like(g, plan.layouts_[index])) return false;
+      if (!core().facts_of(core().slot(plan.first_->slots.get(), i), g) || !is_like(g, plan.layouts_[index]))
+        return false;
       if (!equal(g.strides, entry.grad_strides, g.ndim)) plan.table_.chunks.clear();
     }
     plan.table_.tensors[index].data[kFirstGrad] = data;
     return data == nullptr || data != entry.grad;
   };
-  return core().read_slots(first_->slots, first_grad_words_.data(), seen, this);
+  return core().read_slots(first_->slots.get(), first_grad_words_.data(), seen, this);
 }
 
 // For tensors that are visited by strides the table is rebuilt. A perturbation may find first gradients in it, which it

@@ -18,26 +18,17 @@ namespace py = pybind11;
 
 const CoreApi& core();
 
-// A list of tensors that _C keeps, by its handle; 0 for none.
-class Slots {
- public:
-  explicit Slots(int64_t handle = 0) : handle_(handle) {}
-  Slots(const Slots&) = delete;
-  Slots& operator=(const Slots&) = delete;
-  ~Slots() { reset(); }
-  operator int64_t() const { return handle_; }
-  void reset(int64_t handle = 0);
-  int64_t release() { return std::exchange(handle_, 0); }
-
- private:
-  int64_t handle_;
+// A list of tensors that _C keeps.
+struct ReleaseSlots {
+  void operator()(void* slots) const { core().release_slots(slots); }
 };
+using Slots = std::unique_ptr<void, ReleaseSlots>;
 
 // The gradients of the first pass, for G-RST. StepState has them as long as they are needed.
 struct FirstGrads {
-  FirstGrads(int64_t slots, py::list params) : slots(slots), params(std::move(params)) {}
+  FirstGrads(void* slots, py::list params) : slots(slots), params(std::move(params)) {}
   py::dict by_parameter() const;
-  void empty() { core().empty_slots(slots); }
+  void empty() { core().empty_slots(slots.get()); }
   int visit(visitproc visitor, void* arg) const { return visitor(params.ptr(), arg); }
   void clear() { params = py::list(); }
 
@@ -117,7 +108,7 @@ class Plan {
   void set_all_layouts(bool mixing);
   // Cuts the table once every tensor has its layout.
   void cut();
-  py::object first_grads_with(void* const* handles);
+  py::object first_grads_with(const AtenTensorHandle* handles);
   bool has_first_grads() const;
   // Frees those that nobody needs any more: a perturbation may have been abandoned without this plan.
   void release_first_grads();
@@ -157,7 +148,7 @@ class Plan {
   int64_t counters_end_ = 0, masters_end_ = 0, backups_end_ = 0;
   std::vector<TensorRef> idle_tensors_;
   std::vector<int64_t> row_groups_;
-  std::vector<void*> grad_handles_;
+  std::vector<AtenTensorHandle> grad_handles_;
   Slots companions_;                     // all tensors but the parameters
   Slots slots_;                          // for the gradients, while others may run
   py::object first_grads_ = py::none();  // made once, and again while somebody has the last ones

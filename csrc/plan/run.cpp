@@ -22,11 +22,11 @@ void Plan::run(Run run) {
     Slots& home;
     Slots mine;
     ~Held() {  // with Python's lock again
-      core().empty_slots(mine);
-      home.reset(mine.release());
+      core().empty_slots(mine.get());
+      home = std::move(mine);
     }
-  } held{slots_, Slots(slots_ != 0 ? slots_.release() : core().make_slots(count()))};
-  core().fill_slots(held.mine, grad_handles_.data());
+  } held{slots_, slots_ ? std::move(slots_) : Slots(core().make_slots(count()))};
+  core().fill_slots(held.mine.get(), grad_handles_.data());
   py::gil_scoped_release unlocked;
   run();
 }
@@ -72,25 +72,27 @@ bool Plan::perturb(uintptr_t stats, std::vector<double> rho, bool adaptive, doub
 
 py::dict FirstGrads::by_parameter() const {
   py::dict found;
-  const py::list grads =
-      py::module_::import("torch").attr("ops").attr("rst_fused").attr("_tensors_in_slots")(static_cast<int64_t>(slots));
+  const py::list grads = py::module_::import("torch")
+                             .attr("ops")
+                             .attr("rst_fused")
+                             .attr("_tensors_in_slots")(reinterpret_cast<intptr_t>(slots.get()));
   for (size_t i = 0; i < params.size(); ++i) found[params[i]] = grads[i];
   return found;
 }
 
 py::object Plan::first_grads_of(const py::dict& by_parameter) {
-  std::vector<void*> handles;
+  std::vector<AtenTensorHandle> handles;
   for (const py::handle& param : active_) handles.push_back(tensor_ref(by_parameter[param]).handle);
   return first_grads_with(handles.data());
 }
 
-py::object Plan::first_grads_with(void* const* handles) {
+py::object Plan::first_grads_with(const AtenTensorHandle* handles) {
   if (first_ == nullptr || first_grads_.ref_count() > 1) {
     first_grads_ = py::cast(std::make_unique<FirstGrads>(core().make_slots(count()), active_));
     first_ = first_grads_.cast<FirstGrads*>();
   }
   first_grads_kept_ = true;
-  core().fill_slots(first_->slots, handles);
+  core().fill_slots(first_->slots.get(), handles);
   return first_grads_;
 }
 

@@ -24,11 +24,6 @@ inline bool has_autograd_symbols() { return torch_grad != nullptr && torch_bump_
 // The TensorImpl that a handle, which is a reference to a tensor, points to.
 inline const void* impl_of(AtenTensorHandle tensor) { return *reinterpret_cast<const void* const*>(tensor); }
 
-// The other way round: a handle that is valid as long as the pointer stays there.
-inline AtenTensorHandle handle_at(const void* const* impl) {
-  return reinterpret_cast<AtenTensorHandle>(const_cast<const void**>(impl));
-}
-
 // Undefined tensors all point to the same TensorImpl.
 inline const StableTensor undefined;
 

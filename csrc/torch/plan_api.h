@@ -5,6 +5,10 @@
 #include "cpu/run.h"
 #include "cuda/launch.h"
 
+// As in the stable ABI, whose headers plans do not include: a reference to a tensor.
+struct AtenTensorOpaque;
+using AtenTensorHandle = AtenTensorOpaque*;
+
 namespace rst {
 
 constexpr const char* kCoreCapsule = "rst_fused._C.core";
@@ -15,7 +19,7 @@ constexpr int32_t kOnCpu = -1;
 // handle. That of a parameter is in the Python object, which may get another TensorImpl at any time
 // (torch.utils.swap_tensors): `impl`, the one it had when the plan was made, then serves prefetching alone.
 struct TensorRef {
-  void* handle;
+  AtenTensorHandle handle;
   const void* impl;
 };
 
@@ -74,7 +78,7 @@ struct CoreApi {
 
   bool (*has_autograd_symbols)();  // whether the functions below can be called
   // False if the tensor is not an ordinary strided tensor with memory on the CPU or a GPU.
-  bool (*facts_of)(void* handle, TensorFacts& facts);
+  bool (*facts_of)(AtenTensorHandle handle, TensorFacts& facts);
   bool (*describe)(int32_t torch_dtype, Tensor& tensor);
   void (*set_impl_layout)(const ImplLayout& layout);
   // Whether tensors [begin, end) are what `layouts` says. `words`: theirs at the last call.
@@ -83,20 +87,20 @@ struct CoreApi {
   // not an ordinary strided tensor, or if `seen` returns false. `grads` receives their handles; it must hold those of
   // the last call, or null. `grad_words`: those of the gradients at the last call.
   bool (*read_grads)(const TensorRef* tensors, int64_t count, const TensorFacts* layouts, KnownWords* words,
-                     void** grads, KnownWords* grad_words, SeenGrad* seen, void* context);
-  bool (*has_grads)(const TensorRef* tensors, int64_t count);      // whether any of them has one
-  void (*clear_grads)(void* const* grads, int64_t count);          // p.grad = None, for `grads` from read_grads
-  void (*bump_versions)(const TensorRef* tensors, int64_t count);  // tells autograd that they change
+                     AtenTensorHandle* grads, KnownWords* grad_words, SeenGrad* seen, void* context);
+  bool (*has_grads)(const TensorRef* tensors, int64_t count);         // whether any of them has one
+  void (*clear_grads)(const AtenTensorHandle* grads, int64_t count);  // p.grad = None, for `grads` from read_grads
+  void (*bump_versions)(const TensorRef* tensors, int64_t count);     // tells autograd that they change
 
   // Slots keep gradients alive: a list that is made once costs no allocation later. fill_slots takes as many gradients
   // as there are slots, none of them null. The op rst_fused::_tensors_in_slots gives them to Python.
-  int64_t (*make_slots)(int64_t count);
-  void (*fill_slots)(int64_t slots, void* const* grads);
-  void* (*slot)(int64_t slots, int64_t index);
+  void* (*make_slots)(int64_t count);
+  void (*fill_slots)(void* slots, const AtenTensorHandle* grads);
+  AtenTensorHandle (*slot)(void* slots, int64_t index);
   // As read_grads, of the gradients in slots.
-  bool (*read_slots)(int64_t slots, KnownWords* grad_words, SeenGrad* seen, void* context);
-  void (*empty_slots)(int64_t slots);
-  void (*release_slots)(int64_t slots);
+  bool (*read_slots)(void* slots, KnownWords* grad_words, SeenGrad* seen, void* context);
+  void (*empty_slots)(void* slots);
+  void (*release_slots)(void* slots);
 
   std::vector<const KernelTable*> (*runnable_kernels)();
   bool (*select_kernels)(const char* name);

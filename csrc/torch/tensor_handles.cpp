@@ -14,8 +14,6 @@ namespace rst {
 
 namespace {
 
-AtenTensorHandle handle_of(const TensorRef& tensor) { return static_cast<AtenTensorHandle>(tensor.handle); }
-
 ImplLayout impl_layout;
 constexpr uint64_t kMostDimensions = 5;  // of those that a TensorImpl holds itself
 
@@ -65,15 +63,14 @@ KnownWords shared_words(AtenTensorHandle tensor, const TensorFacts& facts) {
 }
 
 bool is_in_place(const TensorRef& tensor, const TensorFacts& layout, KnownWords& words) {
-  const AtenTensorHandle handle = handle_of(tensor);
   void* data = nullptr;
-  if (same_words(handle, words) && read_data(handle, words, data)) return data == layout.data;
+  if (same_words(tensor.handle, words) && read_data(tensor.handle, words, data)) return data == layout.data;
   TensorFacts facts;
-  if (!read_facts(handle, facts) || facts.data != layout.data || !is_like(facts, layout) ||
+  if (!read_facts(tensor.handle, facts) || facts.data != layout.data || !is_like(facts, layout) ||
       !equal(facts.strides, layout.strides, layout.ndim)) {
     return false;
   }
-  words = shared_words(handle, facts);
+  words = shared_words(tensor.handle, facts);
   return true;
 }
 
@@ -90,13 +87,14 @@ bool is_seen(AtenTensorHandle grad, KnownWords& words, SeenGrad* seen, void* con
 
 // Handles of slots come back from Python, so those that exist are known.
 std::mutex slots_lock;
-std::unordered_set<int64_t> all_slots;
+std::unordered_set<void*> all_slots;
 
-TensorList& slots_at(int64_t slots) { return *reinterpret_cast<TensorList*>(slots); }
+TensorList& slots_at(void* slots) { return *static_cast<TensorList*>(slots); }
 
-TensorList tensors_in_slots(int64_t slots) {
+TensorList tensors_in_slots(int64_t handle) {
+  void* const slots = reinterpret_cast<void*>(handle);
   const std::lock_guard<std::mutex> locked(slots_lock);
-  STD_TORCH_CHECK(all_slots.count(slots) != 0, "rst_fused::_tensors_in_slots: ", slots, " is not a handle of slots");
+  STD_TORCH_CHECK(all_slots.count(slots) != 0, "rst_fused::_tensors_in_slots: ", handle, " is not a handle of slots");
   TensorList tensors;
   for (const StableTensor& tensor : slots_at(slots)) {
     StableTensor copy;  // of the reference: the slot itself is emptied later
@@ -146,44 +144,49 @@ void visit(int64_t begin, int64_t end, Last last, Steps... steps) {
   }
 }
 
-void clear(AtenTensorHandle tensor) { TORCH_ERROR_CODE_CHECK(aoti_torch_assign_tensors(undefined.get(), tensor)); }
+// Makes tensors undefined, as a gradient of None is. at(i): the handle of one.
+template <class At>
+void clear(int64_t count, At at) {
+  visit(
+      0, count, [&](int64_t i) { TORCH_ERROR_CODE_CHECK(aoti_torch_assign_tensors(undefined.get(), at(i))); },
+      [&](int64_t i) { prefetch(at(i)); }, [&](int64_t i) { prefetch(impl_of(at(i))); });
+}
 
 }  // namespace
 
-bool facts_of(void* handle, TensorFacts& facts) { return read_facts(static_cast<AtenTensorHandle>(handle), facts); }
+bool facts_of(AtenTensorHandle handle, TensorFacts& facts) { return read_facts(handle, facts); }
 
 void set_impl_layout(const ImplLayout& layout) { impl_layout = layout; }
 
-bool read_grads(const TensorRef* tensors, int64_t count, const TensorFacts* layouts, KnownWords* words, void** grads,
-                KnownWords* grad_words, SeenGrad* seen, void* context) {
-  const auto grad = [&](int64_t i) { return static_cast<AtenTensorHandle>(grads[i]); };
+bool read_grads(const TensorRef* tensors, int64_t count, const TensorFacts* layouts, KnownWords* words,
+                AtenTensorHandle* grads, KnownWords* grad_words, SeenGrad* seen, void* context) {
   bool fine = true;
   visit(
       0, count,
       [&](int64_t i) {
         fine =
-            fine && is_in_place(tensors[i], layouts[i], words[i]) && is_seen(grad(i), grad_words[i], seen, context, i);
+            fine && is_in_place(tensors[i], layouts[i], words[i]) && is_seen(grads[i], grad_words[i], seen, context, i);
       },
       [&](int64_t i) {
         prefetch_tensor(tensors[i]);
         prefetch(grads[i]);  // where p.grad was at the last call
       },
       [&](int64_t i) {
-        const AtenTensorHandle tensor = handle_of(tensors[i]);
+        const AtenTensorHandle tensor = tensors[i].handle;
         prefetch_storage(tensor);
         prefetch(word_of(tensor, kAutograd));
         prefetch(word_of(tensor, kVersion));  // for bump_versions
       },
       [&](int64_t i) {
-        grads[i] = grad_of(handle_of(tensors[i]));
+        grads[i] = grad_of(tensors[i].handle);
         if (grads[i] == nullptr) {
           fine = false;
         } else {
-          prefetch_impl(impl_of(grad(i)));
+          prefetch_impl(impl_of(grads[i]));
         }
       },
       [&](int64_t i) {
-        if (fine) prefetch_storage(grad(i));
+        if (fine) prefetch_storage(grads[i]);
       });
   return fine;
 }
@@ -192,45 +195,41 @@ bool in_place(const TensorRef* tensors, int64_t begin, int64_t end, const Tensor
   bool fine = true;
   visit(
       begin, end, [&](int64_t i) { fine = fine && is_in_place(tensors[i], layouts[i], words[i]); },
-      [&](int64_t i) { prefetch_tensor(tensors[i]); }, [&](int64_t i) { prefetch_storage(handle_of(tensors[i])); });
+      [&](int64_t i) { prefetch_tensor(tensors[i]); }, [&](int64_t i) { prefetch_storage(tensors[i].handle); });
   return fine;
 }
 
 bool has_grads(const TensorRef* tensors, int64_t count) {
   for (int64_t i = 0; i < count; ++i) {
-    if (grad_of(handle_of(tensors[i])) != nullptr) return true;
+    if (grad_of(tensors[i].handle) != nullptr) return true;
   }
   return false;
 }
 
-void clear_grads(void* const* grads, int64_t count) {
-  const auto grad = [&](int64_t i) { return static_cast<AtenTensorHandle>(grads[i]); };
-  visit(
-      0, count, [&](int64_t i) { clear(grad(i)); }, [&](int64_t i) { prefetch(grad(i)); },
-      [&](int64_t i) { prefetch(impl_of(grad(i))); });
+void clear_grads(const AtenTensorHandle* grads, int64_t count) {
+  clear(count, [&](int64_t i) { return grads[i]; });
 }
 
 void bump_versions(const TensorRef* tensors, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) torch_bump_version(handle_of(tensors[i]));
+  for (int64_t i = 0; i < count; ++i) torch_bump_version(tensors[i].handle);
 }
 
-int64_t make_slots(int64_t count) {
-  const auto slots = reinterpret_cast<int64_t>(new TensorList(count));
+void* make_slots(int64_t count) {
+  auto* const slots = new TensorList(count);
   const std::lock_guard<std::mutex> locked(slots_lock);
   all_slots.insert(slots);
   return slots;
 }
 
-void fill_slots(int64_t slots, void* const* grads) {
-  void* const* grad = grads;
+void fill_slots(void* slots, const AtenTensorHandle* grads) {
   for (const StableTensor& slot : slots_at(slots)) {
-    TORCH_ERROR_CODE_CHECK(aoti_torch_assign_tensors(static_cast<AtenTensorHandle>(*grad++), slot.get()));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_assign_tensors(*grads++, slot.get()));
   }
 }
 
-void* slot(int64_t slots, int64_t index) { return slots_at(slots)[index].get(); }
+AtenTensorHandle slot(void* slots, int64_t index) { return slots_at(slots)[index].get(); }
 
-bool read_slots(int64_t slots, KnownWords* grad_words, SeenGrad* seen, void* context) {
+bool read_slots(void* slots, KnownWords* grad_words, SeenGrad* seen, void* context) {
   const TensorList& tensors = slots_at(slots);
   const auto slot = [&](int64_t i) { return tensors[i].get(); };
   bool fine = true;
@@ -242,15 +241,12 @@ bool read_slots(int64_t slots, KnownWords* grad_words, SeenGrad* seen, void* con
   return fine;
 }
 
-void empty_slots(int64_t slots) {
+void empty_slots(void* slots) {
   const TensorList& tensors = slots_at(slots);
-  const auto slot = [&](int64_t i) { return tensors[i].get(); };
-  visit(
-      0, static_cast<int64_t>(tensors.size()), [&](int64_t i) { clear(slot(i)); },
-      [&](int64_t i) { prefetch(slot(i)); }, [&](int64_t i) { prefetch(impl_of(slot(i))); });
+  clear(static_cast<int64_t>(tensors.size()), [&](int64_t i) { return tensors[i].get(); });
 }
 
-void release_slots(int64_t slots) {
+void release_slots(void* slots) {
   {
     const std::lock_guard<std::mutex> locked(slots_lock);
     all_slots.erase(slots);
