@@ -42,7 +42,7 @@ Plan::Plan(bool gpu, py::list groups, py::list everything, py::list active, py::
       rule_(rule),
       option_(option),
       maximize_(maximize),
-      groups_(py::cast<std::vector<py::object>>(groups)),
+      groups_(groups),
       everything_(everything),
       active_(active),
       idle_(idle),
@@ -52,10 +52,7 @@ Plan::Plan(bool gpu, py::list groups, py::list everything, py::list active, py::
   if (rule < 0 || rule >= kRules) throw py::index_error("rule is not the number of a base optimizer");
   if (states.size() > kStates) throw py::value_error("more state tensors than a rule has");
   add_params(sizes);
-  for (const py::handle& step : steps) {
-    note(step);
-    kept_.append(step);
-  }
+  for (const py::handle& step : steps) note(step);
   counters_end_ = static_cast<int64_t>(tensors_.size());
   add(masters, kMaster);
   masters_end_ = static_cast<int64_t>(tensors_.size());
@@ -118,9 +115,7 @@ void Plan::add_params(const std::vector<int64_t>& sizes) {
 void Plan::add(const py::list& tensors, Operand operand) {
   for (size_t i = 0; i < entries_.size(); ++i) {
     const py::object tensor = tensors[i];
-    if (tensor.is_none()) continue;
-    views_[i][operand] = note(tensor);
-    kept_.append(tensor);
+    if (!tensor.is_none()) views_[i][operand] = note(tensor);
   }
 }
 
@@ -139,11 +134,9 @@ void Plan::hold_companions() {
 }
 
 int Plan::visit(visitproc visitor, void* arg) const {
-  for (const py::object& group : groups_) {
-    if (const int stop = visitor(group.ptr(), arg)) return stop;
-  }
-  for (const py::object* object : std::initializer_list<const py::object*>{
-           &everything_, &active_, &idle_, &state_, &step_state_, &kept_, &hyperparams_kept_, &first_grads_}) {
+  for (const py::object* object :
+       std::initializer_list<const py::object*>{&groups_, &everything_, &active_, &idle_, &state_, &step_state_,
+                                                &state_seen_, &hyperparams_seen_, &first_grads_}) {
     if (const int stop = visitor(object->ptr(), arg)) return stop;
   }
   return 0;
@@ -152,22 +145,19 @@ int Plan::visit(visitproc visitor, void* arg) const {
 // A destructor may still call the plan: poll finds no groups then, and no tensor is looked at any more.
 void Plan::clear() {
   tensors_.clear();
-  companions_.reset();
   entries_.clear();
   idle_tensors_.clear();
   counters_end_ = masters_end_ = backups_end_ = 0;
   table_ = Table();
-  const auto groups = std::exchange(groups_, {});
   first_ = nullptr;
   first_grads_kept_ = false;
-  const py::object state = std::exchange(state_, py::dict()), step_state = std::exchange(step_state_, py::none()),
-                   first_grads = std::exchange(first_grads_, py::none());
-  const std::array lists{std::exchange(everything_, py::list()), std::exchange(active_, py::list()),
-                         std::exchange(idle_, py::list()), std::exchange(kept_, py::list()),
-                         std::exchange(hyperparams_kept_, py::list())};
-  hyperparams_seen_.clear();
-  state_seen_.clear();
   state_dicts_.clear();
+  for (py::list* list : {&groups_, &everything_, &active_, &idle_, &state_seen_, &hyperparams_seen_}) {
+    *list = py::list();
+  }
+  state_ = py::dict();
+  step_state_ = first_grads_ = py::none();
+  companions_.reset();
 }
 
 }  // namespace rst

@@ -38,12 +38,12 @@ struct FirstGrads {
 
 class Plan {
  public:
-  // groups: the parameter groups. everything: all parameters in their order. active: those with a gradient, in the
-  // order of the ops; idle: the others. sizes: how many active parameters share each row of hyperparameters.
-  // masters, states, backups: the companions of the active parameters, or None. steps: the step counter of each row,
-  // where the rule counts steps: a number in float32 on the CPU; row_groups: the group of each row, by number. state:
-  // the optimizer's state, in which an update must find the same tensors. step_state: its StepState. gpu: which kernels
-  // run. rule, option, maximize: of an update.
+  // groups: the parameter groups, in a list of the plan's own. everything: all parameters in their order. active: those
+  // with a gradient, in the order of the ops; idle: the others. sizes: how many active parameters share each row of
+  // hyperparameters. masters, states, backups: the companions of the active parameters, or None. steps: the step
+  // counter of each row, where the rule counts steps: a number in float32 on the CPU; row_groups: the group of each
+  // row, by number. state: the optimizer's state, in which an update must find the same tensors. step_state: its
+  // StepState. gpu: which kernels run. rule, option, maximize: of an update.
   Plan(bool gpu, py::list groups, py::list everything, py::list active, py::list idle, std::vector<int64_t> sizes,
        py::list masters, std::vector<py::list> states, py::list backups, py::list steps,
        std::vector<int64_t> row_groups, int rule, bool option, bool maximize, py::dict state, py::object step_state);
@@ -93,8 +93,6 @@ class Plan {
   bool same_parameters(const py::list& groups) const;
   // Whether every hyperparameter is the object it was at the last poll, and one that cannot change.
   bool same_hyperparams(const py::list& groups);
-  template <class Visit>
-  void walk_state(Visit visit) const;
   bool same_state();
   bool in_place(int64_t begin, int64_t end);
   // If false, the table may be half renewed: kernels may run only after a call that returned true.
@@ -128,16 +126,13 @@ class Plan {
   const int rule_;
   const bool option_, maximize_;
   int32_t device_ = kOnCpu;
-  std::vector<py::object> groups_;
-  py::list everything_, active_, idle_;
+  py::list groups_, everything_, active_, idle_;
   py::dict state_;
   py::object step_state_;
-  py::list kept_;                      // references that keep state and counters alive
-  std::vector<PyObject*> state_seen_;  // keys and values of the optimizer's state, and the values of each value
+  py::list state_seen_;  // keys and values of the optimizer's state, and the values of each value
   std::vector<std::pair<PyObject*, uint64_t>> state_dicts_;  // and their versions at the last call
   uint64_t changes_seen_ = 0;                                // of all dicts that plans watch
-  std::vector<PyObject*> hyperparams_seen_;                  // names and values of the hyperparameters of all groups
-  py::list hyperparams_kept_;                                // references that keep the values alive
+  py::list hyperparams_seen_;                                // names and values of the hyperparameters of all groups
   int64_t hyperparams_version_ = 0;
   std::vector<Entry> entries_;
   std::vector<TensorRef> tensors_;    // parameters, then step counters, masters, backups and states

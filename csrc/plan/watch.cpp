@@ -25,11 +25,36 @@ void watch_dicts() {
 #endif
 }
 
+// Visits what opt.state holds without hashing a key: key, value, and for a value that is a dict its values. False as
+// soon as visit returns false.
+template <class Visit>
+static bool walk_state(const py::dict& state, Visit visit) {
+  PyObject *key, *value, *name, *item;
+  for (Py_ssize_t at = 0; PyDict_Next(state.ptr(), &at, &key, &value);) {
+    if (!visit(key) || !visit(value)) return false;
+    if (!PyDict_Check(value)) continue;
+    for (Py_ssize_t inner = 0; PyDict_Next(value, &inner, &name, &item);) {
+      if (!visit(item)) return false;
+    }
+  }
+  return true;
+}
+
+// Whether walk(visit) visits the objects of a list, in their order, and no others.
+template <class Walk>
+static bool shows(const py::list& objects, Walk walk) {
+  PyObject* const list = objects.ptr();
+  Py_ssize_t next = 0;
+  const auto same = [&](PyObject* object) {
+    return next < PyList_GET_SIZE(list) && PyList_GET_ITEM(list, next++) == object;
+  };
+  return walk(same) && next == PyList_GET_SIZE(list);
+}
+
 void Plan::watch_state() {
   state_dicts_.push_back({state_.ptr(), 0});
-  walk_state([&](PyObject* object) {
-    kept_.append(py::reinterpret_borrow<py::object>(object));
-    state_seen_.push_back(object);
+  walk_state(state_, [&](PyObject* object) {
+    state_seen_.append(py::handle(object));
     if (PyDict_Check(object)) state_dicts_.push_back({object, 0});
     return true;
   });
@@ -39,19 +64,6 @@ void Plan::watch_state() {
   }
   changes_seen_ = dict_changes;
 #endif
-}
-
-// Visits what opt.state holds without hashing a key: key, value, and for a value that is a dict its values.
-template <class Visit>
-void Plan::walk_state(Visit visit) const {
-  PyObject *key, *value, *name, *item;
-  for (Py_ssize_t at = 0; PyDict_Next(state_.ptr(), &at, &key, &value);) {
-    if (!visit(key) || !visit(value)) return;
-    if (!PyDict_Check(value)) continue;
-    for (Py_ssize_t inner = 0; PyDict_Next(value, &inner, &name, &item);) {
-      if (!visit(item)) return;
-    }
-  }
 }
 
 bool Plan::same_state() {
@@ -71,13 +83,7 @@ bool Plan::same_state() {
   }
   if (!changed) return true;
 #endif
-  size_t next = 0;
-  bool same = true;
-  walk_state([&](PyObject* object) {
-    same = next < state_seen_.size() && state_seen_[next++] == object;
-    return same;
-  });
-  same = same && next == state_seen_.size();
+  const bool same = shows(state_seen_, [&](auto visit) { return walk_state(state_, visit); });
 #if PY_VERSION_HEX >= 0x030C0000
   if (same) changes_seen_ = changes;
 #else
@@ -116,24 +122,14 @@ static bool walk_hyperparams(const py::list& groups, Visit visit) {
 }
 
 bool Plan::same_hyperparams(const py::list& groups) {
-  size_t next = 0;
-  const size_t size = hyperparams_seen_.size();
-  if (size > 0 &&
-      walk_hyperparams(groups, [&](PyObject* x) { return next < size && hyperparams_seen_[next++] == x; }) &&
-      next == size) {
-    return true;
-  }
-  hyperparams_seen_.clear();
-  hyperparams_kept_ = py::list();
-  const bool constant = walk_hyperparams(groups, [&](PyObject* x) {
-    hyperparams_kept_.append(py::reinterpret_borrow<py::object>(x));
-    hyperparams_seen_.push_back(x);
+  const auto walk = [&](auto visit) { return walk_hyperparams(groups, visit); };
+  if (!hyperparams_seen_.empty() && shows(hyperparams_seen_, walk)) return true;
+  hyperparams_seen_ = py::list();
+  const bool constant = walk([&](PyObject* x) {
+    hyperparams_seen_.append(py::handle(x));
     return is_constant(x);
   });
-  if (!constant) {
-    hyperparams_seen_.clear();
-    hyperparams_kept_ = py::list();
-  }
+  if (!constant) hyperparams_seen_ = py::list();
   return false;
 }
 
@@ -146,7 +142,7 @@ bool Plan::same_parameters(const py::list& groups) const {
   static PyObject* const name = PyUnicode_InternFromString("params");
   size_t next = 0, position = 0;
   for (const py::handle& group : groups) {
-    if (position >= groups_.size() || group.ptr() != groups_[position++].ptr()) return false;
+    if (position >= groups_.size() || group.ptr() != PyList_GET_ITEM(groups_.ptr(), position++)) return false;
     PyObject* const params = PyDict_Check(group.ptr()) ? PyDict_GetItemWithError(group.ptr(), name) : nullptr;
     if (params == nullptr || !PyList_Check(params)) {
       PyErr_Clear();

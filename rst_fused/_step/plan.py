@@ -150,7 +150,7 @@ class PlanCache:
             return False  # some parameters have only one of both gradients
         flags = _flags_of(opt)  # which agree among the groups
         plan = plan_extension().Plan(
-            gpu=opt.backend.plans == "gpu", groups=opt.param_groups, everything=params, active=c.params,
+            gpu=opt.backend.plans == "gpu", groups=list(opt.param_groups), everything=params, active=c.params,
             idle=[p for p in params if p.grad is None], sizes=c.sizes, masters=masters, states=c.states,
             backups=backups, steps=c.steps, row_groups=[id(group) for group, _ in c.rows],
             rule=0 if rule is None else rule.index, option=flags[0].option if flags else False,
