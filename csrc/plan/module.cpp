@@ -43,24 +43,22 @@ static void simulate_gpu(py::object callback, bool scalars_on_device) {
 }
 
 // nullptr before construction and after destruction.
-template <class T>
-static T* constructed(PyObject* self) {
+static Plan* constructed(PyObject* self) {
   const auto held = reinterpret_cast<py::detail::instance*>(self)->get_value_and_holder();
-  return held.holder_constructed() ? held.value_ptr<T>() : nullptr;
+  return held.holder_constructed() ? held.value_ptr<Plan>() : nullptr;
 }
 
 // Takes part in Python's garbage collection.
-template <class T>
 static void collect_garbage(PyHeapTypeObject* heap_type) {
   PyTypeObject& type = heap_type->ht_type;
   type.tp_flags |= Py_TPFLAGS_HAVE_GC;
   type.tp_traverse = [](PyObject* self, visitproc visit, void* arg) {
     Py_VISIT(Py_TYPE(self));
-    const T* object = constructed<T>(self);
-    return object == nullptr ? 0 : object->visit(visit, arg);
+    const Plan* plan = constructed(self);
+    return plan == nullptr ? 0 : plan->visit(visit, arg);
   };
   type.tp_clear = [](PyObject* self) {
-    if (T* object = constructed<T>(self)) object->clear();
+    if (Plan* plan = constructed(self)) plan->clear();
     return 0;
   };
 }
@@ -80,10 +78,8 @@ PYBIND11_MODULE(_plan_ext, m) {
   m.def("simd_levels", &simd_levels);
   m.def("simd_level", [] { return std::string(core().kernels().name); });
   m.def("select_simd", [](const std::string& name) { return core().select_kernels(name.c_str()); }, py::arg("name"));
-  py::class_<FirstGrads>(m, "FirstGrads", py::custom_type_setup(collect_garbage<FirstGrads>))
-      .def("by_parameter", &FirstGrads::by_parameter)
-      .def("empty", &FirstGrads::empty);
-  py::class_<Plan>(m, "Plan", py::custom_type_setup(collect_garbage<Plan>))
+  py::class_<FirstGrads>(m, "FirstGrads").def("as_list", &FirstGrads::as_list).def("empty", &FirstGrads::empty);
+  py::class_<Plan>(m, "Plan", py::custom_type_setup(collect_garbage))
       .def(py::init<bool, py::list, py::list, py::list, py::list, std::vector<int64_t>, py::list, std::vector<py::list>,
                     py::list, py::list, std::vector<int64_t>, int, bool, bool, py::dict, py::object>(),
            py::arg("gpu"), py::arg("groups"), py::arg("everything"), py::arg("active"), py::arg("idle"),

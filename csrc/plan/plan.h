@@ -24,16 +24,14 @@ struct ReleaseSlots {
 };
 using Slots = std::unique_ptr<void, ReleaseSlots>;
 
-// The gradients of the first pass, for G-RST. StepState has them as long as they are needed.
+// The gradients of the first pass, for G-RST, in the order of StepState.saved, which has every active parameter of the
+// plan then. StepState has them as long as they are needed.
 struct FirstGrads {
-  FirstGrads(void* slots, py::list params) : slots(slots), params(std::move(params)) {}
-  py::dict by_parameter() const;
+  explicit FirstGrads(void* slots) : slots(slots) {}
+  py::list as_list() const;
   void empty() { core().empty_slots(slots.get()); }
-  int visit(visitproc visitor, void* arg) const { return visitor(params.ptr(), arg); }
-  void clear() { params = py::list(); }
 
   Slots slots;
-  py::list params;
 };
 
 class Plan {

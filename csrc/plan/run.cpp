@@ -70,14 +70,9 @@ bool Plan::perturb(uintptr_t stats, std::vector<double> rho, bool adaptive, doub
   return true;
 }
 
-py::dict FirstGrads::by_parameter() const {
-  py::dict found;
-  const py::list grads = py::module_::import("torch")
-                             .attr("ops")
-                             .attr("rst_fused")
-                             .attr("_tensors_in_slots")(reinterpret_cast<intptr_t>(slots.get()));
-  for (size_t i = 0; i < params.size(); ++i) found[params[i]] = grads[i];
-  return found;
+py::list FirstGrads::as_list() const {
+  const py::object ops = py::module_::import("torch").attr("ops").attr("rst_fused");
+  return ops.attr("_tensors_in_slots")(reinterpret_cast<intptr_t>(slots.get()));
 }
 
 py::object Plan::first_grads_of(const py::dict& by_parameter) {
@@ -88,7 +83,7 @@ py::object Plan::first_grads_of(const py::dict& by_parameter) {
 
 py::object Plan::first_grads_with(const AtenTensorHandle* handles) {
   if (first_ == nullptr || first_grads_.ref_count() > 1) {
-    first_grads_ = py::cast(std::make_unique<FirstGrads>(core().make_slots(count()), active_));
+    first_grads_ = py::cast(std::make_unique<FirstGrads>(core().make_slots(count())));
     first_ = first_grads_.cast<FirstGrads*>();
   }
   first_grads_kept_ = true;

@@ -148,6 +148,8 @@ class PlanCache:
             return False
         if state.saved and {p: id(w) for p, w in saved.items()} != {p: id(w) for p, w in state.saved.items()}:
             return False  # some parameters have only one of both gradients
+        if state.mixing and len(saved) < len(c.params):
+            return False  # some have no first one
         flags = _flags_of(opt)  # which agree among the groups
         plan = plan_extension().Plan(
             gpu=opt.backend.plans == "gpu", groups=list(opt.param_groups), everything=params, active=c.params,
@@ -162,9 +164,9 @@ class PlanCache:
         c.backups.clear()
         if state.saved:  # between the passes: the new plan takes over where the one before it stopped
             state.take_first_grads()
+            state.saved = saved  # before the first gradients, which go by its order
             if state.mixing:
                 state.first_grads = plan.first_grads_of(state.first_grads)
-            state.saved = saved
         self._columns, self._flags = c, flags
         self._state, self._state_size = opt.state, len(opt.state)
         self._stats_address = opt._devices[0].stats.data_ptr()

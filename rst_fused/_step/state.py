@@ -14,7 +14,7 @@ from torch import Tensor
 
 # The fields that change when all weights are back, or a step is done. Executors set them together with the last kernel.
 AFTER_RESTORE: dict[str, Any] = {
-    "perturbed": False, "mixing": False, "captured": False, "saved": {}, "first_grads": {},
+    "perturbed": False, "mixing": False, "captured": False, "first_grads": {}, "saved": {},
 }  # fmt: skip
 _AFTER_SAM_STEP: dict[str, Any] = {**AFTER_RESTORE, "finished": True, "was_sam": True}
 _AFTER_BASE_STEP: dict[str, Any] = {"finished": True, "was_sam": False}
@@ -36,7 +36,7 @@ class StepState:
     mixing: bool = False  # and gamma != 1, so the first gradients are kept
     captured: bool = False  # the perturbation was recorded in a CUDA graph, and has not happened
     saved: dict[Tensor, Tensor] = field(default_factory=dict)  # perturbed parameter: its backup or its master copy
-    # By parameter; or those that a launch plan keeps, which it hands out as such a dictionary when asked.
+    # By parameter; or those that a launch plan keeps, in the order of `saved`.
     first_grads: Any = field(default_factory=dict)
     # --- kept from step to step
     backups: dict[Tensor, Tensor] = field(default_factory=dict)
@@ -66,7 +66,8 @@ class StepState:
         """Makes first_grads a dictionary."""
         if self.holds_first_grads_elsewhere():
             kept = self.first_grads
-            self.first_grads = kept.by_parameter()  # first: an interrupt must not find them nowhere
+            # First: an interrupt must not find them nowhere.
+            self.first_grads = dict(zip(self.saved, kept.as_list(), strict=True))
             kept.empty()
 
     def forget(self, params: Iterable[Tensor]) -> None:

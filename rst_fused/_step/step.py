@@ -84,7 +84,7 @@ def _update_by_instance(opt: StepOptimizer) -> None:
         validation.check_grads_apart(opt)
     scaling = amp.scaling(opt)
     validation.check_saved(opt)
-    nothing_kept: dict[str, Any] = {"saved": {}, "first_grads": {}}
+    nothing_kept: dict[str, Any] = {"first_grads": {}, "saved": {}}
     if state.mixing:
         dispatch.restore(opt, nothing_kept, mixing=True)
     else:
