@@ -59,14 +59,14 @@ Plan::Plan(bool gpu, py::list groups, py::list everything, py::list active, py::
   add(backups, kBackup);
   backups_end_ = static_cast<int64_t>(tensors_.size());
   for (size_t k = 0; k < states.size(); ++k) add(states[k], static_cast<Operand>(kState0 + k));
-  for (size_t i = 0; i < entries_.size(); ++i) {
+  for (size_t i = 0; i < grad_strides_.size(); ++i) {
     if (views_[i][kMaster].data != nullptr) table_.tensors[i].state_dtype = DType::Float;
   }
   for (const py::handle& tensor : idle_) idle_tensors_.push_back(tensor_ref(tensor));
   hold_companions();
   words_.resize(tensors_.size());
-  grad_words_.resize(entries_.size());
-  first_grad_words_.resize(entries_.size());
+  grad_words_.resize(grad_strides_.size());
+  first_grad_words_.resize(grad_strides_.size());
   watch_state();
 }
 
@@ -108,12 +108,12 @@ void Plan::add_params(const std::vector<int64_t>& sizes) {
     t.row = static_cast<int>(row) - 1;
     t.index = static_cast<int64_t>(i);
     views_[i][kParam] = p;
-    entries_.push_back({copy(p.strides, p.ndim)});
+    grad_strides_.push_back(copy(p.strides, p.ndim));
   }
 }
 
 void Plan::add(const py::list& tensors, Operand operand) {
-  for (size_t i = 0; i < entries_.size(); ++i) {
+  for (size_t i = 0; i < grad_strides_.size(); ++i) {
     const py::object tensor = tensors[i];
     if (!tensor.is_none()) views_[i][operand] = note(tensor);
   }
@@ -145,7 +145,7 @@ int Plan::visit(visitproc visitor, void* arg) const {
 // A destructor may still call the plan: poll finds no groups then, and no tensor is looked at any more.
 void Plan::clear() {
   tensors_.clear();
-  entries_.clear();
+  grad_strides_.clear();
   idle_tensors_.clear();
   counters_end_ = masters_end_ = backups_end_ = 0;
   table_ = Table();

@@ -6,34 +6,25 @@
 namespace rst {
 
 bool Plan::fits(size_t index, const TensorFacts& grad) {
-  Entry& entry = entries_[index];
-  const int ndim = grad.ndim;
   if (!is_like(grad, layouts_[index])) return false;
-  if (!table_.chunks.empty() && equal(grad.strides, entry.grad_strides, ndim)) {
-    table_.tensors[index].data[kGrad] = grad.data;
-  } else {
-    std::copy(grad.strides, grad.strides + ndim, entry.grad_strides);
-    // torch gives the imaginary part of a conjugated tensor as a view that is negated when it is read. Such a view
-    // never fills its memory, unless it has one element.
-    const bool single = std::all_of(grad.sizes, grad.sizes + ndim, [](int64_t size) { return size == 1; });
-    entry.may_be_negated = single || !is_dense(grad.ndim, grad.sizes, grad.strides);
+  if (!equal(grad.strides, grad_strides_[index], grad.ndim)) {
+    std::copy(grad.strides, grad.strides + grad.ndim, grad_strides_[index]);
     table_.chunks.clear();  // the table must be rebuilt
   }
-  entry.grad = grad.data;
+  table_.tensors[index].data[kGrad] = grad.data;
   return true;
 }
 
 void Plan::set_all_layouts(bool mixing) {
-  for (size_t i = 0; i < entries_.size(); ++i) {
+  for (size_t i = 0; i < grad_strides_.size(); ++i) {
     View views[kOperands];
     for (int s = 0; s < kOperands; ++s) views[s] = views_[i][s];
-    const Entry& entry = entries_[i];
-    views[kGrad] = {entry.grad, views[kParam].ndim, views[kParam].sizes, entry.grad_strides};
+    views[kGrad] = {table_.tensors[i].data[kGrad], views[kParam].ndim, views[kParam].sizes, grad_strides_[i]};
     if (mixing) {
       TensorFacts g;
       core().facts_of(core().slot(first_->slots.get(), static_cast<int64_t>(i)), g);  // which were compared before
       views[kFirstGrad] = g;
-      first_grads_differ_ = first_grads_differ_ || !equal(g.strides, entry.grad_strides, g.ndim);
+      first_grads_differ_ = first_grads_differ_ || !equal(g.strides, grad_strides_[i], g.ndim);
     }
     set_layout(table_.tensors[i], views);
   }
@@ -56,8 +47,7 @@ bool Plan::read_grads() {
     Plan& plan = *static_cast<Plan*>(context);
     const auto index = static_cast<size_t>(i);
     if (grad != nullptr) return plan.fits(index, *grad);
-    plan.entries_[index].grad = data;
-    plan.table_.tensors[index].data[kGrad] = data;  // if the table is to be rebuilt, it reads the entry
+    plan.table_.tensors[index].data[kGrad] = data;
     return true;
   };
   return core().read_grads(tensors_.data(), count(), layouts_.data(), words_.data(), grad_handles_.data(),
@@ -69,15 +59,15 @@ bool Plan::read_first_grads() {
   const auto seen = [](void* context, int64_t i, void* data, const TensorFacts* facts) {
     Plan& plan = *static_cast<Plan*>(context);
     const auto index = static_cast<size_t>(i);
-    const Entry& entry = plan.entries_[index];
+    Tensor& tensor = plan.table_.tensors[index];
     if (facts != nullptr || plan.first_grad_words_[index] != plan.grad_words_[index]) {
       TensorFacts g;
       if (!core().facts_of(core().slot(plan.first_->slots.get(), i), g) || !is_like(g, plan.layouts_[index]))
         return false;
-      if (!equal(g.strides, entry.grad_strides, g.ndim)) plan.table_.chunks.clear();
+      if (!equal(g.strides, plan.grad_strides_[index], g.ndim)) plan.table_.chunks.clear();
     }
-    plan.table_.tensors[index].data[kFirstGrad] = data;
-    return data == nullptr || data != entry.grad;
+    tensor.data[kFirstGrad] = data;
+    return data == nullptr || data != tensor.data[kGrad];
   };
   return core().read_slots(first_->slots.get(), first_grad_words_.data(), seen, this);
 }
@@ -102,7 +92,7 @@ bool Plan::steps_differ() const {
 }
 
 bool Plan::collect(bool updating, bool restores, bool mixing) {
-  if (!read_grads() || !none_is_negated()) return false;
+  if (!read_grads()) return false;
   const bool reads_backups = restores || !updating;
   if (!in_place(count(), reads_backups ? backups_end_ : masters_end_) || !steps_differ()) return false;
   if (updating && !in_place(backups_end_, static_cast<int64_t>(tensors_.size()))) return false;
@@ -112,23 +102,6 @@ bool Plan::collect(bool updating, bool restores, bool mixing) {
   if (mixing && !read_first_grads()) return false;
   if (table_.chunks.empty()) set_all_layouts(mixing);
   return same_layout_;
-}
-
-// Calls Python, which may run code that drops or replaces a gradient: so they are read again afterwards.
-bool Plan::none_is_negated() {
-  using Seen = std::pair<void*, bool>;
-  const auto seen = [&] {
-    std::vector<Seen> all;
-    for (const Entry& entry : entries_) all.emplace_back(entry.grad, entry.may_be_negated);
-    return all;
-  };
-  const auto may_be = [](const Entry& entry) { return entry.may_be_negated; };
-  if (std::none_of(entries_.begin(), entries_.end(), may_be)) return true;
-  const auto before = seen();
-  for (size_t i = 0; i < before.size(); ++i) {
-    if (before[i].second && active_[i].attr("grad").attr("is_neg")().cast<bool>()) return false;
-  }
-  return read_grads() && seen() == before;
 }
 
 }  // namespace rst

@@ -72,11 +72,6 @@ class Plan {
   void clear();
 
  private:
-  struct Entry {
-    int64_t* grad_strides;  // those of the parameter until the first gradient is seen
-    void* grad = nullptr;
-    bool may_be_negated = false;
-  };
   // Adds a tensor to tensors_ and layouts_.
   const TensorFacts& note(const py::handle& tensor);
   int64_t* copy(const int64_t* numbers, int count);
@@ -96,11 +91,10 @@ class Plan {
   // If false, the table may be half renewed: kernels may run only after a call that returned true.
   bool read_grads();
   bool fits(size_t index, const TensorFacts& grad);
-  bool none_is_negated();
   // Whether the rows of a group are at different steps, for the ops would join them otherwise.
   bool steps_differ() const;
   // Of the steps of a row, once the counters were found in place.
-  float& counter(size_t row) const { return *static_cast<float*>(layouts_[entries_.size() + row].data); }
+  float& counter(size_t row) const { return *static_cast<float*>(layouts_[grad_strides_.size() + row].data); }
   void set_all_layouts(bool mixing);
   // Cuts the table once every tensor has its layout.
   void cut();
@@ -117,7 +111,7 @@ class Plan {
 
   size_t row_count() const { return table_.tensors.empty() ? 0 : table_.tensors.back().row + 1; }
   size_t counters() const { return static_cast<size_t>(counters_end_ - count()); }
-  int64_t count() const { return static_cast<int64_t>(entries_.size()); }
+  int64_t count() const { return static_cast<int64_t>(grad_strides_.size()); }
 
   const CoreOps& ops_;
   const bool gpu_;
@@ -132,11 +126,11 @@ class Plan {
   uint64_t changes_seen_ = 0;                                // of all dicts that plans watch
   py::list hyperparams_seen_;                                // names and values of the hyperparameters of all groups
   int64_t hyperparams_version_ = 0;
-  std::vector<Entry> entries_;
   std::vector<TensorRef> tensors_;    // parameters, then step counters, masters, backups and states
   std::vector<TensorFacts> layouts_;  // of these
   // Their sizes and strides, of which a tensor may free its own: in blocks that stay where they are, side by side.
   std::vector<std::vector<int64_t>> shapes_;
+  std::vector<int64_t*> grad_strides_;  // in these; those of the parameter until a gradient is seen
   std::vector<KnownWords> words_, grad_words_, first_grad_words_;  // of these, and of the gradients
   int64_t counters_end_ = 0, masters_end_ = 0, backups_end_ = 0;
   std::vector<TensorRef> idle_tensors_;

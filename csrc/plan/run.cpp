@@ -134,7 +134,7 @@ bool Plan::update(std::vector<double> rows, bool restores, bool mixing, double s
 bool Plan::restore(const py::dict& after) {
   if (!in_place(0, count()) || !in_place(counters_end_, backups_end_)) return false;
   if (masters_end_ > counters_end_ && !same_state()) return false;
-  for (size_t i = 0; i < entries_.size(); ++i) {  // without the gradients, which may be gone
+  for (size_t i = 0; i < grad_strides_.size(); ++i) {  // without the gradients, which may be gone
     View views[kOperands];
     for (Operand operand : {kParam, kBackup, kMaster}) views[operand] = views_[i][operand];
     set_layout(table_.tensors[i], views);

@@ -75,7 +75,7 @@ static void find_words(ImplLayout& found) {
   const uint64_t sizes[] = {3, 7, 11, 13}, strides[] = {143, 13, 1};
   const auto at = std::search(words.begin(), words.end(), std::begin(sizes), std::end(sizes));
   const auto first = static_cast<int>(at - words.begin());
-  constexpr int kStrides = 6, kOffset = 11, kNumel = 12, kKeys = 14;
+  constexpr int kStrides = 6, kOffset = 11, kNumel = 12;
   if (first == 0 || words.end() - at < kWords) return;
   // In bits that torch does not set, tensors differ by what was in memory.
   const uint64_t unset = words_made_over(0x00)[first + kDtypeWord] ^ words_made_over(0xff)[first + kDtypeWord];
@@ -89,10 +89,13 @@ static void find_words(ImplLayout& found) {
   };
   const bool fits = std::equal(std::begin(strides), std::end(strides), words.begin() + first + kStrides) &&
                     words[first + kNumel] == 1001 && differs(wide, kDtypeWord) && differs(view, kOffset) &&
-                    differs(negated, kKeys);
-  if (fits) {
+                    differs(negated, kKeysWord);
+  const uint64_t negative_bit = words_of(negated)[first + kKeysWord] & ~words[first + kKeysWord];
+  const bool is_one_bit = negative_bit != 0 && (negative_bit & (negative_bit - 1)) == 0;
+  if (fits && is_one_bit) {
     found.first_word = first;
     found.dtype_bits = ~unset;
+    found.negative_bit = negative_bit;
   }
 }
 

@@ -44,7 +44,7 @@ inline bool is_like(const TensorFacts& a, const TensorFacts& b) {
 
 // The words of a TensorImpl that hold sizes, strides (of up to five dimensions), storage offset, dtype, device and
 // dispatch keys: while they stay the same, so do all of these. Comparing them costs less than a call for each.
-constexpr int kWords = 15, kDtypeWord = 13;
+constexpr int kWords = 15, kDtypeWord = 13, kKeysWord = 14;
 struct TensorWords {
   uint64_t words[kWords];  // the first is the number of dimensions
   int64_t begin, end;      // of the tensor's elements in its storage, in bytes
@@ -57,6 +57,7 @@ using KnownWords = const TensorWords*;
 struct ImplLayout {
   int first_word = 0;                  // in a TensorImpl: TensorWords
   uint64_t dtype_bits = ~uint64_t{0};  // those of the word of dtype and device that mean anything
+  uint64_t negative_bit = 0;           // of the dispatch keys: elements are negated when they are read
   int storage = 0;                     // in a TensorImpl: its StorageImpl
   int storage_data = 0, storage_bytes = 0, storage_special = 0;  // in a StorageImpl
   uint64_t special_bit = 0;  // of storage_special: asking for the address does more than that, as in copy on write
@@ -83,9 +84,9 @@ struct CoreApi {
   void (*set_impl_layout)(const ImplLayout& layout);
   // Whether tensors [begin, end) are what `layouts` says. `words`: theirs at the last call.
   bool (*in_place)(const TensorRef* tensors, int64_t begin, int64_t end, const TensorFacts* layouts, KnownWords* words);
-  // Reads the gradients of the first `count` tensors. False if a tensor is not in place, if a gradient is missing or is
-  // not an ordinary strided tensor, or if `seen` returns false. `grads` receives their handles; it must hold those of
-  // the last call, or null. `grad_words`: those of the gradients at the last call.
+  // Reads the gradients of the first `count` tensors. False if a tensor is not in place, if a gradient is missing, is
+  // not an ordinary strided tensor or is negated when it is read, or if `seen` returns false. `grads` receives their
+  // handles; it must hold those of the last call, or null. `grad_words`: those of the gradients at the last call.
   bool (*read_grads)(const TensorRef* tensors, int64_t count, const TensorFacts* layouts, KnownWords* words,
                      AtenTensorHandle* grads, KnownWords* grad_words, SeenGrad* seen, void* context);
   bool (*has_grads)(const TensorRef* tensors, int64_t count);         // whether any of them has one

@@ -74,13 +74,22 @@ bool is_in_place(const TensorRef& tensor, const TensorFacts& layout, KnownWords&
   return true;
 }
 
+// Whether torch negates the elements when it reads them: it gives the imaginary part of a conjugated tensor as such a
+// view, which never fills its memory, unless it has one element.
+bool may_be_negated(AtenTensorHandle tensor, const TensorFacts& facts) {
+  if (impl_layout.first_word != 0) return (words_of(tensor)[kKeysWord] & impl_layout.negative_bit) != 0;
+  const bool single = std::all_of(facts.sizes, facts.sizes + facts.ndim, [](int64_t size) { return size == 1; });
+  return single || !is_dense(facts.ndim, facts.sizes, facts.strides);
+}
+
 bool is_seen(AtenTensorHandle grad, KnownWords& words, SeenGrad* seen, void* context, int64_t index) {
   void* data = nullptr;  // in a storage that was freed, and without elements
   if (same_words(grad, words) && read_data(grad, words, data) && data != nullptr) {
     return seen(context, index, data, nullptr);
   }
   TensorFacts facts;
-  if (!read_facts(grad, facts) || !seen(context, index, facts.data, &facts)) return false;
+  if (!read_facts(grad, facts) || may_be_negated(grad, facts) || !seen(context, index, facts.data, &facts))
+    return false;
   words = shared_words(grad, facts);
   return true;
 }
