@@ -19,13 +19,13 @@ void connect(py::object core) {
   if (core_api == nullptr) throw py::error_already_set();
   impl_offset = find_impl_offset();
   impl_layout = find_impl_layout();
-  core_api->set_impl_layout(impl_layout);
+  tensors().set_impl_layout(impl_layout);
   watch_dicts();
 }
 
 const CoreApi& core() { return *core_api; }
 bool knows_impl_layout() { return impl_layout.first_word != 0; }
-bool can_plan() { return core_api->has_autograd_symbols() && impl_offset != 0; }
+bool can_plan() { return tensors().has_autograd_symbols() && impl_offset != 0; }
 
 TensorRef tensor_ref(const py::handle& tensor) {
   static const py::handle type = py::object(py::module_::import("torch").attr("Tensor")).release();
@@ -84,7 +84,7 @@ int64_t* Plan::copy(const int64_t* numbers, int count) {
 const TensorFacts& Plan::note(const py::handle& tensor) {
   tensors_.push_back(tensor_ref(tensor));
   TensorFacts& facts = layouts_.emplace_back();
-  if (!core().facts_of(tensors_.back().handle, facts)) throw py::value_error("not an ordinary tensor");
+  if (!tensors().facts_of(tensors_.back().handle, facts)) throw py::value_error("not an ordinary tensor");
   facts.sizes = copy(facts.sizes, facts.ndim);
   facts.strides = copy(facts.strides, facts.ndim);
   return facts;
@@ -102,7 +102,7 @@ void Plan::add_params(const std::vector<int64_t>& sizes) {
     --left;
     const TensorFacts& p = note(active_[i]);
     Tensor& t = table_.tensors[i];
-    if (!core().describe(p.dtype, t)) throw py::value_error("a parameter has a dtype that no kernel serves");
+    if (!tensors().describe(p.dtype, t)) throw py::value_error("a parameter has a dtype that no kernel serves");
     device_ = p.device;
     t.state_dtype = t.dtype;
     t.row = static_cast<int>(row) - 1;
@@ -126,8 +126,8 @@ void Plan::hold_companions() {
   if (companions == 0) return;
   std::vector<AtenTensorHandle> handles;
   for (auto i = static_cast<size_t>(count()); i < tensors_.size(); ++i) handles.push_back(tensors_[i].handle);
-  companions_.reset(core().make_slots(companions));
-  core().fill_slots(companions_.get(), handles.data());
+  companions_.reset(tensors().make_slots(companions));
+  tensors().fill_slots(companions_.get(), handles.data());
   for (auto i = static_cast<size_t>(count()); i < tensors_.size(); ++i) {
     tensors_[i].handle = reinterpret_cast<AtenTensorHandle>(&tensors_[i].impl);
   }

@@ -22,7 +22,7 @@ void Plan::set_all_layouts(bool mixing) {
     views[kGrad] = {table_.tensors[i].data[kGrad], views[kParam].ndim, views[kParam].sizes, grad_strides_[i]};
     if (mixing) {
       TensorFacts g;
-      core().facts_of(core().slot(first_->slots.get(), static_cast<int64_t>(i)), g);  // which were compared before
+      tensors().facts_in_slot(first_->slots.get(), static_cast<int64_t>(i), g);  // which were compared before
       views[kFirstGrad] = g;
       first_grads_differ_ = first_grads_differ_ || !equal(g.strides, grad_strides_[i], g.ndim);
     }
@@ -39,7 +39,7 @@ void Plan::cut() {
 }
 
 bool Plan::in_place(int64_t begin, int64_t end) {
-  return core().in_place(tensors_.data(), begin, end, layouts_.data(), words_.data());
+  return tensors().in_place(tensors_.data(), begin, end, layouts_.data(), words_.data());
 }
 
 bool Plan::read_grads() {
@@ -50,8 +50,8 @@ bool Plan::read_grads() {
     plan.table_.tensors[index].data[kGrad] = data;
     return true;
   };
-  return core().read_grads(tensors_.data(), count(), layouts_.data(), words_.data(), grad_handles_.data(),
-                           grad_words_.data(), seen, this);
+  return tensors().read_grads(tensors_.data(), count(), layouts_.data(), words_.data(), grad_handles_.data(),
+                              grad_words_.data(), seen, this);
 }
 
 bool Plan::read_first_grads() {
@@ -62,14 +62,13 @@ bool Plan::read_first_grads() {
     Tensor& tensor = plan.table_.tensors[index];
     if (facts != nullptr || plan.first_grad_words_[index] != plan.grad_words_[index]) {
       TensorFacts g;
-      if (!core().facts_of(core().slot(plan.first_->slots.get(), i), g) || !is_like(g, plan.layouts_[index]))
-        return false;
+      if (!tensors().facts_in_slot(plan.first_->slots.get(), i, g) || !is_like(g, plan.layouts_[index])) return false;
       if (!equal(g.strides, plan.grad_strides_[index], g.ndim)) plan.table_.chunks.clear();
     }
     tensor.data[kFirstGrad] = data;
     return data == nullptr || data != tensor.data[kGrad];
   };
-  return core().read_slots(first_->slots.get(), first_grad_words_.data(), seen, this);
+  return tensors().read_slots(first_->slots.get(), first_grad_words_.data(), seen, this);
 }
 
 // For tensors that are visited by strides the table is rebuilt. A perturbation may find first gradients in it, which it
@@ -97,7 +96,7 @@ bool Plan::collect(bool updating, bool restores, bool mixing) {
   if (!in_place(count(), reads_backups ? backups_end_ : masters_end_) || !steps_differ()) return false;
   if (updating && !in_place(backups_end_, static_cast<int64_t>(tensors_.size()))) return false;
   if ((updating || masters_end_ > counters_end_) && !same_state()) return false;
-  if (core().has_grads(idle_tensors_.data(), static_cast<int64_t>(idle_tensors_.size()))) return false;
+  if (tensors().has_grads(idle_tensors_.data(), static_cast<int64_t>(idle_tensors_.size()))) return false;
   if (updating && mixing != mixes_) set_mixing(mixing);
   if (mixing && !read_first_grads()) return false;
   if (table_.chunks.empty()) set_all_layouts(mixing);

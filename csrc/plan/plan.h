@@ -17,10 +17,11 @@ namespace rst {
 namespace py = pybind11;
 
 const CoreApi& core();
+inline TensorApi& tensors() { return *core().tensors; }
 
 // A list of tensors that _C keeps.
 struct ReleaseSlots {
-  void operator()(void* slots) const { core().release_slots(slots); }
+  void operator()(void* slots) const { tensors().release_slots(slots); }
 };
 using Slots = std::unique_ptr<void, ReleaseSlots>;
 
@@ -29,7 +30,7 @@ using Slots = std::unique_ptr<void, ReleaseSlots>;
 struct FirstGrads {
   explicit FirstGrads(void* slots) : slots(slots) {}
   py::list as_list() const;
-  void empty() { core().empty_slots(slots.get()); }
+  void empty() { tensors().empty_slots(slots.get()); }
 
   Slots slots;
 };

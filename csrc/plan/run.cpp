@@ -13,7 +13,7 @@ constexpr int64_t kBrief = 8 << 20;
 // drop them.
 template <class Run>
 void Plan::run(Run run) {
-  core().bump_versions(tensors_.data(), count());
+  tensors().bump_versions(tensors_.data(), count());
   if (gpu_ || table_.bytes.back() < kBrief) {  // a launch is brief, and memory stays until the stream is done with it
     run();
     return;
@@ -22,11 +22,11 @@ void Plan::run(Run run) {
     Slots& home;
     Slots mine;
     ~Held() {  // with Python's lock again
-      core().empty_slots(mine.get());
+      tensors().empty_slots(mine.get());
       home = std::move(mine);
     }
-  } held{slots_, slots_ ? std::move(slots_) : Slots(core().make_slots(count()))};
-  core().fill_slots(held.mine.get(), grad_handles_.data());
+  } held{slots_, slots_ ? std::move(slots_) : Slots(tensors().make_slots(count()))};
+  tensors().fill_slots(held.mine.get(), grad_handles_.data());
   py::gil_scoped_release unlocked;
   run();
 }
@@ -66,7 +66,7 @@ bool Plan::perturb(uintptr_t stats, std::vector<double> rho, bool adaptive, doub
   if (keep && PyObject_SetAttr(step_state_.ptr(), name_of_first_grads(), kept.ptr()) != 0) {
     throw py::error_already_set();
   }
-  core().clear_grads(grad_handles_.data(), count());
+  tensors().clear_grads(grad_handles_.data(), count());
   return true;
 }
 
@@ -83,11 +83,11 @@ py::object Plan::first_grads_of(const py::dict& by_parameter) {
 
 py::object Plan::first_grads_with(const AtenTensorHandle* handles) {
   if (first_ == nullptr || first_grads_.ref_count() > 1) {
-    first_grads_ = py::cast(std::make_unique<FirstGrads>(core().make_slots(count())));
+    first_grads_ = py::cast(std::make_unique<FirstGrads>(tensors().make_slots(count())));
     first_ = first_grads_.cast<FirstGrads*>();
   }
   first_grads_kept_ = true;
-  core().fill_slots(first_->slots.get(), handles);
+  tensors().fill_slots(first_->slots.get(), handles);
   return first_grads_;
 }
 
@@ -124,7 +124,7 @@ bool Plan::update(std::vector<double> rows, bool restores, bool mixing, double s
   params.on_device.found_inf = reinterpret_cast<const float*>(on_device[1]);
   run([&] { ops_.update(table_, params, device_); });
   for (size_t row = 0; row < counters(); ++row) counter(row) += 1;
-  core().bump_versions(tensors_.data() + count(), static_cast<int64_t>(counters()));
+  tensors().bump_versions(tensors_.data() + count(), static_cast<int64_t>(counters()));
   become(after);
   first_grads = py::none();
   release_first_grads();
@@ -142,7 +142,7 @@ bool Plan::restore(const py::dict& after) {
   cut();
   const bool served = same_layout_;
   if (served) {
-    core().bump_versions(tensors_.data(), count());
+    tensors().bump_versions(tensors_.data(), count());
     ops_.restore(table_, OpParams{}, device_);
     become(after);
     release_first_grads();

@@ -19,8 +19,6 @@ inline const auto torch_grad =
 inline const auto torch_bump_version = reinterpret_cast<void (*)(AtenTensorHandle)>(
     dlsym(RTLD_DEFAULT, "_ZN5torch8autograd4impl12bump_versionERKN2at6TensorE"));
 
-inline bool has_autograd_symbols() { return torch_grad != nullptr && torch_bump_version != nullptr; }
-
 // The TensorImpl that a handle, which is a reference to a tensor, points to.
 inline const void* impl_of(AtenTensorHandle tensor) { return *reinterpret_cast<const void* const*>(tensor); }
 

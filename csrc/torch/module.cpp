@@ -6,8 +6,7 @@
 #ifdef RST_CUDA_VERSION
 #include "torch/cuda_target.h"
 #endif
-#include "torch/autograd.h"
-#include "torch/tensor_handles.h"
+#include "torch/plan_api.h"
 #include "torch/threads.h"
 
 namespace rst {
@@ -17,23 +16,7 @@ namespace {
 CoreApi make_api() {
   CoreApi api{};
   api.cpu = kCpuOps;
-  api.facts_of = &facts_of;
-  api.describe = [](int32_t dtype, Tensor& t) {
-    return describe(torch::stable::detail::to<ScalarType>(torch::stable::detail::from(dtype)), t);
-  };
-  api.set_impl_layout = &set_impl_layout;
-  api.in_place = &in_place;
-  api.has_autograd_symbols = &has_autograd_symbols;
-  api.read_grads = &read_grads;
-  api.has_grads = &has_grads;
-  api.clear_grads = &clear_grads;
-  api.make_slots = &make_slots;
-  api.fill_slots = &fill_slots;
-  api.slot = &slot;
-  api.read_slots = &read_slots;
-  api.empty_slots = &empty_slots;
-  api.release_slots = &release_slots;
-  api.bump_versions = &bump_versions;
+  api.tensors = &tensor_api();
   api.runnable_kernels = &runnable_kernels;
   api.select_kernels = &select_kernels;
   api.kernels = &kernels;

@@ -73,35 +73,45 @@ struct CoreOps {
   Op *grad_norm, *perturb, *restore, *update;
 };
 
-struct CoreApi {
-  CoreOps cpu;
-  const CoreOps* gpu;  // null where the extension was built without CUDA
-
-  bool (*has_autograd_symbols)();  // whether the functions below can be called
+// What plans ask of tensors and gradients. In the calls of every step, one serves all tensors.
+class TensorApi {
+ public:
+  virtual bool has_autograd_symbols() = 0;  // whether the functions below can be called
   // False if the tensor is not an ordinary strided tensor with memory on the CPU or a GPU.
-  bool (*facts_of)(AtenTensorHandle handle, TensorFacts& facts);
-  bool (*describe)(int32_t torch_dtype, Tensor& tensor);
-  void (*set_impl_layout)(const ImplLayout& layout);
+  virtual bool facts_of(AtenTensorHandle handle, TensorFacts& facts) = 0;
+  virtual bool describe(int32_t torch_dtype, Tensor& tensor) = 0;
+  virtual void set_impl_layout(const ImplLayout& layout) = 0;
   // Whether tensors [begin, end) are what `layouts` says. `words`: theirs at the last call.
-  bool (*in_place)(const TensorRef* tensors, int64_t begin, int64_t end, const TensorFacts* layouts, KnownWords* words);
+  virtual bool in_place(const TensorRef* tensors, int64_t begin, int64_t end, const TensorFacts* layouts,
+                        KnownWords* words) = 0;
   // Reads the gradients of the first `count` tensors. False if a tensor is not in place, if a gradient is missing, is
   // not an ordinary strided tensor or is negated when it is read, or if `seen` returns false. `grads` receives their
   // handles; it must hold those of the last call, or null. `grad_words`: those of the gradients at the last call.
-  bool (*read_grads)(const TensorRef* tensors, int64_t count, const TensorFacts* layouts, KnownWords* words,
-                     AtenTensorHandle* grads, KnownWords* grad_words, SeenGrad* seen, void* context);
-  bool (*has_grads)(const TensorRef* tensors, int64_t count);         // whether any of them has one
-  void (*clear_grads)(const AtenTensorHandle* grads, int64_t count);  // p.grad = None, for `grads` from read_grads
-  void (*bump_versions)(const TensorRef* tensors, int64_t count);     // tells autograd that they change
+  virtual bool read_grads(const TensorRef* tensors, int64_t count, const TensorFacts* layouts, KnownWords* words,
+                          AtenTensorHandle* grads, KnownWords* grad_words, SeenGrad* seen, void* context) = 0;
+  virtual bool has_grads(const TensorRef* tensors, int64_t count) = 0;         // whether any of them has one
+  virtual void clear_grads(const AtenTensorHandle* grads, int64_t count) = 0;  // p.grad = None, for those of read_grads
+  virtual void bump_versions(const TensorRef* tensors, int64_t count) = 0;     // tells autograd that they change
 
   // Slots keep gradients alive: a list that is made once costs no allocation later. fill_slots takes as many gradients
   // as there are slots, none of them null. The op rst_fused::_tensors_in_slots gives them to Python.
-  void* (*make_slots)(int64_t count);
-  void (*fill_slots)(void* slots, const AtenTensorHandle* grads);
-  AtenTensorHandle (*slot)(void* slots, int64_t index);
+  virtual void* make_slots(int64_t count) = 0;
+  virtual void fill_slots(void* slots, const AtenTensorHandle* grads) = 0;
+  virtual bool facts_in_slot(void* slots, int64_t index, TensorFacts& facts) = 0;  // as facts_of
   // As read_grads, of the gradients in slots.
-  bool (*read_slots)(void* slots, KnownWords* grad_words, SeenGrad* seen, void* context);
-  void (*empty_slots)(void* slots);
-  void (*release_slots)(void* slots);
+  virtual bool read_slots(void* slots, KnownWords* grad_words, SeenGrad* seen, void* context) = 0;
+  virtual void empty_slots(void* slots) = 0;
+  virtual void release_slots(void* slots) = 0;
+
+ protected:
+  ~TensorApi() = default;
+};
+TensorApi& tensor_api();  // for the module _C
+
+struct CoreApi {
+  CoreOps cpu;
+  const CoreOps* gpu;  // null where the extension was built without CUDA
+  TensorApi* tensors;
 
   std::vector<const KernelTable*> (*runnable_kernels)();
   bool (*select_kernels)(const char* name);

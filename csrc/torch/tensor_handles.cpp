@@ -1,5 +1,4 @@
-#include "torch/tensor_handles.h"
-
+// What a launch plan asks of tensors and gradients at every step.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -161,106 +160,123 @@ void clear(int64_t count, At at) {
       [&](int64_t i) { prefetch(at(i)); }, [&](int64_t i) { prefetch(impl_of(at(i))); });
 }
 
+class Tensors final : public TensorApi {
+ public:
+  bool has_autograd_symbols() override { return torch_grad != nullptr && torch_bump_version != nullptr; }
+
+  bool facts_of(AtenTensorHandle handle, TensorFacts& facts) override { return read_facts(handle, facts); }
+
+  bool describe(int32_t torch_dtype, Tensor& tensor) override {
+    return rst::describe(torch::stable::detail::to<ScalarType>(torch::stable::detail::from(torch_dtype)), tensor);
+  }
+
+  void set_impl_layout(const ImplLayout& layout) override { impl_layout = layout; }
+
+  bool read_grads(const TensorRef* tensors, int64_t count, const TensorFacts* layouts, KnownWords* words,
+                  AtenTensorHandle* grads, KnownWords* grad_words, SeenGrad* seen, void* context) override {
+    bool fine = true;
+    visit(
+        0, count,
+        [&](int64_t i) {
+          fine = fine && is_in_place(tensors[i], layouts[i], words[i]) &&
+                 is_seen(grads[i], grad_words[i], seen, context, i);
+        },
+        [&](int64_t i) {
+          prefetch_tensor(tensors[i]);
+          prefetch(grads[i]);  // where p.grad was at the last call
+        },
+        [&](int64_t i) {
+          const AtenTensorHandle tensor = tensors[i].handle;
+          prefetch_storage(tensor);
+          prefetch(word_of(tensor, kAutograd));
+          prefetch(word_of(tensor, kVersion));  // for bump_versions
+        },
+        [&](int64_t i) {
+          grads[i] = grad_of(tensors[i].handle);
+          if (grads[i] == nullptr) {
+            fine = false;
+          } else {
+            prefetch_impl(impl_of(grads[i]));
+          }
+        },
+        [&](int64_t i) {
+          if (fine) prefetch_storage(grads[i]);
+        });
+    return fine;
+  }
+
+  bool in_place(const TensorRef* tensors, int64_t begin, int64_t end, const TensorFacts* layouts,
+                KnownWords* words) override {
+    bool fine = true;
+    visit(
+        begin, end, [&](int64_t i) { fine = fine && is_in_place(tensors[i], layouts[i], words[i]); },
+        [&](int64_t i) { prefetch_tensor(tensors[i]); }, [&](int64_t i) { prefetch_storage(tensors[i].handle); });
+    return fine;
+  }
+
+  bool has_grads(const TensorRef* tensors, int64_t count) override {
+    for (int64_t i = 0; i < count; ++i) {
+      if (grad_of(tensors[i].handle) != nullptr) return true;
+    }
+    return false;
+  }
+
+  void clear_grads(const AtenTensorHandle* grads, int64_t count) override {
+    clear(count, [&](int64_t i) { return grads[i]; });
+  }
+
+  void bump_versions(const TensorRef* tensors, int64_t count) override {
+    for (int64_t i = 0; i < count; ++i) torch_bump_version(tensors[i].handle);
+  }
+
+  void* make_slots(int64_t count) override {
+    auto* const slots = new TensorList(count);
+    const std::lock_guard<std::mutex> locked(slots_lock);
+    all_slots.insert(slots);
+    return slots;
+  }
+
+  void fill_slots(void* slots, const AtenTensorHandle* grads) override {
+    for (const StableTensor& slot : slots_at(slots)) {
+      TORCH_ERROR_CODE_CHECK(aoti_torch_assign_tensors(*grads++, slot.get()));
+    }
+  }
+
+  bool facts_in_slot(void* slots, int64_t index, TensorFacts& facts) override {
+    return read_facts(slots_at(slots)[index].get(), facts);
+  }
+
+  bool read_slots(void* slots, KnownWords* grad_words, SeenGrad* seen, void* context) override {
+    const TensorList& tensors = slots_at(slots);
+    const auto slot = [&](int64_t i) { return tensors[i].get(); };
+    bool fine = true;
+    visit(
+        0, static_cast<int64_t>(tensors.size()),
+        [&](int64_t i) { fine = fine && is_seen(slot(i), grad_words[i], seen, context, i); },
+        [&](int64_t i) { prefetch(slot(i)); }, [&](int64_t i) { prefetch_impl(impl_of(slot(i))); },
+        [&](int64_t i) { prefetch_storage(slot(i)); });
+    return fine;
+  }
+
+  void empty_slots(void* slots) override {
+    const TensorList& tensors = slots_at(slots);
+    clear(static_cast<int64_t>(tensors.size()), [&](int64_t i) { return tensors[i].get(); });
+  }
+
+  void release_slots(void* slots) override {
+    {
+      const std::lock_guard<std::mutex> locked(slots_lock);
+      all_slots.erase(slots);
+    }
+    delete &slots_at(slots);
+  }
+};
+
 }  // namespace
 
-bool facts_of(AtenTensorHandle handle, TensorFacts& facts) { return read_facts(handle, facts); }
-
-void set_impl_layout(const ImplLayout& layout) { impl_layout = layout; }
-
-bool read_grads(const TensorRef* tensors, int64_t count, const TensorFacts* layouts, KnownWords* words,
-                AtenTensorHandle* grads, KnownWords* grad_words, SeenGrad* seen, void* context) {
-  bool fine = true;
-  visit(
-      0, count,
-      [&](int64_t i) {
-        fine =
-            fine && is_in_place(tensors[i], layouts[i], words[i]) && is_seen(grads[i], grad_words[i], seen, context, i);
-      },
-      [&](int64_t i) {
-        prefetch_tensor(tensors[i]);
-        prefetch(grads[i]);  // where p.grad was at the last call
-      },
-      [&](int64_t i) {
-        const AtenTensorHandle tensor = tensors[i].handle;
-        prefetch_storage(tensor);
-        prefetch(word_of(tensor, kAutograd));
-        prefetch(word_of(tensor, kVersion));  // for bump_versions
-      },
-      [&](int64_t i) {
-        grads[i] = grad_of(tensors[i].handle);
-        if (grads[i] == nullptr) {
-          fine = false;
-        } else {
-          prefetch_impl(impl_of(grads[i]));
-        }
-      },
-      [&](int64_t i) {
-        if (fine) prefetch_storage(grads[i]);
-      });
-  return fine;
-}
-
-bool in_place(const TensorRef* tensors, int64_t begin, int64_t end, const TensorFacts* layouts, KnownWords* words) {
-  bool fine = true;
-  visit(
-      begin, end, [&](int64_t i) { fine = fine && is_in_place(tensors[i], layouts[i], words[i]); },
-      [&](int64_t i) { prefetch_tensor(tensors[i]); }, [&](int64_t i) { prefetch_storage(tensors[i].handle); });
-  return fine;
-}
-
-bool has_grads(const TensorRef* tensors, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) {
-    if (grad_of(tensors[i].handle) != nullptr) return true;
-  }
-  return false;
-}
-
-void clear_grads(const AtenTensorHandle* grads, int64_t count) {
-  clear(count, [&](int64_t i) { return grads[i]; });
-}
-
-void bump_versions(const TensorRef* tensors, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) torch_bump_version(tensors[i].handle);
-}
-
-void* make_slots(int64_t count) {
-  auto* const slots = new TensorList(count);
-  const std::lock_guard<std::mutex> locked(slots_lock);
-  all_slots.insert(slots);
-  return slots;
-}
-
-void fill_slots(void* slots, const AtenTensorHandle* grads) {
-  for (const StableTensor& slot : slots_at(slots)) {
-    TORCH_ERROR_CODE_CHECK(aoti_torch_assign_tensors(*grads++, slot.get()));
-  }
-}
-
-AtenTensorHandle slot(void* slots, int64_t index) { return slots_at(slots)[index].get(); }
-
-bool read_slots(void* slots, KnownWords* grad_words, SeenGrad* seen, void* context) {
-  const TensorList& tensors = slots_at(slots);
-  const auto slot = [&](int64_t i) { return tensors[i].get(); };
-  bool fine = true;
-  visit(
-      0, static_cast<int64_t>(tensors.size()),
-      [&](int64_t i) { fine = fine && is_seen(slot(i), grad_words[i], seen, context, i); },
-      [&](int64_t i) { prefetch(slot(i)); }, [&](int64_t i) { prefetch_impl(impl_of(slot(i))); },
-      [&](int64_t i) { prefetch_storage(slot(i)); });
-  return fine;
-}
-
-void empty_slots(void* slots) {
-  const TensorList& tensors = slots_at(slots);
-  clear(static_cast<int64_t>(tensors.size()), [&](int64_t i) { return tensors[i].get(); });
-}
-
-void release_slots(void* slots) {
-  {
-    const std::lock_guard<std::mutex> locked(slots_lock);
-    all_slots.erase(slots);
-  }
-  delete &slots_at(slots);
+TensorApi& tensor_api() {
+  static Tensors api;
+  return api;
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(rst_fused, m) { m.def("_tensors_in_slots(int slots) -> Tensor[]"); }
