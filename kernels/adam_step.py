@@ -3,8 +3,6 @@ g1 for G-RST), writes w, m, v: 28 bytes per fp32 parameter (32 for G-RST). AMSGr
 tensor: 36 (40).
 """
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
@@ -13,7 +11,7 @@ from torch import Tensor
 from .checks import check_scalars
 from .device_cache import on_device
 from .sam_math import divide, maximum, sqrt
-from .update import launch_update
+from .update import Rule, ops_of
 
 _GIVEN = 6  # lr, beta1, beta2, eps, weight_decay, gamma
 _COLUMNS = 8  # these, with both bias corrections before gamma
@@ -45,35 +43,18 @@ def step(prepared, w, g, state, DECOUPLED: tl.constexpr):
     return w + divide(minus_step_size * m, denominator), (m, v, largest)
 
 
-RULE = {"PREPARE": prepare, "STEP": step, "COLUMNS": _COLUMNS}
-
-
-@torch.no_grad()
-def restore_adam_step_(
-    params: Sequence[Tensor], grads: Sequence[Tensor], backups: Sequence[Tensor], first_grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor], max_exp_avg_sqs: Sequence[Tensor],
-    masters: Sequence[Tensor], hyper: Tensor, steps: Tensor, group_sizes: Sequence[int], decoupled: bool,
-    maximize: bool, grad_scale: Tensor | None, found_inf: Tensor | None,
-) -> None:  # fmt: skip
-    op, groups = "restore_adam_step_", len(group_sizes)
+def _with_bias_corrections(op: str, hyper: Tensor, steps: Tensor, groups: int) -> Tensor:
+    """Rows of _COLUMNS numbers. 1 - beta^step is computed by torch: the kernels have no accurate power."""
     check_scalars(op, "hyper", hyper, torch.float64, _GIVEN * groups)
     check_scalars(op, "steps", steps, torch.float64, groups)
-    state = {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
-    if max_exp_avg_sqs:
-        state["max_exp_avg_sqs"] = max_exp_avg_sqs
-    launch_update(
-        op, RULE, params, grads, backups, first_grads, state, masters,
-        _with_bias_corrections(hyper, steps, groups), group_sizes, maximize, grad_scale, found_inf, decoupled,
-    )  # fmt: skip
-
-
-def _with_bias_corrections(hyper: Tensor, steps: Tensor, groups: int) -> Tensor:
-    """Rows of _COLUMNS numbers. 1 - beta^step is computed by torch: the kernels have no accurate power."""
     device = next((x.device for x in (hyper, steps) if x.device.type != "cpu"), hyper.device)
     hyper, steps = on_device(device, hyper, steps)
     given, counts = hyper.reshape(-1)[: _GIVEN * groups].view(groups, _GIVEN), steps.reshape(-1)[:groups, None]
     return torch.cat([given[:, :-1], 1 - given[:, 1:3] ** counts, given[:, -1:]], 1)
 
 
-def adam_step_(params: Sequence[Tensor], grads: Sequence[Tensor], *args: object) -> None:
-    restore_adam_step_(params, grads, [], [], *args)  # type: ignore[arg-type]
+RULE = Rule(
+    "adam", prepare, step, _COLUMNS, ("exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs"), fewest_states=2,
+    with_steps=_with_bias_corrections,
+)  # fmt: skip
+adam_step_, restore_adam_step_ = ops_of(RULE)

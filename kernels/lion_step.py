@@ -2,16 +2,11 @@
 writes w, m: 20 bytes per fp32 parameter (24 for G-RST).
 """
 
-from collections.abc import Sequence
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from .checks import check_scalars
 from .sam_math import sign
-from .update import launch_update
+from .update import Rule, ops_of
 
 _COLUMNS = 5  # lr, beta1, beta2, weight_decay, gamma
 
@@ -33,22 +28,5 @@ def step(prepared, w, g, state, FLAG: tl.constexpr):
     return tl.fma(minus_lr, sign(c), decay * w), (m,)
 
 
-RULE = {"PREPARE": prepare, "STEP": step, "COLUMNS": _COLUMNS}
-
-
-@torch.no_grad()
-def restore_lion_step_(
-    params: Sequence[Tensor], grads: Sequence[Tensor], backups: Sequence[Tensor], first_grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor], masters: Sequence[Tensor], hyper: Tensor, group_sizes: Sequence[int], maximize: bool,
-    grad_scale: Tensor | None, found_inf: Tensor | None,
-) -> None:  # fmt: skip
-    op = "restore_lion_step_"
-    check_scalars(op, "hyper", hyper, torch.float64, _COLUMNS * len(group_sizes))
-    launch_update(
-        op, RULE, params, grads, backups, first_grads, {"exp_avgs": exp_avgs}, masters, hyper, group_sizes,
-        maximize, grad_scale, found_inf,
-    )  # fmt: skip
-
-
-def lion_step_(params: Sequence[Tensor], grads: Sequence[Tensor], *args: object) -> None:
-    restore_lion_step_(params, grads, [], [], *args)  # type: ignore[arg-type]
+RULE = Rule("lion", prepare, step, _COLUMNS, ("exp_avgs",), fewest_states=1)
+lion_step_, restore_lion_step_ = ops_of(RULE)

@@ -2,15 +2,10 @@
 writes w, m: 20 bytes per fp32 parameter (24 for G-RST).
 """
 
-from collections.abc import Sequence
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from .checks import check_scalars
-from .update import launch_update
+from .update import Rule, ops_of
 
 _COLUMNS = 5  # lr, momentum, dampening, weight_decay, gamma
 
@@ -36,23 +31,5 @@ def step(prepared, w, g, state, NESTEROV: tl.constexpr):
     return tl.fma(minus_lr, d, w), new
 
 
-RULE = {"PREPARE": prepare, "STEP": step, "COLUMNS": _COLUMNS}
-
-
-@torch.no_grad()
-def restore_sgd_step_(
-    params: Sequence[Tensor], grads: Sequence[Tensor], backups: Sequence[Tensor], first_grads: Sequence[Tensor],
-    momentum_buffers: Sequence[Tensor], masters: Sequence[Tensor], hyper: Tensor, group_sizes: Sequence[int],
-    nesterov: bool, maximize: bool, grad_scale: Tensor | None, found_inf: Tensor | None,
-) -> None:  # fmt: skip
-    op = "restore_sgd_step_"
-    check_scalars(op, "hyper", hyper, torch.float64, _COLUMNS * len(group_sizes))
-    state = {"momentum_buffers": momentum_buffers} if momentum_buffers else {}
-    launch_update(
-        op, RULE, params, grads, backups, first_grads, state, masters, hyper, group_sizes, maximize,
-        grad_scale, found_inf, nesterov,
-    )  # fmt: skip
-
-
-def sgd_step_(params: Sequence[Tensor], grads: Sequence[Tensor], *args: object) -> None:
-    restore_sgd_step_(params, grads, [], [], *args)  # type: ignore[arg-type]
+RULE = Rule("sgd", prepare, step, _COLUMNS, ("momentum_buffers",), fewest_states=0)
+sgd_step_, restore_sgd_step_ = ops_of(RULE)

@@ -1,4 +1,4 @@
-"""What the updates of all base optimizers share: the kernel around a rule, and its launch.
+"""What the updates of all base optimizers share: the kernel around a rule, and the ops that launch it.
 
 A rule is two functions. ``PREPARE(row, FLAG, V)`` reads its row of hyperparameters and returns the tuple that
 ``STEP(prepared, w, g, state, FLAG)`` takes, which returns the new w and the new state tensors (more than there are in
@@ -6,7 +6,8 @@ A rule is two functions. ``PREPARE(row, FLAG, V)`` reads its row of hyperparamet
 restore is part of the update.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -93,28 +94,60 @@ def scaling(op: str, grad_scale: Tensor | None, found_inf: Tensor | None) -> lis
     return scalars
 
 
-def launch_update(
-    op: str, rule: dict[str, Any], params: Sequence[Tensor], grads: Sequence[Tensor], backups: Sequence[Tensor],
-    first_grads: Sequence[Tensor], state: dict[str, Sequence[Tensor]], masters: Sequence[Tensor], hyperparams: Tensor,
-    group_sizes: Sequence[int], maximize: bool, grad_scale: Tensor | None, found_inf: Tensor | None,
-    flag: bool = False,
-) -> None:  # fmt: skip
-    """Runs the kernel with a rule: ``PREPARE``, ``STEP`` and ``COLUMNS``. ``state`` holds the state tensors of
-    this variant of it."""
-    amp = scaling(op, grad_scale, found_inf)
-    wide = torch.float32 if masters else None
-    if masters:
-        source = Operand("masters", masters, written=True, dtype=wide)
-    else:
-        source = Operand("backups", backups) if backups else Operand("params", params)
-    operands = [
-        Operand("params", params, written=True, read=False), source, Operand("grads", grads),
-        Operand("first_grads", first_grads, optional=True),
-        *(Operand(name, tensors, written=True, dtype=wide) for name, tensors in state.items()),
-    ]  # fmt: skip
-    for group, table in validated_groups(op, operands, group_sizes):
-        scalars = on_device(group.device, hyperparams, *amp)
-        launch(
-            update_kernel, group, table, scalars[0], -1 if maximize else 1, *scalars[1:], V=group.arithmetic, **rule,
-            FLAG=flag, STATES=len(state), MIXING=bool(first_grads), wide_state=bool(masters), name=kernel_name(rule),
-        )  # fmt: skip
+@dataclass(frozen=True)
+class Rule:
+    """A base optimizer: its two functions, and what its ops are given, see rst_fused._schemas."""
+
+    name: str
+    prepare: Any
+    step: Any
+    columns: int  # of a row that PREPARE reads, gamma last
+    state: tuple[str, ...]  # the lists of state, in their order
+    fewest_states: int  # of these, which every variant has
+    with_steps: Callable[[str, Tensor, Tensor, int], Tensor] | None = None  # where steps count: the rows, from hyper
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        return {"PREPARE": self.prepare, "STEP": self.step, "COLUMNS": self.columns}
+
+
+def ops_of(rule: Rule) -> tuple[Callable[..., None], Callable[..., None]]:
+    """<rule>_step_ and restore_<rule>_step_."""
+    op = f"restore_{rule.name}_step_"
+
+    @torch.no_grad()
+    def restore_step_(
+        params: Sequence[Tensor], grads: Sequence[Tensor], backups: Sequence[Tensor], first_grads: Sequence[Tensor],
+        *args: Any,
+    ) -> None:  # fmt: skip
+        lists, (masters, hyper, *rest) = args[: len(rule.state)], args[len(rule.state) :]
+        if rule.with_steps is not None:
+            steps = rest.pop(0)
+            hyper = rule.with_steps(op, hyper, steps, len(rest[0]))
+        group_sizes, *flag, maximize, grad_scale, found_inf = rest
+        check_scalars(op, "hyper", hyper, torch.float64, rule.columns * len(group_sizes))
+        amp = scaling(op, grad_scale, found_inf)
+        wide = torch.float32 if masters else None
+        if masters:
+            source = Operand("masters", masters, written=True, dtype=wide)
+        else:
+            source = Operand("backups", backups) if backups else Operand("params", params)
+        given = zip(rule.state, lists, strict=True)
+        state = [(name, tensors) for i, (name, tensors) in enumerate(given) if tensors or i < rule.fewest_states]
+        operands = [
+            Operand("params", params, written=True, read=False), source, Operand("grads", grads),
+            Operand("first_grads", first_grads, optional=True),
+            *(Operand(name, tensors, written=True, dtype=wide) for name, tensors in state),
+        ]  # fmt: skip
+        for group, table in validated_groups(op, operands, group_sizes):
+            scalars = on_device(group.device, hyper, *amp)
+            launch(
+                update_kernel, group, table, scalars[0], -1 if maximize else 1, *scalars[1:], V=group.arithmetic,
+                **rule.constants, FLAG=any(flag), STATES=len(state), MIXING=bool(first_grads), wide_state=bool(masters),
+                name=kernel_name(rule.constants),
+            )  # fmt: skip
+
+    def step_(params: Sequence[Tensor], grads: Sequence[Tensor], *args: Any) -> None:
+        restore_step_(params, grads, [], [], *args)
+
+    return step_, restore_step_

@@ -123,11 +123,8 @@ int only(const Words& words, uint64_t value) {
 
 }  // namespace
 
-static bool agree(const ImplLayout& a, const ImplLayout& b) {
-  const auto all = [](const ImplLayout& x) {
-    return std::tie(x.storage, x.storage_data, x.storage_bytes, x.storage_special, x.special_bit);
-  };
-  return all(a) == all(b);
+static auto places(const ImplLayout& x) {
+  return std::tie(x.storage, x.storage_data, x.storage_bytes, x.storage_special, x.special_bit);
 }
 
 static ImplLayout found_impl_layout() {
@@ -153,7 +150,7 @@ static ImplLayout found_impl_layout() {
     }
     const bool complete = here.storage != 0 && here.storage_data != 0 && here.storage_data < kStorageWordsRead &&
                           here.storage_bytes != 0 && here.special_bit != 0;
-    if (!complete || (n > 0 && !agree(here, found))) return {};
+    if (!complete || (n > 0 && places(here) != places(found))) return {};
     found = here;
   }
   find_words(found);

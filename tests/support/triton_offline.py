@@ -49,8 +49,8 @@ F32, F64, BF16, F16 = tl.float32, tl.float64, tl.bfloat16, tl.float16
 SIZES = {"BLOCK": BUILT_IN.block, "TAIL": BUILT_IN.tail}
 
 
-def _updating(rule: dict[str, Any], state: Any) -> dict[str, Any]:
-    return {**rule, "BLOCK": (BUILT_IN if state is None else WIDE_STATE).block}
+def _updating(rule: Any, state: Any) -> dict[str, Any]:
+    return {**rule.constants, "BLOCK": (BUILT_IN if state is None else WIDE_STATE).block}
 
 
 def _types(t: Any, state: Any = None, arithmetic: bool = True) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def _adam(t: Any, state: Any = None, mixing: bool = False, states: int = 2) -> d
 
 
 def _lion(t: Any, state: Any = None, mixing: bool = False) -> dict[str, Any]:
-    return _sgd(t, state, mixing) | {"FLAG": False} | lion_step.RULE
+    return _sgd(t, state, mixing) | {"FLAG": False} | lion_step.RULE.constants
 
 
 def _norm(t: Any, adaptive: bool = False, is_complex: bool = False) -> dict[str, Any]:
