@@ -98,7 +98,7 @@ def autotune(
         raise ValueError(f"elements={elements}: expected at least {_TENSORS}, and enough to keep the device busy")
     target = torch.empty(0, device=target).device  # with its index
     made_for = launch_config.identity(target)
-    launch_config.write(made_for, launch_config.read(target))  # what is there: a folder that takes no files raises now
+    launch_config.writable(made_for)
     found: dict[str, dict[LaunchConfig, float]] = {}
     for dtype in dtypes:
         for masters in (False, True) if dtype in SIXTEEN_BIT else (False,):
@@ -107,5 +107,6 @@ def autotune(
                 found[launch_config.key_of(kernel, TRITON_DTYPE[dtype], TRITON_DTYPE[state])] = _times(call)
             del call  # and the tensors with it
     winners = {key: next(iter(times)) for key, times in found.items()}
+    launch_config.read.cache_clear()  # another process may have added to the file since
     launch_config.write(made_for, {**launch_config.read(target), **winners})
     return found

@@ -120,18 +120,25 @@ def read(device: torch.device) -> Winners:
         return {}
 
 
-def write(made_for: dict[str, str], winners: Winners) -> None:
-    """Atomically, so that no process ever reads half a file. Raises RuntimeError if its folder takes none."""
-    data = {"format": FORMAT, **made_for, "sizes": {key: asdict(winner) for key, winner in sorted(winners.items())}}
+def writable(made_for: dict[str, str]) -> Path:
+    """The path of the file. Raises RuntimeError unless its folder takes files."""
     try:
         path = path_of(made_for)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            whole = Path(folder) / path.name
-            whole.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")  # permissions of any new file
-            os.replace(whole, path)
+        tempfile.TemporaryDirectory(dir=path.parent).cleanup()
     except (OSError, RuntimeError) as error:
         raise RuntimeError(
             f"autotune has nowhere to keep its results ({error}): set {FOLDER_VARIABLE} to a folder that can be written"
         ) from error
+    return path
+
+
+def write(made_for: dict[str, str], winners: Winners) -> None:
+    """Atomically, so that no process ever reads half a file."""
+    data = {"format": FORMAT, **made_for, "sizes": {key: asdict(winner) for key, winner in sorted(winners.items())}}
+    path = writable(made_for)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        whole = Path(folder) / path.name
+        whole.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")  # with the permissions of any new file
+        os.replace(whole, path)
     read.cache_clear()

@@ -77,8 +77,8 @@ int64_t* Plan::copy(const int64_t* numbers, int count) {
     shapes_.emplace_back().reserve(std::max(size, kBlock));
   }
   std::vector<int64_t>& block = shapes_.back();
-  block.insert(block.end(), numbers, numbers + size);
-  return block.data() + block.size() - size;
+  block.resize(block.size() + size);
+  return std::copy_n(numbers, size, block.data() + block.size() - size) - size;
 }
 
 const TensorFacts& Plan::note(const py::handle& tensor) {

@@ -129,10 +129,10 @@ class Plan {
   int64_t hyperparams_version_ = 0;
   std::vector<TensorRef> tensors_;    // parameters, then step counters, masters, backups and states
   std::vector<TensorFacts> layouts_;  // of these
+  std::vector<KnownWords> words_, grad_words_, first_grad_words_;  // of these, and of the gradients
   // Their sizes and strides, of which a tensor may free its own: in blocks that stay where they are, side by side.
   std::vector<std::vector<int64_t>> shapes_;
   std::vector<int64_t*> grad_strides_;  // in these; those of the parameter until a gradient is seen
-  std::vector<KnownWords> words_, grad_words_, first_grad_words_;  // of these, and of the gradients
   int64_t counters_end_ = 0, masters_end_ = 0, backups_end_ = 0;
   std::vector<TensorRef> idle_tensors_;
   std::vector<int64_t> row_groups_;

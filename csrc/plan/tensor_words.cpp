@@ -90,12 +90,9 @@ static void find_words(ImplLayout& found) {
   const bool fits = std::equal(std::begin(strides), std::end(strides), words.begin() + first + kStrides) &&
                     words[first + kNumel] == 1001 && differs(wide, kDtypeWord) && differs(view, kOffset) &&
                     differs(negated, kKeysWord);
-  const uint64_t negative_bit = words_of(negated)[first + kKeysWord] & ~words[first + kKeysWord];
-  const bool is_one_bit = negative_bit != 0 && (negative_bit & (negative_bit - 1)) == 0;
-  if (fits && is_one_bit) {
+  if (fits) {
     found.first_word = first;
     found.dtype_bits = ~unset;
-    found.negative_bit = negative_bit;
   }
 }
 

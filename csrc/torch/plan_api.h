@@ -57,7 +57,6 @@ using KnownWords = const TensorWords*;
 struct ImplLayout {
   int first_word = 0;                  // in a TensorImpl: TensorWords
   uint64_t dtype_bits = ~uint64_t{0};  // those of the word of dtype and device that mean anything
-  uint64_t negative_bit = 0;           // of the dispatch keys: elements are negated when they are read
   int storage = 0;                     // in a TensorImpl: its StorageImpl
   int storage_data = 0, storage_bytes = 0, storage_special = 0;  // in a StorageImpl
   uint64_t special_bit = 0;  // of storage_special: asking for the address does more than that, as in copy on write

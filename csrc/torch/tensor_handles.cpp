@@ -74,11 +74,13 @@ bool is_in_place(const TensorRef& tensor, const TensorFacts& layout, KnownWords&
 }
 
 // Whether torch negates the elements when it reads them: it gives the imaginary part of a conjugated tensor as such a
-// view, which never fills its memory, unless it has one element.
-bool may_be_negated(AtenTensorHandle tensor, const TensorFacts& facts) {
-  if (impl_layout.first_word != 0) return (words_of(tensor)[kKeysWord] & impl_layout.negative_bit) != 0;
-  const bool single = std::all_of(facts.sizes, facts.sizes + facts.ndim, [](int64_t size) { return size == 1; });
-  return single || !is_dense(facts.ndim, facts.sizes, facts.strides);
+// view. While its words stay the same, so does this.
+bool is_negated(AtenTensorHandle tensor) {
+  AtenTensorHandle own = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(tensor, &own));
+  StableIValue stack = torch::stable::detail::from(StableTensor(own));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::is_neg", "", &stack, TORCH_ABI_VERSION));
+  return torch::stable::detail::to<bool>(stack);
 }
 
 bool is_seen(AtenTensorHandle grad, KnownWords& words, SeenGrad* seen, void* context, int64_t index) {
@@ -87,8 +89,7 @@ bool is_seen(AtenTensorHandle grad, KnownWords& words, SeenGrad* seen, void* con
     return seen(context, index, data, nullptr);
   }
   TensorFacts facts;
-  if (!read_facts(grad, facts) || may_be_negated(grad, facts) || !seen(context, index, facts.data, &facts))
-    return false;
+  if (!read_facts(grad, facts) || is_negated(grad) || !seen(context, index, facts.data, &facts)) return false;
   words = shared_words(grad, facts);
   return true;
 }

@@ -90,7 +90,7 @@ class PlanCache:
 
     def restore(self, opt: StepOptimizer, after: dict[str, Any]) -> bool:
         """Undoes a perturbation; the step state becomes ``after`` in the same call."""
-        if not self._saved or opt._step_state.saved is not self._saved:
+        if self._plan is None or not self._saved or opt._step_state.saved is not self._saved:
             return False
         return self._plan.restore(after)
 

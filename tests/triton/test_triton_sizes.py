@@ -152,6 +152,14 @@ def test_the_fastest_is_kept_and_used(kernels: Any, monkeypatch: pytest.MonkeyPa
     assert [path.name for path in kernels.folder.iterdir()] == [FILE]
 
 
+def test_what_another_process_measured_meanwhile_stays(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels.autotune, "_seconds", lambda call: 1.0)
+    assert chosen(kernels, "sgd_step_kernel", "fp64", "fp64") == (8, 4), "this process found no file"
+    leave(kernels, sizes={"sgd_step_kernel fp64 fp64": {"per_thread": 4, "warps": 2}})
+    kernels.autotune.autotune("meta", [torch.float32], elements=64)
+    assert chosen(kernels, "sgd_step_kernel", "fp64", "fp64") == (4, 2)
+
+
 @pytest.mark.parametrize(
     ("dtype", "masters"), [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)]
 )
