@@ -29,8 +29,6 @@ struct Job {
   std::atomic<int> next{0};
 };
 
-int count_bits(unsigned bits) { return __builtin_popcount(bits); }
-
 void run_strided(const Job& job, const Tensor& tensor, Kernel kernel, ChunkArgs c) {
   alignas(64) char packed[kOperands][kGather * 8];
   const void* const source = c.source;
@@ -79,13 +77,6 @@ void run_chunk(const Job& job, int64_t index) {
   }
 }
 
-// Orders the streaming stores of this thread before whatever it publishes next.
-void finish_streaming() {
-#if defined(__SSE2__)
-  _mm_sfence();
-#endif
-}
-
 // Each thread takes the next block when it has finished one. So all threads work in one region of memory, which DRAM
 // serves better than regions far apart, and a delayed thread does not delay the others. Which thread takes a block does
 // not change its result.
@@ -96,7 +87,9 @@ void run_blocks(int, void* context) {
     const int64_t end = first_chunk(*job.table, b + 1, job.blocks);
     for (int64_t i = first_chunk(*job.table, b, job.blocks); i < end; ++i) run_chunk(job, i);
   }
-  if (job.streaming) finish_streaming();
+#if defined(__SSE2__)
+  if (job.streaming) _mm_sfence();  // orders the streaming stores of this thread before whatever it publishes next
+#endif
 }
 
 void run(const Table& table, const OpParams& params, Pick pick, unsigned reads, unsigned writes, const Threads& threads,
@@ -107,7 +100,7 @@ void run(const Table& table, const OpParams& params, Pick pick, unsigned reads, 
   for (int s = 0; s < kOperands && !table.chunks.empty(); ++s) {  // of the first tensor that has elements
     if (table.tensors[table.chunks.front().tensor].data[s] != nullptr) present |= 1u << s;
   }
-  const int operands = count_bits(job.reads & present) + count_bits(job.writes & present);
+  const int operands = __builtin_popcount(job.reads & present) + __builtin_popcount(job.writes & present);
   // Bypassing the cache pays only when the data would not have stayed in it for the next op.
   job.streaming = job.table->bytes.back() * operands > cache_bytes();
   const int parts = threads.parallel == nullptr ? 1 : useful_threads(table, operands, threads.count);

@@ -78,7 +78,7 @@ PYBIND11_MODULE(_plan_ext, m) {
   m.def("simd_levels", &simd_levels);
   m.def("simd_level", [] { return std::string(core().kernels().name); });
   m.def("select_simd", [](const std::string& name) { return core().select_kernels(name.c_str()); }, py::arg("name"));
-  py::class_<FirstGrads>(m, "FirstGrads").def("as_list", &FirstGrads::as_list).def("empty", &FirstGrads::empty);
+  py::class_<FirstGrads>(m, "FirstGrads").def("as_list", &FirstGrads::as_list).def("clear", &FirstGrads::clear);
   py::class_<Plan>(m, "Plan", py::custom_type_setup(collect_garbage))
       .def(py::init<bool, py::list, py::list, py::list, py::list, std::vector<int64_t>, py::list, std::vector<py::list>,
                     py::list, py::list, std::vector<int64_t>, int, bool, bool, py::dict, py::object>(),

@@ -30,7 +30,7 @@ using Slots = std::unique_ptr<void, ReleaseSlots>;
 struct FirstGrads {
   explicit FirstGrads(void* slots) : slots(slots) {}
   py::list as_list() const;
-  void empty() { tensors().empty_slots(slots.get()); }
+  void clear() { tensors().empty_slots(slots.get()); }
 
   Slots slots;
 };

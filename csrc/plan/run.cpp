@@ -94,7 +94,7 @@ py::object Plan::first_grads_with(const AtenTensorHandle* handles) {
 void Plan::release_first_grads() {
   if (!first_grads_kept_ || first_grads_.ref_count() > 1) return;
   first_grads_kept_ = false;
-  first_->empty();
+  first_->clear();
 }
 
 // Whether StepState has those that this plan keeps.

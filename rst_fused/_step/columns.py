@@ -19,12 +19,6 @@ def master_kinds(opt: StepOptimizer) -> tuple[bool, ...]:
     return (False, True) if opt.master_weights else (False,)
 
 
-def with_gradients(opt: StepOptimizer, group: Group, masters_only: bool) -> list[Tensor]:
-    """The parameters of a group that have a gradient, and those of them with a master copy or without."""
-    found = [p for p in group["params"] if p.grad is not None]
-    return [p for p in found if has_master(opt, p) == masters_only] if opt.master_weights else found
-
-
 def init_state(opt: StepOptimizer, group: Group, p: Tensor, updating: bool) -> None:
     """Creates what p lacks: its fp32 master and, when ``updating``, what the base optimizer keeps, which is zero."""
     rule, state = opt.rule, opt.state[p]
@@ -99,7 +93,9 @@ def init_group(
     """
     rule, saved = opt.rule, opt._step_state.saved
     names = rule.state_names(group) if rule is not None else ()
-    active = with_gradients(opt, group, masters_only)
+    active = [p for p in group["params"] if p.grad is not None]
+    if opt.master_weights:
+        active = [p for p in active if has_master(opt, p) == masters_only]
     if device is not None:
         active = [p for p in active if str(device_of(p)) == device]
     states: list[dict[str, Any]] = [{}] * len(active)

@@ -184,7 +184,7 @@ def restore(opt: StepOptimizer, after: dict[str, Any], mixing: bool = False) -> 
     firsts, elsewhere = state.first_grads, state.holds_first_grads_elsewhere()
     state.become(after)
     if elsewhere and not is_compiling():
-        firsts.empty()
+        firsts.clear()
     if lost:
         raise RuntimeError(
             f"the memory that kept the weights of {' and '.join(lost)} was freed after perturb(): they stay perturbed"

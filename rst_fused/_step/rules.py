@@ -151,14 +151,14 @@ class LionRule(Rule):
 RULES: dict[str, Rule] = {
     rule.name: rule for rule in (SgdRule(), AdamRule(decoupled=False), AdamRule(decoupled=True), LionRule())
 }
-NAMES = ", ".join(map(repr, RULES))
 
 
 def rule_for(base: Any) -> Rule:
     """The rule that ``base`` names."""
     rule = RULES.get(base) if isinstance(base, str) else None
     if rule is None:
-        raise ValueError(f"base={base!r}: expected {NAMES} or a torch.optim.Optimizer instance")
+        names = ", ".join(map(repr, RULES))
+        raise ValueError(f"base={base!r}: expected {names} or a torch.optim.Optimizer instance")
     return rule
 
 

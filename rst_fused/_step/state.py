@@ -68,7 +68,7 @@ class StepState:
             kept = self.first_grads
             # First: an interrupt must not find them nowhere.
             self.first_grads = dict(zip(self.saved, kept.as_list(), strict=True))
-            kept.empty()
+            kept.clear()
 
     def forget(self, params: Iterable[Tensor]) -> None:
         """These parameters are back at their weights, or got new ones."""

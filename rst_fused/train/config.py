@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
 import torch
@@ -129,9 +129,6 @@ class Config:
         else:
             text = " ".join([self.schedule["family"], *(f"{k}={v:g}" for k, v in given.items())])
         return f"RST({text})" if method == "rst" else f"G-RST({text}, {self.gamma})"
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def _checked_device(name: str) -> str:

@@ -122,7 +122,7 @@ def _cell(value: float | None, form: str) -> str:
 def write_json(plan: Plan, runs: Sequence[Run], rows: Sequence[Row], path: Path) -> None:
     """config, versions, schedule (with its mean cost over the run), runs (one each) and table (the rows)."""
     content = {
-        "config": plan.config.as_dict(),
+        "config": asdict(plan.config),
         "versions": {
             "rst_fused": rst_fused.__version__,
             "torch": torch.__version__,

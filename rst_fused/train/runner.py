@@ -109,14 +109,12 @@ def run_one(plan: Plan, noise: float, seed: int, method: str, progress: Callable
     losses: list[float | None] = []
     for epoch in range(1, config.epochs + 1):
         total = torch.zeros((), dtype=torch.float64, device=config.device)
-        count = 0
         for images, targets in batches(data, labels, config.batch_size, generator):
             before, start = getattr(optimizer, "sam_steps", 0), clock.now()
             total += optimizer.step(partial(_backward, optimizer, model, images, targets, config.amp))
             clock.laps[getattr(optimizer, "sam_steps", 0) > before].append(clock.now() - start)
-            count += 1
         decay.step()
-        losses.append(_finite(float(total) / count))
+        losses.append(_finite(float(total) / (plan.steps // config.epochs)))
         if losses[-1] is None:
             progress(config.epochs - epoch + 1)
             break
