@@ -11,15 +11,14 @@ except ImportError as error:
         "(backend='auto' does)"
     ) from error
 
-from .adam_step import adam_step_, restore_adam_step_
+from .adam_step import restore_adam_step_
 from .autotune import autotune
 from .grad_norm import grad_norm
-from .lion_step import lion_step_, restore_lion_step_
+from .lion_step import restore_lion_step_
 from .perturb import perturb_
 from .restore import restore_
-from .sgd_step import restore_sgd_step_, sgd_step_
+from .sgd_step import restore_sgd_step_
 
 __all__ = [
-    "adam_step_", "autotune", "grad_norm", "lion_step_", "perturb_", "restore_", "restore_adam_step_",
-    "restore_lion_step_", "restore_sgd_step_", "sgd_step_",
+    "autotune", "grad_norm", "perturb_", "restore_", "restore_adam_step_", "restore_lion_step_", "restore_sgd_step_",
 ]  # fmt: skip

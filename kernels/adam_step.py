@@ -11,7 +11,7 @@ from torch import Tensor
 from .checks import check_scalars
 from .device_cache import on_device
 from .sam_math import divide, maximum, sqrt
-from .update import Rule, ops_of
+from .update import Rule, op_of
 
 _GIVEN = 6  # lr, beta1, beta2, eps, weight_decay, gamma
 _COLUMNS = 8  # these, with both bias corrections before gamma
@@ -57,4 +57,4 @@ RULE = Rule(
     "adam", prepare, step, _COLUMNS, ("exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs"), fewest_states=2,
     with_steps=_with_bias_corrections,
 )  # fmt: skip
-adam_step_, restore_adam_step_ = ops_of(RULE)
+restore_adam_step_ = op_of(RULE)

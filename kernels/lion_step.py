@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .sam_math import sign
-from .update import Rule, ops_of
+from .update import Rule, op_of
 
 _COLUMNS = 5  # lr, beta1, beta2, weight_decay, gamma
 
@@ -29,4 +29,4 @@ def step(prepared, w, g, state, FLAG: tl.constexpr):
 
 
 RULE = Rule("lion", prepare, step, _COLUMNS, ("exp_avgs",), fewest_states=1)
-lion_step_, restore_lion_step_ = ops_of(RULE)
+restore_lion_step_ = op_of(RULE)

@@ -5,7 +5,7 @@ writes w, m: 20 bytes per fp32 parameter (24 for G-RST).
 import triton
 import triton.language as tl
 
-from .update import Rule, ops_of
+from .update import Rule, op_of
 
 _COLUMNS = 5  # lr, momentum, dampening, weight_decay, gamma
 
@@ -32,4 +32,4 @@ def step(prepared, w, g, state, NESTEROV: tl.constexpr):
 
 
 RULE = Rule("sgd", prepare, step, _COLUMNS, ("momentum_buffers",), fewest_states=0)
-sgd_step_, restore_sgd_step_ = ops_of(RULE)
+restore_sgd_step_ = op_of(RULE)

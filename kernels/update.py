@@ -111,8 +111,8 @@ class Rule:
         return {"PREPARE": self.prepare, "STEP": self.step, "COLUMNS": self.columns}
 
 
-def ops_of(rule: Rule) -> tuple[Callable[..., None], Callable[..., None]]:
-    """<rule>_step_ and restore_<rule>_step_."""
+def op_of(rule: Rule) -> Callable[..., None]:
+    """restore_<rule>_step_."""
     op = f"restore_{rule.name}_step_"
 
     @torch.no_grad()
@@ -147,7 +147,4 @@ def ops_of(rule: Rule) -> tuple[Callable[..., None], Callable[..., None]]:
                 name=kernel_name(rule.constants),
             )  # fmt: skip
 
-    def step_(params: Sequence[Tensor], grads: Sequence[Tensor], *args: Any) -> None:
-        restore_step_(params, grads, [], [], *args)
-
-    return step_, restore_step_
+    return restore_step_

@@ -8,7 +8,8 @@ Conventions shared by all ops
     stats       float64 ``[norm, inverse, non_finite, non_finite_count, ticket]``: the gradient norm, ``1 / (norm +
                 1e-12)`` or 0 where there is no direction, whether the norm was not finite, how often that happened so
                 far, and 0: a counter for the blocks of GPU kernels, which reset it to 0.
-    masters     fp32 copies of bfloat16/float16 parameters; where given, they take the place of backups.
+    masters     fp32 copies of bfloat16/float16 parameters; where given, they take the place of backups. An update
+                without either starts from the parameters: a step without a perturbation.
     rng         int64 ``[seed, step]``: stochastic rounding is a pure function of both and of the element's position.
     state       what the base optimizer keeps; an empty momentum_buffers is SGD without momentum, a non-empty
                 max_exp_avg_sqs is AMSGrad.
@@ -27,34 +28,21 @@ ADAM_HYPER = ("lr", "beta1", "beta2", "eps", "weight_decay", "gamma")
 LION_HYPER = ("lr", "beta1", "beta2", "weight_decay", "gamma")
 STATS = ("norm", "inverse", "non_finite", "non_finite_count", "ticket")
 
-_RESTORE = "Tensor[] backups, Tensor[] first_grads, "
-_SGD = (
-    "Tensor(b!)[] momentum_buffers, Tensor(c!)[] masters, Tensor hyper, int[] group_sizes, bool nesterov, "
-    "bool maximize, Tensor? grad_scale, Tensor? found_inf) -> ()"
-)
-_ADAM = (
-    "Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] masters, "
-    "Tensor hyper, Tensor steps, int[] group_sizes, bool decoupled, bool maximize, Tensor? grad_scale, "
-    "Tensor? found_inf) -> ()"
-)
-_LION = (
-    "Tensor(b!)[] exp_avgs, Tensor(c!)[] masters, Tensor hyper, int[] group_sizes, bool maximize, "
-    "Tensor? grad_scale, Tensor? found_inf) -> ()"
-)
-_PARAMS = "(Tensor(a!)[] params, Tensor[] grads, "
+_UPDATE = "(Tensor(a!)[] params, Tensor[] grads, Tensor[] backups, Tensor[] first_grads, "
+_AMP = "bool maximize, Tensor? grad_scale, Tensor? found_inf) -> ()"
 
 SCHEMAS = {
     "grad_norm": "(Tensor(a!) stats, Tensor[] grads, Tensor[] params, bool adaptive, float eta) -> ()",
-    "perturb_": _PARAMS + "Tensor(b!)[] backups, Tensor[] masters, Tensor stats, Tensor rho, int[] group_sizes, "
-    "bool adaptive, float eta, bool stochastic, Tensor rng, int first_index) -> ()",
+    "perturb_": "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] backups, Tensor[] masters, Tensor stats, "
+    "Tensor rho, int[] group_sizes, bool adaptive, float eta, bool stochastic, Tensor rng, int first_index) -> ()",
     "restore_": "(Tensor(a!)[] params, Tensor[] backups, Tensor[] masters, Tensor(b!)[] grads, Tensor[] first_grads, "
     "Tensor gamma, int[] group_sizes) -> ()",
-    "sgd_step_": _PARAMS + _SGD,
-    "restore_sgd_step_": _PARAMS + _RESTORE + _SGD,
-    "adam_step_": _PARAMS + _ADAM,
-    "restore_adam_step_": _PARAMS + _RESTORE + _ADAM,
-    "lion_step_": _PARAMS + _LION,
-    "restore_lion_step_": _PARAMS + _RESTORE + _LION,
+    "restore_sgd_step_": _UPDATE + "Tensor(b!)[] momentum_buffers, Tensor(c!)[] masters, Tensor hyper, "
+    "int[] group_sizes, bool nesterov, " + _AMP,
+    "restore_adam_step_": _UPDATE + "Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] max_exp_avg_sqs, "
+    "Tensor(e!)[] masters, Tensor hyper, Tensor steps, int[] group_sizes, bool decoupled, " + _AMP,
+    "restore_lion_step_": _UPDATE + "Tensor(b!)[] exp_avgs, Tensor(c!)[] masters, Tensor hyper, "
+    "int[] group_sizes, " + _AMP,
 }
 
 OPAQUE_NAMESPACE = "rst_fused_reference"  # the same ops in plain torch: see rst_fused._backends

@@ -234,8 +234,8 @@ def restore_(
             _write([_result(grads[i], mix(_wide(first_grads[i]), _wide(grads[i]), gamma[row]))])
 
 
-def _ops_of(formula: Formula, states: int, counts_steps: bool = False) -> tuple[Op, Op]:
-    """The ops <rule>_step_ and restore_<rule>_step_ of a base optimizer with so many lists of state.
+def _op_of(formula: Formula, states: int, counts_steps: bool = False) -> Op:
+    """The op restore_<rule>_step_ of a base optimizer with so many lists of state.
 
     Weights are those before the perturbation. Where ``found_inf`` is not 0, they are only restored. All results are
     there before the first is written, so an interrupt leaves weights and state all as before or all as after.
@@ -265,12 +265,9 @@ def _ops_of(formula: Formula, states: int, counts_steps: bool = False) -> tuple[
             results.append(_result(params[i], updated, sources[i], skip))
         _write(results)
 
-    def step_(params: Tensors, grads: Tensors, *args: Any) -> None:
-        restore_step_(params, grads, [], [], *args)
-
-    return step_, restore_step_
+    return restore_step_
 
 
-sgd_step_, restore_sgd_step_ = _ops_of(sgd, states=1)
-adam_step_, restore_adam_step_ = _ops_of(adam, states=3, counts_steps=True)
-lion_step_, restore_lion_step_ = _ops_of(lion, states=1)
+restore_sgd_step_ = _op_of(sgd, states=1)
+restore_adam_step_ = _op_of(adam, states=3, counts_steps=True)
+restore_lion_step_ = _op_of(lion, states=1)

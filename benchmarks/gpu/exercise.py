@@ -29,7 +29,9 @@ ADAM: dict[str, Any] = {"lr": 0.1, "step": 3, "weight_decay": 0.01, "decoupled":
 LION: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.01, "beta1": 0.5}
 WITH_NORM = ("grad_norm", "perturb_")
 AMSGRAD = " (amsgrad)"
-CALLS = (*SCHEMAS, f"adam_step_{AMSGRAD}", f"restore_adam_step_{AMSGRAD}")
+CALLS = (
+    *SCHEMAS, "sgd_step_", "adam_step_", "lion_step_", f"adam_step_{AMSGRAD}", f"restore_adam_step_{AMSGRAD}",
+)  # fmt: skip
 Lists = dict[str, list[Tensor]]
 
 

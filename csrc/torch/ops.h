@@ -181,9 +181,7 @@ void register_ops(torch::stable::detail::StableLibrary& library) {
   library.impl("grad_norm", TORCH_BOX((&grad_norm<target_of>)));
   library.impl("perturb_", TORCH_BOX((&perturb_<target_of>)));
   library.impl("restore_", TORCH_BOX((&restore_<target_of>)));
-#define RST_IMPL_STEP(Rule, name)                                          \
-  library.impl(#name "_step_", &step<k##Rule, false, &update<target_of>>); \
-  library.impl("restore_" #name "_step_", &step<k##Rule, true, &update<target_of>>);
+#define RST_IMPL_STEP(Rule, name) library.impl(kRuleInfos[k##Rule].op, &step<k##Rule, &update<target_of>>);
   RST_RULES(RST_IMPL_STEP)
 #undef RST_IMPL_STEP
 }

@@ -38,16 +38,15 @@ void take(StableIValue*& stack, T&... values) {
   ((values = torch::stable::detail::to<T>(*stack++)), ...);
 }
 
-// The kernel of <name>_step_ or restore_<name>_step_, as TORCH_BOX would make it for one rule: it takes all arguments
-// before anything can throw.
-template <RuleIndex index, bool restores, void (*update)(const StepArgs&)>
+// The kernel of restore_<name>_step_, as TORCH_BOX would make it for one rule: it takes all arguments before anything
+// can throw.
+template <RuleIndex index, void (*update)(const StepArgs&)>
 void step(StableIValue* stack, uint64_t given, uint64_t) {
   constexpr const RuleInfo& rule = kRuleInfos[index];
-  constexpr uint64_t expected = 8 + 2 * restores + rule.most_states + rule.counts_steps + rule.has_flag;
-  StepArgs args{restores ? rule.restore_step_op : rule.step_op, rule};
+  constexpr uint64_t expected = 10 + rule.most_states + rule.counts_steps + rule.has_flag;
+  StepArgs args{rule.op, rule};
   STD_TORCH_CHECK(given == expected, "rst_fused::", args.op, " was given ", given, " arguments, expected ", expected);
-  take(stack, args.params, args.grads);
-  if (restores) take(stack, args.backups, args.first_grads);
+  take(stack, args.params, args.grads, args.backups, args.first_grads);
   for (int s = 0; s < rule.most_states; ++s) take(stack, args.states[s]);
   take(stack, args.masters, args.hyperparams);
   if (rule.counts_steps) take(stack, args.steps);

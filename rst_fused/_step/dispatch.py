@@ -88,6 +88,7 @@ def update(opt: StepOptimizer, scaling: Scaling, after: dict[str, Any]) -> None:
     assert rule is not None
     if not is_compiling():
         state.take_first_grads()
+    firsts = state.first_grads
     updates: list[Call] = []
     counts: list[Call] = []
     updated: list[list[Tensor]] = []
@@ -100,19 +101,13 @@ def update(opt: StepOptimizer, scaling: Scaling, after: dict[str, Any]) -> None:
                 continue
             if c.steps and c.steps[0].is_cpu and not is_compiling() and opt.capturing:
                 raise RuntimeError("Adam in a CUDA graph: its step count must lie on the GPU, pass capturable=True")
-            lists: list[Any] = [c.params, c.grads]
-            if state.perturbed:
-                firsts = state.first_grads
-                mixed = [firsts.get(p, g) for p, g in zip(c.params, c.grads, strict=True)] if state.mixing else []
-                lists += [[] if c.masters else c.backups, mixed]
+            backups = c.backups if state.perturbed and not c.masters else []
+            mixed = [firsts.get(p, g) for p, g in zip(c.params, c.grads, strict=True)] if state.mixing else []
             hyper = hyperparam_tensor(columns.hyperparam_rows(opt, c), columns.graph_inputs(opt, c), c.params[0].device)
             steps = torch.stack([step.reshape(()) for step in c.steps]).double() + 1 if c.steps else None
-            updates.append(
-                rule.call(
-                    device.backend.ops, state.perturbed, lists, c.states, c.masters, hyper, steps, c.sizes, flags,
-                    scaling.on(device.device),
-                )
-            )  # fmt: skip
+            lists = (c.params, c.grads, backups, mixed)
+            amp = scaling.on(device.device)
+            updates.append(rule.call(device.backend.ops, lists, c.states, c.masters, hyper, steps, c.sizes, flags, amp))
             updated.append(c.params)
             if c.steps:
                 counts.append((torch._foreach_add_, (c.steps, _increments(c.steps, scaling.found_inf))))

@@ -28,7 +28,7 @@ class Rule:
 
     name: str
     index: ClassVar[int]  # of the rule in csrc/math/rules/all.h
-    op: ClassVar[str]  # ops <op>_step_ and restore_<op>_step_
+    op: ClassVar[str]  # restore_<op>_step_
     twin: ClassVar[str | None]  # the optimizer of torch.optim with the same hyperparameters and state, if there is one
     states: tuple[str, ...]  # names of the state tensors; a group may use only the first of them
     numbers: tuple[str, ...]  # hyperparameters that are numbers, or pairs of numbers
@@ -63,19 +63,15 @@ class Rule:
         return False
 
     def call(
-        self, ops: Any, restores: bool, lists: Sequence[Any], states: Sequence[list[Tensor]], masters: list[Tensor],
+        self, ops: Any, lists: Sequence[Any], states: Sequence[list[Tensor]], masters: list[Tensor],
         hyper: Tensor, steps: Tensor | None, sizes: list[int], flags: Flags, amp: Sequence[Tensor | None],
     ) -> tuple[Any, tuple[Any, ...]]:  # fmt: skip
-        """The op and its arguments. ``lists``: params, grads and, where it restores, backups and first_grads."""
+        """The op and its arguments. ``lists``: params, grads, backups and first_grads."""
         absent: list[list[Tensor]] = [[]] * (len(self.states) - len(states))
-        arguments = [*lists, *states, *absent, masters, hyper]
-        if self.counts_steps:
-            arguments.append(steps)
-        arguments.append(sizes)
-        if self.takes_option:
-            arguments.append(flags.option)
-        op = getattr(ops, f"restore_{self.op}_step_" if restores else f"{self.op}_step_")
-        return op, (*arguments, flags.maximize, *amp)
+        counts = [steps] if self.counts_steps else []
+        option = [flags.option] if self.takes_option else []
+        op = getattr(ops, f"restore_{self.op}_step_")
+        return op, (*lists, *states, *absent, masters, hyper, *counts, sizes, *option, flags.maximize, *amp)
 
 
 class SgdRule(Rule):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import op_db
 import pytest
 import torch
 
@@ -16,7 +17,6 @@ from benchmarks.gpu.device import Gpu, Rehearsal, available_backends, launched
 from benchmarks.gpu.race import Entrant, Plan, traffic
 from benchmarks.gpu.stages import read_part
 from benchmarks.peers import Competitor, Foreach, make
-from rst_fused._schemas import SCHEMAS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -303,7 +303,7 @@ def test_backends_that_are_missing_are_noted() -> None:
 
 
 def test_every_op_is_exercised_and_a_wrong_one_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert {call.removesuffix(exercise.AMSGRAD) for call in exercise.CALLS} == set(SCHEMAS)
+    assert {call.removesuffix(exercise.AMSGRAD) for call in exercise.CALLS} == op_db.FUNCTIONS
     for call in exercise.CALLS:
         assert exercise.compare(call, "reference", "cpu", "fp32", 0, False) is None
     assert exercise.compare("restore_sgd_step_", "reference", "cpu", "bf16, fp32 masters", 1, False) is None

@@ -14,7 +14,6 @@ import torch
 from gpu_simulator import aligned, tensors
 
 from rst_fused import _backends, ops
-from rst_fused._schemas import SCHEMAS
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), gpu_simulator.needed]
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -54,7 +53,7 @@ WITH_MASTERS = {
 
 
 def test_every_op_has_its_traffic() -> None:
-    assert set(TRAFFIC) == set(SCHEMAS)
+    assert set(TRAFFIC) == op_db.FUNCTIONS
 
 
 def run_op(op: str, dtype: torch.dtype, masters: bool, n: int = N) -> None:

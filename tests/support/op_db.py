@@ -7,6 +7,7 @@ has a readable name and no tensor exists before it runs. Add a row to OPS for a 
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 import re
 import zlib
@@ -52,6 +53,11 @@ SIZES = (0, 1, 3, 15, 16, 17, 1023, 1024, 1025, 16383, 16384, 16385, 40000)
 # The names of all lists that ops take, and of those that base optimizers keep.
 LISTS = tuple(dict.fromkeys(re.findall(r"Tensor(?:\(\w!\))?\[\] (\w+)", " ".join(SCHEMAS.values()))))
 STATE = ("momentum_buffers", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs")
+# Every op has a function in rst_fused.ops, and an update two: <rule>_step_ is restore_<rule>_step_ without backups.
+FUNCTIONS = {
+    name for name, value in vars(ops).items()
+    if inspect.isfunction(value) and value.__module__ == ops.__name__ and not name.startswith("_")
+}  # fmt: skip
 
 
 def _apart(name: str) -> list[Place]:

@@ -38,7 +38,7 @@ static_assert(kRuleVariants == 0 RST_RULES(RST_STATES), "RST_RULE_VARIANTS lists
 
 struct RuleInfo {
   int index;
-  const char *step_op, *restore_step_op;
+  const char* op;
   int columns;  // of hyperparameters
   int fewest_states, most_states;
   bool counts_steps, has_flag;
@@ -48,7 +48,6 @@ struct RuleInfo {
 
 #define RST_RULE_INFO(Rule, name) \
   {k##Rule,                       \
-   #name "_step_",                \
    "restore_" #name "_step_",     \
    Rule::kColumns,                \
    Rule::kFewestStates,           \
