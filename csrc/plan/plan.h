@@ -59,10 +59,9 @@ class Plan {
                uint64_t step, bool keep, const py::dict& after);
   // One update of all parameters, counted in their step counters. rows: the hyperparameters, row after row. `restores`:
   // the parameters are perturbed. `mixing` uses the gradients that perturb kept. Gradients are divided by the scale of
-  // AMP: by `scale`, or on a GPU by the one at the first address of `on_device`, with found_inf at the second.
-  using Addresses = std::array<uintptr_t, 2>;  // 0: none
-  bool update(std::vector<double> rows, bool restores, bool mixing, double scale, const Addresses& on_device,
-              const py::dict& after);
+  // AMP: by `scale`, or on a GPU by the one at the address `grad_scale`, with found_inf at another; 0: none.
+  bool update(std::vector<double> rows, bool restores, bool mixing, double scale, uintptr_t grad_scale,
+              uintptr_t found_inf, const py::dict& after);
   bool restore(const py::dict& after);
 
   // Makes first gradients that this plan can use, from one for each active parameter.

@@ -104,8 +104,8 @@ bool Plan::has_first_grads() const {
   return first_ != nullptr && kept.is(first_grads_);
 }
 
-bool Plan::update(std::vector<double> rows, bool restores, bool mixing, double scale, const Addresses& on_device,
-                  const py::dict& after) {
+bool Plan::update(std::vector<double> rows, bool restores, bool mixing, double scale, uintptr_t grad_scale,
+                  uintptr_t found_inf, const py::dict& after) {
   if (mixing && !has_first_grads()) return false;
   py::object first_grads = first_grads_;  // another thread may step while this one computes
   if (!collect(true, restores, mixing)) return false;
@@ -120,8 +120,8 @@ bool Plan::update(std::vector<double> rows, bool restores, bool mixing, double s
   params.steps = steps.empty() ? nullptr : steps.data();
   params.grad_multiplier = (maximize_ ? -1 : 1) / scale;
   params.restoring = restores;
-  params.on_device.grad_scale = reinterpret_cast<const float*>(on_device[0]);
-  params.on_device.found_inf = reinterpret_cast<const float*>(on_device[1]);
+  params.on_device.grad_scale = reinterpret_cast<const float*>(grad_scale);
+  params.on_device.found_inf = reinterpret_cast<const float*>(found_inf);
   run([&] { ops_.update(table_, params, device_); });
   for (size_t row = 0; row < counters(); ++row) counter(row) += 1;
   tensors().bump_versions(tensors_.data() + count(), static_cast<int64_t>(counters()));

@@ -35,7 +35,7 @@ class Scaling:
         scale, found_inf = (t if t is None or t.is_cpu else t.to(device) for t in (self.grad_scale, self.found_inf))
         return scale, found_inf
 
-    def for_plan(self, device: torch.device, counts_steps: bool) -> tuple[float, tuple[int, int]] | None:
+    def for_plan(self, device: torch.device, counts_steps: bool) -> tuple[float, int, int] | None:
         """The scale where the CPU knows it, else the addresses of grad_scale and found_inf on ``device`` (0: absent).
 
         None if a plan can use neither: with found_inf on the GPU the CPU could not tell whether a step counts.
@@ -44,15 +44,15 @@ class Scaling:
             return _UNSCALED
         numbers = [t for t in (self.grad_scale, self.found_inf) if t is not None]
         if all(t.is_cpu for t in numbers):
-            return 1.0 if self.grad_scale is None else float(self.grad_scale), (0, 0)
+            return 1.0 if self.grad_scale is None else float(self.grad_scale), 0, 0
         if counts_steps or any((t.device, t.dtype) != (device, torch.float32) for t in numbers):
             return None
         scale, found_inf = (0 if t is None else t.data_ptr() for t in (self.grad_scale, self.found_inf))
-        return 1.0, (scale, found_inf)
+        return 1.0, scale, found_inf
 
 
 NONE = Scaling()
-_UNSCALED = (1.0, (0, 0))
+_UNSCALED = (1.0, 0, 0)
 
 
 def scaling(opt: StepOptimizer) -> Scaling:

@@ -7,7 +7,6 @@ it are replaced and never changed in place: a launch plan shares its own.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -16,31 +15,30 @@ from torch import Tensor
 AFTER_RESTORE: dict[str, Any] = {
     "perturbed": False, "mixing": False, "captured": False, "first_grads": {}, "saved": {},
 }  # fmt: skip
-_AFTER_SAM_STEP: dict[str, Any] = {**AFTER_RESTORE, "finished": True, "was_sam": True}
+_AFTER_SAM_STEP: dict[str, Any] = {"perturbed": False, "saved": {}, "finished": True, "was_sam": True}
+_AFTER_MIXED_STEP: dict[str, Any] = {**AFTER_RESTORE, **_AFTER_SAM_STEP}
 _AFTER_BASE_STEP: dict[str, Any] = {"finished": True, "was_sam": False}
 
 
-@dataclass
 class StepState:
-    steps: int = 0  # those counted; one more is finished while `finished` is set
-    sam_steps: int = 0
-    finished: bool = False
-    was_sam: bool = False
-    # --- the draw
-    drawn_at: int = -1  # the step for which drawn and gamma hold
-    drawn: bool = False
-    gamma: float = 1.0
-    mixes: bool = False  # gamma != 1, found outside of a compiled perturb, which must not depend on gamma itself
-    # --- between perturb and step
-    perturbed: bool = False
-    mixing: bool = False  # and gamma != 1, so the first gradients are kept
-    captured: bool = False  # the perturbation was recorded in a CUDA graph, and has not happened
-    saved: dict[Tensor, Tensor] = field(default_factory=dict)  # perturbed parameter: its backup or its master copy
-    # By parameter; or those that a launch plan keeps, in the order of `saved`.
-    first_grads: Any = field(default_factory=dict)
-    # --- kept from step to step
-    backups: dict[Tensor, Tensor] = field(default_factory=dict)
-    apart: list[int] = field(default_factory=list)  # addresses of parameters that were seen to share no memory
+    def __init__(self, steps: int = 0, sam_steps: int = 0) -> None:
+        # Not a dataclass: where a class has a default of the same name, Python 3.12 sets an attribute six times slower.
+        self.steps, self.sam_steps = steps, sam_steps  # those counted; one more is finished while `finished` is set
+        self.finished = self.was_sam = False
+        # --- the draw
+        self.drawn_at = -1  # the step for which drawn and gamma hold
+        self.drawn = False
+        self.gamma = 1.0
+        self.mixes = False  # gamma != 1, found outside of a compiled perturb, which must not depend on gamma itself
+        # --- between perturb and step
+        self.perturbed = False
+        self.mixing = False  # and gamma != 1, so the first gradients are kept
+        self.captured = False  # the perturbation was recorded in a CUDA graph, and has not happened
+        self.saved: dict[Tensor, Tensor] = {}  # perturbed parameter: its backup or its master copy
+        self.first_grads: Any = {}  # by parameter; or those that a launch plan keeps, in the order of `saved`
+        # --- kept from step to step
+        self.backups: dict[Tensor, Tensor] = {}
+        self.apart: list[int] = []  # addresses of parameters that were seen to share no memory
 
     def count(self) -> None:
         """Adds the finished step to the counters. A compiled step only sets flags: a count would be one graph more."""
@@ -53,7 +51,9 @@ class StepState:
         """The fields that change when the step is done; one that was captured into a CUDA graph does not count."""
         if not counts:
             return AFTER_RESTORE
-        return _AFTER_SAM_STEP if self.perturbed else _AFTER_BASE_STEP
+        if not self.perturbed:
+            return _AFTER_BASE_STEP
+        return _AFTER_MIXED_STEP if self.mixing else _AFTER_SAM_STEP
 
     def become(self, fields: dict[str, Any]) -> None:
         for name, value in fields.items():
