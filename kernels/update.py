@@ -96,7 +96,7 @@ def scaling(op: str, grad_scale: Tensor | None, found_inf: Tensor | None) -> lis
 
 @dataclass(frozen=True)
 class Rule:
-    """A base optimizer: its two functions, and what its ops are given, see rst_fused._schemas."""
+    """A base optimizer: its two functions, and what its op is given, see rst_fused._schemas."""
 
     name: str
     prepare: Any

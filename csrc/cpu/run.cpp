@@ -69,6 +69,7 @@ void run_chunk(const Job& job, int64_t index) {
     c.source = tensor.data[source];
     run_strided(job, tensor, kernel, c);
   } else {
+    // Not std::copy, which calls memmove: with AVX-512 the kernel would wait for its one wide store.
     std::memcpy(c.data, tensor.data, sizeof(c.data));
     for (int s = 0; chunk.begin != 0 && s < kOperands; ++s) {
       if (c.data[s] != nullptr) c.data[s] = static_cast<char*>(c.data[s]) + chunk.begin * size_of(tensor.dtype_of(s));

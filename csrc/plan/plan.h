@@ -59,7 +59,7 @@ class Plan {
                uint64_t step, bool keep, const py::dict& after);
   // One update of all parameters, counted in their step counters. rows: the hyperparameters, row after row. `restores`:
   // the parameters are perturbed. `mixing` uses the gradients that perturb kept. Gradients are divided by the scale of
-  // AMP: by `scale`, or on a GPU by the one at the address `grad_scale`, with found_inf at another; 0: none.
+  // AMP: `scale`, or on a GPU what is at the address `grad_scale` (0: none), with found_inf beside it.
   bool update(std::vector<double> rows, bool restores, bool mixing, double scale, uintptr_t grad_scale,
               uintptr_t found_inf, const py::dict& after);
   bool restore(const py::dict& after);

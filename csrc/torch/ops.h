@@ -145,7 +145,7 @@ template <TargetOf target_of>
 void update(const StepArgs& args) {
   const Target target = target_of(args.params.empty() ? args.hyperparams : args.params[0]);
   const Companions lists = args.lists();
-  Table table = build_chunk_table(args.op, target.device, args.params, lists, args.group_sizes);
+  Table table = build_chunk_table(args.rule.op, target.device, args.params, lists, args.group_sizes);
   if (args.params.empty()) return;
   const size_t groups = args.group_sizes.size();
   OpParams op_params;
@@ -153,18 +153,18 @@ void update(const StepArgs& args) {
   op_params.rule = args.rule.index;
   op_params.flag = args.flag;
   op_params.hyperparams =
-      numbers(args.op, "hyper", target, args.hyperparams, args.rule.columns * groups, on_device.hyperparams);
+      numbers(args.rule.op, "hyper", target, args.hyperparams, args.rule.columns * groups, on_device.hyperparams);
   if (args.rule.counts_steps) {
-    op_params.steps = numbers(args.op, "steps", target, args.steps, groups, on_device.steps);
+    op_params.steps = numbers(args.rule.op, "steps", target, args.steps, groups, on_device.steps);
   }
   op_params.grad_multiplier = args.maximize ? -1 : 1;
   if (args.grad_scale.has_value()) {
-    const float* scale = numbers(args.op, "grad_scale", target, *args.grad_scale, 1, on_device.grad_scale);
+    const float* scale = numbers(args.rule.op, "grad_scale", target, *args.grad_scale, 1, on_device.grad_scale);
     if (scale != nullptr) op_params.grad_multiplier /= *scale;
   }
   const float* found_inf = nullptr;
   if (args.found_inf.has_value()) {
-    found_inf = numbers(args.op, "found_inf", target, *args.found_inf, 1, on_device.found_inf);
+    found_inf = numbers(args.rule.op, "found_inf", target, *args.found_inf, 1, on_device.found_inf);
   }
   Copies copies(target, table, args.params, lists);
   if (found_inf == nullptr || *found_inf == 0) {

@@ -10,7 +10,6 @@
 namespace rst {
 
 struct StepArgs {
-  const char* op;
   const RuleInfo& rule;
   TensorList params{}, grads{}, backups{}, first_grads{}, states[kStates]{}, masters{};
   StableTensor hyperparams{}, steps{};  // steps: where the rule counts them
@@ -44,8 +43,8 @@ template <RuleIndex index, void (*update)(const StepArgs&)>
 void step(StableIValue* stack, uint64_t given, uint64_t) {
   constexpr const RuleInfo& rule = kRuleInfos[index];
   constexpr uint64_t expected = 10 + rule.most_states + rule.counts_steps + rule.has_flag;
-  StepArgs args{rule.op, rule};
-  STD_TORCH_CHECK(given == expected, "rst_fused::", args.op, " was given ", given, " arguments, expected ", expected);
+  StepArgs args{rule};
+  STD_TORCH_CHECK(given == expected, "rst_fused::", rule.op, " was given ", given, " arguments, expected ", expected);
   take(stack, args.params, args.grads, args.backups, args.first_grads);
   for (int s = 0; s < rule.most_states; ++s) take(stack, args.states[s]);
   take(stack, args.masters, args.hyperparams);

@@ -12,17 +12,19 @@ from typing import Any
 from torch import Tensor
 
 # The fields that change when all weights are back, or a step is done. Executors set them together with the last kernel.
+# `mixing` first: an interrupt among them must not leave it without a perturbation.
 AFTER_RESTORE: dict[str, Any] = {
-    "perturbed": False, "mixing": False, "captured": False, "first_grads": {}, "saved": {},
+    "mixing": False, "perturbed": False, "captured": False, "first_grads": {}, "saved": {},
 }  # fmt: skip
+# What a perturbation without mixing or capturing sets, and no more: this is paid at every step.
 _AFTER_SAM_STEP: dict[str, Any] = {"perturbed": False, "saved": {}, "finished": True, "was_sam": True}
-_AFTER_MIXED_STEP: dict[str, Any] = {**AFTER_RESTORE, **_AFTER_SAM_STEP}
+_AFTER_OTHER_SAM_STEP: dict[str, Any] = {**AFTER_RESTORE, **_AFTER_SAM_STEP}
 _AFTER_BASE_STEP: dict[str, Any] = {"finished": True, "was_sam": False}
 
 
 class StepState:
     def __init__(self, steps: int = 0, sam_steps: int = 0) -> None:
-        # Not a dataclass: where a class has a default of the same name, Python 3.12 sets an attribute six times slower.
+        # Not a dataclass: where the class has a default of the same name, Python 3.12 is slow to set an attribute.
         self.steps, self.sam_steps = steps, sam_steps  # those counted; one more is finished while `finished` is set
         self.finished = self.was_sam = False
         # --- the draw
@@ -53,7 +55,7 @@ class StepState:
             return AFTER_RESTORE
         if not self.perturbed:
             return _AFTER_BASE_STEP
-        return _AFTER_MIXED_STEP if self.mixing else _AFTER_SAM_STEP
+        return _AFTER_OTHER_SAM_STEP if self.mixing or self.captured else _AFTER_SAM_STEP
 
     def become(self, fields: dict[str, Any]) -> None:
         for name, value in fields.items():

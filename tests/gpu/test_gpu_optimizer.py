@@ -214,7 +214,7 @@ def test_a_plan_takes_the_numbers_of_amp_from_the_gpu(overflow: float, simulator
             p.grad.mul_(scale)  # type: ignore[union-attr]
         numbers = [torch.tensor([scale]), torch.tensor([overflow])]
         row, there = [0.05, 0.9, 0.0, 0.0, 1.0], [t.data_ptr() for t in numbers]
-        assert opt._plans._plan.update(row, True, False, 1.0, there, opt._step_state.after_step())
+        assert opt._plans._plan.update(row, True, False, 1.0, *there, opt._step_state.after_step())
         results.append([t.detach() for p in params for t in (p, opt.state[p]["momentum_buffer"])])
         same = [op_db.same_bits(a, b) for a, b in zip(results[-1], before, strict=True)]
         assert all(same) if overflow else not any(same)

@@ -302,4 +302,5 @@ def test_schemas_and_fake_kernels(op: str, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(ops, "backend_for", lambda *_: recorder)
     one_sample(op).run(op)
     ((registered, args),) = recorder.calls
+    assert registered in (op, f"restore_{op}")
     torch.library.opcheck(getattr(torch.ops.rst_fused, registered).default, args)
