@@ -137,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device.synchronize()
     for line in (*notes, *wrong):
         print(line)
-    print(f"{len(CALLS)} calls on {names}: {len(wrong)} are wrong in some mode")
+    print(f"{len(CALLS)} calls on {names}: {len(wrong)} comparisons are wrong")
     return 1 if wrong or not names else 0
 
 

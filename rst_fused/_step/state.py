@@ -16,9 +16,9 @@ from torch import Tensor
 AFTER_RESTORE: dict[str, Any] = {
     "mixing": False, "perturbed": False, "captured": False, "first_grads": {}, "saved": {},
 }  # fmt: skip
-# What a perturbation without mixing or capturing sets, and no more: this is paid at every step.
-_AFTER_SAM_STEP: dict[str, Any] = {"perturbed": False, "saved": {}, "finished": True, "was_sam": True}
-_AFTER_OTHER_SAM_STEP: dict[str, Any] = {**AFTER_RESTORE, **_AFTER_SAM_STEP}
+_AFTER_SAM_STEP: dict[str, Any] = {**AFTER_RESTORE, "finished": True, "was_sam": True}
+# The same without the fields that only mixing or capturing sets: each one costs time at every step.
+_AFTER_PLAIN_SAM_STEP: dict[str, Any] = {"perturbed": False, "saved": {}, "finished": True, "was_sam": True}
 _AFTER_BASE_STEP: dict[str, Any] = {"finished": True, "was_sam": False}
 
 
@@ -55,7 +55,7 @@ class StepState:
             return AFTER_RESTORE
         if not self.perturbed:
             return _AFTER_BASE_STEP
-        return _AFTER_OTHER_SAM_STEP if self.mixing or self.captured else _AFTER_SAM_STEP
+        return _AFTER_SAM_STEP if self.mixing or self.captured else _AFTER_PLAIN_SAM_STEP
 
     def become(self, fields: dict[str, Any]) -> None:
         for name, value in fields.items():

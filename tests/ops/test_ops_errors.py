@@ -26,7 +26,7 @@ RESTORING_STEPS = tuple(op for op in STEPS if op.startswith("restore_"))
 RESTORING = ("restore_", *RESTORING_STEPS)
 WITH_PARAMS = tuple(op for op in OPS if op != "grad_norm")
 WITH_GRADS = tuple(op for op in OPS if "grads" in OPS[op].lists)
-WITH_GROUPS = WITH_PARAMS
+WITH_GROUPS = tuple(op for op in OPS if "group_sizes" in OPS[op].arguments)
 
 Change = Callable[[Sample], Any]
 
@@ -333,7 +333,8 @@ RAW: list[tuple[str, tuple[Any, ...], str]] = [
     ("restore_adam_step_", (*RESTORE, W(), B(), [], [], D6, D1, [2], False, False, *AMP), r"exp_avg_sqs\[1\] does"),
     ("restore_adam_step_", (*RESTORE, W(), W(), B(), [], D6, D1, [2], False, False, *AMP), r"max_exp_avg_sqs\[1\] d"),
     ("restore_adam_step_", (*RESTORE, W(), W(), [], [], D6, D1[:0], [2], False, False, *AMP), "steps has 0 elements"),
-    ("restore_adam_step_", (*RESTORE, W(), W(), [], [], D5, D1, [2], False, False, *AMP), "hyper has 5 elements, exp"),
+    ("restore_adam_step_", (*RESTORE, W(), W(), [], [], D5, D1, [2], False, False, *AMP),
+     "hyper has 5 elements, expected at"),
     ("restore_lion_step_", (*RESTORE, [], [], D5, [2], False, *AMP), "exp_avgs has 0 entries"),
     ("restore_lion_step_", (*RESTORE, B(), [], D5, [2], False, *AMP), r"exp_avgs\[1\] does not have the shape"),
     ("restore_lion_step_", (*RESTORE, W(), [], D5[:4], [2], False, *AMP), "hyper has 4 elements, expected at"),

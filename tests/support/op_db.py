@@ -196,6 +196,11 @@ class OpInfo:
     oracle: Callable[..., oracle.Results] | None = None  # None: the result is not in the lists
     restores: bool = False  # reads backups or masters and never the parameters
 
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """The names that its function in rst_fused.ops takes."""
+        return tuple(inspect.signature(getattr(ops, self.name)).parameters)
+
 
 def _everywhere(lists: tuple[str, ...] = (), **options: Any) -> tuple[Spec, ...]:
     return tuple(Spec(layout, layout, lists, options) for layout in LAYOUTS)
