@@ -8,9 +8,11 @@ from collections.abc import Sequence
 
 import torch
 
-from . import cpu, gpu, host, memory, report
+from . import cpu, gpu, host, machine_code, memory, report
 
-COMMANDS = {"cpu": cpu, "gpu": gpu, "host": host, "memory": memory, "report": report}
+COMMANDS = {
+    "cpu": cpu, "gpu": gpu, "host": host, "machine-code": machine_code, "memory": memory, "report": report,
+}  # fmt: skip
 MEASURING = ("cpu", "host", "memory")
 
 
