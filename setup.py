@@ -7,7 +7,8 @@ The environment variable RST_FUSED_BUILD_EXTENSION decides about the extension:
     0     do not build it
 
 RST_FUSED_BUILD_CUDA does the same for its GPU kernels, which need nvcc but no GPU and no torch with CUDA. They are
-built for TORCH_CUDA_ARCH_LIST ("8.0 9.0+PTX", say), or for sm_80, sm_90, sm_100 and later.
+built for TORCH_CUDA_ARCH_LIST ("8.0 9.0+PTX", say), or for sm_80, sm_90, sm_100, sm_120 and later. For measuring,
+RST_FUSED_CUDA_DEFINES ("RST_CUDA_CHUNK=32768 RST_CUDA_ADAM_BLOCKS=1", say) replaces numbers of csrc/cuda/.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ NVCC_FLAGS = [
     "-Xcompiler=-fPIC,-fvisibility=hidden",
     "-Icsrc",
 ]
-DEFAULT_ARCHITECTURES = "8.0 9.0 10.0+PTX"
+DEFAULT_ARCHITECTURES = "8.0 9.0 10.0 12.0+PTX"
 ERROR_LINES = 15
 
 
@@ -147,7 +148,8 @@ class Cuda:
     @property
     def defines(self) -> list[str]:
         argument_bytes = 32764 if self.version >= (13, 0) else 4096
-        return [f"-DRST_CUDA_ARGUMENT_BYTES={argument_bytes}"]
+        more = os.environ.get("RST_FUSED_CUDA_DEFINES", "").split()
+        return [f"-D{define}" for define in (f"RST_CUDA_ARGUMENT_BYTES={argument_bytes}", *more)]
 
     @property
     def facts(self) -> list[str]:
@@ -177,7 +179,8 @@ class Cuda:
             target = os.path.join(folder, f"{Path(source).stem}.{key}.o")
             if os.path.exists(target) and os.path.getmtime(target) > max(newest_header, os.path.getmtime(source)):
                 return target
-            command = [self.nvcc, *flags, "-c", source, "-o", target]
+            # One of the sources holds most of the kernels: its architectures are compiled side by side.
+            command = [self.nvcc, *flags, f"--threads={os.cpu_count()}", "-c", source, "-o", target]
             print(" ".join(command), flush=True)
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode != 0:
@@ -195,7 +198,16 @@ def cuda() -> Cuda | None:
     nvcc = None if mode == "0" else shutil.which("nvcc") or shutil.which(beside)
     if nvcc is None and mode == "1":
         raise SystemExit(f"{CUDA_FLAG}=1, but nvcc is not on PATH and CUDA_HOME names no toolkit")
-    return None if nvcc is None else Cuda(nvcc)
+    if nvcc is None:
+        return None
+    toolkit, of_torch = Cuda(nvcc), torch.version.cuda
+    if of_torch is not None and int(of_torch.split(".")[0]) < toolkit.version[0]:
+        print(
+            f"\nrst_fused: WARNING: {nvcc} is of CUDA {'.'.join(map(str, toolkit.version))} and torch of CUDA "
+            f"{of_torch}: the GPU kernels will need a newer driver than torch does.\n",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+    return toolkit
 
 
 def add_cuda(extension: Extension, toolkit: Cuda) -> None:

@@ -15,7 +15,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import wraps
+from functools import cache, wraps
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -43,21 +43,52 @@ class Backend:
     ops: Any
     plans: str = ""  # which kernels a launch plan runs, "cpu" or "gpu"; none: every step goes through the ops
     architectures: str = ""  # for which GPUs there is code, "8.0/9.0/10.0+PTX"; none: for all
+    fix: str = ""  # for "auto" to say where it has to pass over this backend: how it would become available
 
     def supports(self, device: torch.device) -> bool:
         if self.device_types is not None and device.type not in self.device_types:
             return False
-        return not self.architectures or covers(self.architectures, torch.cuda.get_device_capability(device))
+        return not self.architectures or covers(self.architectures, _capability(device))
 
 
-def covers(architectures: str, capability: tuple[int, int]) -> bool:
-    """Whether a GPU runs such code: machine code of its generation that is not newer, or PTX that is not newer."""
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def _entries(architectures: str) -> list[tuple[tuple[int, int], bool]]:
+    """(compute capability, whether there is PTX for it, too) of each."""
+    found = []
     for entry in architectures.split("/"):
         number, _, ptx = entry.partition("+")
         major, minor = (int(part) for part in number.rstrip("af").split("."))
-        if (major == capability[0] and minor <= capability[1]) or (ptx and (major, minor) <= capability):
-            return True
-    return False
+        found.append(((major, minor), bool(ptx)))
+    return found
+
+
+def has_machine_code(architectures: str, capability: tuple[int, int]) -> bool:
+    """Whether there is machine code that a GPU runs: of its generation and not newer."""
+    return any(at[0] == capability[0] and at[1] <= capability[1] for at, _ in _entries(architectures))
+
+
+def covers(architectures: str, capability: tuple[int, int]) -> bool:
+    """Whether a GPU runs such code: machine code, or PTX that is not newer, from which the driver makes some."""
+    has_ptx = any(ptx and at <= capability for at, ptx in _entries(architectures))
+    return has_ptx or has_machine_code(architectures, capability)
+
+
+def driver_problem(built_with: str, driver: int) -> str:
+    """What is wrong with a driver that supports CUDA up to ``driver`` (1000 * major + 10 * minor; 0: there is none) for
+    kernels built with CUDA ``built_with``; empty if nothing is. Within a major version every driver runs them."""
+    major = int(built_with.split(".")[0])
+    if not 0 < driver < 1000 * major:
+        return ""
+    least = {12: " (525 or newer)", 13: " (580 or newer)"}.get(major, "")
+    return (
+        f"the NVIDIA driver supports CUDA up to {driver // 1000}.{driver % 1000 // 10}, but the extension was built "
+        f"with CUDA {built_with}: install a driver for CUDA {major}{least}, or build the extension with an nvcc of "
+        f"CUDA {driver // 1000}"
+    )
 
 
 _plan_ext: Any = None
@@ -155,13 +186,15 @@ def _cuda() -> Backend:
     if missing:
         return Backend("cuda", False, missing, ("cuda",), None)
     built = _plan_ext.build_info()["CUDA"]
+    if problem := driver_problem(built.split()[0], _plan_ext.driver_version()):
+        return Backend("cuda", False, problem, ("cuda",), None, fix=problem)
     return Backend("cuda", True, f"CUDA {built}", ("cuda",), _ops(NAMESPACE), "gpu", built.split()[-1])
 
 
 _CUDA, _CPU = _cuda(), _cpu()
 _TRITON = _triton()
 _BY_SPEED = (_CUDA, _CPU, _TRITON, _REFERENCE)
-_said = False
+_said: set[str] = set()
 
 
 def backends() -> list[Backend]:
@@ -175,7 +208,10 @@ def backend_for(requested: str, device: torch.device) -> Backend:
     Raises ValueError for an unknown name or a device it does not support, RuntimeError if it is not available.
     """
     if requested == "auto":
-        return next(_announced(b, device) for b in _BY_SPEED if b.available and b.supports(device))
+        fastest = next(b for b in _BY_SPEED if b.available and b.supports(device))
+        _warn_of_slower(fastest, device)
+        _warn_of_compilation(fastest, device)
+        return fastest
     found = next((b for b in _BY_SPEED if b.name == requested), None)
     if found is None:
         raise ValueError(f"backend={requested!r}: expected 'auto' or one of {[b.name for b in _BY_SPEED]}")
@@ -187,19 +223,36 @@ def backend_for(requested: str, device: torch.device) -> Backend:
             f"backend={requested!r}{built} runs on {found.device_types}, but a parameter is on {device}; "
             "use backend='auto'"
         )
+    _warn_of_compilation(found, device)
     return found
 
 
-def _announced(backend: Backend, device: torch.device) -> Backend:
-    """Says once that the slow backend was chosen for lack of the fast one."""
-    global _said
-    faster = next((b for b in _BY_SPEED if b is not _REFERENCE and b.supports(device)), None)
-    if backend is _REFERENCE and faster is not None and not _said:
-        _said = True
-        warnings.warn(
-            f"rst_fused runs on its reference backend (plain torch): {faster.reason}", RuntimeWarning, stacklevel=2
+def _warn_of_slower(chosen: Backend, device: torch.device) -> None:
+    """Of a faster backend that is missing, where that was hardly meant."""
+    faster = next((b for b in _BY_SPEED if b is not _REFERENCE and b.supports(device)), chosen)
+    if faster is chosen:
+        return
+    if chosen is _REFERENCE:
+        _warn_once(f"rst_fused runs on its reference backend (plain torch): {faster.reason}")
+    elif faster.fix:
+        _warn_once(f"rst_fused runs on its {chosen.name} backend: {faster.fix}")
+
+
+def _warn_of_compilation(chosen: Backend, device: torch.device) -> None:
+    """Where the driver has to make machine code."""
+    if chosen.architectures and not has_machine_code(chosen.architectures, _capability(device)):
+        number = ".".join(map(str, _capability(device)))
+        _warn_once(
+            f"rst_fused has no machine code for this GPU, of compute capability {number}: the driver compiles each "
+            "kernel when it is first used, which takes seconds and cannot be done while a CUDA graph is captured. "
+            f"Install rst_fused again with TORCH_CUDA_ARCH_LIST={number}"
         )
-    return backend
+
+
+def _warn_once(words: str) -> None:
+    if words not in _said:
+        _said.add(words)
+        warnings.warn(words, RuntimeWarning, stacklevel=4)
 
 
 def bump_versions(*lists: Sequence[torch.Tensor]) -> None:

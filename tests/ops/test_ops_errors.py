@@ -281,7 +281,7 @@ def test_unavailable_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     missing = _backends.Backend("cpu", False, "the C++ extension is not built: pip install ...", ("cpu",), None)
     monkeypatch.setattr(_backends, "_CPU", missing)
     monkeypatch.setattr(_backends, "_BY_SPEED", (missing, _backends._REFERENCE))
-    monkeypatch.setattr(_backends, "_said", False)
+    monkeypatch.setattr(_backends, "_said", set())
     with pytest.raises(RuntimeError, match="backend='cpu' was asked for but the C.. extension is not built: pip"):
         ops.grad_norm([torch.ones(2)], backend="cpu")
     with pytest.warns(RuntimeWarning, match="reference backend") as caught:
