@@ -13,27 +13,50 @@ namespace rst::cuda {
 #define RST_CUDA_ARGUMENT_BYTES 32764
 #endif
 constexpr int kArgumentBytes = RST_CUDA_ARGUMENT_BYTES;
-constexpr int kThreads = 512;                // of every block
-constexpr int kRows = 8;                     // rows of hyperparameters in one launch
-constexpr int kHyperparams = longest_row();  // in a row, besides the step count
+constexpr int kThreads = 512;                             // of every block
+constexpr int kRows = kArgumentBytes >= 32764 ? 64 : 12;  // rows of hyperparameters in one launch
 
 // The same for all tensors of a launch. What is not null in `on_device` is read there instead.
 struct LaunchParams : CommonParams {
-  double hyperparams[kRows][kHyperparams], steps[kRows];
   double* partials;  // grad_norm: one sum per chunk of all launches
   int64_t first_partial, all_partials;
   int32_t tensors, chunk;  // chunk: elements that one block works on
   bool last;               // launch of an op: that of grad_norm finishes the sum
 };
 
+// What an update makes of a row of hyperparameters, once per call. V: what it computes in.
+template <class Rule, class V>
+struct PreparedRow {
+  typename Rule::template Step<V> step;
+  Mix<V> mix;
+
+  template <class Row>
+  static RST_HD PreparedRow of(const Row& row, double grad_multiplier, bool flag) {
+    return {Rule::template Step<V>::prepare(row, grad_multiplier, flag), Mix<V>::of(row(Rule::kGamma))};
+  }
+};
+
+// A row of hyperparameters as it travels: prepared on the host, or as it was given where the kernel reads a part of it
+// in device memory and has to prepare it.
+template <class Rule>
+union UpdateRow {
+  PreparedRow<Rule, float> of_float;
+  PreparedRow<Rule, double> of_double;
+  double given[Rule::kColumns + 1];  // the step count last
+};
+struct NoRow {};
+
 // One launch over tensors with `Operands` operands each.
-template <int Operands>
+template <int Operands_, class Row_>
 struct Args {
+  using Row = Row_;
+  static constexpr int kOperands = Operands_;
   static constexpr int kTensors =
-      (kArgumentBytes - static_cast<int>(sizeof(LaunchParams)) - 16) / (8 + 8 * Operands + 4 + 4 + 2);
+      (kArgumentBytes - static_cast<int>(sizeof(LaunchParams) + kRows * sizeof(Row)) - 16) / (8 + 8 * kOperands + 10);
   LaunchParams params;
+  Row rows[kRows];
   int64_t numel[kTensors];  // scalars: a complex number counts as two
-  void* data[Operands][kTensors];
+  void* data[kOperands][kTensors];
   int32_t first_chunk[kTensors + 1];  // the blocks of tensor t are those from first_chunk[t] to first_chunk[t + 1]
   int32_t index[kTensors];            // among all parameters of the model: picks the random bits
   uint16_t row[kTensors];
@@ -44,8 +67,15 @@ enum NormOperand : int { kNormGrad, kNormWeight, kNormOperands };
 enum PerturbOperand : int { kPerturbParam, kPerturbGrad, kPerturbCopy, kPerturbOperands };  // copy: backup or master
 enum RestoreOperand : int { kRestoreParam, kRestoreSource, kRestoreOperands };
 enum MixOperand : int { kMixGrad, kMixFirst, kMixOperands };
-// source: where w is read, the backup, the master or the parameter itself. All states of the rule are last.
+// source: where w is read, the backup, the master or the parameter itself. The states of the rule are last.
 enum UpdateOperand : int { kUpdateParam, kUpdateGrad, kUpdateSource, kUpdateFirst, kUpdateState0 };
+
+using NormArgs = Args<kNormOperands, NoRow>;
+using PerturbArgs = Args<kPerturbOperands, double>;  // rho
+using RestoreArgs = Args<kRestoreOperands, NoRow>;
+using MixArgs = Args<kMixOperands, double>;  // gamma
+template <class Rule, int States>
+using UpdateArgs = Args<kUpdateState0 + States, UpdateRow<Rule>>;
 
 struct GpuKernel {
   const char* name;      // as in the PTX

@@ -4,12 +4,18 @@
 
 namespace rst::cuda {
 
-#define RST_GRAD_NORM(name, T, adaptive, complex, master) \
-  RST_KERNEL(rst_grad_norm_##name, kNormOperands, 2) { grad_norm<T, adaptive, complex, master>(args); }
+// Without ASAM there are registers for a third block, which reads while others add up.
+#ifndef RST_CUDA_NORM_BLOCKS
+#define RST_CUDA_NORM_BLOCKS 3
+#endif
+#define RST_GRAD_NORM(name, T, adaptive, complex, master)                             \
+  RST_KERNEL(rst_grad_norm_##name, (adaptive ? 2 : RST_CUDA_NORM_BLOCKS), NormArgs) { \
+    grad_norm<T, adaptive, complex, master>(args);                                    \
+  }
 
 RST_WITH_ASAM(RST_GRAD_NORM)
 
-#define RST_OF(name) RST_ENTRY(rst_grad_norm_##name, kNormOperands)
+#define RST_OF(name) RST_ENTRY(rst_grad_norm_##name, NormArgs)
 // Without ASAM masters are not read.
 // clang-format off
 #define RST_ROW(name, special) {{RST_OF(name), {}}, {RST_OF(name##_adaptive), RST_OF(name##_adaptive##special)}}

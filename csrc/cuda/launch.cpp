@@ -1,215 +1,195 @@
 #include "cuda/launch.h"
 
-#include <algorithm>
 #include <array>
-#include <memory>
 
 #include "cuda/kernels.h"
+#include "cuda/launches.h"
 
 namespace rst::cuda {
 
 namespace {
 
-// Elements per block: a power of two that depends only on the size of the model, so that sums do not depend on the GPU.
-int32_t chunk_of(const Table& table) {
+// Elements per block: they depend only on the size of the model, so that sums do not depend on the GPU.
+int32_t larger_until_few(int32_t chunk, int64_t all) {
   constexpr int64_t kMostChunks = 32768;
-  int64_t all = 0;
-  for (const Tensor& tensor : table.tensors) all += tensor.numel;
-  int32_t chunk = 16384;
+#ifdef RST_CUDA_CHUNK
+  chunk = RST_CUDA_CHUNK;
+#endif
   while (all / chunk > kMostChunks && chunk < (1 << 20)) chunk *= 2;
   return chunk;
 }
+int64_t elements(const Table& table) {
+  int64_t all = 0;
+  for (const Tensor& tensor : table.tensors) all += tensor.numel;
+  return all;
+}
+int32_t chunk_of(const Table& table) { return larger_until_few(16384, elements(table)); }
+// A block of the norm has an end, which waits for all its loads: fewer blocks where many remain for every processor.
+int32_t norm_chunk_of(const Table& table) {
+  const int64_t all = elements(table);
+  return larger_until_few(all < (16 << 20) ? 16384 : all < (64 << 20) ? 32768 : 65536, all);
+}
 
-int64_t chunks_in(const Tensor& tensor, int32_t chunk) { return (tensor.numel + chunk - 1) / chunk; }
+constexpr int kRowsOnDevice = 1 << 16;  // of which a launch can reach so many
+int rows_in_launch(const void* on_device) { return on_device == nullptr ? kRows : kRowsOnDevice; }
 
-// Hyperparameters and step counts, of which those that are null do not travel in the arguments of a launch.
-struct Rows {
-  const double *hyperparams = nullptr, *steps = nullptr;
-  int columns = 0;
-};
-
-// Collects tensors into launches of one kernel after another and starts each when it is full.
-template <int Operands>
-class Launches {
-  static_assert(sizeof(Args<Operands>) <= kArgumentBytes, "a launch must fit into the arguments of a kernel");
-
- public:
-  // `done` receives the tensors of launches that have started.
-  Launches(const LaunchParams& launch, Rows rows, const Launcher& launcher, std::vector<const Tensor*>* done = nullptr)
-      : launch_(launch), rows_(rows), launcher_(launcher), done_(done) {}
-
-  void add(const GpuKernel& kernel, const Tensor& tensor, const std::array<void*, Operands>& data) {
-    const int64_t chunks = chunks_in(tensor, launch_.chunk);
-    constexpr int64_t kMostBlocks = 0x7fffffff;  // in one launch
-    const int reach = rows_.hyperparams != nullptr || rows_.steps != nullptr ? kRows : 1 << 16;
-    if (count_ > 0 &&
-        (count_ == Args<Operands>::kTensors || blocks_ + chunks > kMostBlocks || tensor.row - first_row_ >= reach)) {
-      flush(kernel, false);
-    }
-    if (count_ == 0) first_row_ = tensor.row;
-    Args<Operands>& args = *args_;
-    args.numel[count_] = tensor.numel;
-    for (int s = 0; s < Operands; ++s) args.data[s][count_] = data[s];
-    args.first_chunk[count_] = static_cast<int32_t>(blocks_);
-    args.index[count_] = static_cast<int32_t>(tensor.index);
-    args.row[count_] = static_cast<uint16_t>(tensor.row - first_row_);
-    ++count_;
-    blocks_ += chunks;
-    if (done_ != nullptr) waiting_.push_back(&tensor);
-  }
-
-  // Starts what has been added, or one block without a tensor. `last`: no launch of the op will follow.
-  void flush(const GpuKernel& kernel, bool last) {
-    Args<Operands>& args = *args_;
-    args.params = launch_;
-    args.params.first_partial = started_;
-    args.params.tensors = count_;
-    args.params.last = last;
-    args.first_chunk[count_] = static_cast<int32_t>(blocks_);
-    DeviceScalars& on_device = args.params.on_device;
-    if (on_device.hyperparams != nullptr) on_device.hyperparams += static_cast<int64_t>(first_row_) * rows_.columns;
-    if (on_device.steps != nullptr) on_device.steps += first_row_;
-    const int rows = count_ == 0 ? 0 : args.row[count_ - 1] + 1;
-    for (int r = 0; rows_.hyperparams != nullptr && r < rows; ++r) {
-      std::copy_n(rows_.hyperparams + (first_row_ + r) * rows_.columns, rows_.columns, args.params.hyperparams[r]);
-    }
-    if (rows_.steps != nullptr) std::copy_n(rows_.steps + first_row_, rows, args.params.steps);
-    launcher_.launch(kernel, static_cast<unsigned>(std::max<int64_t>(blocks_, 1)), &args, launcher_);
-    if (done_ != nullptr) done_->insert(done_->end(), waiting_.begin(), waiting_.end());
-    waiting_.clear();
-    started_ += blocks_;
-    blocks_ = 0;
-    count_ = 0;
-  }
-
- private:
-  const LaunchParams& launch_;
-  Rows rows_;
-  const Launcher& launcher_;
-  std::vector<const Tensor*>* done_;
-  std::vector<const Tensor*> waiting_;  // in the launch that is being filled
-  int count_ = 0, first_row_ = 0;
-  int64_t blocks_ = 0, started_ = 0;
-  // Not cleared: entries after the last tensor are never read.
-  std::unique_ptr<Args<Operands>> args_{new Args<Operands>};
-};
-
-LaunchParams launch_params_of(const Table& table, const OpParams& params) {
+LaunchParams launch_params_of(const OpParams& params) {
   LaunchParams launch{};
   static_cast<CommonParams&>(launch) = params;
-  launch.chunk = chunk_of(table);
   return launch;
 }
 
 int dtype(const Tensor& tensor) { return static_cast<int>(tensor.dtype); }
-
-// Tensors of one kernel go together; kernels follow one another in the order of their first tensors. `operands_of`
-// gives what a kernel works on, in the order of its enum in args.h.
-template <int Operands, class Pick, class OperandsOf>
-void for_each_kernel(const Table& table, const LaunchParams& launch, Rows rows, const Launcher& launcher, Pick pick,
-                     OperandsOf operands_of, std::vector<const Tensor*>* started = nullptr) {
-  std::vector<const GpuKernel*> kernels;
-  for (const Tensor& tensor : table.tensors) {
-    if (tensor.numel > 0 && std::find(kernels.begin(), kernels.end(), &pick(tensor)) == kernels.end()) {
-      kernels.push_back(&pick(tensor));
-    }
-  }
-  Launches<Operands> launches(launch, rows, launcher, started);
-  for (const GpuKernel* kernel : kernels) {
-    for (const Tensor& tensor : table.tensors) {
-      if (tensor.numel > 0 && &pick(tensor) == kernel) launches.add(*kernel, tensor, operands_of(tensor));
-    }
-    launches.flush(*kernel, kernel == kernels.back());
-  }
-}
 
 void* source_of(const Tensor& tensor, const OpParams& params) {
   if (tensor.has(kMaster)) return tensor.data[kMaster];
   return tensor.data[tensor.has(kBackup) && params.restoring ? kBackup : kParam];
 }
 
+const GpuKernel* present(const GpuKernel& kernel) { return &kernel; }
+constexpr auto kNoRows = [](NoRow&, int, const Tensor&) {};
+// Of numbers that are the same for all dtypes: rho or gamma.
+auto copying(const double* numbers) {
+  return [numbers](double& row, int r, const Tensor&) {
+    if (numbers != nullptr) row = numbers[r];
+  };
+}
+
+// Prepares a row, unless a part of it is in device memory.
 template <class Rule>
-void update_with(const Table& table, const OpParams& params, const Launcher& launcher) {
-  constexpr int kOperands = kUpdateState0 + Rule::kMostStates;
-  for_each_kernel<kOperands>(
-      table, launch_params_of(table, params), {params.hyperparams, params.steps, Rule::kColumns}, launcher,
-      [&](const Tensor& t) -> const GpuKernel& {
-        return update_kernels[variant_of(params.rule, t)][dtype(t)][t.has(kFirstGrad)][t.has(kMaster)];
-      },
+auto preparing(const OpParams& params) {
+  return [&params](UpdateRow<Rule>& row, int r, const Tensor& tensor) {
+    const double* const hyperparams = params.hyperparams == nullptr ? nullptr : params.hyperparams + r * Rule::kColumns;
+    const double* const step = params.steps == nullptr ? nullptr : params.steps + r;
+    if (hyperparams == nullptr || (Rule::kCountsSteps && step == nullptr)) {
+      if (hyperparams != nullptr) std::copy_n(hyperparams, static_cast<int>(Rule::kColumns), row.given);
+      if (step != nullptr) row.given[Rule::kColumns] = *step;
+      return;
+    }
+    const auto number = [&](int column) { return column < Rule::kColumns ? hyperparams[column] : *step; };
+    if (tensor.dtype == DType::Double) {
+      row.of_double = PreparedRow<Rule, double>::of(number, params.grad_multiplier, params.flag);
+    } else {
+      row.of_float = PreparedRow<Rule, float>::of(number, params.grad_multiplier, params.flag);
+    }
+  };
+}
+
+// The tensors with the states of one variant.
+template <class Rule, int States>
+void update_variant(int variant, const Table& table, const OpParams& params, const Launcher& launcher,
+                    LaunchCache* cache) {
+  const auto first =
+      std::find_if(table.tensors.begin(), table.tensors.end(), [](const Tensor& t) { return t.numel > 0; });
+  const bool mixing = first != table.tensors.end() && first->has(kFirstGrad);
+  std::unique_ptr<OpLaunches> own;
+  using A = UpdateArgs<Rule, States>;
+  Launches<A>& launches = launches_in<A>(cache, LaunchCache::kUpdate + 2 * variant + mixing, own);
+  const bool by_value = params.hyperparams != nullptr || params.steps != nullptr;
+  const int most_rows = by_value ? kRows : kRowsOnDevice;
+  if (!launches.serve(table, most_rows, mixing)) {
+    launches.arrange(table, chunk_of(table), most_rows, mixing, [&](const Tensor& t) {
+      const bool ours = variant_of(params.rule, t) == variant;
+      return ours ? present(update_kernels[variant][dtype(t)][t.has(kFirstGrad)][t.has(kMaster)]) : nullptr;
+    });
+  }
+  launches.start(
+      table, launch_params_of(params), Rule::kColumns, launcher,
       [&](const Tensor& t) {
-        std::array<void*, kOperands> data{t.data[kParam], t.data[kGrad], source_of(t, params), t.data[kFirstGrad]};
-        std::copy_n(t.data + kState0, Rule::kMostStates, &data[kUpdateState0]);
+        std::array<void*, kUpdateState0 + States> data{t.data[kParam], t.data[kGrad], source_of(t, params),
+                                                       t.data[kFirstGrad]};
+        std::copy_n(t.data + kState0, States, &data[kUpdateState0]);
         return data;
-      });
+      },
+      preparing<Rule>(params));
 }
 
 }  // namespace
 
 int64_t norm_partials(const Table& table) {
-  const int32_t chunk = chunk_of(table);
+  const int32_t chunk = norm_chunk_of(table);
   int64_t all = 0;
-  for (const Tensor& tensor : table.tensors) all += chunks_in(tensor, chunk);
+  for (const Tensor& tensor : table.tensors) all += (tensor.numel + chunk - 1) / chunk;
   return all;
 }
 
-void grad_norm(const Table& table, const OpParams& params, double* partials, const Launcher& launcher) {
-  LaunchParams launch = launch_params_of(table, params);
+void grad_norm(const Table& table, const OpParams& params, double* partials, const Launcher& launcher,
+               LaunchCache* cache) {
+  std::unique_ptr<OpLaunches> own;
+  auto& launches = launches_in<NormArgs>(cache, LaunchCache::kNorm, own);
+  if (!launches.serve(table, kRowsOnDevice, params.adaptive)) {
+    launches.arrange(table, norm_chunk_of(table), kRowsOnDevice, params.adaptive, [&](const Tensor& t) {
+      return present(grad_norm_kernels[dtype(t)][params.adaptive][params.adaptive && (t.complex || t.has(kMaster))]);
+    });
+    launches.arrange_at_least_one(grad_norm_kernels[0][0][0]);  // for the norm of nothing
+  }
+  LaunchParams launch = launch_params_of(params);
   launch.partials = partials;
   launch.all_partials = norm_partials(table);
-  if (launch.all_partials == 0) {  // the norm of nothing
-    return Launches<kNormOperands>(launch, {}, launcher).flush(grad_norm_kernels[0][0][0], true);
-  }
-  for_each_kernel<kNormOperands>(
-      table, launch, {}, launcher,
-      [&](const Tensor& t) -> const GpuKernel& {
-        return grad_norm_kernels[dtype(t)][params.adaptive][params.adaptive && (t.complex || t.has(kMaster))];
-      },
-      [](const Tensor& t) { return std::array{t.data[kGrad], t.data[t.has(kMaster) ? kMaster : kParam]}; });
+  launches.start(
+      table, launch, 0, launcher,
+      [](const Tensor& t) { return std::array{t.data[kGrad], t.data[t.has(kMaster) ? kMaster : kParam]}; }, kNoRows);
 }
 
-void perturb(const Table& table, const OpParams& params, const Launcher& launcher) {
-  std::vector<const Tensor*> started;
+void perturb(const Table& table, const OpParams& params, const Launcher& launcher, LaunchCache* cache) {
+  std::unique_ptr<OpLaunches> own;
+  auto& launches = launches_in<PerturbArgs>(cache, LaunchCache::kPerturb, own);
+  const int most_rows = rows_in_launch(params.on_device.hyperparams);
+  if (!launches.serve(table, most_rows, params.adaptive)) {
+    launches.arrange(table, chunk_of(table), most_rows, params.adaptive, [&](const Tensor& t) {
+      return present(perturb_kernels[dtype(t)][params.adaptive][t.has(kMaster) || (params.adaptive && t.complex)]);
+    });
+  }
   try {
-    for_each_kernel<kPerturbOperands>(
-        table, launch_params_of(table, params), {params.rhos, nullptr, 1}, launcher,
-        [&](const Tensor& t) -> const GpuKernel& {
-          return perturb_kernels[dtype(t)][params.adaptive][t.has(kMaster) || (params.adaptive && t.complex)];
-        },
+    launches.start(
+        table, launch_params_of(params), 1, launcher,
         [](const Tensor& t) {
           return std::array{t.data[kParam], t.data[kGrad], t.data[t.has(kMaster) ? kMaster : kBackup]};
         },
-        &started);
+        copying(params.rhos));
   } catch (...) {  // a launch failed: undo what earlier launches perturbed; only that has a backup
     Table undo;
-    for (const Tensor* tensor : started) {
-      undo.tensors.push_back(*tensor);
-      undo.tensors.back().data[kFirstGrad] = nullptr;  // nothing to mix
+    undo.tensors = launches.started(table);
+    for (Tensor& tensor : undo.tensors) tensor.data[kFirstGrad] = nullptr;  // nothing to mix
+    try {
+      restore(undo, OpParams{}, launcher);
+    } catch (...) {  // a GPU that takes no more work says so each time: the first error is the one to know
     }
-    restore(undo, OpParams{}, launcher);
     throw;
   }
 }
 
-void restore(const Table& table, const OpParams& params, const Launcher& launcher) {
-  const LaunchParams launch = launch_params_of(table, params);
-  for_each_kernel<kRestoreOperands>(
-      table, launch, {}, launcher,
-      [](const Tensor& t) -> const GpuKernel& { return restore_kernels[dtype(t)][t.has(kMaster)]; },
-      [&](const Tensor& t) { return std::array{t.data[kParam], source_of(t, params)}; });
+void restore(const Table& table, const OpParams& params, const Launcher& launcher, LaunchCache* cache) {
+  std::unique_ptr<OpLaunches> own, own_mix;
+  auto& launches = launches_in<RestoreArgs>(cache, LaunchCache::kRestore, own);
+  if (!launches.serve(table, kRowsOnDevice, false)) {
+    launches.arrange(table, chunk_of(table), kRowsOnDevice, false,
+                     [](const Tensor& t) { return present(restore_kernels[dtype(t)][t.has(kMaster)]); });
+  }
+  const LaunchParams launch = launch_params_of(params);
+  launches.start(
+      table, launch, 0, launcher, [&](const Tensor& t) { return std::array{t.data[kParam], source_of(t, params)}; },
+      kNoRows);
   // An empty tensor has no addresses, so one tensor does not speak for all.
   const auto& tensors = table.tensors;
   if (std::none_of(tensors.begin(), tensors.end(), [](const Tensor& t) { return t.has(kFirstGrad); })) return;
-  for_each_kernel<kMixOperands>(
-      table, launch, {params.gammas, nullptr, 1}, launcher,
-      [](const Tensor& t) -> const GpuKernel& { return mix_kernels[dtype(t)]; },
-      [](const Tensor& t) { return std::array{t.data[kGrad], t.data[kFirstGrad]}; });
+  auto& mixes = launches_in<MixArgs>(cache, LaunchCache::kMix, own_mix);
+  const int most_rows = rows_in_launch(params.on_device.hyperparams);
+  if (!mixes.serve(table, most_rows, false)) {
+    mixes.arrange(table, chunk_of(table), most_rows, false,
+                  [](const Tensor& t) { return present(mix_kernels[dtype(t)]); });
+  }
+  mixes.start(
+      table, launch, 1, launcher, [](const Tensor& t) { return std::array{t.data[kGrad], t.data[kFirstGrad]}; },
+      copying(params.gammas));
 }
 
-void update(const Table& table, const OpParams& params, const Launcher& launcher) {
-#define RST_UPDATE(Rule, name) \
-  case k##Rule:                \
-    return update_with<Rule>(table, params, launcher);
-  switch (params.rule) { RST_RULES(RST_UPDATE) }
+void update(const Table& table, const OpParams& params, const Launcher& launcher, LaunchCache* cache) {
+  int variant = 0;
+#define RST_UPDATE(Rule, states, name, suffix)                                                       \
+  if (params.rule == k##Rule) update_variant<Rule, states>(variant, table, params, launcher, cache); \
+  ++variant;
+  RST_RULE_VARIANTS(RST_UPDATE)
 #undef RST_UPDATE
 }
 

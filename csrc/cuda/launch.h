@@ -2,6 +2,8 @@
 // it is given, so that the same code can be tested without a GPU.
 #pragma once
 
+#include <memory>
+
 #include "core/chunk_table.h"
 #include "core/params.h"
 #include "cuda/args.h"
@@ -15,14 +17,32 @@ struct Launcher {
   void* stream = nullptr;
 };
 
+// The launches of one op.
+struct OpLaunches {
+  virtual ~OpLaunches() = default;
+};
+
+// What a caller may keep between calls with the same table: which tensors go into which launch, and the arguments, in
+// which then only addresses and numbers are written anew. 32 KiB for each launch of each op, and for updates with and
+// without mixing.
+class LaunchCache {
+ public:
+  enum Op : int { kNorm, kPerturb, kRestore, kMix, kUpdate, kOps = kUpdate + 2 * kRuleVariants };
+  std::unique_ptr<OpLaunches>& of(int op) { return launches_[op]; }
+
+ private:
+  std::unique_ptr<OpLaunches> launches_[kOps];
+};
+
 // How many doubles grad_norm needs to work in.
 int64_t norm_partials(const Table& table);
 
 // As in cpu/run.h; all pointers in the table, stats and partials are the device's. In the table every tensor must have
-// the memory layout of its companions.
-void grad_norm(const Table& table, const OpParams& params, double* partials, const Launcher& launcher);
-void perturb(const Table& table, const OpParams& params, const Launcher& launcher);
-void restore(const Table& table, const OpParams& params, const Launcher& launcher);
-void update(const Table& table, const OpParams& params, const Launcher& launcher);
+// the memory layout of its companions. `cache` may be null.
+void grad_norm(const Table& table, const OpParams& params, double* partials, const Launcher& launcher,
+               LaunchCache* cache = nullptr);
+void perturb(const Table& table, const OpParams& params, const Launcher& launcher, LaunchCache* cache = nullptr);
+void restore(const Table& table, const OpParams& params, const Launcher& launcher, LaunchCache* cache = nullptr);
+void update(const Table& table, const OpParams& params, const Launcher& launcher, LaunchCache* cache = nullptr);
 
 }  // namespace rst::cuda

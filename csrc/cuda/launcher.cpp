@@ -13,7 +13,9 @@ void check(cudaError_t error, const char* what, int device) {
   if (error == cudaSuccess) return;
   cudaGetLastError();  // not left for the next call to find
   throw std::runtime_error(std::string("rst_fused: ") + what + " on CUDA device " + std::to_string(device) + ": " +
-                           cudaGetErrorName(error) + ": " + cudaGetErrorString(error));
+                           cudaGetErrorName(error) + ": " + cudaGetErrorString(error) +
+                           ". CUDA may report here what work that was started earlier did: to see which, run again "
+                           "with the environment variable CUDA_LAUNCH_BLOCKING=1");
 }
 
 class OnDevice {
@@ -41,6 +43,11 @@ void launch(const GpuKernel& kernel, unsigned blocks, const void* args, const La
 }  // namespace
 
 Launcher gpu_launcher(int device, void* stream) { return {&launch, device, stream}; }
+
+int driver_version() {
+  int version = 0;
+  return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
+}
 
 #define RST_TEXT_OF(x) #x
 #define RST_TEXT(x) RST_TEXT_OF(x)

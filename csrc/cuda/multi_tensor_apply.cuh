@@ -1,72 +1,10 @@
 // The loop of all elementwise kernels: one block per chunk of a tensor, 16 bytes per access where addresses allow.
 #pragma once
 
-#include <type_traits>
-
-#include "core/dtypes.h"
 #include "cuda/args.h"
-#include "math/sam_math.h"
+#include "cuda/pack.cuh"
 
 namespace rst::cuda {
-
-// N elements that are loaded and stored together, 16 bytes at a time where there are so many.
-template <class T, int N>
-struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Pack {
-  T at[N];
-};
-
-template <class T>
-using Arithmetic = std::conditional_t<std::is_same_v<T, double>, double, float>;
-// A parameter's state has its format, or is fp32 beside a master copy.
-template <class T, bool Master>
-using State = std::conditional_t<Master, float, T>;
-
-__device__ __forceinline__ float widen(float x) { return x; }
-__device__ __forceinline__ double widen(double x) { return x; }
-__device__ __forceinline__ float widen(BFloat16 x) { return from_bits(static_cast<uint32_t>(x.bits) << 16); }
-__device__ __forceinline__ float widen(Half x) {
-  float y;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
-  return y;
-}
-
-template <class T, class A>
-__device__ __forceinline__ T narrow(A x) {
-  return x;
-}
-template <>
-__device__ __forceinline__ BFloat16 narrow<BFloat16, float>(float x) {  // nearest even, as the CPU kernels
-  const uint32_t bits = to_bits(x);
-  const uint32_t rounded = x == x ? bits + 0x7fffu + ((bits >> 16) & 1u) : 0x7fc00000u;
-  return {static_cast<uint16_t>(rounded >> 16)};
-}
-template <>
-__device__ __forceinline__ Half narrow<Half, float>(float x) {
-  Half y;
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
-  return y;
-}
-
-template <int N, class T>
-__device__ __forceinline__ Pack<T, N> load(const void* base, int64_t i) {
-  return *reinterpret_cast<const Pack<T, N>*>(static_cast<const T*>(base) + i);
-}
-template <class T, int N>
-__device__ __forceinline__ void store(void* base, int64_t i, const Pack<T, N>& values) {
-  *reinterpret_cast<Pack<T, N>*>(static_cast<T*>(base) + i) = values;
-}
-
-// |w| of element k; for complex w, |w| of the pair that it belongs to.
-template <class A, bool Complex, class T, int N>
-__device__ __forceinline__ A magnitude(const Pack<T, N>& pack, int k) {
-  const A w = widen(pack.at[k]);
-  if constexpr (Complex) {
-    const A other = widen(pack.at[k ^ 1]);
-    return rst::sqrt(w * w + other * other);
-  } else {
-    return rst::abs(w);
-  }
-}
 
 // The part of a tensor that this block works on.
 struct Piece {
@@ -75,9 +13,10 @@ struct Piece {
   int32_t count;
 };
 
-template <int Operands>
-__device__ __forceinline__ Piece piece_of(const Args<Operands>& args) {
-  const int block = static_cast<int>(blockIdx.x);
+// `block` counts from 0 to the number of blocks in the launch.
+template <class Args>
+__device__ __forceinline__ Piece piece_of(const Args& args, unsigned block_index) {
+  const int block = static_cast<int>(block_index);
   int low = 0, high = args.params.tensors;  // the tensor is in [low, high)
   while (high - low > 1) {
     const int middle = (low + high) / 2;
@@ -92,66 +31,95 @@ __device__ __forceinline__ Piece piece_of(const Args<Operands>& args) {
   return {low, begin, static_cast<int32_t>(left < args.params.chunk ? left : args.params.chunk)};
 }
 
-template <int Operands>
-__device__ __forceinline__ bool aligned(const Args<Operands>& args, int tensor) {
+template <class Args>
+__device__ __forceinline__ bool aligned(const Args& args, int tensor) {
   uintptr_t all = 0;
 #pragma unroll
-  for (int s = 0; s < Operands; ++s) all |= reinterpret_cast<uintptr_t>(args.data[s][tensor]);
+  for (int s = 0; s < Args::kOperands; ++s) all |= reinterpret_cast<uintptr_t>(args.data[s][tensor]);
   return all % 16 == 0;
 }
 
-// For each pack of elements first op.load, which only reads, then op.finish, which computes and writes. Several loads
-// are in flight in every thread before the first result is needed. `Least` elements are worked on where packs do not
-// fit: 2 for complex numbers. T decides the size of a pack.
-template <class T, int Unroll, int Least, class Op>
-__device__ __forceinline__ void for_each_pack(bool packs, int32_t count, Op& op) {
+// One turn of a thread: `Packs` packs, a block of packs apart, `Batch` of them at a time. First op.load, which only
+// reads, for all of a batch, so that several loads are in flight before the first result is needed; then op.finish,
+// which computes and writes.
+template <class T, Access access, int Packs, int Batch, class Op>
+__device__ __forceinline__ void turn(int32_t i, Op& op) {
   constexpr int kPack = 16 / sizeof(T);
-  int32_t done = 0;
-  if (packs) {
-    const int32_t whole = count / kPack;
-    int32_t i = threadIdx.x;
-    for (; i + (Unroll - 1) * kThreads < whole; i += Unroll * kThreads) {
-      decltype(op.template load<kPack>(0)) in[Unroll];
+  static_assert(Packs % Batch == 0, "a turn is made of whole batches");
 #pragma unroll
-      for (int u = 0; u < Unroll; ++u) in[u] = op.template load<kPack>((i + u * kThreads) * kPack);
+  for (int first = 0; first < Packs; first += Batch) {
+    decltype(op.template load<kPack, access>(0)) in[Batch];
 #pragma unroll
-      for (int u = 0; u < Unroll; ++u) op.template finish<kPack>((i + u * kThreads) * kPack, in[u]);
-    }
-    for (; i < whole; i += kThreads) op.template finish<kPack>(i * kPack, op.template load<kPack>(i * kPack));
-    done = whole * kPack;
+    for (int u = 0; u < Batch; ++u) in[u] = op.template load<kPack, access>((i + (first + u) * kThreads) * kPack);
+#pragma unroll
+    for (int u = 0; u < Batch; ++u) op.template finish<kPack, access>((i + (first + u) * kThreads) * kPack, in[u]);
   }
-  for (int32_t i = done + static_cast<int32_t>(threadIdx.x) * Least; i < count; i += kThreads * Least) {
-    op.template finish<Least>(i, op.template load<Least>(i));
+  op.end_turn();
+}
+
+template <class T, Access access, int Packs, int Batch, class Op>
+__device__ __forceinline__ void whole_packs(int32_t packs, Op& op) {
+  int32_t i = threadIdx.x;
+  for (; i + (Packs - 1) * kThreads < packs; i += Packs * kThreads) turn<T, access, Packs, Batch>(i, op);
+  if constexpr (Packs > 1) {
+    for (; i < packs; i += kThreads) turn<T, access, 1, 1>(i, op);
   }
 }
 
-// A hyperparameter of the block's tensor, from the arguments or from device memory, wherever the op was given it.
-template <int Columns, int Operands>
-__device__ __forceinline__ double hyperparam(const Args<Operands>& args, int tensor, int column) {
-  const LaunchParams& c = args.params;
+// Those after the last whole pack.
+template <class T, int Least, class Op>
+__device__ __forceinline__ void single_elements(int32_t packs, int32_t count, Op& op) {
+  constexpr int kPack = 16 / sizeof(T);
+  for (int32_t i = packs * kPack + static_cast<int32_t>(threadIdx.x) * Least; i < count; i += kThreads * Least) {
+    op.template finish<Least, Access::kAligned>(i, op.template load<Least, Access::kAligned>(i));
+    op.end_turn();
+  }
+}
+
+// All elements of a chunk, in turns of `Packs` packs. T decides the size of a pack. Aligned: all operands are on 16
+// bytes. Otherwise the one that is not is accessed by smaller words, and the packs of a turn follow one another, which
+// needs fewer registers; turns are the same, so that what is added up in turns does not depend on addresses. `Least`
+// elements are worked on where packs do not fit: 2 for complex numbers.
+template <class T, int Packs, int Least, class Op>
+__device__ __forceinline__ void for_each_pack(bool aligned, int32_t count, Op& op) {
+  const int32_t packs = count / static_cast<int32_t>(16 / sizeof(T));
+  if (aligned) {
+    whole_packs<T, Access::kAligned, Packs, Packs>(packs, op);
+  } else {
+    whole_packs<T, Access::kAny, Packs, 1>(packs, op);
+  }
+  single_elements<T, Least>(packs, count, op);
+}
+// The same with the second loop alone, for what is rare.
+template <class T, int Least, class Op>
+__device__ __forceinline__ void for_each_pack_anywhere(int32_t count, Op& op) {
+  const int32_t packs = count / static_cast<int32_t>(16 / sizeof(T));
+  whole_packs<T, Access::kAny, 1, 1>(packs, op);
+  single_elements<T, Least>(packs, count, op);
+}
+
+// What most ops do at the end of a turn.
+struct NothingAtEndOfTurn {
+  __device__ __forceinline__ void end_turn() const {}
+};
+
+// rho or gamma of the block's tensor, from the arguments or from device memory, wherever the op was given it.
+template <class Args>
+__device__ __forceinline__ double hyperparam(const Args& args, int tensor) {
   const int row = args.row[tensor];
-  const double* const on_device = c.on_device.hyperparams;
-  return on_device == nullptr ? c.hyperparams[row][column] : on_device[static_cast<int64_t>(row) * Columns + column];
-}
-
-// True where AMP found an overflow: the step is not taken, but the weights are restored.
-__device__ __forceinline__ bool overflowed(const LaunchParams& c) {
-  return c.on_device.found_inf != nullptr && *c.on_device.found_inf != 0;
-}
-__device__ __forceinline__ double grad_multiplier(const LaunchParams& c) {
-  const float* const scale = c.on_device.grad_scale;
-  return scale == nullptr ? c.grad_multiplier : c.grad_multiplier / static_cast<double>(*scale);
+  const double* const on_device = args.params.on_device.hyperparams;
+  return on_device == nullptr ? args.rows[row] : on_device[row];
 }
 
 }  // namespace rst::cuda
 
 // How a kernel gets its name, and its entry in a table of cuda/kernels.h. `blocks` of it fit into one multiprocessor:
 // without that bound, the compiler would give up loads in flight for more blocks.
-#define RST_KERNEL(name, operands, blocks)                                  \
+#define RST_KERNEL(name, blocks, ...)                                       \
   extern "C" __global__ void __launch_bounds__(rst::cuda::kThreads, blocks) \
-      name(const __grid_constant__ rst::cuda::Args<rst::cuda::operands> args)
-#define RST_ENTRY(name, operands) \
-  {#name, reinterpret_cast<const void*>(&name), static_cast<int>(sizeof(rst::cuda::Args<rst::cuda::operands>))}
+      name(const __grid_constant__ rst::cuda::__VA_ARGS__ args)
+#define RST_ENTRY(name, ...) \
+  {#name, reinterpret_cast<const void*>(&name), static_cast<int>(sizeof(rst::cuda::__VA_ARGS__))}
 
 // X(name, T, adaptive, complex, master): the kernels of an op that has an ASAM form. Without ASAM complex numbers are
 // pairs of scalars.

@@ -5,13 +5,13 @@
 namespace rst::cuda {
 
 #define RST_PERTURB(name, T, adaptive, complex, master) \
-  RST_KERNEL(rst_perturb_##name, kPerturbOperands, 2) { perturb<T, adaptive, complex, master>(args); }
+  RST_KERNEL(rst_perturb_##name, 2, PerturbArgs) { perturb<T, adaptive, complex, master>(args); }
 
 RST_WITH_ASAM(RST_PERTURB)
 RST_PERTURB(bfloat16_master, BFloat16, false, false, true)
 RST_PERTURB(float16_master, Half, false, false, true)
 
-#define RST_OF(name) RST_ENTRY(rst_perturb_##name, kPerturbOperands)
+#define RST_OF(name) RST_ENTRY(rst_perturb_##name, PerturbArgs)
 // clang-format off
 #define RST_WIDE_ROW(name) {{RST_OF(name), {}}, {RST_OF(name##_adaptive), RST_OF(name##_adaptive_complex)}}
 #define RST_HALF_ROW(name) \

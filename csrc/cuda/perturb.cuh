@@ -18,7 +18,7 @@ __device__ __forceinline__ T stochastic_round(float x, uint32_t random) {
 }
 
 template <class T, bool Adaptive, bool Complex, bool Master>
-struct PerturbEach {
+struct PerturbEach : NothingAtEndOfTurn {
   using A = Arithmetic<T>;
   using W = State<T, Master>;
   void *param, *copy;  // the backup, or the master, which is only read
@@ -35,9 +35,9 @@ struct PerturbEach {
     Pack<W, N> w;
     Pack<T, N> g;
   };
-  template <int N>
+  template <int N, Access access>
   __device__ __forceinline__ In<N> load(int64_t i) const {
-    return {cuda::load<N, W>(Master ? copy : param, i), cuda::load<N, T>(grad, i)};
+    return {cuda::load<N, W, access>(Master ? copy : param, i), cuda::load<N, T, access>(grad, i)};
   }
   template <int N>
   __device__ __forceinline__ A moved(const In<N>& in, int k) const {
@@ -48,14 +48,14 @@ struct PerturbEach {
       return sam(w, g);
     }
   }
-  template <int N>
+  template <int N, Access access>
   __device__ __forceinline__ void finish(int64_t i, const In<N>& in) const {
-    if constexpr (!Master) store(copy, i, in.w);
-    Pack<T, N> out;
+    if constexpr (!Master) store<access>(copy, i, in.w);
     if constexpr (sizeof(T) == 2) {
       if (stochastic) {
         const uint32_t element = first + static_cast<uint32_t>(i);
         uint32_t bits = 0;
+        Pack<T, N> out;
 #pragma unroll
         for (int k = 0; k < N; ++k) {
           if constexpr (N == 1) {
@@ -65,22 +65,24 @@ struct PerturbEach {
           }
           out.at[k] = stochastic_round<T>(moved(in, k), bits & 0xffffu);
         }
-        store(param, i, out);
+        store<access>(param, i, out);
         return;
       }
     }
+    A out[N];
 #pragma unroll
-    for (int k = 0; k < N; ++k) out.at[k] = narrow<T>(moved(in, k));
-    store(param, i, out);
+    for (int k = 0; k < N; ++k) out[k] = moved(in, k);
+    store<access>(param, i, narrow_all<T>(out));
   }
 };
 
 template <class T, bool Adaptive, bool Complex, bool Master>
-__device__ __forceinline__ void perturb(const Args<kPerturbOperands>& args) {
+__device__ __forceinline__ void perturb(const PerturbArgs& args) {
   using A = Arithmetic<T>;
   using W = State<T, Master>;
   const LaunchParams& c = args.params;
-  const Piece piece = piece_of(args);
+  // The norm has read the last gradients last: they are still in the L2 cache.
+  const Piece piece = piece_of(args, gridDim.x - 1 - blockIdx.x);
   T* const param = static_cast<T*>(args.data[kPerturbParam][piece.tensor]) + piece.begin;
   W* const copy = static_cast<W*>(args.data[kPerturbCopy][piece.tensor]) + piece.begin;
   const T* const grad = static_cast<const T*>(args.data[kPerturbGrad][piece.tensor]) + piece.begin;
@@ -88,12 +90,12 @@ __device__ __forceinline__ void perturb(const Args<kPerturbOperands>& args) {
   const double inverse = c.stats[kInverse];
   if (inverse == 0) {  // e = 0 whatever g is, and 0 * inf would be NaN: there is only the backup to write
     if constexpr (!Master) {
-      RestoreEach<T, false> keep{copy, param};
-      for_each_pack<T, 4, Complex ? 2 : 1>(packs, piece.count, keep);
+      RestoreEach<T, false> keep(copy, param);
+      for_each_pack_anywhere<T, 1>(piece.count, keep);
     }
     return;
   }
-  const A factor = static_cast<A>(hyperparam<1>(args, piece.tensor, 0) * inverse);
+  const A factor = static_cast<A>(hyperparam(args, piece.tensor) * inverse);
   RandomBits random{0};
   if constexpr (sizeof(T) == 2) {
     if (c.stochastic) {
@@ -104,9 +106,16 @@ __device__ __forceinline__ void perturb(const Args<kPerturbOperands>& args) {
                               static_cast<uint64_t>(piece.begin) >> 32);
     }
   }
-  PerturbEach<T, Adaptive, Complex, Master> op{param,        copy,     grad,
-                                               {factor},     {factor}, {static_cast<A>(c.eta)},
-                                               c.stochastic, random,   static_cast<uint32_t>(piece.begin)};
+  PerturbEach<T, Adaptive, Complex, Master> op;
+  op.param = param;
+  op.copy = copy;
+  op.grad = grad;
+  op.sam = {factor};
+  op.asam = {factor};
+  op.scale = {static_cast<A>(c.eta)};
+  op.stochastic = c.stochastic;
+  op.random = random;
+  op.first = static_cast<uint32_t>(piece.begin);
   for_each_pack<T, Master ? 1 : 2, Complex ? 2 : 1>(packs, piece.count, op);
 }
 

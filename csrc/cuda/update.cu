@@ -4,9 +4,9 @@
 
 namespace rst::cuda {
 
-#define RST_UPDATE(name, Rule, states, T, mixing, master)                          \
-  RST_KERNEL(rst_##name, kUpdateOperands<rst::Rule>, (kUpdateBlocks<states, T>)) { \
-    update<rst::Rule, states, T, mixing, master>(args);                            \
+#define RST_UPDATE(name, Rule, states, T, mixing, master)                                               \
+  RST_KERNEL(rst_##name, (update_blocks<states, T, mixing, master>()), UpdateArgs<rst::Rule, states>) { \
+    update<rst::Rule, states, T, mixing, master>(args);                                                 \
   }
 #define RST_BOTH(name, Rule, states, T, master)    \
   RST_UPDATE(name, Rule, states, T, false, master) \
@@ -21,16 +21,17 @@ namespace rst::cuda {
 
 RST_RULE_VARIANTS(RST_ALL)
 
-#define RST_OF(name, Rule) RST_ENTRY(rst_##name, kUpdateOperands<rst::Rule>)
+#define RST_OF(name, ...) RST_ENTRY(rst_##name, UpdateArgs<rst::__VA_ARGS__>)
 // clang-format off
-#define RST_WIDE_ROW(name, Rule) {{RST_OF(name, Rule), {}}, {RST_OF(name##_mixing, Rule), {}}}
-#define RST_HALF_ROW(name, master, Rule) \
-  {{RST_OF(name, Rule), RST_OF(master, Rule)}, {RST_OF(name##_mixing, Rule), RST_OF(master##_mixing, Rule)}}
-#define RST_ROWS(Rule, states, op, suffix)                                                  \
-  {RST_WIDE_ROW(op##_step_float32##suffix, Rule),                                           \
-   RST_WIDE_ROW(op##_step_float64##suffix, Rule),                                           \
-   RST_HALF_ROW(op##_step_bfloat16##suffix, op##_step_bfloat16_master##suffix, Rule),       \
-   RST_HALF_ROW(op##_step_float16##suffix, op##_step_float16_master##suffix, Rule)},
+#define RST_WIDE_ROW(name, ...) {{RST_OF(name, __VA_ARGS__), {}}, {RST_OF(name##_mixing, __VA_ARGS__), {}}}
+#define RST_HALF_ROW(name, master, ...) \
+  {{RST_OF(name, __VA_ARGS__), RST_OF(master, __VA_ARGS__)}, \
+   {RST_OF(name##_mixing, __VA_ARGS__), RST_OF(master##_mixing, __VA_ARGS__)}}
+#define RST_ROWS(Rule, states, op, suffix)                                                            \
+  {RST_WIDE_ROW(op##_step_float32##suffix, Rule, states),                                             \
+   RST_WIDE_ROW(op##_step_float64##suffix, Rule, states),                                             \
+   RST_HALF_ROW(op##_step_bfloat16##suffix, op##_step_bfloat16_master##suffix, Rule, states),         \
+   RST_HALF_ROW(op##_step_float16##suffix, op##_step_float16_master##suffix, Rule, states)},
 // clang-format on
 
 const GpuKernel update_kernels[kRuleVariants][kDTypes][2][2] = {RST_RULE_VARIANTS(RST_ROWS)};

@@ -3,114 +3,162 @@
 #pragma once
 
 #include "core/params.h"
+#include "cuda/fast_float.cuh"
 #include "cuda/restore.cuh"
 
 namespace rst::cuda {
 
-template <class Rule, int N, class T, bool Mixing, bool Master>
-struct UpdateEach {
+// V: what it computes in.
+template <class Rule, int N, class T, class V, bool Mixing, bool Master>
+struct UpdateEach : NothingAtEndOfTurn {
   using A = Arithmetic<T>;
   using S = State<T, Master>;
   static constexpr int kArrays = N > 0 ? N : 1;
   void *param, *source, *state[kArrays];  // the source is written where it is a master
   const void *grad, *first;
-  typename Rule::template Step<A> step;
-  Mix<A> mix;
+  PreparedRow<Rule, V> row;
 
   template <int Count>
   struct In {
     Pack<S, Count> w, state[kArrays];
     Pack<T, Count> g, g1;
   };
-  template <int Count>
+  template <int Count, Access access>
   __device__ __forceinline__ In<Count> load(int64_t i) const {
     In<Count> in;
-    in.w = cuda::load<Count, S>(source, i);
-    in.g = cuda::load<Count, T>(grad, i);
-    if constexpr (Mixing) in.g1 = cuda::load<Count, T>(first, i);
+    in.w = cuda::load<Count, S, access>(source, i);
+    in.g = cuda::load<Count, T, access>(grad, i);
+    if constexpr (Mixing) in.g1 = cuda::load<Count, T, access>(first, i);
 #pragma unroll
-    for (int s = 0; s < N; ++s) in.state[s] = cuda::load<Count, S>(state[s], i);
+    for (int s = 0; s < N; ++s) in.state[s] = cuda::load<Count, S, access>(state[s], i);
     return in;
   }
-  template <int Count>
+  template <int Count, Access access>
   __device__ __forceinline__ void finish(int64_t i, const In<Count>& in) const {
-    Pack<T, Count> out;
-    Pack<S, Count> kept[kArrays], master;
+    A updated[Count], kept[kArrays][Count];
 #pragma unroll
     for (int k = 0; k < Count; ++k) {
-      A g = widen(in.g.at[k]);
-      if constexpr (Mixing) g = mix(widen(in.g1.at[k]), g);
-      States<A, N> states;
+      V g = widen(in.g.at[k]);
+      if constexpr (Mixing) g = row.mix(V(widen(in.g1.at[k])), g);
+      States<V, N> states;
 #pragma unroll
       for (int s = 0; s < N; ++s) states[s] = widen(in.state[s].at[k]);
-      const A updated = step(widen(in.w.at[k]), g, states);
+      updated[k] = scalar(row.step(V(widen(in.w.at[k])), g, states));
 #pragma unroll
-      for (int s = 0; s < N; ++s) kept[s].at[k] = narrow<S>(states[s]);
-      if constexpr (Master) master.at[k] = updated;
-      out.at[k] = narrow<T>(updated);
+      for (int s = 0; s < N; ++s) kept[s][k] = scalar(states[s]);
     }
 #pragma unroll
-    for (int s = 0; s < N; ++s) store(state[s], i, kept[s]);
-    if constexpr (Master) store(source, i, master);
-    store(param, i, out);
+    for (int s = 0; s < N; ++s) store<access>(state[s], i, narrow_all<S>(kept[s]));
+    if constexpr (Master) store<access>(source, i, narrow_all<S>(updated));
+    store<access>(param, i, narrow_all<T>(updated));
   }
+
+ private:
+  static __device__ __forceinline__ float scalar(FastFloat x) { return x.x; }
+  static __device__ __forceinline__ A scalar(A x) { return x; }
 };
 
-// What the rule makes of the hyperparameters of tensor t.
-template <class Rule, class Step, int Operands>
-__device__ __forceinline__ Step prepared(const Args<Operands>& args, int t) {
-  const LaunchParams& c = args.params;
-  const auto row = [&](int column) {
-    if (column < Rule::kColumns) return hyperparam<Rule::kColumns>(args, t, column);
-    const int64_t row = args.row[t];
-    return c.on_device.steps == nullptr ? c.steps[row] : c.on_device.steps[row];
-  };
-  return Step::prepare(row, grad_multiplier(c), c.flag);
+// True where AMP found an overflow: the step is not taken, but the weights are restored.
+__device__ __forceinline__ bool overflowed(const LaunchParams& c) {
+  return c.on_device.found_inf != nullptr && *c.on_device.found_inf != 0;
 }
 
-// Blocks per multiprocessor, and packs in flight in every thread: with more, registers would spill. Only SGD has
-// registers left for two packs of 16-bit elements.
-template <int N, class T>
-constexpr int kUpdateBlocks = N > 1 || sizeof(T) == 8 ? 1 : 2;
-template <class Rule, int N, class T, bool Mixing, bool Master>
-constexpr int kUpdateUnroll = Master || (sizeof(T) == 2 && !std::is_same_v<Rule, Sgd>) || (N > 1 && Mixing) ? 1 : 2;
+// The row of tensor t, all of which is in the arguments.
+template <class A, class Args>
+__device__ __forceinline__ const auto& row_in_arguments(const Args& args, int t) {
+  if constexpr (std::is_same_v<A, double>) {
+    return args.rows[args.row[t]].of_double;
+  } else {
+    return args.rows[args.row[t]].of_float;
+  }
+}
 
-template <class Rule>
-constexpr int kUpdateOperands = kUpdateState0 + Rule::kMostStates;
+// The same, where hyperparameters or step counts are in device memory. Powers take long: one thread prepares it.
+template <class Rule, class A, class Args>
+__device__ __forceinline__ PreparedRow<Rule, A> row_on_device(const Args& args, int t) {
+  const DeviceScalars& on_device = args.params.on_device;
+  const int64_t row = args.row[t];
+  __shared__ PreparedRow<Rule, A> prepared;
+  if (threadIdx.x == 0) {
+    const double* const given = args.rows[row].given;
+    const double* const hyperparams =
+        on_device.hyperparams == nullptr ? given : on_device.hyperparams + row * Rule::kColumns;
+    const auto number = [&](int column) {
+      if (column < Rule::kColumns) return hyperparams[column];
+      return on_device.steps == nullptr ? given[Rule::kColumns] : on_device.steps[row];
+    };
+    prepared = PreparedRow<Rule, A>::of(number, args.params.grad_multiplier, args.params.flag);
+  }
+  __syncthreads();
+  return prepared;
+}
 
+// Blocks per multiprocessor, so many that no register spills.
+#ifndef RST_CUDA_ADAM_BLOCKS
+#define RST_CUDA_ADAM_BLOCKS 2
+#endif
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+constexpr bool kNeedsMoreRegisters = true;  // than the same code does for older ones
+#else
+constexpr bool kNeedsMoreRegisters = false;
+#endif
+template <int N, class T, bool Mixing, bool Master>
+constexpr int update_blocks() {
+  constexpr bool kSixteenBit = sizeof(T) == 2;
+  if (sizeof(T) == 8 || N > 2) return 1;
+  if (N == 2 && Mixing && kSixteenBit && (Master || kNeedsMoreRegisters)) return 1;
+  return N == 2 ? RST_CUDA_ADAM_BLOCKS : 2;
+}
+// Packs in flight in every thread. Only SGD has registers left for two packs of 16-bit elements.
 template <class Rule, int N, class T, bool Mixing, bool Master>
-__device__ __forceinline__ void update(const Args<kUpdateOperands<Rule>>& args) {
-  using A = Arithmetic<T>;
+constexpr int kUpdatePacks = Master || (sizeof(T) == 2 && !std::is_same_v<Rule, Sgd>) || (N > 1 && Mixing) ? 1 : 2;
+
+template <class Rule, int N, class T, class V, int Packs, bool Mixing, bool Master, class Args, class Row>
+__device__ __forceinline__ void update_with(const Args& args, const Piece& piece, const Row& row) {
   using S = State<T, Master>;
-  using Step = typename Rule::template Step<A>;
-  const LaunchParams& c = args.params;
-  const Piece piece = piece_of(args);
   const int t = piece.tensor;
-  // Where preparing takes a call, for powers, one thread does it, before all else: a call spills the live values.
-  __shared__ Step shared;
-  if constexpr (Rule::kCountsSteps) {
-    if (threadIdx.x == 0) shared = prepared<Rule, Step>(args, t);
-    __syncthreads();
-  }
-  T* const param = static_cast<T*>(args.data[kUpdateParam][t]) + piece.begin;
-  S* const source = static_cast<S*>(args.data[kUpdateSource][t]) + piece.begin;
-  const bool packs = aligned(args, t);
-  if (overflowed(c)) {
-    RestoreEach<T, Master> undo{param, source};
-    for_each_pack<T, 1, 1>(packs, piece.count, undo);
-    return;
-  }
-  UpdateEach<Rule, N, T, Mixing, Master> op{
-      param,
-      source,
-      {},
-      static_cast<const T*>(args.data[kUpdateGrad][t]) + piece.begin,
-      Mixing ? static_cast<const T*>(args.data[kUpdateFirst][t]) + piece.begin : nullptr,
-      Rule::kCountsSteps ? shared : prepared<Rule, Step>(args, t),
-      Mix<A>::of(hyperparam<Rule::kColumns>(args, t, Rule::kGamma))};
+  UpdateEach<Rule, N, T, V, Mixing, Master> op;
+  op.param = static_cast<T*>(args.data[kUpdateParam][t]) + piece.begin;
+  op.source = static_cast<S*>(args.data[kUpdateSource][t]) + piece.begin;
+  op.grad = static_cast<const T*>(args.data[kUpdateGrad][t]) + piece.begin;
+  op.first = Mixing ? static_cast<const T*>(args.data[kUpdateFirst][t]) + piece.begin : nullptr;
 #pragma unroll
   for (int s = 0; s < N; ++s) op.state[s] = static_cast<S*>(args.data[kUpdateState0 + s][t]) + piece.begin;
-  for_each_pack<T, kUpdateUnroll<Rule, N, T, Mixing, Master>, 1>(packs, piece.count, op);
+  op.row = reinterpret<PreparedRow<Rule, V>>(row);
+  if constexpr (Packs == 0) {
+    for_each_pack_anywhere<T, 1>(piece.count, op);
+  } else {
+    for_each_pack<T, Packs, 1>(aligned(args, t), piece.count, op);
+  }
+}
+
+template <class Rule, int N, class T, bool Mixing, bool Master>
+__device__ __forceinline__ void update(const UpdateArgs<Rule, N>& args) {
+  using A = Arithmetic<T>;
+  const LaunchParams& c = args.params;
+  const Piece piece = piece_of(args, blockIdx.x);
+  const int t = piece.tensor;
+  if (overflowed(c)) {
+    RestoreEach<T, Master> undo(static_cast<T*>(args.data[kUpdateParam][t]) + piece.begin,
+                                static_cast<const State<T, Master>*>(args.data[kUpdateSource][t]) + piece.begin);
+    for_each_pack_anywhere<T, 1>(piece.count, undo);
+    return;
+  }
+  const bool given = c.on_device.hyperparams == nullptr && c.on_device.steps == nullptr;
+  PreparedRow<Rule, A> row = given ? row_in_arguments<A>(args, t) : row_on_device<Rule, A>(args, t);
+  if (const float* const scale = c.on_device.grad_scale) {
+    row.step.grad_multiplier = static_cast<A>(c.grad_multiplier / static_cast<double>(*scale));
+  }
+  constexpr int kPacks = kUpdatePacks<Rule, N, T, Mixing, Master>;
+  if constexpr (Rule::kDivides && std::is_same_v<A, float>) {
+    if (row.step.ignores_small_roots()) {
+      update_with<Rule, N, T, FastFloat, kPacks, Mixing, Master>(args, piece, row);
+    } else {
+      update_with<Rule, N, T, A, 0, Mixing, Master>(args, piece, row);
+    }
+  } else {
+    update_with<Rule, N, T, A, kPacks, Mixing, Master>(args, piece, row);
+  }
 }
 
 }  // namespace rst::cuda

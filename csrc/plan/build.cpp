@@ -38,6 +38,7 @@ Plan::Plan(bool gpu, py::list groups, py::list everything, py::list active, py::
            py::list masters, std::vector<py::list> states, py::list backups, py::list steps,
            std::vector<int64_t> row_groups, int rule, bool option, bool maximize, py::dict state, py::object step_state)
     : ops_(gpu ? *core().gpu : core().cpu),
+      op_cache_(ops_.make_cache == nullptr ? nullptr : ops_.make_cache(), ops_.release_cache),
       gpu_(gpu),
       rule_(rule),
       option_(option),

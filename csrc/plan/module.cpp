@@ -1,4 +1,5 @@
 // The extension module rst_fused._plan_ext: what needs Python but no torch. Launch plans, build facts, SIMD levels.
+#include <cstring>
 #include <map>
 #include <string>
 
@@ -27,7 +28,7 @@ static std::map<std::string, std::string> build_info() {
 // be gone when static objects are destroyed.
 static py::object* simulator = nullptr;
 
-static void simulate_gpu(py::object callback, bool scalars_on_device) {
+static void simulate_gpu(py::object callback, bool scalars_on_device, bool hyperparams_by_value) {
   if (core().simulate_gpu == nullptr) throw py::value_error("the extension was built without CUDA");
   if (simulator == nullptr) simulator = new py::object;
   *simulator = callback;
@@ -39,7 +40,20 @@ static void simulate_gpu(py::object callback, bool scalars_on_device) {
       throw std::runtime_error(error.what());
     }
   };
-  core().simulate_gpu(callback.is_none() ? nullptr : +launch, scalars_on_device);
+  core().simulate_gpu(callback.is_none() ? nullptr : +launch, scalars_on_device, hyperparams_by_value);
+}
+
+// Takes the place of a GPU where the time of the host is measured: the arguments are copied, as a driver does, and
+// nothing starts.
+static void discard_gpu_launches() {
+  if (core().simulate_gpu == nullptr) throw py::value_error("the extension was built without CUDA");
+  static unsigned char arguments[cuda::kArgumentBytes];
+  core().simulate_gpu(
+      [](const cuda::GpuKernel& kernel, unsigned, const void* args, const cuda::Launcher&) {
+        memcpy(arguments, args, static_cast<size_t>(kernel.bytes));
+        asm volatile("" : : "r"(arguments) : "memory");  // the copy is not for nothing
+      },
+      false, false);
 }
 
 // nullptr before construction and after destruction.
@@ -73,7 +87,10 @@ PYBIND11_MODULE(_plan_ext, m) {
   m.def("knows_impl_layout", &knows_impl_layout);
   m.def("build_info", &build_info);
   m.def("has_stream_api", [] { return core().has_stream_api != nullptr && core().has_stream_api(); });
-  m.def("simulate_gpu", &simulate_gpu, py::arg("callback"), py::arg("scalars_on_device") = false);
+  m.def("driver_version", [] { return core().driver_version == nullptr ? 0 : core().driver_version(); });
+  m.def("simulate_gpu", &simulate_gpu, py::arg("callback"), py::arg("scalars_on_device") = false,
+        py::arg("hyperparams_by_value") = false);
+  m.def("discard_gpu_launches", &discard_gpu_launches);
   m.def("cache_bytes", [] { return core().cache_bytes(); });
   m.def("simd_levels", &simd_levels);
   m.def("simd_level", [] { return std::string(core().kernels().name); });

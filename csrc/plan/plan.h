@@ -24,6 +24,8 @@ struct ReleaseSlots {
   void operator()(void* slots) const { tensors().release_slots(slots); }
 };
 using Slots = std::unique_ptr<void, ReleaseSlots>;
+// What the ops keep between the calls of a plan.
+using OpCache = std::unique_ptr<void, void (*)(void*)>;
 
 // The gradients of the first pass, for G-RST, in the order of StepState.saved, which has every active parameter of the
 // plan then. StepState has them as long as they are needed.
@@ -114,6 +116,7 @@ class Plan {
   int64_t count() const { return static_cast<int64_t>(grad_strides_.size()); }
 
   const CoreOps& ops_;
+  const OpCache op_cache_;
   const bool gpu_;
   const int rule_;
   const bool option_, maximize_;

@@ -59,8 +59,8 @@ bool Plan::perturb(uintptr_t stats, std::vector<double> rho, bool adaptive, doub
   py::object kept;
   if (keep) kept = first_grads_with(grad_handles_.data());
   run([&] {
-    ops_.grad_norm(table_, params, device_);
-    ops_.perturb(table_, params, device_);
+    ops_.grad_norm(table_, params, device_, op_cache_.get());
+    ops_.perturb(table_, params, device_, op_cache_.get());
   });
   become(after);
   if (keep && PyObject_SetAttr(step_state_.ptr(), name_of_first_grads(), kept.ptr()) != 0) {
@@ -122,7 +122,7 @@ bool Plan::update(std::vector<double> rows, bool restores, bool mixing, double s
   params.restoring = restores;
   params.on_device.grad_scale = reinterpret_cast<const float*>(grad_scale);
   params.on_device.found_inf = reinterpret_cast<const float*>(found_inf);
-  run([&] { ops_.update(table_, params, device_); });
+  run([&] { ops_.update(table_, params, device_, op_cache_.get()); });
   for (size_t row = 0; row < counters(); ++row) counter(row) += 1;
   tensors().bump_versions(tensors_.data() + count(), static_cast<int64_t>(counters()));
   become(after);
@@ -143,7 +143,7 @@ bool Plan::restore(const py::dict& after) {
   const bool served = same_layout_;
   if (served) {
     tensors().bump_versions(tensors_.data(), count());
-    ops_.restore(table_, OpParams{}, device_);
+    ops_.restore(table_, OpParams{}, device_, nullptr);  // rare
     become(after);
     release_first_grads();
   }

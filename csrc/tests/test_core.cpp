@@ -8,6 +8,7 @@
 #include <thread>
 
 #include "cpu/run.h"
+#include "cuda/fast_float.cuh"
 
 namespace {
 
@@ -375,11 +376,37 @@ void test_half() {
   }
 }
 
+// Quotients and roots as GPU kernels round them, where the approximation of the hardware is up to two units in the last
+// place off: all quotients as IEEE 754 asks, and all but a few roots, which are the next number then.
+void test_corrections() {
+  std::mt19937 random(5);
+  std::uniform_real_distribution<float> mantissa(1, 2);
+  std::uniform_int_distribution<int> exponent(-40, 40), off(-2, 2);
+  const auto number = [&] { return std::ldexp(mantissa(random), exponent(random)); };
+  const auto near = [&](double x) {
+    return from_bits(to_bits(static_cast<float>(x)) + static_cast<uint32_t>(off(random)));
+  };
+  int quotients = 0, roots = 0;
+  for (int i = 0; i < 1000000; ++i) {
+    const float a = number() * (i % 2 == 0 ? 1 : -1), b = number();
+    quotients += cuda::corrected_quotient(a, b, near(1.0 / static_cast<double>(b))) != a / b;
+    const float root = cuda::corrected_root(b, near(1 / std::sqrt(static_cast<double>(b)))), exact = std::sqrt(b);
+    roots += root != exact;
+    EXPECT(std::abs(static_cast<int64_t>(to_bits(root)) - static_cast<int64_t>(to_bits(exact))) <= 1);
+  }
+  EXPECT(quotients == 0 && roots <= 20);
+  constexpr float inf = INFINITY;
+  EXPECT(cuda::corrected_quotient(0, 3, 1.0f / 3) == 0 && cuda::corrected_quotient(3, inf, 0) == 0);
+  EXPECT(cuda::corrected_quotient(-inf, 3, 1.0f / 3) == -inf && cuda::corrected_quotient(3, 0, inf) == inf);
+  EXPECT(std::isnan(cuda::corrected_quotient(0, 0, inf)) && std::isnan(cuda::corrected_quotient(inf, inf, 0)));
+}
+
 }  // namespace
 
 int main() {
   test_table();
   test_half();
+  test_corrections();
   test_strided();
   test_strided_norm();
   test_sgd_value();

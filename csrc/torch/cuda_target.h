@@ -8,8 +8,9 @@ namespace rst {
 
 // Takes the launches of GPU ops on CPU tensors, so that everything but the GPU itself can be tested without one.
 struct Simulation {
-  cuda::Launcher launcher{};       // launch is null unless a test has put an interpreter there
-  bool scalars_on_device = false;  // hyperparameters are read by the kernel, as if they were in device memory
+  cuda::Launcher launcher{};          // launch is null unless a test has put an interpreter there
+  bool scalars_on_device = false;     // numbers are read by the kernel, as if they were in device memory
+  bool hyperparams_by_value = false;  // but for hyperparameters of an update
 };
 Simulation& simulation();
 

@@ -24,10 +24,12 @@ CoreApi make_api() {
 #ifdef RST_CUDA_VERSION
   api.gpu = &cuda_ops();
   api.cuda_description = &cuda::build_description;
+  api.driver_version = &cuda::driver_version;
   api.has_stream_api = &has_stream_api;
-  api.simulate_gpu = [](auto* launch, bool scalars_on_device) {
+  api.simulate_gpu = [](auto* launch, bool scalars_on_device, bool hyperparams_by_value) {
     simulation().launcher.launch = launch;
     simulation().scalars_on_device = scalars_on_device;
+    simulation().hyperparams_by_value = hyperparams_by_value;
   };
 #endif
   return api;

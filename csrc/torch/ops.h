@@ -16,9 +16,10 @@ namespace rst {
 struct Target {
   const CoreOps& ops;
   OpDevice device;
-  int32_t index;       // the device, as `ops` know it
-  bool one_layout;     // kernels need all tensors of a parameter in the same memory layout
-  bool reads_scalars;  // scalars on the CPU are read here; false: by the kernel
+  int32_t index;           // the device, as `ops` know it
+  bool one_layout;         // kernels need all tensors of a parameter in the same memory layout
+  bool reads_scalars;      // scalars on the CPU are read here; false: by the kernel
+  bool reads_hyperparams;  // the same of the hyperparameters of an update
 };
 // `lead` is a tensor of the call.
 using TargetOf = Target (*)(const StableTensor& lead);
@@ -66,11 +67,11 @@ class Copies {
 // kernel reads them, that is null, and `on_device` is set.
 template <class T>
 const T* numbers(const char* op, const char* name, const Target& target, const StableTensor& given, size_t least,
-                 const T*& on_device) {
+                 const T*& on_device, bool reads) {
   const OpDevice& place = target.device.holds(given) ? target.device : kCpu;
   check_scalars(op, name, place, given, torch::headeronly::CppTypeToScalarType<T>::value, static_cast<int64_t>(least));
   const T* data = static_cast<const T*>(given.data_ptr());
-  if (given.is_cpu() && target.reads_scalars) return data;
+  if (given.is_cpu() && reads) return data;
   on_device = data;
   return nullptr;
 }
@@ -88,7 +89,7 @@ void grad_norm(StableTensor stats, TensorList grads, TensorList params, bool ada
   op_params.adaptive = adaptive;
   op_params.eta = eta;
   op_params.stats = static_cast<double*>(stats.data_ptr());
-  target.ops.grad_norm(table, op_params, target.index);
+  target.ops.grad_norm(table, op_params, target.index, nullptr);
 }
 
 template <TargetOf target_of>
@@ -109,13 +110,15 @@ void perturb_(TensorList params, TensorList grads, TensorList backups, TensorLis
   op_params.eta = eta;
   op_params.stochastic = stochastic;
   op_params.stats = static_cast<double*>(stats.data_ptr());
-  op_params.rhos = numbers(op, "rho", target, rho, group_sizes.size(), op_params.on_device.hyperparams);
-  if (const int64_t* seed_and_step = numbers(op, "rng", target, rng, 2, op_params.on_device.rng)) {
+  op_params.rhos =
+      numbers(op, "rho", target, rho, group_sizes.size(), op_params.on_device.hyperparams, target.reads_scalars);
+  if (const int64_t* seed_and_step =
+          numbers(op, "rng", target, rng, 2, op_params.on_device.rng, target.reads_scalars)) {
     op_params.seed = static_cast<uint64_t>(seed_and_step[0]);
     op_params.step = static_cast<uint64_t>(seed_and_step[1]);
   }
   Copies copies(target, table, params, lists);
-  target.ops.perturb(table, op_params, target.index);
+  target.ops.perturb(table, op_params, target.index, nullptr);
   copies.copy_back();
 }
 
@@ -134,10 +137,11 @@ void restore_(TensorList params, TensorList backups, TensorList masters, TensorL
   if (params.empty()) return;
   OpParams op_params;
   if (mixing) {
-    op_params.gammas = numbers(op, "gamma", target, gamma, group_sizes.size(), op_params.on_device.hyperparams);
+    op_params.gammas =
+        numbers(op, "gamma", target, gamma, group_sizes.size(), op_params.on_device.hyperparams, target.reads_scalars);
   }
   Copies copies(target, table, params, lists);
-  target.ops.restore(table, op_params, target.index);
+  target.ops.restore(table, op_params, target.index, nullptr);
   copies.copy_back();
 }
 
@@ -152,26 +156,28 @@ void update(const StepArgs& args) {
   DeviceScalars& on_device = op_params.on_device;
   op_params.rule = args.rule.index;
   op_params.flag = args.flag;
-  op_params.hyperparams =
-      numbers(args.rule.op, "hyper", target, args.hyperparams, args.rule.columns * groups, on_device.hyperparams);
+  op_params.hyperparams = numbers(args.rule.op, "hyper", target, args.hyperparams, args.rule.columns * groups,
+                                  on_device.hyperparams, target.reads_hyperparams);
   if (args.rule.counts_steps) {
-    op_params.steps = numbers(args.rule.op, "steps", target, args.steps, groups, on_device.steps);
+    op_params.steps = numbers(args.rule.op, "steps", target, args.steps, groups, on_device.steps, target.reads_scalars);
   }
   op_params.grad_multiplier = args.maximize ? -1 : 1;
   if (args.grad_scale.has_value()) {
-    const float* scale = numbers(args.rule.op, "grad_scale", target, *args.grad_scale, 1, on_device.grad_scale);
+    const float* scale =
+        numbers(args.rule.op, "grad_scale", target, *args.grad_scale, 1, on_device.grad_scale, target.reads_scalars);
     if (scale != nullptr) op_params.grad_multiplier /= *scale;
   }
   const float* found_inf = nullptr;
   if (args.found_inf.has_value()) {
-    found_inf = numbers(args.rule.op, "found_inf", target, *args.found_inf, 1, on_device.found_inf);
+    found_inf =
+        numbers(args.rule.op, "found_inf", target, *args.found_inf, 1, on_device.found_inf, target.reads_scalars);
   }
   Copies copies(target, table, args.params, lists);
   if (found_inf == nullptr || *found_inf == 0) {
-    target.ops.update(table, op_params, target.index);
+    target.ops.update(table, op_params, target.index, nullptr);
   } else if (!args.backups.empty() || !args.masters.empty()) {  // AMP found an overflow: no step, but w comes back
     for (Tensor& tensor : table.tensors) tensor.data[kFirstGrad] = nullptr;  // nothing to mix
-    target.ops.restore(table, OpParams{}, target.index);
+    target.ops.restore(table, OpParams{}, target.index, nullptr);
   }
   copies.copy_back();
 }

@@ -4,7 +4,7 @@
 
 namespace rst {
 
-static Target cpu_target(const StableTensor&) { return {kCpuOps, kCpu, kOnCpu, false, true}; }
+static Target cpu_target(const StableTensor&) { return {kCpuOps, kCpu, kOnCpu, false, true, true}; }
 
 STABLE_TORCH_LIBRARY_IMPL(rst_fused, CPU, m) { register_ops<cpu_target>(m); }
 

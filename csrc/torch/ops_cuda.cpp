@@ -1,6 +1,8 @@
 // The registered ops on GPUs: on the current stream of the tensors' device.
 #include <dlfcn.h>
 
+#include <optional>
+
 #include "torch/cuda_target.h"
 #include "torch/ops.h"
 
@@ -33,24 +35,49 @@ cuda::Launcher launcher_for(int32_t device) {
 }
 
 Target gpu_target(const StableTensor& lead) {
-  if (lead.is_cpu()) return {cuda_ops(), kCpu, kOnCpu, true, !simulation().scalars_on_device};
+  if (lead.is_cpu()) {
+    const bool by_value = !simulation().scalars_on_device;
+    return {cuda_ops(), kCpu, kOnCpu, true, by_value, by_value || simulation().hyperparams_by_value};
+  }
   const auto index = static_cast<int32_t>(lead.get_device_index());
-  return {cuda_ops(), {aoti_torch_device_type_cuda(), index, "the device of the others"}, index, true, true};
+  return {cuda_ops(), {aoti_torch_device_type_cuda(), index, "the device of the others"}, index, true, true, true};
 }
 
-void grad_norm(const Table& table, const OpParams& params, int32_t device) {
+// What a launch plan keeps of its ops: the launches, and the memory in which the norm adds up.
+struct Cache {
+  cuda::LaunchCache launches;
+  std::optional<StableTensor> partials;
+  void* stream = nullptr;  // which the partial sums were allocated on: torch may hand freed memory out again there
+};
+cuda::LaunchCache* launches_of(void* cache) {
+  return cache == nullptr ? nullptr : &static_cast<Cache*>(cache)->launches;
+}
+
+StableTensor new_partials(int64_t count, int32_t device) {
   const torch::stable::Device place = device == kOnCpu
                                           ? torch::stable::Device(torch::headeronly::DeviceType::CPU)
                                           : torch::stable::Device(torch::headeronly::DeviceType::CUDA, device);
-  const StableTensor partials = torch::stable::empty({cuda::norm_partials(table)}, ScalarType::Double, std::nullopt,
-                                                     place, std::nullopt, std::nullopt);
-  cuda::grad_norm(table, params, static_cast<double*>(partials.data_ptr()), launcher_for(device));
+  return torch::stable::empty({count}, ScalarType::Double, std::nullopt, place, std::nullopt, std::nullopt);
+}
+
+void grad_norm(const Table& table, const OpParams& params, int32_t device, void* cache) {
+  const cuda::Launcher launcher = launcher_for(device);
+  const int64_t count = cuda::norm_partials(table);
+  Cache* const kept = static_cast<Cache*>(cache);
+  const bool usable =
+      kept != nullptr && kept->partials && kept->stream == launcher.stream && kept->partials->numel() >= count;
+  const StableTensor partials = usable ? *kept->partials : new_partials(count, device);
+  if (kept != nullptr && !usable) {
+    kept->partials = partials;
+    kept->stream = launcher.stream;
+  }
+  cuda::grad_norm(table, params, static_cast<double*>(partials.data_ptr()), launcher, launches_of(cache));
 }
 
 // An op of cuda/launch.h, as CoreOps has it.
-template <void (*op)(const Table&, const OpParams&, const cuda::Launcher&)>
-void on_stream(const Table& table, const OpParams& params, int32_t device) {
-  op(table, params, launcher_for(device));
+template <void (*op)(const Table&, const OpParams&, const cuda::Launcher&, cuda::LaunchCache*)>
+void on_stream(const Table& table, const OpParams& params, int32_t device, void* cache) {
+  op(table, params, launcher_for(device), launches_of(cache));
 }
 
 }  // namespace
@@ -63,7 +90,12 @@ Simulation& simulation() {
 }
 
 const CoreOps& cuda_ops() {
-  static const CoreOps ops{grad_norm, on_stream<cuda::perturb>, on_stream<cuda::restore>, on_stream<cuda::update>};
+  static const CoreOps ops{grad_norm,
+                           on_stream<cuda::perturb>,
+                           on_stream<cuda::restore>,
+                           on_stream<cuda::update>,
+                           []() -> void* { return new Cache; },
+                           [](void* cache) { delete static_cast<Cache*>(cache); }};
   return ops;
 }
 

@@ -66,10 +66,13 @@ struct ImplLayout {
 // `facts` is null where they are those of the last call, but for the address.
 using SeenGrad = bool(void* context, int64_t index, void* data, const TensorFacts* facts);
 
-// The ops, on torch's threads or on the current stream of a GPU.
-using Op = void(const Table& table, const OpParams& params, int32_t device);
+// The ops, on torch's threads or on the current stream of a GPU. `cache`: what they may keep between calls with one
+// table, or null.
+using Op = void(const Table& table, const OpParams& params, int32_t device, void* cache);
 struct CoreOps {
   Op *grad_norm, *perturb, *restore, *update;
+  void* (*make_cache)();  // null where there is nothing to keep
+  void (*release_cache)(void* cache);
 };
 
 // What plans ask of tensors and gradients. In the calls of every step, one serves all tensors.
@@ -119,10 +122,11 @@ struct CoreApi {
 
   // Null where the extension was built without CUDA.
   const char* (*cuda_description)();
+  int (*driver_version)();   // see cuda/launcher.h
   bool (*has_stream_api)();  // whether torch can be asked for its current CUDA stream
   // Sends the launches of GPU ops on CPU tensors to `launch` (null: nowhere); see cuda_target.h.
   void (*simulate_gpu)(void (*launch)(const cuda::GpuKernel&, unsigned, const void*, const cuda::Launcher&),
-                       bool scalars_on_device);
+                       bool scalars_on_device, bool hyperparams_by_value);
 };
 
 }  // namespace rst

@@ -17,10 +17,11 @@ inline Threads torch_threads() {
 
 // An op of cpu/run.h, as CoreOps has it.
 template <void (*op)(const Table&, const OpParams&, const Threads&)>
-void on_threads(const Table& table, const OpParams& params, int32_t) {
+void on_threads(const Table& table, const OpParams& params, int32_t, void*) {
   op(table, params, torch_threads());
 }
 
-constexpr CoreOps kCpuOps{on_threads<grad_norm>, on_threads<perturb>, on_threads<restore>, on_threads<update>};
+constexpr CoreOps kCpuOps{
+    on_threads<grad_norm>, on_threads<perturb>, on_threads<restore>, on_threads<update>, nullptr, nullptr};
 
 }  // namespace rst

@@ -8,6 +8,7 @@ from typing import Any
 
 import gpu_simulator
 import op_db
+import ptx_order
 import pytest
 import torch
 from gpu_simulator import aligned, tensors
@@ -18,80 +19,130 @@ from rst_fused import ops
 pytestmark = [pytest.mark.usefixtures("one_thread"), gpu_simulator.needed]
 F64, BF16 = torch.float64, torch.bfloat16
 
-APPLY = "cuda/multi_tensor_apply.cuh"
+APPLY, NORM = "cuda/multi_tensor_apply.cuh", "cuda/grad_norm.cuh"
 # (what is wrong, file, what stands there, what is put there, the kernels that show it)
 FAULTS = [
-    ("tail begins too late", APPLY, "done = whole * kPack;", "done = whole * kPack + 1;", "perturb"),
+    ("tail begins too late", APPLY, "i = packs * kPack +", "i = packs * kPack + 1 +", "perturb"),
     ("tail ends too late", APPLY, "i < count; i += kThreads", "i <= count; i += kThreads", "perturb"),
     ("packs overrun", APPLY, "count / kPack;", "(count + kPack - 1) / kPack;", "restore"),
     ("one tensor too early", APPLY, "[middle] <= block", "[middle] < block", "sgd_step"),
-    ("offset overflows", APPLY, "const int64_t begin =", "const int16_t begin =", "restore"),
+    ("offset overflows", APPLY, "const int64_t begin =", "const int8_t begin =", "restore"),
     ("addresses thought aligned", APPLY, "all % 16 == 0", "all % 2 == 0", "perturb"),
-    ("sum without a fence", "cuda/grad_norm.cuh", "__threadfence();", "", "grad_norm"),
-    ("warps do not wait", "cuda/grad_norm.cuh", "= x;\n  __syncthreads();", "= x;", "grad_norm"),
-    ("last seen too soon", "cuda/grad_norm.cuh", "  __syncthreads();\n  if (last)", "  if (last)", "grad_norm"),
-    ("last block too early", "cuda/grad_norm.cuh", "1) == gridDim.x - 1", "1) == gridDim.x - 2", "grad_norm"),
-    ("ticket kept", "cuda/grad_norm.cuh", "atomicInc(ticket, gridDim.x - 1)", "atomicAdd(ticket, 1)", "grad_norm"),
+    ("pairs thought aligned", "cuda/pack.cuh", "if (!is_multiple(base, 16))", "if (!is_multiple(base, 4))", "restore"),
+    ("16 bits thought aligned", "cuda/pack.cuh", "if (!is_multiple(base, 4))", "if (!is_multiple(base, 2))", "perturb"),
+    ("sum without a release", NORM, "atom.acq_rel", "atom.acquire", "grad_norm"),
+    ("sum without an acquire", NORM, "atom.acq_rel", "atom.release", "grad_norm"),
+    ("warps do not wait", NORM, "any = __syncthreads_or(any);", "", "grad_norm"),
+    ("last seen too soon", NORM, "  __syncthreads();\n  if constexpr", "  if constexpr", "grad_norm"),
+    ("last block too early", NORM, "1) == gridDim.x - 1", "1) == gridDim.x - 2", "grad_norm"),
+    ("ticket kept", NORM, "gpu.inc.u32", "gpu.add.u32", "grad_norm"),
+    ("small squares lost", NORM, "found.sum < 0x1p-60 || ", "", "grad_norm"),
+    ("large squares lost", NORM, " || found.sum == INFINITY", "", "grad_norm"),
+    ("turns not added", NORM, "sum += of_turn;", "sum = of_turn;", "grad_norm"),
+    ("backwards from one too far", "cuda/perturb.cuh", "gridDim.x - 1 - block", "gridDim.x - block", "perturb"),
+    ("rows after the eighth", "cuda/update.cuh", "args.rows[args.row[t]]", "args.rows[args.row[t] % 8]", "sgd_step"),
+    ("rho after the eighth", APPLY, "= args.row[tensor];", "= args.row[tensor] % 8;", "perturb"),
+    ("one correction of a quotient", "cuda/fast_float.cuh", "better == better ? better : quotient", "quotient",
+     "adam_step"),
+    ("quotient of infinity", "cuda/fast_float.cuh", "better == better ? better : quotient", "better", "adam_step"),
+    ("root of infinity", "cuda/fast_float.cuh", "a.x == INFINITY ? a.x : ", "", "adam_step"),
+    ("root of zero", "cuda/fast_float.cuh", "::max(to_bits(a.x), 0x00800000u)", "to_bits(a.x)", "adam_step"),
+    ("small roots that matter", "math/rules/adam.h", ">= 0x1p-36f", ">= 0", "adam_step"),
+    ("halves change places", "cuda/pack.cuh", '"f"(high), "f"(low)', '"f"(low), "f"(high)', "sgd_step"),
     ("climbs down", "math/sam_math.h", "return fma(scale, g, w); }", "return fma(-scale, g, w); }", "perturb"),
-    ("no backup", "cuda/perturb.cuh", "if constexpr (!Master) store(copy, i, in.w);", "", "perturb"),
+    ("no backup", "cuda/perturb.cuh", "if constexpr (!Master) store<access>(copy, i, in.w);", "", "perturb"),
     ("neighbours share random bits", "cuda/perturb.cuh", ": bits >> 16;", ": bits;", "perturb"),
-    ("momentum forgotten", "cuda/update.cuh", "store(state[s], i, kept[s]);", "", "sgd_step"),
-    ("step count from elsewhere", "cuda/update.cuh", "? c.steps[row]", "? c.hyperparams[row][5]", "adam_step"),
+    ("momentum forgotten", "cuda/update.cuh", "store<access>(state[s], i, narrow_all<S>(kept[s]));", "", "sgd_step"),
     ("largest second moment forgotten", "math/rules/adam.h", "maximum(state[2], v)", "v", "adam_step"),
     ("beta1 for beta2", "math/rules/lion.h", "fma(one_minus_beta2, g - m", "fma(one_minus_beta1, g - m", "lion_step"),
-    ("numbers before they are there", "cuda/update.cuh", "    __syncthreads();\n", "", "adam_step"),
+    ("numbers before they are there", "cuda/update.cuh", "  __syncthreads();\n  return prepared", "  return prepared",
+     "adam_step on device"),
+    ("step count from elsewhere", "cuda/update.cuh", ": on_device.steps[row];", ": on_device.steps[0];",
+     "adam_step on device"),
+    ("rows of the device after the eighth", "cuda/update.cuh", "on_device.hyperparams + row *",
+     "on_device.hyperparams + row % 8 *", "sgd_step on device"),
 ]  # fmt: skip
-SIZES = (7, 40_001, 16_384, 3)
+SIZES = (7, 20_001, 3, *[5] * 9)
+GROUPS: dict[str, Any] = {"group_sizes": [1] * len(SIZES)}
+RATES = [0.1 * (i + 1) for i in range(len(SIZES))]
+# Elements of these dtypes, so many after a multiple of 16 bytes.
+PLACES = ((torch.float32, 0), (BF16, 0), (torch.float32, 1), (BF16, 1), (BF16, 2))
+ON_DEVICE = " on device"  # where the kernel reads hyperparameters and step counts
+UPDATES = {"sgd_step": ("Sgd", 1, "_momentum"), "adam_step": ("Adam", 3, "_amsgrad"), "lion_step": ("Lion", 1, "")}
+
+
+def norms(g: list[Tensor], backend: str) -> list[Tensor]:
+    """Of ordinary gradients, twice, since the ticket must be back for the second call; of some whose squares fp32 holds
+    neither in one direction nor in the other; and of zeros."""
+    stats = torch.zeros(5, dtype=F64)
+    return [
+        ops.grad_norm([(t.float() * scale).to(t) for t in g], stats=stats, backend=backend)[0].clone()
+        for scale in (1, 2, 1e-25, 1e25, 0)
+    ]
 
 
 def run_op(op: str, backend: str) -> list[Tensor]:
-    """Everything that the op writes, for aligned and for misaligned tensors and for bfloat16."""
+    """Everything that the op writes, at all PLACES."""
     written = []
-    for dtype, offset in ((torch.float32, 0), (BF16, 0), (torch.float32, 1)):
+    for dtype, offset in PLACES:
         lists = []
         for seed in range(4):
-            lists.append([aligned(n + 1, dtype)[offset : offset + n] for n in SIZES])
+            lists.append([aligned(n + offset, dtype)[offset:] for n in SIZES])
             for t, values in zip(lists[-1], tensors(*SIZES, seed=seed), strict=True):
                 t.copy_(values.abs())
         p, g, b, m = lists
         v = [t.clone() for t in m]
         largest = [t.clone() for t in b]
         if op == "grad_norm":
-            stats = torch.zeros(5, dtype=F64)
-            for factor in (1, 2):  # the ticket must be back for the second call
-                ops.grad_norm([t.float() * factor for t in g], stats=stats, backend=backend)
-            written.append(stats.float())  # sums in another order than the CPU's differ in the last bits of float64
+            written += norms(g, backend)
         elif op == "perturb":
             stats = torch.tensor([1.0, 1.0, 0, 0, 0], dtype=F64)
-            ops.perturb_(p, g, b, stats, rho=0.1, backend=backend)
+            ops.perturb_(p, g, b, stats, rho=RATES, backend=backend, **GROUPS)
         elif op == "restore":
             ops.restore_(p, b, backend=backend)
         elif op == "sgd_step":
-            ops.sgd_step_(p, g, m, lr=0.1, momentum=0.9, backend=backend)
+            ops.sgd_step_(p, g, m, lr=RATES, momentum=0.9, backend=backend, **GROUPS)
         elif op == "lion_step":
             ops.lion_step_(p, g, m, lr=0.1, backend=backend)
         else:
-            ops.adam_step_(p, g, m, v, max_exp_avg_sqs=largest, lr=0.1, step=4, backend=backend)
+            for t in (*g, *m, *v, *largest):
+                t[::7] = 0
+            for t in (*v, *largest):
+                t[1::11] = torch.inf
+            steps = [float(i + 1) for i in range(len(SIZES))]
+            adam: dict[str, Any] = {"max_exp_avg_sqs": largest, "lr": RATES, "step": steps, **GROUPS}
+            ops.adam_step_(p, g, m, v, backend=backend, **adam)
+            for t in (*g, *v, *largest):
+                t[2::7] = 0
+            ops.adam_step_(p, g, m, v, eps=1e-30, backend=backend, **adam)
         written += [*p, *b, *m, *v, *largest]
     return written
 
 
+def same(a: Tensor, b: Tensor) -> bool:
+    """Bit for bit; norms as nearly as fp32 adds up squares."""
+    return torch.allclose(a, b, rtol=1e-6, atol=0) if a.dim() == 0 else op_db.same_bits(a, b)
+
+
 def agrees(op: str, simulator: Any, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether the kernels do what the CPU does, however blocks are scheduled, with nothing reported."""
-    expected = run_op(op, "cpu")
+    if any(ptx_order.unacquired_reads(lines) for lines in simulator.instructions.values()):
+        return False
+    name, on_device = op.removesuffix(ON_DEVICE), op.endswith(ON_DEVICE)
+    expected = run_op(name, "cpu")
     for options in ({"check": 2}, {"check": 2, "resident": 4, "quantum": 30, "seed": 1}):
         monkeypatch.setattr(simulator, "options", {**options, "max_ins": 10**9})
         try:
-            with gpu_simulator.simulated(simulator, monkeypatch):
-                result = run_op(op, "simulated")
+            with gpu_simulator.simulated(simulator, monkeypatch, on_device):
+                result = run_op(name, "simulated")
         except (AssertionError, RuntimeError):  # reported, or stopped
             return False
-        if not all(op_db.same_bits(a, b) for a, b in zip(result, expected, strict=True)):
+        if not all(same(a, b) for a, b in zip(result, expected, strict=True)):
             return False
     return True
 
 
-@pytest.mark.parametrize("op", ["grad_norm", "perturb", "restore", "sgd_step", "adam_step", "lion_step"])
+@pytest.mark.parametrize("op", sorted({fault[-1] for fault in FAULTS}))
 def test_kernels_as_they_are(
     op: str,
     kernels: gpu_simulator.Simulator,
@@ -107,10 +158,21 @@ def test_fault_is_found(
 ) -> None:
     csrc = tmp_path / "csrc"
     shutil.copytree(gpu_simulator.ROOT / "csrc", csrc, ignore=shutil.ignore_patterns("*.cpp", "*.cu", "tests"))
-    source = "update" if op.endswith("_step") else op
-    shutil.copy(gpu_simulator.ROOT / "csrc" / "cuda" / f"{source}.cu", csrc / "cuda")
+    if rule := UPDATES.get(op.removesuffix(ON_DEVICE)):
+        (csrc / "cuda" / "update.cu").write_text(update_source(op.removesuffix(ON_DEVICE), *rule))
+    else:
+        shutil.copy(gpu_simulator.ROOT / "csrc" / "cuda" / f"{op}.cu", csrc / "cuda")
     text = (csrc / file).read_text()
     assert text.count(old) >= 1, f"{file} no longer reads {old!r}: adapt the fault"
     (csrc / file).write_text(text.replace(old, new))
     simulator = gpu_simulator.Simulator(gpu_simulator.compile_ptx(tmp_path, csrc=csrc))
     assert not agrees(op, simulator, monkeypatch)
+
+
+def update_source(op: str, rule: str, states: int, suffix: str) -> str:
+    """The two kernels of an update that run_op uses: all of them take long to compile."""
+    lines = ['#include "cuda/update.cuh"', "namespace rst::cuda {"]
+    for name, dtype in (("float32", "float"), ("bfloat16", "BFloat16")):
+        signature = f"RST_KERNEL(rst_{op}_{name}{suffix}, 1, UpdateArgs<rst::{rule}, {states}>)"
+        lines.append(f"{signature} {{ update<rst::{rule}, {states}, {dtype}, false, false>(args); }}")
+    return "\n".join([*lines, "}", ""])

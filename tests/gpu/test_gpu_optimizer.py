@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from typing import Any
 
 import gpu_simulator
@@ -9,8 +11,8 @@ import op_db
 import pytest
 import torch
 
-from rst_fused import RST
-from rst_fused._backends import covers
+from rst_fused import RST, _backends
+from rst_fused._backends import covers, driver_problem, has_machine_code
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), gpu_simulator.needed]
 F32, BF16 = torch.float32, torch.bfloat16
@@ -180,6 +182,51 @@ def test_a_launch_that_fails_halfway_through_the_perturbation(
         assert all(op_db.same_bits(p.detach(), w) for p, w in zip(params, before, strict=True))
 
 
+def test_the_first_error_of_a_gpu_that_takes_no_more_work_is_the_one_that_is_raised(
+    simulator: gpu_simulator.Simulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = [torch.nn.Parameter(torch.randn(50)), torch.nn.Parameter(torch.randn(60).bfloat16())]
+    opt = RST(params, lr=0.05, schedule=1.0, backend="simulated")
+    launch, failed = simulator.launch, []
+
+    def failing(kernel: str, *args: Any) -> None:
+        if failed or kernel == "rst_perturb_bfloat16":
+            failed.append(kernel)
+            raise RuntimeError(f"error {len(failed)}")
+        launch(kernel, *args)
+
+    monkeypatch.setattr(simulator, "launch", failing)
+    with gpu_simulator.simulated(simulator, monkeypatch):
+        give_grads(params, 0)
+        with pytest.raises(RuntimeError, match="error 1"):
+            opt.perturb()
+    assert failed == ["rst_perturb_bfloat16", "rst_restore_32_bits"]
+
+
+def test_launches_that_a_plan_keeps_follow_what_changes(simulator: gpu_simulator.Simulator) -> None:
+    """Base steps, mixing, ASAM, other addresses, other layouts of gradients and a missing gradient, by turns."""
+    results = []
+    for backend in ("simulated", "cpu"):
+        params = parameters(F32)
+        opt = RST(params, base="adam", lr=0.05, schedule=1.0, gamma=2.0, backend=backend)
+        seen = []
+        for t in range(8):
+            opt.adaptive = t in (3, 5)
+            opt.gamma = 1.0 if t in (2, 6) else 2.0
+            give_grads(params, 2 * t, (1,) if t == 4 else ())
+            if t == 6:
+                params[0].grad = params[0].grad.t().contiguous().t()  # type: ignore[union-attr]
+            if t != 1:
+                assert opt.perturb()
+                seen += [p.detach().clone() for p in params]
+                give_grads(params, 2 * t + 1, (1,) if t == 4 else ())
+            opt.step()
+            seen += [p.detach().clone() for p in params]
+        results.append(seen)
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)  # norms differ in their last digits
+
+
 def test_a_model_that_moved_is_named() -> None:
     p = torch.nn.Parameter(torch.randn(5))
     opt = RST([p], lr=0.1)
@@ -196,6 +243,44 @@ def test_a_model_that_moved_is_named() -> None:
 def test_which_gpus_the_code_is_for(capability: tuple[int, int], runs: bool) -> None:
     assert covers("8.0/9.0/10.0+PTX", capability) == runs
     assert covers("9.0a", capability) == (capability[0] == 9)
+    assert has_machine_code("8.0/9.0/10.0+PTX", capability) == (runs and capability[0] != 12)
+
+
+@pytest.mark.parametrize(
+    ("built", "driver", "words"),
+    [
+        ("13.0", 13000, ""), ("13.1", 13000, ""), ("12.8", 13010, ""), ("13.0", 0, ""),
+        ("13.0", 12080, r"supports CUDA up to 12\.8, but .* CUDA 13\.0: install a driver for CUDA 13 \(580 or newer\)"),
+        ("12.4", 11080, r"up to 11\.8, .*525 or newer\), or build the extension with an nvcc of CUDA 11"),
+    ],
+)  # fmt: skip
+def test_a_driver_that_is_too_old(built: str, driver: int, words: str) -> None:
+    assert re.search(words, driver_problem(built, driver)) if words else driver_problem(built, driver) == ""
+
+
+def test_auto_says_why_it_passes_over_the_fastest_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once, and not where another one was asked for by name."""
+    cuda = _backends.Backend("cuda", False, "the driver is old", ("cpu",), None, fix="the driver is old: get another")
+    monkeypatch.setattr(_backends, "_BY_SPEED", (cuda, *(b for b in _backends._BY_SPEED if b.name == "cpu")))
+    monkeypatch.setattr(_backends, "_said", set())
+    device = torch.device("cpu")
+    _backends.backend_for("cpu", device)
+    with pytest.warns(RuntimeWarning, match="runs on its cpu backend: the driver is old: get another") as caught:
+        assert [_backends.backend_for("auto", device).name for _ in range(2)] == ["cpu", "cpu"]
+    assert len(caught) == 1
+
+
+def test_a_gpu_without_machine_code_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = _backends.Backend("cuda", True, "", ("cuda",), None, architectures="8.0/10.0+PTX")
+    monkeypatch.setattr(_backends, "_BY_SPEED", (cuda,))
+    monkeypatch.setattr(_backends, "_said", set())
+    for capability, warned in (((8, 9), 0), ((10, 3), 0), ((12, 1), 1)):
+        monkeypatch.setattr(_backends, "_capability", lambda device, found=capability: found)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert _backends.backend_for("auto", torch.device("cuda")) is cuda
+        assert len(caught) == warned
+    assert "compute capability 12.1" in str(caught[0].message) and "TORCH_CUDA_ARCH_LIST=12.1" in str(caught[0].message)
 
 
 @pytest.mark.parametrize("overflow", [0.0, 2.0])

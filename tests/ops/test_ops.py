@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import gpu_simulator
 import op_db
 import oracle
 import pytest
@@ -25,7 +26,7 @@ UPDATES = [op for op in OPS.values() if op.name.endswith("_step_")]
 NORM_TOLERANCE = 1e-12
 # The CPU kernels add eight squares in fp32, each time off by at most 2^-24 of the sum, whose root is half as far off.
 # Errors of both signs leave less than one of them in the norm.
-FP32_TOLERANCE = 2.0**-24
+FP32_TOLERANCE = {"cpu": 2.0**-24, "cuda": gpu_simulator.NORM_ERROR}
 
 
 def test_every_op_has_a_row() -> None:
@@ -41,8 +42,8 @@ def test_against_oracle(op: op_db.OpInfo, spec: op_db.Spec, kind: str, backend: 
     result = after.run(op.name, backend)
     if op.oracle is None:
         norm = oracle.grad_norm(**sample.lists, **sample.options)
-        in_fp32 = backend == "cpu" and kind not in ("float64", "complex128")
-        tolerance = FP32_TOLERANCE if in_fp32 else NORM_TOLERANCE
+        in_fp64 = kind in ("float64", "complex128")
+        tolerance = NORM_TOLERANCE if in_fp64 else FP32_TOLERANCE.get(backend, NORM_TOLERANCE)
         if backend == "reference" and "asam" in spec.name:
             tolerance = 1e-6  # it takes |w| of a complex64 tensor in float32
         assert result.tolist() == pytest.approx(oracle.stats_of(norm), rel=tolerance, abs=0)

@@ -13,10 +13,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import ptx_order
 import pytest
 import torch
 
@@ -26,15 +28,23 @@ from rst_fused._schemas import ADAM_HYPER, LION_HYPER, SCHEMAS, SGD_HYPER
 ROOT = Path(__file__).parents[2]
 NAMESPACE = "rst_fused_gpu"  # the GPU ops, for tensors of any device: see csrc/torch/ops_cuda.cpp
 VARIABLE = "RST_FUSED_PTXSIM"
-ROWS, HYPERPARAMS, ARGUMENT_BYTES, THREADS = 8, 6, 32764, 512  # csrc/cuda/args.h
+ROWS, ARGUMENT_BYTES, THREADS = 64, 32764, 512  # csrc/cuda/args.h
 SIZES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2, "16": 2, "32": 4, "64": 8}
 # Operands of each kernel, in order: r read, w written, s state (fp32 beside a master), c copy (the backup or master).
+# Those of an update are followed by its states.
 OPERANDS = {
     "grad_norm": ("r", "rs"), "perturb": ("w", "r", "c"), "restore": ("w", "rs"), "mix": ("w", "r"),
-    "sgd_step": ("w", "r", "ws", "r", "ws"), "adam_step": ("w", "r", "ws", "r", "ws", "ws", "ws"),
-    "lion_step": ("w", "r", "ws", "r", "ws"),
+    "sgd_step": ("w", "r", "ws", "r"), "adam_step": ("w", "r", "ws", "r"), "lion_step": ("w", "r", "ws", "r"),
 }  # fmt: skip
+STATES = {"momentum": 1, "adam": 2, "amsgrad": 1, "lion": 1}  # by the words in the name of an update
+# Bytes of a row of hyperparameters: rho, gamma, or what an update makes of its own.
+ROW_BYTES = {"perturb": 8, "mix": 8, "sgd_step": 64, "adam_step": 88, "lion_step": 56}
 COLUMNS = {"sgd_step": len(SGD_HYPER), "adam_step": len(ADAM_HYPER), "lion_step": len(LION_HYPER)}  # else rho or gamma
+
+
+# How far a norm may be off, relatively, whose squares are added in fp32, 8 of a pack and 4 packs: 12 roundings of at
+# most 2^-24, and 8 of each of ASAM's terms (|w|, eta and g; the square doubles them). The root halves all.
+NORM_ERROR = 10 * 2.0**-24
 
 
 def missing() -> str | None:
@@ -57,22 +67,41 @@ class LaunchParams(ctypes.Structure):
         ("grad_scale", ctypes.c_void_p), ("found_inf", ctypes.c_void_p), ("stats", ctypes.c_void_p),
         ("eta", ctypes.c_double), ("grad_multiplier", ctypes.c_double), ("seed", ctypes.c_uint64),
         ("step", ctypes.c_uint64), ("stochastic", ctypes.c_bool), ("flag", ctypes.c_bool),
-        ("hyperparams", ctypes.c_double * (ROWS * HYPERPARAMS)), ("steps", ctypes.c_double * ROWS),
         ("partials", ctypes.c_void_p), ("first_partial", ctypes.c_int64), ("all_partials", ctypes.c_int64),
         ("tensors", ctypes.c_int32), ("chunk", ctypes.c_int32), ("last", ctypes.c_bool),
     ]  # fmt: skip
 
 
-def args_type(operands: int) -> Any:
-    n = (ARGUMENT_BYTES - ctypes.sizeof(LaunchParams) - 16) // (8 + 8 * operands + 4 + 4 + 2)
+def op_of(kernel: str) -> str:
+    op = next((name for name in OPERANDS if kernel.startswith(f"rst_{name}_")), "")
+    assert op, f"{kernel} is of no op in OPERANDS of {Path(__file__).name}: kernels are called rst_<op>_<dtype>"
+    return op
+
+
+def operands_of(kernel: str) -> tuple[str, ...]:
+    states = sum(count for word, count in STATES.items() if word in kernel.split("_"))
+    return OPERANDS[op_of(kernel)] + ("ws",) * states
+
+
+@cache
+def args_type(kernel: str) -> Any:
+    """struct Args of csrc/cuda/args.h, as this kernel takes it."""
+    operands, row_bytes = len(operands_of(kernel)), ROW_BYTES.get(op_of(kernel), 1)
+    n = (ARGUMENT_BYTES - ctypes.sizeof(LaunchParams) - ROWS * row_bytes - 16) // (8 + 8 * operands + 10)
 
     class Args(ctypes.Structure):
         _fields_ = [
-            ("params", LaunchParams), ("numel", ctypes.c_int64 * n), ("data", (ctypes.c_uint64 * n) * operands),
-            ("first_chunk", ctypes.c_int32 * (n + 1)), ("index", ctypes.c_int32 * n), ("row", ctypes.c_uint16 * n),
+            ("params", LaunchParams), ("rows", ctypes.c_uint8 * row_bytes * ROWS), ("numel", ctypes.c_int64 * n),
+            ("data", (ctypes.c_uint64 * n) * operands), ("first_chunk", ctypes.c_int32 * (n + 1)),
+            ("index", ctypes.c_int32 * n), ("row", ctypes.c_uint16 * n),
         ]  # fmt: skip
 
     return Args
+
+
+def capacity(kernel: str) -> int:
+    """How many tensors one launch takes."""
+    return len(args_type(kernel)().numel)
 
 
 def nvcc_flags() -> list[str]:
@@ -90,13 +119,11 @@ def compile_ptx(folder: Path, architecture: str = "sm_90", csrc: Path = ROOT / "
     return made
 
 
-def decoded(kernel: str, data: bytes) -> tuple[str, Any]:
-    """The op of a launch, and its arguments."""
-    op = next((name for name in OPERANDS if kernel.startswith(f"rst_{name}_")), "")
-    assert op, f"{kernel} is of no op in OPERANDS of {Path(__file__).name}: kernels are called rst_<op>_<dtype>"
-    args = args_type(len(OPERANDS[op])).from_buffer_copy(data)
+def decoded(kernel: str, data: bytes) -> Any:
+    """The arguments of a launch."""
+    args = args_type(kernel).from_buffer_copy(data)
     assert ctypes.sizeof(args) == len(data), "the structures of this file are not those of csrc/cuda/args.h"
-    return op, args
+    return args
 
 
 class Simulator:
@@ -108,22 +135,25 @@ class Simulator:
             sys.path.insert(0, folder)
         from ptxsim import Module  # type: ignore[import-not-found]
 
-        self.modules = {stem: Module(path.read_text()) for stem, path in ptx.items()}
+        texts = {stem: path.read_text() for stem, path in ptx.items()}
+        self.instructions = {name: lines for text in texts.values() for name, lines in ptx_order.kernels(text)}
+        self.modules = {stem: Module(text) for stem, text in texts.items()}
         self.kernels = {name: stem for stem, module in self.modules.items() for name in module.names()}
         self.options: dict[str, Any] = {"check": 2}
         self.launches: list[tuple[str, int, Any, dict[str, Any]]] = []
 
     def launch(self, kernel: str, blocks: int, threads: int, data: bytes) -> None:
-        op, args = decoded(kernel, data)
+        args = decoded(kernel, data)
         result = self.modules[self.kernels[kernel]].launch(
-            kernel, blocks, threads, [data], bufs=self._memory(op, kernel, OPERANDS[op], args), **self.options
+            kernel, blocks, threads, [data], bufs=self._memory(kernel, args), **self.options
         )
         self.launches.append((kernel, blocks, args, result))
         assert not result["reports"], result["reports"]
 
     @staticmethod
-    def _memory(op: str, kernel: str, operands: tuple[str, ...], args: Any) -> list[tuple[np.ndarray, bool]]:
+    def _memory(kernel: str, args: Any) -> list[tuple[np.ndarray, bool]]:
         """Every byte that the launch may touch, and whether it may write there."""
+        op, operands = op_of(kernel), operands_of(kernel)
         size = next(SIZES[part] for part in kernel.removeprefix(f"rst_{op}_").split("_") if part in SIZES)
         master = "master" in kernel
         params = args.params
@@ -157,8 +187,9 @@ _libraries: list[torch.library.Library] = []
 
 
 @contextmanager
-def simulated(simulator: Simulator, monkeypatch: pytest.MonkeyPatch, scalars_on_device: bool = False) -> Iterator[None]:
-    """While it lasts, backend "simulated" runs the GPU ops on CPU tensors."""
+def simulated(simulator: Simulator, monkeypatch: pytest.MonkeyPatch, *on_device: bool) -> Iterator[None]:
+    """While it lasts, backend "simulated" runs the GPU ops on CPU tensors. ``on_device``: whether numbers are read by
+    the kernel, as if they were on the device, and whether hyperparameters travel by value all the same."""
     if not _libraries:
         _libraries.append(torch.library.Library(NAMESPACE, "DEF"))
         for name, schema in SCHEMAS.items():
@@ -166,7 +197,7 @@ def simulated(simulator: Simulator, monkeypatch: pytest.MonkeyPatch, scalars_on_
     backend = _backends.Backend("simulated", True, "interpreted PTX", ("cpu",), _backends._ops(NAMESPACE), "gpu")
     monkeypatch.setattr(_backends, "_BY_SPEED", (*_backends._BY_SPEED, backend))
     simulator.launches.clear()
-    _backends.plan_extension().simulate_gpu(simulator.launch, scalars_on_device)
+    _backends.plan_extension().simulate_gpu(simulator.launch, *on_device)
     try:
         yield
     finally:

@@ -11,7 +11,7 @@ struct Adam {
   enum Column { kLr, kBeta1, kBeta2, kEps, kWeightDecay, kGamma, kColumns, kStep = kColumns };  // as ADAM_HYPER
   static constexpr const char* kStateNames[] = {"exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs"};
   static constexpr int kFewestStates = 2, kMostStates = 3;
-  static constexpr bool kCountsSteps = true, kHasFlag = true, kHasUnitFactors = false;
+  static constexpr bool kCountsSteps = true, kHasFlag = true, kHasUnitFactors = false, kDivides = true;
 
   template <class V>
   struct Step {
@@ -32,6 +32,8 @@ struct Adam {
               as<V>(decoupled ? 1 - lr * weight_decay : 1),
               as<V>(grad_multiplier)};
     }
+    // Whether roots up to 2^-62 vanish beside eps: less than half of its last digit.
+    RST_HD bool ignores_small_roots() const { return eps * bias2_sqrt >= 0x1p-36f; }
     template <int N>
     RST_HD V operator()(V w, V g, States<V, N>& state) const {
       g = fma(weight_decay, w, grad_multiplier * g);

@@ -9,7 +9,7 @@ struct Lion {
   enum Column { kLr, kBeta1, kBeta2, kWeightDecay, kGamma, kColumns };  // as LION_HYPER in rst_fused/_schemas.py
   static constexpr const char* kStateNames[] = {"exp_avgs"};
   static constexpr int kFewestStates = 1, kMostStates = 1;
-  static constexpr bool kCountsSteps = false, kHasFlag = false, kHasUnitFactors = false;
+  static constexpr bool kCountsSteps = false, kHasFlag = false, kHasUnitFactors = false, kDivides = false;
 
   template <class V>
   struct Step {

@@ -9,7 +9,7 @@ struct Sgd {
   enum Column { kLr, kMomentum, kDampening, kWeightDecay, kGamma, kColumns };  // as SGD_HYPER in rst_fused/_schemas.py
   static constexpr const char* kStateNames[] = {"momentum_buffers"};
   static constexpr int kFewestStates = 0, kMostStates = 1;
-  static constexpr bool kCountsSteps = false, kHasFlag = true, kHasUnitFactors = true;
+  static constexpr bool kCountsSteps = false, kHasFlag = true, kHasUnitFactors = true, kDivides = false;
 
   template <class Row>
   static RST_HD bool has_unit_factors(const Row& row, double grad_multiplier) {
