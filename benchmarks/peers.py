@@ -208,7 +208,9 @@ class Ours(Competitor):
     name, title = "ours", "rst_fused"
     options: dict[str, Any] = {}
 
-    def __init__(self, params: list[torch.nn.Parameter], hyper: Hyper, backend: str = "cpu", base: str = "sgd") -> None:
+    def __init__(
+        self, params: list[torch.nn.Parameter], hyper: Hyper, backend: str = "cpu", base: str = "sgd", **options: Any
+    ) -> None:
         super().__init__(params, hyper)
         try:
             from rst_fused import RST
@@ -216,8 +218,9 @@ class Ours(Competitor):
             raise Unavailable(f"rst_fused does not import ({error})") from error
         try:
             self.optimizer = RST(
-                params, base=base, rho=hyper.rho, schedule=1.0, backend=backend, **hyper.of(base), **self.options
-            )
+                params, base=base, rho=hyper.rho, schedule=1.0, backend=backend, **hyper.of(base),
+                **self.options, **options,
+            )  # fmt: skip
         except RuntimeError as error:  # the backend was not built
             raise Unavailable(str(error)) from error
 
@@ -254,7 +257,7 @@ PEERS: dict[str, Callable[..., Competitor]] = {
 
 
 def make(
-    name: str, case: Case, dtype: torch.dtype, hyper: Hyper, device: torch.device | str = "cpu", **options: str
+    name: str, case: Case, dtype: torch.dtype, hyper: Hyper, device: torch.device | str = "cpu", **options: Any
 ) -> Competitor:
     """A competitor over fresh parameters of ``case``, the same values for every one; ``options`` are its own."""
     params = [torch.nn.Parameter(t) for t in case.tensors(dtype, **WEIGHTS, device=device)]

@@ -7,7 +7,6 @@ import json
 import tempfile
 import time
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -56,8 +55,8 @@ class Device(ABC):
         self.synchronize()
         gc.collect()
 
-    def launches(self, call: Callable[[], object]) -> dict[str, int]:
-        """What ``call`` launches on the device: name -> how often."""
+    def launches(self, call: Callable[[], object]) -> dict[str, list[float]]:
+        """What ``call`` launches on the device: name -> the seconds of each launch, in order."""
         with torch.profiler.profile(activities=self.profiled()) as profile:
             call()
             self.synchronize()
@@ -139,10 +138,13 @@ def device_of(name: str) -> Device:
     return Gpu()
 
 
-def launched(trace: Mapping[str, Any]) -> dict[str, int]:
-    """Kernels, copies and fills in a Chrome trace of torch.profiler: name -> how often."""
-    names = (event["name"] for event in trace["traceEvents"] if event.get("cat") in LAUNCHED)
-    return dict(Counter(names))
+def launched(trace: Mapping[str, Any]) -> dict[str, list[float]]:
+    """Kernels, copies and fills in a Chrome trace of torch.profiler: name -> the seconds of each, in order."""
+    found: dict[str, list[float]] = {}
+    events = [event for event in trace["traceEvents"] if event.get("cat") in LAUNCHED]
+    for event in sorted(events, key=lambda event: event["ts"]):  # microseconds, as dur
+        found.setdefault(event["name"], []).append(event["dur"] * 1e-6)
+    return found
 
 
 def available_backends(device: Device, wanted: list[str] | None = None) -> tuple[list[str], list[str]]:
@@ -151,7 +153,7 @@ def available_backends(device: Device, wanted: list[str] | None = None) -> tuple
 
     known = {backend.name: backend for backend in backends()}
     names, notes = [], []
-    for name in wanted or device.backends:
+    for name in device.backends if wanted is None else wanted:
         backend = known.get(name)
         if backend is None:
             notes.append(f"backend {name} was left out: this version has none")

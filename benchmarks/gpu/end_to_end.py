@@ -177,12 +177,15 @@ def measure_first(part: stage.Part, setting: Setting) -> None:
 
 
 def main() -> int:
-    args = stage.parser(__doc__).parse_args()
+    parser = stage.parser(__doc__)
+    parser.add_argument("--more", action="store_true", help="instead: all but the first pair of model and optimizer")
+    args = parser.parse_args()
     part = stage.start(args)
     if not part.backends:
         part.note("no backend for this device is available: training steps ran on the reference backend")
     torch.backends.cudnn.benchmark = True
-    for setting in rehearsal_size() if args.device == "cpu" else full_size():
+    settings = rehearsal_size() if args.device == "cpu" else full_size()
+    for setting in settings[1:] if args.more else settings[:1]:
         measure_first(part, setting)
     return part.status()
 

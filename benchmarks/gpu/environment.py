@@ -5,6 +5,7 @@ Nothing here starts CUDA or loads rst_fused, which is not built yet when a run b
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -14,7 +15,8 @@ import torch
 
 from .. import record
 
-PACKAGES = ("torch", "triton", "rst_fused", "pybind11", "ninja", "setuptools", "pytest")
+PACKAGES = ("torch", "triton", "rst_fused", "pybind11", "ninja", "setuptools", "pytest", "pytest-xdist")
+TOOLKITS = ("/usr/local/cuda/bin", "/opt/cuda/bin")  # where tools lie that are not on PATH
 # Of nvidia-smi --query-gpu: its name there -> the name in the result file.
 DEVICE_FIELDS = {"name": "name", "driver_version": "driver", "memory.total": "memory", "power.limit": "power_limit"}
 CLOCK_FIELDS = {"clocks.sm": "sm", "clocks.max.sm": "sm_max", "clocks.mem": "memory", "temperature.gpu": "celsius"}
@@ -46,13 +48,20 @@ def clocks() -> dict[str, str]:
     return _query(CLOCK_FIELDS)
 
 
-def architecture() -> dict[str, str]:
-    """The variable that makes a build compile for the GPU at hand alone; empty where nvidia-smi does not say which."""
-    return _query({"compute_cap": "TORCH_CUDA_ARCH_LIST"})
+def building() -> dict[str, str]:
+    """Variables of a build that is for the GPU at hand alone, if nvidia-smi says which, and must not go on without
+    kernels for it."""
+    return {"RST_FUSED_BUILD_EXTENSION": "1", "RST_FUSED_BUILD_CUDA": "1",
+            **_query({"compute_cap": "TORCH_CUDA_ARCH_LIST"})}  # fmt: skip
+
+
+def tool(name: str) -> str | None:
+    """Where a tool of the CUDA toolkit lies."""
+    return shutil.which(name, path=os.pathsep.join([os.environ.get("PATH", ""), *TOOLKITS]))
 
 
 def nvcc_version() -> str | None:
-    nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+    nvcc = tool("nvcc")
     text = _output(nvcc, "--version") if nvcc else None
     found = re.search(r"release \S+ V(\S+)|release ([^,\s]+)", text.replace(",", "")) if text else None
     return (found[1] or found[2]) if found else None

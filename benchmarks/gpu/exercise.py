@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from rst_fused import ops
 from rst_fused._schemas import SCHEMAS
 
 from .device import available_backends, device_of
+from .stages import write_part
 
 SIZES = (0, 1, 3, 17, 1025, 4097, 70001)  # around the widths of vectors, blocks and chunks
 MODES = {"fp32": (torch.float32, False), "bf16": (torch.bfloat16, False), "bf16, fp32 masters": (torch.bfloat16, True)}
@@ -128,16 +130,21 @@ def exercise(backend: str, device: str) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=("cuda", "cpu"), required=True)
-    parser.add_argument("--backend", nargs="+", default=None)
+    parser.add_argument("--backend", nargs="+", default=None, help="default: the first that is available")
+    parser.add_argument("--out", type=Path, help="JSON file for what is wrong")
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
     device = device_of(args.device)
     names, notes = available_backends(device, args.backend)
+    names = names[:1] if args.backend is None else names
     wrong = [message for name in names for message in exercise(name, device.name)]
     device.synchronize()
     for line in (*notes, *wrong):
         print(line)
     print(f"{len(CALLS)} calls on {names}: {len(wrong)} comparisons are wrong")
+    if args.out:
+        nothing = [] if names else ["no backend is available"]
+        write_part(args.out, {"backends": names, "notes": notes, "errors": [*nothing, *wrong]})
     return 1 if wrong or not names else 0
 
 

@@ -1,4 +1,4 @@
-"""Interleaved timing on a device, the bytes that each part of a step must move, and whether competitors agree."""
+"""Interleaved timing on a device, and whether competitors agree."""
 
 from __future__ import annotations
 
@@ -11,30 +11,20 @@ from typing import Any
 
 import torch
 
-from ..cases import Case
 from ..peers import Competitor, attach
 from ..runner import quiet
 from .device import Device
+from .streams import COPIES, Call, Streams
+from .traffic import PARTS
 
-# Arrays read plus arrays written, of the element size each:
-#   perturb       the norm reads g; the perturbation reads w and g and writes w and the backup
-#   update, base  sgd reads the backup (base: w), g and m and writes w and m; adamw reads and writes v, too
-WORDS = {"sgd": {"perturb": 1 + 4, "update": 5, "base": 5}, "adamw": {"perturb": 1 + 4, "update": 7, "base": 7}}
-COPY_WORDS = 2
-PARTS = ("perturb", "update", "base")
 # Largest distance between weights that should be equal, relative to what `same_weights` says.
 AGREEMENT = {torch.float32: 1e-2, torch.bfloat16: 2e-2}
 
-Call = Callable[[], object]
 Times = dict[str, dict[str, list[float]]]  # who -> what -> seconds per round
+Grads = Sequence[torch.Tensor]
 
 
-def traffic(base: str, part: str, elements: int, element_size: int) -> int:
-    """The least bytes that a part of a step moves."""
-    return WORDS[base][part] * elements * element_size
-
-
-def nothing() -> None:
+def nothing(what: str) -> None:
     pass
 
 
@@ -44,40 +34,39 @@ class Entrant:
 
     ``parts`` are timed one by one, queued behind a busy device, so that their times are the device's alone.
     ``steps`` are timed back to back with nothing held, as a training loop sees them: the slower of host and device.
-    ``prepare`` runs before each, out of the time of the parts.
+    ``prepare`` runs before each part, whose name it is given, out of its time.
     """
 
     parts: Mapping[str, Call] = field(default_factory=dict)
     steps: Mapping[str, Call] = field(default_factory=dict)
-    prepare: Call = nothing
+    prepare: Callable[[str], object] = nothing
 
 
-def sam_step(competitor: Competitor, grads: Sequence[torch.Tensor]) -> None:
-    """One SAM step; the gradients are set again for both halves, as two backward passes would."""
+def sam_step(competitor: Competitor, grads: Grads, second: Grads | None = None) -> None:
+    """One SAM step; the gradients are set for both halves, as two backward passes would, to the same unless there are
+    ``second`` ones."""
     attach(competitor.params, grads)
     competitor.perturb()
-    attach(competitor.params, grads)
+    attach(competitor.params, grads if second is None else second)
     competitor.update()
 
 
-def base_step(competitor: Competitor, grads: Sequence[torch.Tensor]) -> None:
+def base_step(competitor: Competitor, grads: Grads) -> None:
     attach(competitor.params, grads)
     competitor.base()
 
 
-def entrant(competitor: Competitor, grads: Sequence[torch.Tensor]) -> Entrant:
+def entrant(competitor: Competitor, grads: Grads, second: Grads) -> Entrant:
     return Entrant(
         {part: getattr(competitor, part) for part in PARTS},
-        {"step": partial(sam_step, competitor, grads)},
-        partial(attach, competitor.params, grads),
+        {"step": partial(sam_step, competitor, grads, second)},
+        lambda part: attach(competitor.params, second if part == "update" else grads),
     )
 
 
-def copy_entrant(elements: int, dtype: torch.dtype, device: Device) -> Entrant:
-    """A plain copy of as many elements as the case has: its bandwidth is the measure of all others."""
-    source = torch.randn(elements, dtype=torch.float32, device=device.name).to(dtype)
-    target = torch.empty_like(source)
-    return Entrant({"copy": lambda: target.copy_(source)})
+def copy_entrant(size: int, device: Device) -> Entrant:
+    """A plain copy of ``size`` bytes: its bandwidth is the measure of all others."""
+    return Entrant({"copy": Streams(size, device).copy})
 
 
 @dataclass(frozen=True)
@@ -95,8 +84,8 @@ def _queued(device: Device, e: Entrant, hold: float) -> dict[str, float]:
     device.synchronize()
     device.hold(hold)
     marks = []
-    for call in e.parts.values():
-        e.prepare()
+    for what, call in e.parts.items():
+        e.prepare(what)
         start = device.mark()
         call()
         marks.append((start, device.mark()))
@@ -122,8 +111,8 @@ def _warm_up(device: Device, e: Entrant, times: int) -> float:
             step()
         device.synchronize()
         start = time.perf_counter()
-        for call in e.parts.values():
-            e.prepare()
+        for what, call in e.parts.items():
+            e.prepare(what)
             call()
         host = time.perf_counter() - start
     return host
@@ -152,18 +141,17 @@ def results(times: Times) -> list[dict[str, Any]]:
     ]
 
 
-def fractions(times: Times, ours: Sequence[str], base: str, case: Case, element_size: int) -> list[dict[str, Any]]:
-    """Bandwidth of each part of ours over the bandwidth of the copy: the median over rounds, and of the best times."""
+def fractions(times: Times, ours: Sequence[str], must_move: Mapping[str, int], size: int) -> list[dict[str, Any]]:
+    """Bandwidth of each part of ours over that of a copy of ``size`` bytes: the median over rounds, and of the best
+    times."""
     found = []
-    copied = COPY_WORDS * case.elements * element_size
     for who in ours:
-        for part in PARTS:
-            work = traffic(base, part, case.elements, element_size) / copied
+        for part, moved in must_move.items():
+            work = moved / (COPIES * size)
             mine, copies = times[who][part], times["copy"]["copy"]
             median = statistics.median(work * c / m for c, m in zip(copies, mine, strict=True))
             found.append({
-                "who": who, "what": part, "bytes": traffic(base, part, case.elements, element_size),
-                "fraction": median, "best": work * min(copies) / min(mine),
+                "who": who, "what": part, "bytes": moved, "fraction": median, "best": work * min(copies) / min(mine),
             })  # fmt: skip
     return found
 
@@ -210,7 +198,7 @@ def same_weights(
 
 
 def agreement(
-    competitors: Mapping[str, Competitor], grads: Sequence[torch.Tensor], standard: str = "foreach"
+    competitors: Mapping[str, Competitor], grads: Grads, standard: str, second: Grads | None = None
 ) -> list[dict[str, Any]]:
     """One SAM step and one base step by all, from the same weights: how far each is from ``standard``.
 
@@ -227,7 +215,7 @@ def agreement(
         e = _distance(norm.params, before)
         moved = {name: _distance(c.params, norm.params) / e for name, c in others.items()}
     for c in competitors.values():
-        attach(c.params, grads)
+        attach(c.params, grads if second is None else second)
         c.update()
         base_step(c, grads)
     found = []

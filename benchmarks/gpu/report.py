@@ -5,10 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from ..record import seconds, table
-from . import goals
-from .race import COPY_WORDS, WORDS
+from . import goals, kernel_report, modes
+from .predictions import SOURCE
+from .streams import COPIES
+from .traffic import PARTS, STATES, part_bytes
 
-MEASURING = ("tune", "kernels", "end_to_end")  # stages with errors and notes
+# Stages with errors and notes.
+MEASURING = (
+    "ceilings", "exercise", "kernels", "variants", "ncu", "races", "end_to_end", "tune", "more_races", "more_training",
+)  # fmt: skip
+TESTS = ("tests", "triton_tests")
+SANITIZERS = ("memcheck", "sanitizer")
 MOST_SIZES = 3  # of the candidates that were timed, those that are listed
 MOST_LAUNCHES = 8  # names of launched kernels that are listed for one step
 
@@ -25,8 +32,9 @@ def _head(data: dict[str, Any]) -> str:
     for name, facts in (("GPU", data["gpu"]), ("Clocks at the start", data["clocks"])):
         if facts:
             lines.append(f"{name}: " + ", ".join(f"{key} {value}" for key, value in facts.items()) + ".")
-    backends = data.get("kernels", {}).get("backends")
-    if backends is not None:
+    measured = [data[name]["backends"] for name in goals.PARTS if name in data]
+    if measured:
+        backends = dict.fromkeys(backend for part in measured for backend in part)
         lines.append(f"Backends measured: {', '.join(backends) or 'none'}.")
     return "\n".join(lines) + "\n"
 
@@ -36,11 +44,13 @@ def _stages(data: dict[str, Any]) -> str:
         [s["name"], s["status"], f"{s['seconds']:.0f} s", f"{s['limit_s']:.0f} s", s["detail"]] for s in data["stages"]
     ]
     parts = ["\n## Stages\n\n", table(["stage", "status", "took", "limit", "detail"], rows)]
-    if data.get("tests"):
-        parts.append("\nTests: " + ", ".join(f"{count} {what}" for what, count in data["tests"].items()) + ".\n")
-    if data.get("sanitizer"):
-        rows = [[name, f["status"], f["summary"]] for name, f in data["sanitizer"].items()]
-        parts.append("\n" + table(["all ops, small odd sizes", "status", "summary"], rows))
+    for name in TESTS:
+        if name in data:
+            parts.append(f"\n{name}: " + ", ".join(f"{count} {what}" for what, count in data[name].items()) + ".\n")
+    for name in SANITIZERS:
+        if name in data:
+            rows = [[tool, f["status"], f["summary"]] for tool, f in data[name].items()]
+            parts.append("\n" + table(["all ops, small odd sizes", "status", "summary"], rows))
     return "".join(parts)
 
 
@@ -51,29 +61,34 @@ def _errors(data: dict[str, Any]) -> str:
 
 def _goals(data: dict[str, Any]) -> str:
     words = {True: "yes", False: "NO", None: "not judged"}
-    rows = [[v.what, v.who, v.result, v.goal, words[v.met]] for v in goals.verdicts(data)]
+    rows = [[v.what, v.who, v.result, v.predicted, v.goal, words[v.met]] for v in goals.verdicts(data)]
     if not rows:
         return ""
-    return "\n## Goals\n\n" + table(["what", "backend", "result", "goal", "met"], rows)
+    return "\n## Goals\n\n" + table(["what", "backend", "result", "predicted", "goal", "met"], rows) + f"\n{SOURCE}.\n"
 
 
 def _method() -> str:
-    fp32 = {base: {part: 4 * words for part, words in parts.items()} for base, parts in WORDS.items()}
-    model = "; ".join(f"{base}: " + ", ".join(f"{p} {b}N" for p, b in parts.items()) for base, parts in fp32.items())
+    model = ";".join(
+        f"\n  {mode.name}, {base}: " + ", ".join(f"{part} {part_bytes(part, base, mode)}N" for part in PARTS)
+        for mode in (modes.FP32, modes.MASTERS)
+        for base in STATES
+    )
     return f"""
 ## How this was measured
 
 * perturb = gradient norm, backup and w + e; update = restore and base step; base = a step without SAM; step = perturb
   and update.
-* Bytes that N fp32 parameters need (half of it in bf16): {model}; the copy {4 * COPY_WORDS}N.
-  perturb is 4N for the norm and 16N for the perturbation. fraction = bandwidth by this count / bandwidth of
-  `dst.copy_(src)` with N elements, in the same rounds.
+* Bytes that N parameters need (bf16 without masters: half of fp32): {model}; the copy {4 * COPIES}N in fp32.
+  fraction = bandwidth by this count / bandwidth of `dst.copy_(src)` with N elements, in the same rounds.
+* Kernels: durations in the profiler's trace, of several SAM steps, copies and reads in turns. of a read: over the
+  bandwidth of the fastest of torch's sum, max and norm over as many bytes as the gradients have.
 * perturb, update, base and copy: time on the device alone, launched while the device is held busy (host time shows
   where more is launched than its queue takes). step: SAM steps back to back, so the slower of host and device; it
   includes setting p.grad of every parameter twice.
 * Entrants take turns round by round; median (best) over the rounds, ratios are medians of single rounds' ratios.
-* All entrants took the same first steps: weights were compared with those of foreach, in fp32 relative to the largest
-  change (perturbed: to the largest e), in bf16 relative to the largest weight.
+* All entrants took the same first steps. Weights were compared with those of foreach, or of this package in plain torch
+  (reference) where others have no such step: in fp32 relative to the largest change (perturbed: to the largest e), in
+  bf16 relative to the largest weight.
 * Arrays that fit in the last-level cache (few or small tensors) are faster than memory.
 """
 
@@ -89,14 +104,17 @@ def _share(value: float | None) -> str:
     return "" if value is None else f"{value:.1e}"
 
 
-def _agreement(found: list[dict[str, Any]]) -> str:
-    rows = [[a["who"], _share(a.get("perturbed")), _share(a["weights"]), "yes" if a["agree"] else "NO"] for a in found]
-    return "\n" + table(["distance from foreach", "perturbed", "weights", "agrees"], rows) if rows else ""
+def _agreement(r: dict[str, Any]) -> str:
+    rows = [
+        [a["who"], _share(a.get("perturbed")), _share(a["weights"]), "yes" if a["agree"] else "NO"]
+        for a in r["agreement"]
+    ]
+    return "\n" + table([f"distance from {r['standard']}", "perturbed", "weights", "agrees"], rows) if rows else ""
 
 
 def _heading(r: dict[str, Any], more: str = "") -> str:
     size = f"{r['tensors']} tensors, {r['elements']:,} elements"
-    return f"\n## {r['title']}, {r['dtype']}, {r['base']}{more}\n\n{size}"
+    return f"\n## {r['title']}, {r['mode']}, {r['base']}{more}\n\n{size}"
 
 
 def _race(r: dict[str, Any]) -> str:
@@ -106,15 +124,19 @@ def _race(r: dict[str, Any]) -> str:
     parts = [_heading(r, f", beside {', '.join(against)}" if against else ""), f"; {copied}{clocks}.\n\n"]
     parts.append(_times(r["results"]))
     rows = [
-        [f"{f['who']}: {f['what']}", f"{f['bytes'] / 1e6:,.3f} MB", f"{f['fraction']:.2f}", f"{f['best']:.2f}"]
+        [
+            f"{f['who']}: {f['what']}", f"{f['bytes'] / 1e6:,.3f} MB", f"{f['fraction']:.2f}", f"{f['best']:.2f}",
+            kernel_report.fraction(f["predicted"]),
+        ]
         for f in r["fractions"]
-    ]
+    ]  # fmt: skip
     if rows:
-        parts.append("\n" + table(["fraction of the copy bandwidth", "must move", "median", "of best times"], rows))
+        head = ["fraction of the copy bandwidth", "must move", "median", "of best times", "predicted"]
+        parts.append("\n" + table(head, rows))
     rows = [[f"{x['against']} / {x['who']}", f"{x['step']:.2f}", f"{x['device']:.2f}"] for x in r["ratios"]]
     if rows:
         parts.append("\n" + table(["time / time of ours", "step", "perturb + update on the device"], rows))
-    parts.append(_agreement(r["agreement"]))
+    parts.append(_agreement(r))
     return "".join(parts)
 
 
@@ -136,9 +158,7 @@ def _host(found: list[dict[str, Any]]) -> str:
 def _launches(found: list[dict[str, Any]], rehearsal: bool) -> str:
     if not found:
         return ""
-    rows = [
-        [f"{c['title']}, {c['dtype']}, {c['base']}: {c['who']}", str(c["total"]), _launched(c["of"])] for c in found
-    ]
+    rows = [[f"{c['title']}, {c['mode']}, {c['base']}: {c['who']}", str(c["total"]), _launched(c["of"])] for c in found]
     head = "\n## Launches per SAM step: kernels, copies and fills\n\n"
     head += "On the CPU nothing is launched.\n\n" if rehearsal else ""
     return head + table(["perturb + update", "count", "of"], rows)
@@ -159,7 +179,7 @@ def _graphs(g: dict[str, Any]) -> str:
     parts = [_heading(g, ", CUDA graphs"), " (back to back; with a graph, one replay is one step).\n\n"]
     parts.append(_times(g["results"]))
     parts += [f"\n{name} could not be captured: {words}\n" for name, words in g["failures"].items()]
-    return "".join(parts) + _agreement(g["agreement"])
+    return "".join(parts) + _agreement(g)
 
 
 def _training(t: dict[str, Any]) -> str:
@@ -181,12 +201,11 @@ def overview(data: dict[str, Any]) -> str:
 
 def markdown(data: dict[str, Any]) -> str:
     """The whole summary, of whatever is there so far."""
-    kernels, trainings = data.get("kernels", {}), data.get("end_to_end", {}).get("trainings", [])
-    parts = [overview(data), _method(), _sizes(data.get("tune", {}).get("sizes", [])), _host(kernels.get("host", []))]
-    parts.append(_launches(kernels.get("launches", []), data["rehearsal"]))
-    parts += [_race(r) for r in kernels.get("races", [])]
-    parts += [_graphs(g) for g in kernels.get("graphs", [])]
-    parts += [_training(t) for t in trainings]
+    parts = [overview(data), kernel_report.markdown(data), _method(), _sizes(data.get("tune", {}).get("sizes", []))]
+    parts += [_host(goals.merged(data, "host")), _launches(goals.merged(data, "launches"), data["rehearsal"])]
+    parts += [_race(r) for r in goals.merged(data, "races")]
+    parts += [_graphs(g) for g in goals.merged(data, "graphs")]
+    parts += [_training(t) for t in goals.merged(data, "trainings")]
     notes = dict.fromkeys(
         note for name in MEASURING for note in data.get(name, {}).get("notes", [])
     )  # both stages may say the same

@@ -1,29 +1,29 @@
-"""The stage ``sanitizer``: every op under compute-sanitizer, which looks for bad accesses and races."""
+"""The stages ``memcheck`` and ``sanitizer``: every op under compute-sanitizer, which looks for bad accesses and races.
+
+Only this package's kernels are checked: checking those of torch, too, takes minutes and says nothing about these.
+"""
 
 from __future__ import annotations
 
 import argparse
 import os
 import re
-import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from .environment import tool
 from .stages import ROOT, TAIL_LINES, tail, write_part
 
 TOOLS = ("memcheck", "racecheck")
+KERNELS = "rst_"  # in the name of every kernel of the backend cuda
 SPARE = 1.0  # seconds to write what was found
 FOUND = 9  # exit status of compute-sanitizer when it finds something
-PLACES = ("/usr/local/cuda/bin", "/opt/cuda/bin")
 SUMMARY = re.compile(r"(?:ERROR SUMMARY|RACECHECK SUMMARY): .*")
-
-
-def find(name: str = "compute-sanitizer") -> str | None:
-    path = os.pathsep.join([os.environ.get("PATH", ""), *PLACES])
-    return shutil.which(name, path=path)
+# Without torch's cache every tensor has an allocation of its own, so that an access beyond its end is seen.
+ENVIRONMENT = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 
 
 def read_log(text: str, code: int) -> dict[str, Any]:
@@ -34,14 +34,20 @@ def read_log(text: str, code: int) -> dict[str, Any]:
     return {"status": status, "summary": summary}
 
 
-def run(command: list[str], environment: dict[str, str], limit: float, log: Path) -> dict[str, Any]:
+def command(sanitizer: str, name: str) -> list[str]:
+    exercise = [sys.executable, "-m", "benchmarks.gpu.exercise", "--device", "cuda", "--backend", "cuda"]
+    checked = ["--kernel-regex", f"kns={KERNELS}"]
+    return [sanitizer, "--tool", name, "--error-exitcode", str(FOUND), *checked, *exercise]
+
+
+def run(words: list[str], limit: float, log: Path) -> dict[str, Any]:
     """One run, with its output in ``log``."""
-    print("$ " + " ".join(command), flush=True)
+    print("$ " + " ".join(words), flush=True)
     started = time.monotonic()
     with log.open("wb") as output:
         try:
             done = subprocess.run(
-                command, cwd=ROOT, env={**os.environ, **environment}, stdout=output, stderr=subprocess.STDOUT,
+                words, cwd=ROOT, env={**os.environ, **ENVIRONMENT}, stdout=output, stderr=subprocess.STDOUT,
                 timeout=limit,
             )  # fmt: skip
             verdict = read_log(log.read_text(errors="replace"), done.returncode)
@@ -55,28 +61,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=("cuda", "cpu"), required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--backend", nargs="+", default=[])
+    parser.add_argument("--tool", nargs="+", choices=TOOLS, default=list(TOOLS))
     parser.add_argument("--seconds", type=float, required=True, help="for all runs together")
     args = parser.parse_args()
-    exercise = [sys.executable, "-m", "benchmarks.gpu.exercise", "--device", args.device]
-    exercise += ["--backend", *args.backend] if args.backend else []
-    # Without torch's cache every tensor has an allocation of its own, so that an access beyond its end is seen.
-    environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     end = time.monotonic() + args.seconds - SPARE
-
-    def log(name: str) -> Path:
-        return args.out.with_name(f"{args.out.stem}-{name}.log")
-
-    found = {"plain": run(exercise, {}, (end - time.monotonic()) / (1 + len(TOOLS)), log("plain"))}
-    write_part(args.out, found)
-    sanitizer = find() if args.device == "cuda" else None
-    for i, tool in enumerate(TOOLS):
+    found: dict[str, Any] = {}
+    sanitizer = tool("compute-sanitizer") if args.device == "cuda" else None
+    for i, name in enumerate(args.tool):
         if sanitizer is None:
-            found[tool] = {"status": "not available", "summary": "compute-sanitizer was not found", "seconds": 0.0}
+            found[name] = {"status": "not available", "summary": "compute-sanitizer was not found", "seconds": 0.0}
         else:
-            command = [sanitizer, "--tool", tool, "--error-exitcode", str(FOUND), *exercise]
-            limit = max(1.0, (end - time.monotonic()) / (len(TOOLS) - i))
-            found[tool] = run(command, environment, limit, log(tool))
+            limit = max(1.0, (end - time.monotonic()) / (len(args.tool) - i))
+            found[name] = run(command(sanitizer, name), limit, args.out.with_name(f"{args.out.stem}-{name}.log"))
         write_part(args.out, found)
     return 0 if all(f["status"] in ("passed", "not available") for f in found.values()) else 1
 

@@ -21,7 +21,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(description=description)
     result.add_argument("--device", choices=("cuda", "cpu"), required=True)
     result.add_argument("--out", type=Path, required=True, help="JSON file, written after each measurement")
-    result.add_argument("--backend", nargs="+", default=None, help="default: those of the device")
+    result.add_argument("--backend", nargs="+", default=None, help="default: the first that is available")
     return result
 
 
@@ -34,13 +34,27 @@ def described(error: BaseException) -> str:
     return words if first is error else f"{words} (after {described(first)})"
 
 
+def package() -> dict[str, Any]:
+    """Where rst_fused is loaded from, and how it was built."""
+    from rst_fused import _backends
+
+    return {"package": str(Path(_backends.__file__).parents[1]), "build": _backends.build_info()}
+
+
 class Part:
     """The findings of one stage. Each ``attempt`` that fails is noted, and the next one runs all the same."""
 
     def __init__(self, device: Device, out: Path, backends: list[str] | None) -> None:
         self.device, self.out = device, out
         self.backends, notes = available_backends(device, backends)
-        self.data: dict[str, Any] = {"device": device.title(), "backends": self.backends, "notes": notes, "errors": []}
+        self.data: dict[str, Any] = {
+            "device": device.title(), "backends": self.backends, "notes": notes, "errors": [], **package(),
+        }  # fmt: skip
+        self.save()
+
+    def keep(self, backends: list[str]) -> None:
+        """Measures these and no others."""
+        self.backends = self.data["backends"] = backends
         self.save()
 
     def save(self) -> None:
@@ -83,12 +97,24 @@ class Part:
         return 1 if self.data["errors"] else 0
 
 
-def start(args: argparse.Namespace) -> Part:
-    """The part of a stage; exits with a message where the device is missing."""
+def start_profiler(part: Part) -> None:
+    """The first profile of a process starts the profiler, and is dropped."""
+    device = part.device
+    part.attempt("a first profile", lambda: device.launches(lambda: torch.ones(8, device=device.name).add_(1)))
+
+
+def start(args: argparse.Namespace, backends: bool = True) -> Part:
+    """The part of a stage, without ``backends`` where it needs none; exits with a message where the device is missing.
+
+    Unless the command names backends, the most important one that is available is measured.
+    """
     try:
         device = device_of(args.device)
     except RuntimeError as error:
         raise SystemExit(f"error: {error}") from error
     if args.device == "cpu":
         torch.set_num_threads(1)  # threads that wake up for such small tensors are all that would be seen
-    return Part(device, args.out, args.backend)
+    part = Part(device, args.out, args.backend if backends else [])
+    if args.backend is None:
+        part.keep(part.backends[:1])
+    return part

@@ -34,6 +34,8 @@ class Stage:
     environment: Mapping[str, str] = field(default_factory=dict)
     accepted: tuple[int, ...] = (0,)  # exit codes that are no failure
     meanings: Mapping[int, str] = field(default_factory=dict)  # exit code -> what it says
+    needs: str = ""  # a stage without whose success this one is not worth its time
+    after_failure_of: str = ""  # the stage of which this one is to find out what is wrong; else it is passed over
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -113,6 +115,13 @@ def run_stages(
     """Runs all stages in order until ``end`` of time.monotonic(). ``changed`` gets the outcomes so far, often."""
     outcomes: list[dict[str, Any]] = []
     for stage in stages:
+        failed = {o["name"] for o in outcomes if o["status"] != PASSED}
+        if stage.after_failure_of and stage.after_failure_of not in failed:
+            continue
+        if stage.needs in failed:
+            outcomes.append({"name": stage.name, "limit_s": 0.0, "log": f"{stage.name}.log", "seconds": 0.0,
+                             "status": NOT_RUN, "detail": f"{stage.needs} did not pass"})  # fmt: skip
+            continue
         limit = stage.share * (end - time.monotonic() - grace)
         waiting = {"name": stage.name, "limit_s": round(limit, 1), "log": f"{stage.name}.log", "seconds": 0.0,
                    "status": "running", "detail": ""}  # fmt: skip
@@ -120,6 +129,7 @@ def run_stages(
         changed(now)
         outcomes.append(run_stage(stage, folder, limit, grace, tick=partial(changed, now)))
         changed(outcomes)
+    changed(outcomes)
     return outcomes
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,13 @@ import pytest
 
 from benchmarks import record
 from benchmarks.__main__ import main
-from benchmarks.gpu import add_arguments, counts, environment, gathered, goals, planned, race, report, sanitizer
+from benchmarks.gpu import (
+    gathered,
+    goals,
+    report,
+    traffic,
+)
+from benchmarks.gpu.order import FIRST
 from benchmarks.gpu.stages import FAILED, NOT_RUN, PASSED, TIMED_OUT, Stage, run_stages
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -87,32 +94,54 @@ def test_no_stage_starts_after_the_end(tmp_path: Path) -> None:
     assert (outcomes["a"]["status"], outcomes["a"]["detail"]) == (NOT_RUN, "no time was left")
 
 
+def test_after_a_wrong_op_only_memcheck_runs(tmp_path: Path) -> None:
+    def stages(exercise: str) -> list[Stage]:
+        return [
+            script("build", "raise SystemExit(1)"), script("exercise", exercise),
+            script("memcheck", "print(1)", after_failure_of="exercise"),
+            script("kernels", "print(1)", needs="exercise"),
+        ]  # fmt: skip
+
+    outcomes, seen = run(stages("raise SystemExit(1)"), tmp_path)
+    assert [(o["name"], o["status"]) for o in outcomes.values()] == [
+        ("build", FAILED), ("exercise", FAILED), ("memcheck", PASSED), ("kernels", NOT_RUN),
+    ]  # fmt: skip
+    assert outcomes["kernels"]["detail"] == "exercise did not pass"
+    assert seen[-1] == [FAILED, FAILED, PASSED, NOT_RUN], "what was left out is told, too"
+    outcomes, _ = run(stages("print(1)"), tmp_path)
+    assert [(o["name"], o["status"]) for o in outcomes.values()] == [
+        ("build", FAILED), ("exercise", PASSED), ("kernels", PASSED),
+    ]  # fmt: skip
+
+
+def unpacked(out: Path) -> Path:
+    with tarfile.open(out / "logs.tar.gz") as archive:
+        archive.extractall(out.parent / "logs", filter="data")
+    return out.parent / "logs"
+
+
 def test_results_are_there_while_later_stages_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second stage sees what the first one left."""
     out = tmp_path / "out"
     look = f"import pathlib; print(pathlib.Path({str(out)!r}, 'gpu.json').read_text())"
     found = json.dumps({"backends": ["x"], "notes": ["a finding"], "errors": []})
-    leave = f"import pathlib; pathlib.Path({str(out)!r}, 'kernels.json').write_text({found!r}); raise SystemExit(1)"
-    monkeypatch.setattr("benchmarks.gpu.planned", lambda args, folder: [script("kernels", leave), script("look", look)])
+
+    def stages(args: argparse.Namespace, folder: Path) -> list[Stage]:
+        part = str(folder / "kernels.json")
+        leave = f"import pathlib; pathlib.Path({part!r}).write_text({found!r}); raise SystemExit(1)"
+        return [script("kernels", leave), script("look", look)]
+
+    monkeypatch.setattr("benchmarks.gpu.planned", stages)
     assert main(["gpu", "--device", "cpu", "--out", str(out)]) == 1, "a failed stage is an error"
-    then = json.loads((out / "look.log").read_text())
+    logs = unpacked(out)
+    then = json.loads((logs / "look.log").read_text())
     assert [s["status"] for s in then["stages"]] == [FAILED, "running"]
     assert then["kernels"]["notes"] == ["a finding"]
     assert "a finding" in (out / "gpu.md").read_text()
+    assert {path.name for path in logs.iterdir()} == {"kernels.json", "kernels.log", "look.log"}
+    assert {path.name for path in out.iterdir()} == {"gpu.json", "gpu.md", "logs.tar.gz"}, "few files come back"
     assert main(["gpu", "--device", "cpu", "--out", str(out)]) == 2, "results are append-only"
     assert main(["report", str(out / "gpu.json")]) == 0
-
-
-def test_tuning_is_a_stage_only_where_it_is_asked_for(tmp_path: Path) -> None:
-    """It changes what later processes do."""
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-
-    def names(*arguments: str) -> list[str]:
-        return [s.name for s in planned(parser.parse_args(["--out", str(tmp_path), *arguments]), tmp_path)]
-
-    assert names() == ["build", "tests", "sanitizer", "kernels", "end_to_end"]
-    assert names("--stage", "kernels", "tune") == ["tune", "kernels"], "what is measured then uses what it found"
 
 
 def test_the_tuning_stage_has_nothing_to_do_on_the_cpu(tmp_path: Path) -> None:
@@ -123,35 +152,6 @@ def test_the_tuning_stage_has_nothing_to_do_on_the_cpu(tmp_path: Path) -> None:
     assert data["errors"] == [] and data["notes"][-1] == "tune: there is nothing to tune on the CPU"
 
 
-def test_junit_counts(tmp_path: Path) -> None:
-    path = tmp_path / "tests.xml"
-    path.write_text('<testsuites><testsuite tests="7" failures="2" errors="1" skipped="3"/></testsuites>')
-    assert counts(path) == {"tests": 7, "failures": 2, "errors": 1, "skipped": 3}
-    path.write_text("<testsuites><tests")
-    assert counts(path) == counts(tmp_path / "missing.xml") == {}
-
-
-# --- tools ------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(
-    ("text", "code", "status", "summary"),
-    [
-        ("x\n========= ERROR SUMMARY: 0 errors\n", 0, "passed", "ERROR SUMMARY: 0 errors"),
-        ("========= ERROR SUMMARY: 3 errors\n", sanitizer.FOUND, "found errors", "ERROR SUMMARY: 3 errors"),
-        ("=== RACECHECK SUMMARY: 1 hazard displayed (1 error)", 9, "found errors",
-         "RACECHECK SUMMARY: 1 hazard displayed (1 error)"),
-        ("7 ops: 2 calls are wrong\n\n", 1, "failed", "7 ops: 2 calls are wrong"),
-        ("", 1, "failed", "exit status 1"),
-    ],
-)  # fmt: skip
-def test_the_sanitizers_verdict(text: str, code: int, status: str, summary: str) -> None:
-    assert sanitizer.read_log(text, code) == {"status": status, "summary": summary}
-
-
-def test_what_nvidia_smi_does_not_know_is_left_out() -> None:
-    found = environment.parse_fields("NVIDIA H200, 580.159.04, [N/A]", ["name", "driver", "power"])
-    assert found == {"name": "NVIDIA H200", "driver": "580.159.04"}
-
-
 # --- the report -----------------------------------------------------------------------------------------------------
 def result(rehearsal: bool = True, **parts: Any) -> dict[str, Any]:
     """A result file with nothing measured but ``parts``."""
@@ -159,19 +159,35 @@ def result(rehearsal: bool = True, **parts: Any) -> dict[str, Any]:
     return {**head, "gpu": {}, "clocks": {}, "stages": [], **parts}
 
 
-def measured(fraction: float, elements: int = goals.LARGE) -> dict[str, Any]:
-    """What the kernels stage finds: one race, host time and launches that just meet their goals."""
-    one = {"case": "gpt2", "title": "GPT-2 small", "dtype": "fp32", "base": "sgd", "tensors": 1, "elements": elements}
+CASE = {"case": "gpt2", "title": "GPT-2 small", "mode": "fp32", "base": "sgd", "tensors": 148}
+PART = {"backends": ["cuda"], "notes": [], "errors": [], "build": {"CUDA": "13.0 9.0"}}
+
+
+def timed(fraction: float, elements: int = goals.LARGE, mode: str = "fp32") -> dict[str, Any]:
+    """What the kernels stage finds: the norm by what it reads, which is more than it is by a copy."""
+    kernels = [
+        {"kernel": kernel, "bytes": 10**6, "median_s": 2e-3, "best_s": 1e-6, "of_copy": by_copy, "of_read": by_read,
+         "predicted": predicted}
+        for kernel, by_copy, by_read, predicted in (("norm", 0.5, fraction, 0.67), ("sgd", fraction, None, None))
+    ]  # fmt: skip
+    one = {**CASE, "elements": elements, "mode": mode, "who": "cuda", "kernels": kernels}
+    return {**PART, "kernels": [one]}
+
+
+def raced(**more: Any) -> dict[str, Any]:
+    """What the races stage finds: one race, host time and launches that just meet their goals."""
+    one = {**CASE, "elements": goals.LARGE, **more}
     fractions = [
-        {"who": "cuda", "what": what, "bytes": 1, "fraction": fraction, "best": fraction} for what in race.PARTS
+        {"who": "cuda", "what": what, "bytes": 1, "fraction": 0.5, "best": 0.5, "predicted": None}
+        for what in traffic.PARTS
     ]
     ratio = {"who": "cuda", "against": "usual", "step": 3.0, "device": 2.5}
     return {
-        "backends": ["cuda"], "notes": [], "errors": [],
+        **PART,
         "races": [{**one, "results": [{"who": "cuda", "what": "perturb", "median_s": 2e-3, "best_s": 1e-6}],
-                   "fractions": fractions, "ratios": [ratio], "agreement": [], "copy_bytes_per_s": 4e12,
-                   "clocks": {}}],
-        "launches": [{**one, "who": "cuda", "total": 4, "of": {"norm<float>(float*)": 4}}],
+                   "fractions": fractions, "ratios": [ratio], "agreement": [], "standard": "foreach",
+                   "copy_bytes_per_s": 4e12, "clocks": {}}],
+        "launches": [{**one, "who": "cuda", "total": 3, "of": {"norm<float>(float*)": 3}}],
         "host": [{"who": "cuda", "tensors": 150, "median_s": 60e-6, "best_s": 50e-6}],
     }  # fmt: skip
 
@@ -181,23 +197,59 @@ def judged(data: dict[str, Any]) -> dict[str, bool | None]:
 
 
 def test_goals_are_judged_on_a_gpu() -> None:
-    met = judged(result(False, kernels=measured(0.9)))
+    met = judged(result(False, kernels=timed(0.9), races=raced()))
     assert met == {
-        "perturb / copy bandwidth": True, "update / copy bandwidth": True, "launches per SAM step": False,
+        "norm / read bandwidth": True, "sgd / copy bandwidth": True, "launches per SAM step": True,
         "SAM step, time of usual / time of ours": True, "host time per SAM step": True,
     }  # fmt: skip
-    assert judged(result(False, kernels=measured(0.89)))["update / copy bandwidth"] is False
-    assert "update / copy bandwidth" not in judged(result(False, kernels=measured(0.9, goals.LARGE - 1)))
-    text = report.markdown(result(False, kernels=measured(0.89)))
+    missed = judged(result(False, kernels=timed(0.89)))
+    assert missed == {"norm / read bandwidth": False, "sgd / copy bandwidth": False}
+    assert judged(result(False, kernels=timed(0.9, goals.LARGE - 1))) == {}, "small models are cached"
+    assert judged(result(False, kernels=timed(0.9, mode="fp32, ASAM"))) == {}, "no goal was set"
+    text = report.markdown(result(False, kernels=timed(0.89), races=raced()))
     assert text.startswith("# GPU benchmarks: NVIDIA H200\n")
-    row = next(line for line in text.splitlines() if line.startswith("| update / copy"))
-    assert [cell.strip() for cell in row.split("|")[2:6]] == ["cuda", "0.89", ">= 0.90", "NO"]
-    assert "4 x norm" in text and "2.00 ms (1.0 us)" in text and "4000.0 GB/s" in text
+    rows = {line.split(":")[0].strip("| "): [c.strip() for c in line.split("|")[2:7]] for line in text.splitlines()}
+    assert rows["norm / read bandwidth"] == ["cuda", "0.89", "0.67 of a copy", ">= 0.90", "NO"]
+    assert rows["sgd / copy bandwidth"] == ["cuda", "0.89", "", ">= 0.90", "NO"]
+    assert "3 x norm" in text and "2.00 ms (1.0 us)" in text and "4000.0 GB/s" in text
+
+
+def test_what_later_stages_find_is_in_the_same_tables() -> None:
+    other = raced(title="ResNet-50")
+    data = result(False, races=raced(), more_races=other)
+    assert [v.what.split(": ")[1] for v in goals.verdicts(data) if v.what.startswith("launches")] == [
+        "GPT-2 small, fp32, sgd", "ResNet-50, fp32, sgd",
+    ]  # fmt: skip
+    assert "## ResNet-50, fp32, sgd" in report.markdown(data)
+
+
+@pytest.mark.parametrize(
+    ("who", "tensors", "build", "most"),
+    [
+        ("cuda", 148, "13.0 9.0", 3), ("cuda", 400, "13.0 9.0", 3), ("cuda", 1000, "13.0 9.0", 9),
+        ("cuda", 148, "12.8 9.0", 9), ("triton", 1000, "not built", 4), ("reference", 10, "13.0 9.0", None),
+    ],
+)  # fmt: skip
+def test_launches_are_judged_by_what_one_can_carry(who: str, tensors: int, build: str, most: int | None) -> None:
+    assert goals.most_launches(who, tensors, {"CUDA": build}) == most
+    part = raced(tensors=tensors)
+    part["build"], part["launches"][0]["who"] = {"CUDA": build}, who
+    for total in (most or 0, (most or 0) + 1):
+        part["launches"][0]["total"] = total
+        met = judged(result(False, races=part)).get("launches per SAM step")
+        assert met is (None if most is None else total <= most)
+
+
+def test_each_backend_has_a_goal_for_host_time() -> None:
+    part = raced()
+    part["host"] = [{"who": who, "tensors": 150, "median_s": 90e-6, "best_s": 50e-6} for who in ("cuda", "triton", "x")]
+    found = [(v.who, v.goal, v.met) for v in goals.verdicts(result(False, races=part)) if v.what.startswith("host")]
+    assert found == [("cuda", "<= 60 us", False), ("triton", "<= 100 us", True)]
 
 
 def test_the_device_is_the_one_that_torch_ran_on(tmp_path: Path) -> None:
     (tmp_path / "kernels.json").write_text(json.dumps({"device": "NVIDIA H100"}))
-    outcomes = [{"name": name} for name in ("build", "sanitizer", "kernels")]
+    outcomes = [{"name": name} for name in ("build", "tests", "kernels")]
     assert gathered(result(False), tmp_path, outcomes)["device"] == "NVIDIA H100"
     assert gathered(result(False), tmp_path, outcomes[:2])["device"] == "NVIDIA H200"
 
@@ -210,8 +262,8 @@ def test_a_training_step_within_its_overhead() -> None:
 
 
 def test_a_rehearsal_says_so_and_judges_nothing() -> None:
-    data = result(True, kernels=measured(0.1, elements=10))
-    assert set(judged(data).values()) == {None}
+    data = result(True, kernels=timed(0.1, elements=10), races=raced())
+    assert len(judged(data)) == 5 and set(judged(data).values()) == {None}
     text = report.markdown(data)
     assert "Rehearsal on the CPU" in text.splitlines()[0] and "no goal is judged" in text.splitlines()[0]
     assert "not judged" in text and "NO |" not in text
@@ -229,19 +281,26 @@ def test_errors_and_stages_are_in_the_overview() -> None:
     part = {"backends": [], "notes": [], "errors": ["gpt2: out of memory"]}
     outcome = {"name": "kernels", "status": TIMED_OUT, "seconds": 3.0, "limit_s": 3.0, "detail": "stopped", "log": "x"}
     found = {"memcheck": {"status": "found errors", "summary": "ERROR SUMMARY: 2 errors"}}
-    text = report.overview(result(kernels=part, stages=[outcome], tests={"failures": 2}, sanitizer=found))
-    for words in ("kernels: gpt2: out of memory", "TIMED OUT", "2 failures", "ERROR SUMMARY: 2 errors", "none"):
+    wrong = {**part, "errors": ["cuda: lion_step_, bf16"]}
+    text = report.overview(
+        result(kernels=part, exercise=wrong, stages=[outcome], triton_tests={"failures": 2}, memcheck=found)
+    )
+    for words in ("kernels: gpt2: out of memory", "exercise: cuda: lion_step_, bf16", "TIMED OUT", "none",
+                  "triton_tests: 2 failures", "ERROR SUMMARY: 2 errors"):  # fmt: skip
         assert words in text
 
 
 @pytest.mark.slow
 def test_the_whole_command_rehearses_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["gpu", "--device", "cpu", "--no-compile", "--out", str(tmp_path), "--budget", "300"]
-    assert main([*arguments, "--stage", "build", "sanitizer", "kernels", "end_to_end"]) == 0, capsys.readouterr().out
-    data = record.read(tmp_path / "gpu.json")
-    assert [s["status"] for s in data["stages"]] == [PASSED] * 4
-    assert os.path.getsize(tmp_path / "kernels.log") > 0
+    out = tmp_path / "out"
+    arguments = ["gpu", "--device", "cpu", "--no-compile", "--out", str(out), "--budget", "300", "--stage"]
+    stages = [name for name in FIRST if name not in ("tests", "memcheck")]
+    assert main([*arguments, *stages]) == 0, capsys.readouterr().out
+    data = record.read(out / "gpu.json")
+    assert {s["name"]: s["status"] for s in data["stages"]} == dict.fromkeys(stages, PASSED)
+    assert os.path.getsize(unpacked(out) / "kernels.log") > 0
     assert data["sanitizer"]["memcheck"]["status"] == "not available"
-    assert data["kernels"]["races"] and data["end_to_end"]["trainings"]
-    text = (tmp_path / "gpu.md").read_text()
+    assert data["kernels"]["kernels"] and data["races"]["races"] and data["end_to_end"]["trainings"]
+    text = (out / "gpu.md").read_text()
     assert "fraction of the copy bandwidth" in text and "CUDA graphs" in text and "(1 + p) passes + base" in text
+    assert "read: sum" in text and "no counters were read" in text

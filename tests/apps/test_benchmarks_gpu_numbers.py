@@ -11,10 +11,11 @@ import op_db
 import pytest
 import torch
 
-from benchmarks.cases import DTYPES, Hyper, many
-from benchmarks.gpu import end_to_end, exercise, kernels, models, race, stage
+from benchmarks.cases import Hyper, many
+from benchmarks.gpu import end_to_end, exercise, models, modes, race, races, stage
 from benchmarks.gpu.device import Gpu, Rehearsal, available_backends, launched
-from benchmarks.gpu.race import Entrant, Plan, traffic
+from benchmarks.gpu.modes import FP32
+from benchmarks.gpu.race import Entrant, Plan
 from benchmarks.gpu.stages import read_part
 from benchmarks.peers import Competitor, Foreach, make
 
@@ -22,20 +23,15 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # --- numbers --------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(
-    ("base", "part", "words"),
-    [("sgd", "perturb", 20), ("sgd", "update", 20), ("sgd", "base", 20), ("adamw", "perturb", 20),
-     ("adamw", "update", 28), ("adamw", "base", 28)],
-)  # fmt: skip
-def test_bytes_that_must_move(base: str, part: str, words: int) -> None:
-    assert (traffic(base, part, 1000, 4), traffic(base, part, 1000, 2)) == (1000 * words, 500 * words)
-
-
-def test_launches_are_kernels_copies_and_fills() -> None:
-    kinds = ["kernel", "kernel", "gpu_memcpy", "gpu_memset", "cpu_op", "cuda_runtime", "gpu_user_annotation"]
-    events = [{"cat": kind, "name": kind if kind != "kernel" else "k(float*)", "ph": "X"} for kind in kinds]
-    assert launched({"traceEvents": [*events, {"name": "process_name", "ph": "M"}]}) == {
-        "k(float*)": 2, "gpu_memcpy": 1, "gpu_memset": 1,
+def test_launches_are_kernels_copies_and_fills_in_order() -> None:
+    kinds = ["kernel", "gpu_memcpy", "kernel", "gpu_memset", "cpu_op", "cuda_runtime", "gpu_user_annotation"]
+    events = [
+        {"cat": kind, "name": kind if kind != "kernel" else "k(float*)", "ph": "X", "ts": 100 - i, "dur": i + 1}
+        for i, kind in enumerate(kinds)
+    ]
+    found = launched({"traceEvents": [*events, {"name": "process_name", "ph": "M"}]})
+    assert {name: [round(s * 1e6) for s in seconds] for name, seconds in found.items()} == {
+        "k(float*)": [3, 1], "gpu_memcpy": [2], "gpu_memset": [4],
     }  # fmt: skip
 
 
@@ -109,20 +105,24 @@ def test_a_race_reduces_calls_to_rounds() -> None:
     device = Clocked()
     part = device.takes(99.0, 1.0, 5.0, 2.0, 7.0, 8.0, 9.0)  # one to warm up, then two rounds of three calls
     step = device.takes(99.0, 2.0, 4.0, 1.0, 1.0)
-    away = device.takes(1000.0)
-    times = race.race(device, {"x": Entrant({"p": part}, {"s": step}, away)}, Plan(2, 3, 2, warmup=1))
+    away, prepared = device.takes(1000.0), []
+
+    def prepare(what: str) -> None:
+        prepared.append(what)
+        away()
+
+    times = race.race(device, {"x": Entrant({"p": part}, {"s": step}, prepare)}, Plan(2, 3, 2, warmup=1))
     assert times == {"x": {"p": [2.0, 8.0], "s": [3.0, 1.0]}}
-    assert device.held == 6
+    assert device.held == 6 and prepared == ["p"] * 7
 
 
 def test_fractions_and_ratios_are_of_single_rounds() -> None:
-    case = many(1, 1000)
     ours = {"perturb": [5.0, 10.0, 2.5], "update": [5.0, 5.0, 5.0], "base": [1.0] * 3, "step": [1.0, 2.0, 4.0]}
     other = {"perturb": [9.0] * 3, "update": [11.0] * 3, "base": [1.0] * 3, "step": [2.0, 6.0, 2.0]}
     times = {"cuda": ours, "usual": other, "copy": {"copy": [1.0, 2.0, 1.0]}}
-    found = {f["what"]: f for f in race.fractions(times, ["cuda"], "sgd", case, 4)}
-    assert found["perturb"]["bytes"] == 20_000  # 2.5 times what the copy moves
-    assert (found["perturb"]["fraction"], found["perturb"]["best"]) == (0.5, 1.0)
+    (perturb,) = race.fractions(times, ["cuda"], {"perturb": 20_000}, 4000)
+    assert perturb["bytes"] == 20_000  # 2.5 times what the copy moves, which reads and writes
+    assert (perturb["fraction"], perturb["best"]) == (0.5, 1.0)
     (ratio,) = race.ratios(times, ["cuda"])
     assert (ratio["against"], ratio["step"], ratio["device"]) == ("usual", 2.0, 2.0)
 
@@ -149,7 +149,7 @@ def test_competitors_that_do_something_else_are_noticed(kind: type[Foreach], agr
     params = [torch.nn.Parameter(t) for t in case.tensors(torch.float32, seed=0, scale=0.02)]
     standard = make("foreach", case, torch.float32, Hyper())
     racers: dict[str, Competitor] = {"foreach": standard, "x": kind(params, Hyper())}
-    (found,) = race.agreement(racers, case.tensors(torch.float32, seed=1, scale=1e-3))
+    (found,) = race.agreement(racers, case.tensors(torch.float32, seed=1, scale=1e-3), "foreach")
     assert found["agree"] is agrees, found
 
 
@@ -179,51 +179,65 @@ def test_overhead_is_over_passes_and_one_base_step() -> None:
 def test_models_and_cases_have_their_sizes() -> None:
     with torch.device("meta"):
         vit = sum(p.numel() for p in models.VisionTransformer().parameters())
-    sizes = {m.case.name: m.case.elements for m in kernels.full_size()}
+    sizes = {m.case.name: m.case.elements for m in (*races.full_size(), *races.more_sizes())}
     assert (vit, sizes["resnet50"], sizes["gpt2"]) == (86_567_656, 25_557_032, 124_439_808)
     assert 1.00e9 < sizes["1e9"] < 1.01e9
-    assert [m.case.name for m in kernels.rehearsal_size()][:3] == list(sizes)[:3]
+    for more, full in ((False, races.full_size()), (True, races.more_sizes())):
+        rehearsed = [(m.case.name, m.compiled, m.graphs) for m in races.rehearsal_size(more)]
+        assert rehearsed[:3] == [(m.case.name, m.compiled, m.graphs) for m in full][:3]
 
 
 # --- the measuring stages -------------------------------------------------------------------------------------------
-def small(**more: Any) -> kernels.Measured:
-    return kernels.Measured(many(3, 17), Plan(2, 1, 1, warmup=1), **more)
+def small(**more: Any) -> races.Measured:
+    return races.Measured(many(3, 17), Plan(2, 1, 1, warmup=1), **more)
 
 
 def part_of(tmp_path: Path, *backends: str) -> stage.Part:
     return stage.Part(Rehearsal(), tmp_path / "part.json", list(backends) or None)
 
 
-def test_the_kernels_stage_measures_everything(tmp_path: Path) -> None:
+def test_the_races_stage_measures_everything(tmp_path: Path) -> None:
     part = part_of(tmp_path)
-    kernels.measure_all(part, [small(bases=("sgd", "adamw"), graphs=True)], 10, compiled=False)
+    contests = ((FP32, "sgd"), (modes.BF16, "adamw"), (modes.MASTERS, "sgd"), (modes.GRST, "sgd"))
+    races.measure_all(part, [small(contests=contests, graphs=True)], 10, compiled=False)
     data = read_part(part.out)
     assert (data["errors"], part.status()) == ([], 0)
-    races = {(r["dtype"], r["base"]): r for r in data["races"]}
-    assert set(races) == {(dtype, base) for dtype in DTYPES for base in ("sgd", "adamw")}
+    found = {(r["mode"], r["base"]): r for r in data["races"]}
+    assert set(found) == {(mode.name, base) for mode, base in contests}
     ours = set(data["backends"])
     assert ours >= {"reference"}
-    for (_, base), r in races.items():
-        peers = {"foreach", "usual"} if base == "sgd" else {"foreach"}
+    for (name, base), r in found.items():
+        same = name in ("fp32, G-RST", "bf16, fp32 masters")
+        peers = {"reference"} if same else {"foreach", "usual"} if base == "sgd" else {"foreach"}
         assert {x["who"] for x in r["results"]} == ours | peers | {"copy"}
-        assert {a["who"] for a in r["agreement"]} == ours | peers - {"foreach"}
+        assert {a["who"] for a in r["agreement"]} == (ours | peers) - {r["standard"]}
         assert all(len(x["rounds_s"]) == 2 and x["best_s"] > 0 for x in r["results"])
     assert {h["who"] for h in data["host"]} == ours | {"foreach", "usual"}
     (graphs,) = data["graphs"]
     assert {x["who"] for x in graphs["results"]} >= {"reference", "reference, graph", "foreach, graph"}
 
 
+def test_the_races_that_have_goals_or_other_kernels() -> None:
+    named = {(mode.name, base) for mode, base in races.ALL}
+    assert named >= {(mode.name, base) for mode in modes.MAIN for base in ("sgd", "adamw")}
+    others = {mode for mode, _ in races.ALL} - set(modes.MAIN)
+    assert {(m.adaptive, m.mixing, m.offset, m.zero_rows) for m in others} == {
+        (True, False, 0, False), (False, True, 0, False), (False, False, 4, False), (False, False, 8, False),
+        (False, False, 0, True),
+    }  # fmt: skip
+
+
 def test_launches_are_counted_in_a_step_after_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     part = part_of(tmp_path, "reference")
     steps: list[str] = []
-    monkeypatch.setattr(race, "sam_step", lambda competitor, grads: steps.append(competitor.name))
+    monkeypatch.setattr(race, "sam_step", lambda competitor, *grads: steps.append(competitor.name))
 
-    def launches(call: Callable[[], object]) -> dict[str, int]:
+    def launches(call: Callable[[], object]) -> dict[str, list[float]]:
         call()
-        return {"norm": 1, "update": len(steps)}
+        return {"norm": [1.0], "update": [1.0] * len(steps)}
 
     monkeypatch.setattr(part.device, "launches", launches)
-    kernels.count_launches(part, many(2, 3), "fp32", "sgd", ("foreach",))
+    races.count_launches(part, many(2, 3), FP32, "sgd", ("foreach",))
     found = [(x["who"], x["total"], x["of"]) for x in read_part(part.out)["launches"]]
     assert steps == ["ours", "ours", "foreach", "foreach"]
     assert found == [("reference", 3, {"norm": 1, "update": 2}), ("foreach", 5, {"norm": 1, "update": 4})]
@@ -232,15 +246,15 @@ def test_launches_are_counted_in_a_step_after_the_first(tmp_path: Path, monkeypa
 def test_one_backend_that_breaks_hides_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     part = part_of(tmp_path, "reference")
     part.backends = ["broken", "reference"]
-    genuine = kernels.make
+    genuine = races.make
 
     def sometimes(name: str, *args: Any, **options: Any) -> Competitor:
         if options.get("backend") == "broken":
             raise RuntimeError("no such kernel")
         return genuine(name, *args, **options)
 
-    monkeypatch.setattr(kernels, "make", sometimes)
-    kernels.race_all(part, small(), "fp32", "sgd", ("foreach",))
+    monkeypatch.setattr(races, "make", sometimes)
+    races.race_all(part, small(), FP32, "sgd", ("foreach",))
     data = read_part(part.out)
     assert len(data["errors"]) == 2 and all("no such kernel" in words for words in data["errors"])
     assert [{x["who"] for x in r["results"]} for r in data["races"]] == [{"reference", "foreach", "copy"}]
@@ -250,8 +264,8 @@ def test_one_backend_that_breaks_hides_no_other(tmp_path: Path, monkeypatch: pyt
 def test_wrong_weights_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     part = part_of(tmp_path, "reference")
     monkeypatch.setattr(race, "AGREEMENT", dict.fromkeys(race.AGREEMENT, -1.0))
-    kernels.race_all(part, small(), "fp32", "sgd", ("foreach",))
-    kernels.measure_graphs(part, small(), "fp32")
+    races.race_all(part, small(), FP32, "sgd", ("foreach",))
+    races.measure_graphs(part, small(), FP32)
     assert [("are wrong" in words) for words in part.data["errors"]] == [True] * 3  # the race, and two graphs
 
 
@@ -265,7 +279,7 @@ def test_a_graph_that_cannot_be_captured_is_a_result(tmp_path: Path, monkeypatch
             raise RuntimeError("capture was invalidated")  # as leaving a broken capture does
 
     monkeypatch.setattr(part.device, "capture", capture)
-    kernels.measure_graphs(part, small(), "fp32")
+    races.measure_graphs(part, small(), FP32)
     (graphs,) = part.data["graphs"]
     assert set(graphs["failures"]) == {"reference", "foreach"}
     assert all("invalidated" in f and "not permitted" in f for f in graphs["failures"].values())
@@ -294,6 +308,40 @@ def test_training_steps_are_measured_with_the_first_backend_that_works(tmp_path:
     assert shares == {"passes": None, "base": None, "torch": 0, **{f"RST({p:g})": p for p in end_to_end.PATTERNS}}
     assert training["backend"] == "reference"
     assert len(part.data["errors"]) == 1 and "broken" in part.data["errors"][0]
+
+
+def test_what_race_modes_change(tmp_path: Path) -> None:
+    assert modes.GRST.options() == {"gamma": 2.0} and modes.ASAM.options() == {"adaptive": True, "eta": 0.01}
+    assert modes.MASTERS.options() == {"master_weights": True} and FP32.options() == {}
+    device, case = Rehearsal(), many(2, 6)
+    for mode, offset in ((modes.OFF_BY_4, 4), (modes.OFF_BY_8, 8)):
+        made = mode.gradients(device, case)
+        assert {g.data_ptr() % 16 for g in made} == {offset}
+        plain = modes.Mode("", mode.dtype).gradients(device, case)
+        assert all(torch.equal(a, b) and a.is_contiguous() for a, b in zip(made, plain, strict=True))
+    (rows, *_) = modes.ZERO_ROWS.gradients(device, case)
+    assert (rows != 0).tolist() == [True, False] * 3
+    first, second = FP32.both_gradients(device, case)
+    assert first is second
+    first, second = modes.GRST.both_gradients(device, case)
+    assert {g.data_ptr() for g in first}.isdisjoint(g.data_ptr() for g in second), "both are read from memory"
+
+
+def test_steps_that_mix_read_two_gradients() -> None:
+    """The first is perturbed by, the second updated with."""
+    case = many(2, 6)
+    competitor = make("foreach", case, torch.float32, Hyper())
+    first, second = modes.GRST.both_gradients(Rehearsal(), case)
+    seen: list[Any] = []
+    for part in ("perturb", "update", "base"):
+        setattr(competitor, part, lambda: seen.append([p.grad for p in competitor.params]))
+    race.sam_step(competitor, first, second)
+    e = race.entrant(competitor, first, second)
+    for part in ("perturb", "update", "base"):
+        e.prepare(part)
+        e.parts[part]()
+    wanted = [first, second, first, second, first]
+    assert all(a is b for x, y in zip(seen, wanted, strict=True) for a, b in zip(x, y, strict=True))
 
 
 def test_backends_that_are_missing_are_noted() -> None:
