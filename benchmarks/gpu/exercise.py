@@ -23,8 +23,9 @@ from .stages import write_part
 SIZES = (0, 1, 3, 17, 1025, 4097, 70001)  # around the widths of vectors, blocks and chunks
 MODES = {"fp32": (torch.float32, False), "bf16": (torch.bfloat16, False), "bf16, fp32 masters": (torch.bfloat16, True)}
 CLOSE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # |difference| <= this * (1 + |expected|)
-# For the norm: eight squares of 16-bit numbers may be added in fp32, each with an error of 2^-24, halved by the root.
-CLOSE_NORM = {torch.float32: 1e-9, torch.bfloat16: 4 * 2.0**-24}
+# For the norm: squares of a few packs may be added in fp32, with up to 14 roundings of 2^-24 one after another (of T g
+# and its square, and of the additions), halved by the root. The smallest tensors apart, one element is worth 6e-6.
+CLOSE_NORM = 7 * 2.0**-24
 SGD: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
 ADAM: dict[str, Any] = {"lr": 0.1, "step": 3, "weight_decay": 0.01, "decoupled": True}
 # With beta1 = 0.9 some bfloat16 numbers cancel but for their rounding, on which the sign, and so the update, depends.
@@ -107,7 +108,7 @@ def compare(call: str, backend: str, device: str, mode: str, shift: int, adaptiv
     expected = run_op(call, moved(lists, "cpu"), "reference", adaptive)
     found = run_op(call, moved(lists, device), backend, adaptive)
     for e, f in zip(expected, found, strict=True):
-        tolerance = CLOSE.get(e.dtype, CLOSE_NORM[MODES[mode][0]]) * (1 + e.abs().double())
+        tolerance = CLOSE.get(e.dtype, CLOSE_NORM) * (1 + e.abs().double())
         wrong = ~((f.cpu().double() - e.double()).abs() <= tolerance)  # NaN is wrong
         if wrong.any():
             return f"{backend}: {call}, {mode}, offset {shift}, adaptive {adaptive}: {int(wrong.sum())} of {e.numel()}"
