@@ -36,7 +36,7 @@ def read_log(text: str, code: int) -> dict[str, Any]:
 
 def command(sanitizer: str, name: str) -> list[str]:
     exercise = [sys.executable, "-m", "benchmarks.gpu.exercise", "--device", "cuda", "--backend", "cuda"]
-    checked = ["--kernel-regex", f"kns={KERNELS}"]
+    checked = ["--kernel-name", f"kns={KERNELS}"]
     return [sanitizer, "--tool", name, "--error-exitcode", str(FOUND), *checked, *exercise]
 
 

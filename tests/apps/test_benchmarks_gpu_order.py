@@ -123,7 +123,7 @@ def test_the_sanitizers_verdict(text: str, code: int, status: str, summary: str)
 
 def test_the_sanitizer_checks_our_kernels_alone() -> None:
     words = " ".join(sanitizer.command("/bin/compute-sanitizer", "racecheck"))
-    assert words.startswith("/bin/compute-sanitizer --tool racecheck --error-exitcode 9 --kernel-regex kns=rst_ ")
+    assert words.startswith("/bin/compute-sanitizer --tool racecheck --error-exitcode 9 --kernel-name kns=rst_ ")
     assert words.endswith("-m benchmarks.gpu.exercise --device cuda --backend cuda")
 
 
