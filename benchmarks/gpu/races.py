@@ -226,10 +226,10 @@ def race_all(part: stage.Part, m: Measured, mode: Mode, base: str, peers: Sequen
 
 
 def peers_of(mode: Mode, base: str) -> tuple[str, ...]:
-    """Those that do the same and are quick to start."""
+    """Those that do the same and are quick to start; in the special modes one is enough."""
     if not mode.is_plain_sam:
         return ("reference",)
-    return ("foreach", "usual") if base == "sgd" else ("foreach",)
+    return ("foreach", "usual") if base == "sgd" and mode in modes.MAIN else ("foreach",)
 
 
 def measure_all(part: stage.Part, sizes: Sequence[Measured], host_steps: int, compiled: bool) -> None:
@@ -250,7 +250,8 @@ def measure_all(part: stage.Part, sizes: Sequence[Measured], host_steps: int, co
     counted = [(m.case, mode, base) for m in sizes for mode, base in m.contests]
     for case, mode, base in ((HOST_CASE, modes.FP32, "sgd"), *counted):
         words = f"{case.name}, {mode.name}, {base}, launches"
-        part.attempt(words, partial(count_launches, part, case, mode, base, peers_of(mode, base)))
+        peers = peers_of(mode, base) if mode in modes.MAIN and mode.is_plain_sam else ()
+        part.attempt(words, partial(count_launches, part, case, mode, base, peers))
     for m in sizes:
         if m.compiled and compiled:
             for mode in (modes.FP32, modes.BF16):
