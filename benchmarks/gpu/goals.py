@@ -56,7 +56,7 @@ def _fractions(timed: list[dict[str, Any]], least: int) -> Found:
             words = f"{k['kernel']} / {against} bandwidth: {_label(t)}"
             goal = f">= {FRACTION:.2f}"
             predicted = "" if k["predicted"] is None else f"{k['predicted']:.2f} of a copy"
-            yield Verdict(words, t["who"], f"{reached:.2f}", goal, reached >= FRACTION, predicted)
+            yield Verdict(words, t["who"], f"{reached:.3f}", goal, reached >= FRACTION, predicted)
 
 
 def _ratios(races: list[dict[str, Any]]) -> Found:

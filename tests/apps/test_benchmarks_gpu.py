@@ -209,8 +209,8 @@ def test_goals_are_judged_on_a_gpu() -> None:
     text = report.markdown(result(False, kernels=timed(0.89), races=raced()))
     assert text.startswith("# GPU benchmarks: NVIDIA H200\n")
     rows = {line.split(":")[0].strip("| "): [c.strip() for c in line.split("|")[2:7]] for line in text.splitlines()}
-    assert rows["norm / read bandwidth"] == ["cuda", "0.89", "0.67 of a copy", ">= 0.90", "NO"]
-    assert rows["sgd / copy bandwidth"] == ["cuda", "0.89", "", ">= 0.90", "NO"]
+    assert rows["norm / read bandwidth"] == ["cuda", "0.890", "0.67 of a copy", ">= 0.90", "NO"]
+    assert rows["sgd / copy bandwidth"] == ["cuda", "0.890", "", ">= 0.90", "NO"]
     assert "3 x norm" in text and "2.00 ms (1.0 us)" in text and "4000.0 GB/s" in text
 
 
