@@ -35,10 +35,11 @@ def described(error: BaseException) -> str:
 
 
 def package() -> dict[str, Any]:
-    """Where rst_fused is loaded from, and how it was built."""
+    """Where rst_fused, or its extension if it has one, is loaded from, and how it was built."""
     from rst_fused import _backends
 
-    return {"package": str(Path(_backends.__file__).parents[1]), "build": _backends.build_info()}
+    loaded: Any = _backends.plan_extension() or _backends
+    return {"package": str(Path(loaded.__file__).parents[1]), "build": _backends.build_info()}
 
 
 class Part:

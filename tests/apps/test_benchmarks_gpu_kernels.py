@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -236,9 +237,13 @@ def test_a_rehearsal_compiles_no_variant(tmp_path: Path, monkeypatch: pytest.Mon
     assert read_part(out)["notes"] == ["variants: nothing is compiled in a rehearsal"]
 
 
-def test_a_part_says_where_the_package_is(tmp_path: Path) -> None:
+def test_a_part_says_which_extension_it_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python files and extension may come from two places, where one of them is installed."""
     part = stage.Part(Rehearsal(), tmp_path / "part.json", [])
     assert (part.data["package"], part.backends) == (str(ROOT), [])
+    elsewhere = SimpleNamespace(__file__=str(tmp_path / "rst_fused" / "_plan_ext.so"))
+    monkeypatch.setattr("rst_fused._backends.plan_extension", lambda: elsewhere)
+    assert stage.package()["package"] == str(tmp_path)
 
 
 # --- Nsight Compute ---------------------------------------------------------------------------------------------------
