@@ -35,7 +35,7 @@ def test_the_order_of_the_stages(tmp_path: Path) -> None:
 
 
 def test_the_first_stages_have_time_enough_and_the_last_some(tmp_path: Path) -> None:
-    """If each takes as long as the issue of the order expects; a stage that takes all of its limit leaves some."""
+    """If each takes as long as is expected of it; and were each to take all of its limit, some would be left."""
     expected = {"ceilings": 15, "build": 60, "exercise": 20, "kernels": 90, "ncu": 45, "sanitizer": 40, "tests": 120,
                 "races": 90, "end_to_end": 45}  # fmt: skip
     left = 540.0
