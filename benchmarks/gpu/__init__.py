@@ -104,7 +104,8 @@ def _run_all(args: argparse.Namespace, head: dict[str, Any], work: Path, end: fl
             if line not in said:
                 said.add(line)
                 results.pack(work, target / LOGS)
-                print(line + (f" ({o['seconds']:.0f} s) {o['detail']}" if o["seconds"] else ""), flush=True)
+                took = f" ({o['seconds']:.0f} s)" if o["seconds"] else ""
+                print(f"{line}{took} {o['detail']}".rstrip(), flush=True)
                 if o["status"] not in (PASSED, "running"):
                     print(tail(work / o["log"], TAIL_LINES), flush=True)
 

@@ -78,7 +78,7 @@ def _method() -> str:
 
 * perturb = gradient norm, backup and w + e; update = restore and base step; base = a step without SAM; step = perturb
   and update.
-* Bytes that N parameters need (bf16 without masters: half of fp32): {model}; the copy {4 * COPIES}N in fp32.
+* Bytes that N parameters need (bf16 without masters: half of fp32):{model}; the copy {4 * COPIES}N in fp32.
   fraction = bandwidth by this count / bandwidth of `dst.copy_(src)` with N elements, in the same rounds.
 * Kernels: durations in the profiler's trace, of several SAM steps, copies and reads in turns. of a read: over the
   bandwidth of the fastest of torch's sum, max and norm over as many bytes as the gradients have.
