@@ -202,21 +202,27 @@ def backends() -> list[Backend]:
     return list(_BY_SPEED)
 
 
+def backend_named(name: str) -> Backend:
+    """Raises ValueError for an unknown name, RuntimeError if the backend is not available."""
+    found = next((b for b in _BY_SPEED if b.name == name), None)
+    if found is None:
+        raise ValueError(f"backend={name!r}: expected 'auto' or one of {[b.name for b in _BY_SPEED]}")
+    if not found.available:
+        raise RuntimeError(f"backend={name!r} was asked for but {found.reason}")
+    return found
+
+
 def backend_for(requested: str, device: torch.device) -> Backend:
     """The backend to use on ``device``: the one requested, or for "auto" the fastest that is available there.
 
-    Raises ValueError for an unknown name or a device it does not support, RuntimeError if it is not available.
+    Raises as backend_named does, and ValueError for a device that the backend does not support.
     """
     if requested == "auto":
         fastest = next(b for b in _BY_SPEED if b.available and b.supports(device))
         _warn_of_slower(fastest, device)
         _warn_of_compilation(fastest, device)
         return fastest
-    found = next((b for b in _BY_SPEED if b.name == requested), None)
-    if found is None:
-        raise ValueError(f"backend={requested!r}: expected 'auto' or one of {[b.name for b in _BY_SPEED]}")
-    if not found.available:
-        raise RuntimeError(f"backend={requested!r} was asked for but {found.reason}")
+    found = backend_named(requested)
     if not found.supports(device):
         built = f", built for {found.architectures}," if found.architectures else ""
         raise ValueError(

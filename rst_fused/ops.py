@@ -21,12 +21,13 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from rst_fused._backends import backend_for, bump_versions
+from rst_fused._backends import backend_for, backend_named, bump_versions
 from rst_fused._checks import DTYPES, SIXTEEN_BIT, as_integer, check_number, first_overlap
 from rst_fused._schemas import STATS
 
 Number = float | Tensor | Sequence[float | Tensor]
 Tensors = Sequence[Tensor]
+_CPU = torch.device("cpu")
 _READ = ("grads", "backups", "first_grads")  # the lists that no update writes
 
 
@@ -40,19 +41,18 @@ def grad_norm(
 
     Returns ``stats``, float64 of shape (5,): the norm, 1 / (norm + 1e-12) or 0 where the norm is zero or not finite,
     whether it was not finite (0 or 1), the count of such calls on this tensor, and 0, which kernels use. Sums are in
-    fp64 (backend "cpu" first adds squares of up to four bytes in fp32, eight at a time: a relative error of at most
-    2^-22) and in a fixed order: two runs are bit-identical for any number of threads. ``params`` is needed only when
-    adaptive. Traffic: 4 (8).
+    fp64 and in a fixed order: two runs are bit-identical for any number of threads. Of numbers of up to four bytes,
+    backend "cpu" first adds eight squares in fp32 (a relative error of at most 2^-22), and "cuda" 16 or 32 (at most
+    10 * 2^-24), unless that leaves the range of fp32. ``params`` is needed only when adaptive. Traffic: 4 (8).
     """
     if adaptive and params is None:
         raise ValueError("params=None with adaptive=True: ASAM scales gradients by |w|, pass the parameters")
     sources = _listed("params", params) if adaptive else []
     _check_number("eta", eta, 0)
     _check("grads", grads, {"params": sources}, [], {}, ["params"] if adaptive else [])
-    device = grads[0].device if grads else torch.device("cpu")
     if stats is None:
-        stats = torch.zeros(len(STATS), dtype=torch.float64, device=device)
-    backend_for(backend, device).ops.grad_norm(stats, list(grads), sources, adaptive, eta)
+        stats = torch.zeros(len(STATS), dtype=torch.float64, device=grads[0].device if grads else "cpu")
+    _ops(backend, grads, stats.device).grad_norm(stats, list(grads), sources, adaptive, eta)
     return stats
 
 
@@ -261,8 +261,13 @@ def _update(
 
 
 # --- arguments ------------------------------------------------------------------------------------------------------
-def _ops(backend: str, params: Tensors) -> Any:
-    return backend_for(backend, params[0].device if params else torch.device("cpu")).ops
+def _ops(backend: str, tensors: Tensors, otherwise: torch.device = _CPU) -> Any:
+    """Of the backend for these tensors. Without any, there is nothing to do, and any will do it."""
+    if tensors:
+        return backend_for(backend, tensors[0].device).ops
+    if backend != "auto":
+        backend_named(backend)  # it must exist all the same
+    return backend_for("auto", otherwise).ops
 
 
 def _needed(name: str, tensors: Tensors | None) -> list[Tensor]:

@@ -178,6 +178,21 @@ def test_a_misaligned_operand_alone_is_read_by_words(
                 assert width * counted[kind].get(width, 0) >= n * dtype.itemsize
 
 
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("dtype", [F32, F64, *HALVES])
+def test_the_norm_does_not_depend_on_addresses(
+    dtype: torch.dtype, adaptive: bool, simulator: gpu_simulator.Simulator
+) -> None:
+    """Bit for bit: what is added up together does not change with the width of the accesses."""
+    found = []
+    for offset in (0, 1, 2):
+        g, w = (aligned(N + offset, dtype)[offset:] for _ in range(2))
+        g.copy_(tensors(N, dtype=dtype)[0])
+        w.copy_(tensors(N, dtype=dtype, seed=1)[0])
+        found.append(ops.grad_norm([g], [w], adaptive=adaptive, backend="simulated"))
+    assert op_db.same_bits(found[0], found[1]) and op_db.same_bits(found[0], found[2])
+
+
 # --- splits ---------------------------------------------------------------------------------------------------------
 def test_400_tensors_need_one_launch_each(kernels: gpu_simulator.Simulator) -> None:
     """But for AMSGrad, which has one more tensor for each."""

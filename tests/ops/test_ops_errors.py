@@ -290,6 +290,16 @@ def test_unavailable_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(caught) == 1
 
 
+def test_calls_without_tensors() -> None:
+    """A backend for GPUs has nothing to refuse then; an unknown or missing one is an error all the same."""
+    triton = next(b for b in _backends.backends() if b.name == "triton")
+    if triton.available:
+        assert ops.grad_norm([], backend="triton").tolist() == [0] * 5
+        ops.sgd_step_([], [], lr=0.1, backend="triton")
+    with pytest.raises(ValueError, match="backend='gpu': expected 'auto' or one of"):
+        ops.grad_norm([], backend="gpu")
+
+
 @pytest.mark.skipif("cpu" not in BACKEND_IDS, reason="the extension is not built")
 def test_cpu_backend_refuses_other_devices() -> None:
     with pytest.raises(ValueError, match="backend='cpu' runs on .*meta"):
