@@ -56,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--define", nargs="*", default=[], metavar="NAME=VALUE", help="handed on to nvcc")
     parser.add_argument("--only", default="", metavar="TEXT", help="kernels whose names contain this")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers there")
+    parser.add_argument("--before", type=Path, metavar="FILE", help="numbers of other sources, to print before these")
 
 
 # --- what a kernel's name says --------------------------------------------------------------------------------------
@@ -174,27 +175,28 @@ def run(args: argparse.Namespace) -> int:
     found = [k for k in measured(args.csrc.resolve(), args.arch, args.define) if args.only in k.name]
     if args.json:
         args.json.write_text(json.dumps([asdict(k) for k in found], indent=1) + "\n")
-    print(markdown(found))
+    before = [Kernel(**fields) for fields in json.loads(args.before.read_text())] if args.before else []
+    print(markdown(found, before))
     return 0
 
 
 def _cell(kernel: Kernel | None) -> str:
     """registers (+ spilled bytes) / blocks / instructions."""
     if kernel is None:
-        return ""
+        return "none"
     spilled = f" + {kernel.spills} B spilled" if kernel.spills else ""
     per_element = "" if kernel.instructions is None else f" / {kernel.instructions:g}"
     return f"{kernel.registers}{spilled} / {kernel.blocks}{per_element}"
 
 
-def markdown(kernels: Sequence[Kernel]) -> str:
+def markdown(kernels: Sequence[Kernel], before: Sequence[Kernel] = ()) -> str:
     architectures = sorted({k.architecture for k in kernels}, key=int)
-    by_name: dict[str, dict[str, Kernel]] = {}
-    for k in kernels:
-        by_name.setdefault(k.name, {})[k.architecture] = k
-    rows = [
-        [name.removeprefix("rst_"), str(bytes_per_element(name)), *(_cell(found.get(a)) for a in architectures)]
-        for name, found in by_name.items()
-    ]
+    now, old = ({(k.name, k.architecture): k for k in found} for found in (kernels, before))
+    rows = []
+    for name in dict.fromkeys(k.name for k in kernels):
+        cells = [_cell(now.get((name, a))) for a in architectures]
+        if before:
+            cells = [f"{_cell(old.get((name, a)))} -> {cell}" for a, cell in zip(architectures, cells, strict=True)]
+        rows.append([name.removeprefix("rst_"), str(bytes_per_element(name)), *cells])
     head = "registers of a thread / blocks of 512 threads on a multiprocessor / instructions per element\n\n"
     return head + table(["kernel", "bytes per element", *(f"sm_{a}" for a in architectures)], rows)

@@ -80,8 +80,13 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(machine_code.ROOT / "csrc", csrc, ignore=shutil.ignore_patterns("*.cpp", "*.cu", "tests"))
     kernel = "RST_KERNEL(rst_mix_float32, 2, MixArgs) { mix<float>(args); }"
     (csrc / "cuda" / "mix.cu").write_text(f'#include "cuda/restore.cuh"\nnamespace rst::cuda {{ {kernel} }}\n')
-    assert command.main(["machine-code", "--arch", "90", "--csrc", str(csrc)]) == 0
-    row = next(line for line in capsys.readouterr().out.splitlines() if "mix_float32" in line)
-    cells = [cell.strip() for cell in row.strip("| ").split("|")]
-    registers, blocks, instructions = map(float, cells[2].split("/"))
-    assert cells[:2] == ["mix_float32", "12"] and registers <= 64 and blocks >= 2 and 1 < instructions < 10
+    numbers = str(tmp_path / "numbers.json")
+    texts = []
+    for more in (["--json", numbers], ["--before", numbers]):
+        assert command.main(["machine-code", "--arch", "90", "--csrc", str(csrc), *more]) == 0
+        row = next(line for line in capsys.readouterr().out.splitlines() if "mix_float32" in line)
+        texts.append([cell.strip() for cell in row.strip("| ").split("|")])
+    (name, size, found), (*_, pair) = texts
+    registers, blocks, instructions = map(float, found.split("/"))
+    assert (name, size) == ("mix_float32", "12") and registers <= 64 and blocks >= 2 and 1 < instructions < 10
+    assert pair == f"{found} -> {found}"
