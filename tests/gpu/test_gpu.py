@@ -76,6 +76,45 @@ def test_optimizer_as_on_the_cpu(options: dict[str, Any], dtype: torch.dtype, ba
         torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
 
 
+@every_backend
+@pytest.mark.parametrize("base", ["sgd", "adamw"])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_gradients_that_are_views_of_a_bucket(dtype: torch.dtype, base: str, backend: str) -> None:
+    """As DDP packs them, one behind another: bit for bit what gradients with memory of their own give."""
+    results = []
+    for in_bucket in (False, True):
+        params = parameters(dtype, "cuda")
+        opt = RST(params, lr=0.02, rho=0.1, schedule=1.0, base=base, backend=backend)
+        bucket = torch.empty(1 + sum(p.numel() for p in params), dtype=dtype, device="cuda")
+        for t in range(6):
+            grads, at = gradients(params, t), 1
+            for p, g in zip(params, grads, strict=True):
+                view = bucket[at : at + g.numel()].view(g.shape)
+                p.grad = view.copy_(g) if in_bucket else g
+                at += g.numel()
+            if t % 2 == 0:
+                assert opt.perturb()
+            else:
+                opt.step()
+        results.append([p.detach().clone() for p in params])
+    assert all(op_db.same_bits(a, b) for a, b in zip(*results, strict=True))
+
+
+@every_backend
+def test_150_parameter_groups(backend: str) -> None:
+    """More than one launch has room for; each with numbers of its own."""
+    results = []
+    for device, name in (("cuda", backend), ("cpu", "auto")):
+        generator = torch.Generator().manual_seed(0)
+        params = [nn.Parameter(torch.randn(50, generator=generator).to(device)) for _ in range(150)]
+        groups = [{"params": [p], "lr": 1e-3 * (i + 1), "rho": 0.01 * (i + 1)} for i, p in enumerate(params)]
+        opt = RST(groups, base="adamw", schedule=1.0, backend=name)
+        take_steps(opt, params, 3)
+        results.append([p.detach().cpu() for p in params])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
 def test_a_gpu_backend_is_chosen_by_itself() -> None:
     opt = RST(parameters(F32, "cuda"), lr=0.1)
     assert opt.backend.name == ON_GPU[0] and ON_GPU[0] in repr(opt)
