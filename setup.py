@@ -63,7 +63,8 @@ NVCC_FLAGS = [
     "-Xcompiler=-fPIC,-fvisibility=hidden",
     "-Icsrc",
 ]
-DEFAULT_ARCHITECTURES = "8.0 9.0 10.0 12.0+PTX"
+DEFAULT_ARCHITECTURES = "8.0 9.0 10.0+PTX 12.0+PTX"  # PTX of 10.0 for 11.0, which code of 12.0 does not serve
+BEFORE_BLACKWELL = "8.0 9.0+PTX"  # for an nvcc that does not know more
 ERROR_LINES = 15
 
 
@@ -143,7 +144,8 @@ class Cuda:
     @property
     def architectures(self) -> list[str]:
         """As in TORCH_CUDA_ARCH_LIST: 8.0 is code for sm_80, 9.0+PTX code for sm_90 and PTX for later ones."""
-        return re.split(r"[ ;,]+", os.environ.get("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHITECTURES).strip())
+        default = DEFAULT_ARCHITECTURES if self.version >= (12, 8) else BEFORE_BLACKWELL
+        return re.split(r"[ ;,]+", os.environ.get("TORCH_CUDA_ARCH_LIST", default).strip())
 
     @property
     def defines(self) -> list[str]:

@@ -15,7 +15,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, wraps
+from functools import wraps
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -43,43 +43,56 @@ class Backend:
     ops: Any
     plans: str = ""  # which kernels a launch plan runs, "cpu" or "gpu"; none: every step goes through the ops
     architectures: str = ""  # for which GPUs there is code, "8.0/9.0/10.0+PTX"; none: for all
+    ptx: bool = True  # whether the driver takes PTX of this build
     fix: str = ""  # for "auto" to say where it has to pass over this backend: how it would become available
 
     def supports(self, device: torch.device) -> bool:
-        if self.device_types is not None and device.type not in self.device_types:
-            return False
-        return not self.architectures or covers(self.architectures, _capability(device))
+        return (self.device_types is None or device.type in self.device_types) and self.has_code_for(device)
+
+    def has_code_for(self, device: torch.device) -> bool:
+        """Machine code, or PTX of which the driver makes some."""
+        if not self.architectures:
+            return True
+        capability = _capability(device)
+        return has_machine_code(self.architectures, capability) or (
+            self.ptx and has_ptx(self.architectures, capability)
+        )
 
 
-@cache
+_capabilities: dict[torch.device, tuple[int, int]] = {}  # a dict, into which torch.compile can look
+
+
 def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
-
-
-def _entries(architectures: str) -> list[tuple[tuple[int, int], bool]]:
-    """(compute capability, whether there is PTX for it, too) of each."""
-    found = []
-    for entry in architectures.split("/"):
-        number, _, ptx = entry.partition("+")
-        major, minor = (int(part) for part in number.rstrip("af").split("."))
-        found.append(((major, minor), bool(ptx)))
-    return found
+    if device not in _capabilities:
+        _capabilities[device] = torch.cuda.get_device_capability(device)
+    return _capabilities[device]
 
 
 def has_machine_code(architectures: str, capability: tuple[int, int]) -> bool:
-    """Whether there is machine code that a GPU runs: of its generation and not newer."""
-    return any(at[0] == capability[0] and at[1] <= capability[1] for at, _ in _entries(architectures))
+    """Whether there is some that a GPU runs: of its generation and not newer, and with an "a" for it alone."""
+    for entry in architectures.split("/"):
+        number = entry.partition("+")[0]
+        at = _version(number)
+        if at == capability or (at[0] == capability[0] and at[1] <= capability[1] and not number.endswith("a")):
+            return True
+    return False
 
 
-def covers(architectures: str, capability: tuple[int, int]) -> bool:
-    """Whether a GPU runs such code: machine code, or PTX that is not newer, from which the driver makes some."""
-    has_ptx = any(ptx and at <= capability for at, ptx in _entries(architectures))
-    return has_ptx or has_machine_code(architectures, capability)
+def has_ptx(architectures: str, capability: tuple[int, int]) -> bool:
+    """Whether there is PTX that a driver can make machine code of: for a GPU that is not older."""
+    entries = [entry.partition("+") for entry in architectures.split("/")]
+    return any(ptx and number[-1].isdigit() and _version(number) <= capability for number, _, ptx in entries)
+
+
+def _version(number: str) -> tuple[int, int]:
+    major, minor = number.rstrip("af").split(".")
+    return int(major), int(minor)
 
 
 def driver_problem(built_with: str, driver: int) -> str:
     """What is wrong with a driver that supports CUDA up to ``driver`` (1000 * major + 10 * minor; 0: there is none) for
-    kernels built with CUDA ``built_with``; empty if nothing is. Within a major version every driver runs them."""
+    kernels built with CUDA ``built_with``; empty if nothing is. Within a major version every driver runs machine
+    code."""
     major = int(built_with.split(".")[0])
     if not 0 < driver < 1000 * major:
         return ""
@@ -188,7 +201,11 @@ def _cuda() -> Backend:
     built = _plan_ext.build_info()["CUDA"]
     if problem := driver_problem(built.split()[0], _plan_ext.driver_version()):
         return Backend("cuda", False, problem, ("cuda",), None, fix=problem)
-    return Backend("cuda", True, f"CUDA {built}", ("cuda",), _ops(NAMESPACE), "gpu", built.split()[-1])
+    major, minor = (int(part) for part in built.split()[0].split("."))
+    takes_ptx = not 0 < _plan_ext.driver_version() < 1000 * major + 10 * minor
+    return Backend(
+        "cuda", True, f"CUDA {built}", ("cuda",), _ops(NAMESPACE), "gpu", built.split()[-1], takes_ptx
+    )  # fmt: skip
 
 
 _CUDA, _CPU = _cuda(), _cpu()
@@ -235,6 +252,14 @@ def backend_for(requested: str, device: torch.device) -> Backend:
 
 def _warn_of_slower(chosen: Backend, device: torch.device) -> None:
     """Of a faster backend that is missing, where that was hardly meant."""
+    if torch.compiler.is_compiling():
+        return
+    if _CUDA.available and device.type == "cuda" and not _CUDA.has_code_for(device):
+        number = ".".join(map(str, _capability(device)))
+        _warn_once(
+            f"rst_fused runs on its {chosen.name} backend: its CUDA kernels were built for {_CUDA.architectures}, and "
+            f"this GPU has compute capability {number}. Install rst_fused again with TORCH_CUDA_ARCH_LIST={number}"
+        )
     faster = next((b for b in _BY_SPEED if b is not _REFERENCE and b.supports(device)), chosen)
     if faster is chosen:
         return
@@ -246,7 +271,9 @@ def _warn_of_slower(chosen: Backend, device: torch.device) -> None:
 
 def _warn_of_compilation(chosen: Backend, device: torch.device) -> None:
     """Where the driver has to make machine code."""
-    if chosen.architectures and not has_machine_code(chosen.architectures, _capability(device)):
+    if torch.compiler.is_compiling() or not chosen.architectures:
+        return
+    if not has_machine_code(chosen.architectures, _capability(device)):
         number = ".".join(map(str, _capability(device)))
         _warn_once(
             f"rst_fused has no machine code for this GPU, of compute capability {number}: the driver compiles each "

@@ -209,8 +209,8 @@ class RST(StepOptimizer):
             return False
         try:
             step.perturb(self)
-        except BaseException:
-            self.restore()
+        except BaseException as error:
+            self._restore_after(error)
             raise
         return True
 
@@ -251,7 +251,7 @@ class RST(StepOptimizer):
                 self._adopt()
             step.update(self)
         except BaseException as error:
-            self.restore()
+            self._restore_after(error)
             amp.forget(self)
             validation.explain(error)
             raise
@@ -285,9 +285,16 @@ class RST(StepOptimizer):
             with freeze_batch_norm(model), keep_buffers(model):
                 yield
         except BaseException as error:
-            self.restore()
+            self._restore_after(error)
             validation.explain(error)
             raise
+
+    def _restore_after(self, error: BaseException) -> None:
+        """restore(), while ``error`` is handled. That one is raised, whatever fails here, and says so."""
+        try:
+            self.restore()
+        except Exception as second:
+            validation.add_note(error, f"the weights could not be brought back: {second}")
 
     def restore(self) -> None:
         """Abandons a perturbation: the weights are bit for bit those before perturb(). No update, no step counted."""

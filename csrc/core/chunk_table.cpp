@@ -1,14 +1,11 @@
 #include "core/chunk_table.h"
 
 #include <algorithm>
-#include <atomic>
 #include <numeric>
 
 namespace rst {
 
 void Table::cut() {
-  static std::atomic<uint64_t> versions{0};
-  version = ++versions;
   chunks.clear();
   bytes.assign(1, 0);
   for (size_t t = 0; t < tensors.size(); ++t) {

@@ -46,7 +46,6 @@ struct Table {
   std::vector<Tensor> tensors;
   std::vector<Chunk> chunks;
   std::vector<int64_t> bytes;  // bytes[c]: bytes of one operand in the chunks before c; one entry more than chunks
-  uint64_t version = 0;        // another one, in all the process, each time a table is cut
 
   void cut();  // fills chunks and bytes from tensors
 };

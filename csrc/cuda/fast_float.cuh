@@ -1,8 +1,10 @@
-// A float whose division and square root take no branch: an approximation of the hardware and two corrections. They
-// round to the nearest as IEEE 754 asks, but for about one square root in a million, which is next to it.
+// A float whose division and square root take no branch: an approximation of the hardware, at most one unit in the last
+// place off, and a correction. Results are those of IEEE 754, or in rare cases the number next to them: about one
+// square root in a million, and quotients that lie nearly halfway between two numbers.
 //
-// Not served, and up to the caller: divisors below 2^-126 or above 2^126 other than 0, inf and NaN, and square roots of
-// less than 2^-126, which come out as 2^-63.
+// Not served, and up to the caller: divisors of 0, below 2^-126 or above 2^126 but for inf; infinite dividends, which
+// give NaN; dividends below 2^-100, whose last digit may be off; roots of -0, and of less than 2^-126, which come out
+// as 2^-63.
 #pragma once
 
 #include "math/sam_math.h"
@@ -27,7 +29,7 @@ RST_HD void assign(FastFloat& to, double x) { to.x = static_cast<float>(x); }
 RST_HD float corrected_quotient(float a, float b, float inverse) {
   const float quotient = a * inverse;
   const float better = ::fmaf(::fmaf(-b, quotient, a), inverse, quotient);
-  return better == better ? better : quotient;  // where 0, inf or NaN went in, the first quotient is exact
+  return quotient != 0 ? better : quotient;  // keeps the sign of 0, and is right where b is infinite
 }
 // sqrt(x), from an approximation of 1 / sqrt(x); of a normal number.
 RST_HD float corrected_root(float x, float inverse) {

@@ -138,8 +138,8 @@ __device__ __forceinline__ void grad_norm(const NormArgs& args) {
   found = block_sum(found.sum, found.any);
   __shared__ bool again, last;
   if (threadIdx.x == 0) {
-    // Above 2^-60 what fp32 lost to squares below 2^-126 is less than its rounding. NaN stays NaN.
-    again = std::is_same_v<V, float> && found.any && (found.sum < 0x1p-60 || found.sum == INFINITY);
+    // Above 2^-60 what fp32 lost to squares below 2^-126 is less than its rounding.
+    again = std::is_same_v<V, float> && found.any && !(found.sum >= 0x1p-60 && found.sum < INFINITY);
     if (!again) last = publish(c, found.sum);
   }
   __syncthreads();

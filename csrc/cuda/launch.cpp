@@ -1,6 +1,8 @@
 #include "cuda/launch.h"
 
 #include <array>
+#include <stdexcept>
+#include <string>
 
 #include "cuda/kernels.h"
 #include "cuda/launches.h"
@@ -87,8 +89,8 @@ void update_variant(int variant, const Table& table, const OpParams& params, con
   Launches<A>& launches = launches_in<A>(cache, LaunchCache::kUpdate + 2 * variant + mixing, own);
   const bool by_value = params.hyperparams != nullptr || params.steps != nullptr;
   const int most_rows = by_value ? kRows : kRowsOnDevice;
-  if (!launches.serve(table, most_rows, mixing)) {
-    launches.arrange(table, chunk_of(table), most_rows, mixing, [&](const Tensor& t) {
+  if (launches.empty()) {
+    launches.arrange(table, chunk_of(table), most_rows, [&](const Tensor& t) {
       const bool ours = variant_of(params.rule, t) == variant;
       return ours ? present(update_kernels[variant][dtype(t)][t.has(kFirstGrad)][t.has(kMaster)]) : nullptr;
     });
@@ -104,6 +106,20 @@ void update_variant(int variant, const Table& table, const OpParams& params, con
       preparing<Rule>(params));
 }
 
+// After a launch of perturb failed: brings back what launches before it have moved; only that has a backup. Returns
+// what went wrong, if anything did.
+std::string undo(const Table& table, const Launches<PerturbArgs>& launches, const Launcher& launcher) {
+  try {
+    Table moved;
+    moved.tensors = launches.started(table);
+    for (Tensor& tensor : moved.tensors) tensor.data[kFirstGrad] = nullptr;  // nothing to mix
+    restore(moved, OpParams{}, launcher);
+    return "";
+  } catch (const std::exception& error) {
+    return error.what();
+  }
+}
+
 }  // namespace
 
 int64_t norm_partials(const Table& table) {
@@ -116,12 +132,12 @@ int64_t norm_partials(const Table& table) {
 void grad_norm(const Table& table, const OpParams& params, double* partials, const Launcher& launcher,
                LaunchCache* cache) {
   std::unique_ptr<OpLaunches> own;
-  auto& launches = launches_in<NormArgs>(cache, LaunchCache::kNorm, own);
-  if (!launches.serve(table, kRowsOnDevice, params.adaptive)) {
-    launches.arrange(table, norm_chunk_of(table), kRowsOnDevice, params.adaptive, [&](const Tensor& t) {
+  auto& launches = launches_in<NormArgs>(cache, LaunchCache::kNorm + params.adaptive, own);
+  if (launches.empty()) {
+    launches.arrange(table, norm_chunk_of(table), kRowsOnDevice, [&](const Tensor& t) {
       return present(grad_norm_kernels[dtype(t)][params.adaptive][params.adaptive && (t.complex || t.has(kMaster))]);
     });
-    launches.arrange_at_least_one(grad_norm_kernels[0][0][0]);  // for the norm of nothing
+    if (launches.empty()) launches.add(grad_norm_kernels[0][0][0]);  // one block, for the norm of nothing
   }
   LaunchParams launch = launch_params_of(params);
   launch.partials = partials;
@@ -133,10 +149,10 @@ void grad_norm(const Table& table, const OpParams& params, double* partials, con
 
 void perturb(const Table& table, const OpParams& params, const Launcher& launcher, LaunchCache* cache) {
   std::unique_ptr<OpLaunches> own;
-  auto& launches = launches_in<PerturbArgs>(cache, LaunchCache::kPerturb, own);
+  auto& launches = launches_in<PerturbArgs>(cache, LaunchCache::kPerturb + params.adaptive, own);
   const int most_rows = rows_in_launch(params.on_device.hyperparams);
-  if (!launches.serve(table, most_rows, params.adaptive)) {
-    launches.arrange(table, chunk_of(table), most_rows, params.adaptive, [&](const Tensor& t) {
+  if (launches.empty()) {
+    launches.arrange(table, chunk_of(table), most_rows, [&](const Tensor& t) {
       return present(perturb_kernels[dtype(t)][params.adaptive][t.has(kMaster) || (params.adaptive && t.complex)]);
     });
   }
@@ -147,38 +163,28 @@ void perturb(const Table& table, const OpParams& params, const Launcher& launche
           return std::array{t.data[kParam], t.data[kGrad], t.data[t.has(kMaster) ? kMaster : kBackup]};
         },
         copying(params.rhos));
-  } catch (...) {  // a launch failed: undo what earlier launches perturbed; only that has a backup
-    Table undo;
-    undo.tensors = launches.started(table);
-    for (Tensor& tensor : undo.tensors) tensor.data[kFirstGrad] = nullptr;  // nothing to mix
-    try {
-      restore(undo, OpParams{}, launcher);
-    } catch (...) {  // a GPU that takes no more work says so each time: the first error is the one to know
-    }
-    throw;
+  } catch (const std::exception& error) {
+    const std::string second = undo(table, launches, launcher);
+    if (second.empty()) throw;
+    throw std::runtime_error(std::string(error.what()) + " (then the weights that were moved before it could not be " +
+                             "brought back: " + second + ")");
   }
 }
 
-void restore(const Table& table, const OpParams& params, const Launcher& launcher, LaunchCache* cache) {
-  std::unique_ptr<OpLaunches> own, own_mix;
-  auto& launches = launches_in<RestoreArgs>(cache, LaunchCache::kRestore, own);
-  if (!launches.serve(table, kRowsOnDevice, false)) {
-    launches.arrange(table, chunk_of(table), kRowsOnDevice, false,
-                     [](const Tensor& t) { return present(restore_kernels[dtype(t)][t.has(kMaster)]); });
-  }
+void restore(const Table& table, const OpParams& params, const Launcher& launcher) {
   const LaunchParams launch = launch_params_of(params);
+  Launches<RestoreArgs> launches;
+  launches.arrange(table, chunk_of(table), kRowsOnDevice,
+                   [](const Tensor& t) { return present(restore_kernels[dtype(t)][t.has(kMaster)]); });
   launches.start(
       table, launch, 0, launcher, [&](const Tensor& t) { return std::array{t.data[kParam], source_of(t, params)}; },
       kNoRows);
   // An empty tensor has no addresses, so one tensor does not speak for all.
   const auto& tensors = table.tensors;
   if (std::none_of(tensors.begin(), tensors.end(), [](const Tensor& t) { return t.has(kFirstGrad); })) return;
-  auto& mixes = launches_in<MixArgs>(cache, LaunchCache::kMix, own_mix);
-  const int most_rows = rows_in_launch(params.on_device.hyperparams);
-  if (!mixes.serve(table, most_rows, false)) {
-    mixes.arrange(table, chunk_of(table), most_rows, false,
-                  [](const Tensor& t) { return present(mix_kernels[dtype(t)]); });
-  }
+  Launches<MixArgs> mixes;
+  mixes.arrange(table, chunk_of(table), rows_in_launch(params.on_device.hyperparams),
+                [](const Tensor& t) { return present(mix_kernels[dtype(t)]); });
   mixes.start(
       table, launch, 1, launcher, [](const Tensor& t) { return std::array{t.data[kGrad], t.data[kFirstGrad]}; },
       copying(params.gammas));

@@ -22,12 +22,13 @@ struct OpLaunches {
   virtual ~OpLaunches() = default;
 };
 
-// What a caller may keep between calls with the same table: which tensors go into which launch, and the arguments, in
-// which then only addresses and numbers are written anew. 32 KiB for each launch of each op, and for updates with and
-// without mixing.
+// What a caller may keep that calls again with the same table, in which only addresses change: which tensors go into
+// which launch, and the arguments, in which then addresses and numbers alone are written anew. 32 KiB for each launch
+// of the norm, the perturbation and the update, with and without ASAM or mixing. Numbers must travel by value, or not,
+// in all calls alike.
 class LaunchCache {
  public:
-  enum Op : int { kNorm, kPerturb, kRestore, kMix, kUpdate, kOps = kUpdate + 2 * kRuleVariants };
+  enum Op : int { kNorm, kPerturb = kNorm + 2, kUpdate = kPerturb + 2, kOps = kUpdate + 2 * kRuleVariants };
   std::unique_ptr<OpLaunches>& of(int op) { return launches_[op]; }
 
  private:
@@ -42,7 +43,7 @@ int64_t norm_partials(const Table& table);
 void grad_norm(const Table& table, const OpParams& params, double* partials, const Launcher& launcher,
                LaunchCache* cache = nullptr);
 void perturb(const Table& table, const OpParams& params, const Launcher& launcher, LaunchCache* cache = nullptr);
-void restore(const Table& table, const OpParams& params, const Launcher& launcher, LaunchCache* cache = nullptr);
+void restore(const Table& table, const OpParams& params, const Launcher& launcher);
 void update(const Table& table, const OpParams& params, const Launcher& launcher, LaunchCache* cache = nullptr);
 
 }  // namespace rst::cuda

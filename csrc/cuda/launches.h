@@ -14,20 +14,14 @@ class Launches final : public OpLaunches {
   static_assert(sizeof(A) <= kArgumentBytes, "a launch must fit into the arguments of a kernel");
 
  public:
-  // Whether they were arranged for this table, so many rows of hyperparameters in one launch, and this form of the op.
-  bool serve(const Table& table, int most_rows, bool form) const {
-    return version_ != 0 && version_ == table.version && most_rows_ == most_rows && form_ == form;
-  }
+  bool empty() const { return launches_.empty(); }
+  void add(const GpuKernel& kernel) { launches_.emplace_back(&kernel, 0); }  // without tensors
 
   // Tensors of one kernel go together; kernels follow one another in the order of their first tensors. `kernel_of`
   // gives the kernel of a tensor, or null for one that is not served here.
   template <class KernelOf>
-  void arrange(const Table& table, int32_t chunk, int most_rows, bool form, KernelOf kernel_of) {
-    version_ = 0;
-    launches_.clear();
-    most_rows_ = most_rows;
-    form_ = form;
-    chunk_ = chunk;
+  void arrange(const Table& table, int32_t chunk, int most_rows, KernelOf kernel_of) {
+    std::vector<Launch> launches;  // an exception leaves none
     std::vector<const GpuKernel*> kernels;
     for (const Tensor& tensor : table.tensors) {
       const GpuKernel* kernel = tensor.numel > 0 ? kernel_of(tensor) : nullptr;
@@ -40,16 +34,13 @@ class Launches final : public OpLaunches {
       for (size_t t = 0; t < table.tensors.size(); ++t) {
         const Tensor& tensor = table.tensors[t];
         if (tensor.numel == 0 || kernel_of(tensor) != kernel) continue;
-        if (begin || !launches_.back().takes(tensor, chunk, most_rows)) launches_.emplace_back(kernel, tensor.row);
-        launches_.back().add(tensor, static_cast<int32_t>(t), chunk);
+        if (begin || !launches.back().takes(tensor, chunk, most_rows)) launches.emplace_back(kernel, tensor.row);
+        launches.back().add(tensor, static_cast<int32_t>(t), chunk);
         begin = false;
       }
     }
-    version_ = table.version;
-  }
-  // One block without a tensor, where there is none.
-  void arrange_at_least_one(const GpuKernel& kernel) {
-    if (launches_.empty()) launches_.emplace_back(&kernel, 0);
+    launches_ = std::move(launches);
+    chunk_ = chunk;
   }
 
   // `operands_of` gives what a kernel works on, in the order of its enum in args.h; `write_row(row, r, tensor)` fills
@@ -120,9 +111,6 @@ class Launches final : public OpLaunches {
   };
 
   std::vector<Launch> launches_;
-  uint64_t version_ = 0;  // of the table; 0: of none
-  int most_rows_ = 0;
-  bool form_ = false;
   int32_t chunk_ = 0;
   size_t started_ = 0;
 };

@@ -103,7 +103,7 @@ constexpr bool kNeedsMoreRegisters = true;  // than the same code does for older
 constexpr bool kNeedsMoreRegisters = false;
 #endif
 template <int N, class T, bool Mixing, bool Master>
-constexpr int update_blocks() {
+RST_HD constexpr int update_blocks() {
   constexpr bool kSixteenBit = sizeof(T) == 2;
   if (sizeof(T) == 8 || N > 2) return 1;
   if (N == 2 && Mixing && kSixteenBit && (Master || kNeedsMoreRegisters)) return 1;
@@ -111,7 +111,11 @@ constexpr int update_blocks() {
 }
 // Packs in flight in every thread. Only SGD has registers left for two packs of 16-bit elements.
 template <class Rule, int N, class T, bool Mixing, bool Master>
-constexpr int kUpdatePacks = Master || (sizeof(T) == 2 && !std::is_same_v<Rule, Sgd>) || (N > 1 && Mixing) ? 1 : 2;
+RST_HD constexpr int update_packs() {
+  constexpr bool kSgd = std::is_same_v<Rule, Sgd>;
+  if (Master || (sizeof(T) == 2 && !kSgd) || (N > 1 && Mixing)) return 1;
+  return kNeedsMoreRegisters && N == 1 && !kSgd ? 1 : 2;
+}
 
 template <class Rule, int N, class T, class V, int Packs, bool Mixing, bool Master, class Args, class Row>
 __device__ __forceinline__ void update_with(const Args& args, const Piece& piece, const Row& row) {
@@ -149,7 +153,7 @@ __device__ __forceinline__ void update(const UpdateArgs<Rule, N>& args) {
   if (const float* const scale = c.on_device.grad_scale) {
     row.step.grad_multiplier = static_cast<A>(c.grad_multiplier / static_cast<double>(*scale));
   }
-  constexpr int kPacks = kUpdatePacks<Rule, N, T, Mixing, Master>;
+  constexpr int kPacks = update_packs<Rule, N, T, Mixing, Master>();
   if constexpr (Rule::kDivides && std::is_same_v<A, float>) {
     if (row.step.ignores_small_roots()) {
       update_with<Rule, N, T, FastFloat, kPacks, Mixing, Master>(args, piece, row);

@@ -79,6 +79,9 @@ template <void (*op)(const Table&, const OpParams&, const cuda::Launcher&, cuda:
 void on_stream(const Table& table, const OpParams& params, int32_t device, void* cache) {
   op(table, params, launcher_for(device), launches_of(cache));
 }
+void restore(const Table& table, const OpParams& params, int32_t device, void*) {
+  cuda::restore(table, params, launcher_for(device));
+}
 
 }  // namespace
 
@@ -92,7 +95,7 @@ Simulation& simulation() {
 const CoreOps& cuda_ops() {
   static const CoreOps ops{grad_norm,
                            on_stream<cuda::perturb>,
-                           on_stream<cuda::restore>,
+                           restore,
                            on_stream<cuda::update>,
                            []() -> void* { return new Cache; },
                            [](void* cache) { delete static_cast<Cache*>(cache); }};

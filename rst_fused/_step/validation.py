@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -355,3 +356,11 @@ def explain(error: BaseException) -> None:
             "not support and leaves the wrapper unusable: wrap the model again, and run the first step outside of "
             "no_sync() or pass static_graph=False"
         ) from error
+
+
+def add_note(error: BaseException, words: str) -> None:
+    """Beside the message of ``error``, which somebody is going to raise."""
+    if hasattr(error, "add_note"):
+        error.add_note(words)
+    else:  # Python 3.10
+        warnings.warn(words, RuntimeWarning, stacklevel=2)

@@ -11,8 +11,8 @@ import op_db
 import pytest
 import torch
 
-from rst_fused import RST, _backends
-from rst_fused._backends import covers, driver_problem, has_machine_code
+from rst_fused import RST, _backends, ops
+from rst_fused._backends import driver_problem, has_machine_code, has_ptx
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), gpu_simulator.needed]
 F32, BF16 = torch.float32, torch.bfloat16
@@ -198,9 +198,41 @@ def test_the_first_error_of_a_gpu_that_takes_no_more_work_is_the_one_that_is_rai
     monkeypatch.setattr(simulator, "launch", failing)
     with gpu_simulator.simulated(simulator, monkeypatch):
         give_grads(params, 0)
-        with pytest.raises(RuntimeError, match="error 1"):
+        with pytest.raises(RuntimeError, match="(?s)error 1.*could not be brought back: .*error 2"):
             opt.perturb()
     assert failed == ["rst_perturb_bfloat16", "rst_restore_32_bits"]
+
+
+@pytest.mark.parametrize("where", ["second pass", "step"])
+def test_a_restore_that_fails_while_an_error_is_handled(
+    where: str, simulator: gpu_simulator.Simulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is told beside that error, which is the one that is raised; and restore() can be tried again."""
+    params = parameters(F32)
+    before = [p.detach().clone() for p in params]
+    opt = RST(params, lr=0.05, schedule=1.0, backend="simulated")
+    give_grads(params, 0)
+    assert opt.perturb()
+    give_grads(params, 1)
+    launch = simulator.launch
+
+    def failing(kernel: str, *args: Any) -> None:
+        raise RuntimeError(f"no {kernel}")
+
+    monkeypatch.setattr(simulator, "launch", failing)
+    with gpu_simulator.simulated(simulator, monkeypatch):
+        if where == "step":
+            with pytest.raises(RuntimeError, match="no rst_sgd_step_float32") as caught:
+                opt.step()
+        else:
+            with pytest.raises(ValueError, match="of the user") as caught, opt.second_pass():
+                raise ValueError("of the user")
+    (note,) = caught.value.__notes__
+    assert note.startswith("the weights could not be brought back: ") and "no rst_restore_32_bits" in note
+    monkeypatch.setattr(simulator, "launch", launch)
+    with gpu_simulator.simulated(simulator, monkeypatch):
+        opt.restore()
+    assert all(op_db.same_bits(p.detach(), w) for p, w in zip(params, before, strict=True))
 
 
 def test_launches_that_a_plan_keeps_follow_what_changes(simulator: gpu_simulator.Simulator) -> None:
@@ -237,13 +269,18 @@ def test_a_model_that_moved_is_named() -> None:
 
 
 @pytest.mark.parametrize(
-    ("capability", "runs"),
-    [((7, 5), False), ((8, 0), True), ((8, 9), True), ((9, 0), True), ((10, 3), True), ((12, 0), True)],
-)
-def test_which_gpus_the_code_is_for(capability: tuple[int, int], runs: bool) -> None:
-    assert covers("8.0/9.0/10.0+PTX", capability) == runs
-    assert covers("9.0a", capability) == (capability[0] == 9)
-    assert has_machine_code("8.0/9.0/10.0+PTX", capability) == (runs and capability[0] != 12)
+    ("architectures", "capability", "code", "ptx"),
+    [
+        ("8.0/9.0/10.0+PTX", (7, 5), False, False), ("8.0/9.0/10.0+PTX", (8, 0), True, False),
+        ("8.0/9.0/10.0+PTX", (8, 9), True, False), ("8.0/9.0/10.0+PTX", (9, 0), True, False),
+        ("8.0/9.0/10.0+PTX", (10, 3), True, True), ("8.0/9.0/10.0+PTX", (12, 0), False, True),
+        ("8.9", (8, 6), False, False), ("9.0a", (9, 0), True, False), ("10.0a+PTX", (10, 3), False, False),
+        ("10.0f", (10, 3), True, False), ("10.0f+PTX", (12, 0), False, False),
+    ],
+)  # fmt: skip
+def test_which_gpus_the_code_is_for(architectures: str, capability: tuple[int, int], code: bool, ptx: bool) -> None:
+    assert has_machine_code(architectures, capability) == code
+    assert has_ptx(architectures, capability) == ptx
 
 
 @pytest.mark.parametrize(
@@ -274,6 +311,7 @@ def test_a_gpu_without_machine_code_is_told_of(monkeypatch: pytest.MonkeyPatch) 
     cuda = _backends.Backend("cuda", True, "", ("cuda",), None, architectures="8.0/10.0+PTX")
     monkeypatch.setattr(_backends, "_BY_SPEED", (cuda,))
     monkeypatch.setattr(_backends, "_said", set())
+    monkeypatch.setattr(_backends, "_CUDA", cuda)
     for capability, warned in (((8, 9), 0), ((10, 3), 0), ((12, 1), 1)):
         monkeypatch.setattr(_backends, "_capability", lambda device, found=capability: found)
         with warnings.catch_warnings(record=True) as caught:
@@ -281,6 +319,30 @@ def test_a_gpu_without_machine_code_is_told_of(monkeypatch: pytest.MonkeyPatch) 
             assert _backends.backend_for("auto", torch.device("cuda")) is cuda
         assert len(caught) == warned
     assert "compute capability 12.1" in str(caught[0].message) and "TORCH_CUDA_ARCH_LIST=12.1" in str(caught[0].message)
+
+
+def test_a_gpu_without_any_code_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither machine code nor PTX, or PTX that is newer than the driver: another backend runs, and says why."""
+    for architectures, ptx, capability in (
+        ("8.0/9.0", True, (12, 0)), ("9.0+PTX", False, (12, 0)), ("9.0+PTX", True, (7, 5))
+    ):  # fmt: skip
+        cuda = _backends.Backend("cuda", True, "", ("cuda",), None, architectures=architectures, ptx=ptx)
+        monkeypatch.setattr(_backends, "_CUDA", cuda)
+        monkeypatch.setattr(_backends, "_BY_SPEED", (cuda, _backends._REFERENCE))
+        monkeypatch.setattr(_backends, "_said", set())
+        monkeypatch.setattr(_backends, "_capability", lambda device, found=capability: found)
+        with pytest.warns(RuntimeWarning, match=f"built for {re.escape(architectures)}, and this GPU has compute"):
+            assert _backends.backend_for("auto", torch.device("cuda")).name == "reference"
+
+
+def test_no_warning_ends_a_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile cannot trace one."""
+    cuda = _backends.Backend("cuda", False, "", ("cpu",), None, fix="get another driver")
+    monkeypatch.setattr(_backends, "_BY_SPEED", (cuda, *_backends._BY_SPEED))
+    monkeypatch.setattr(_backends, "_said", set())
+    g = torch.ones(4)
+    norm = torch.compile(lambda: ops.grad_norm([g]), fullgraph=True, backend="eager")
+    assert norm()[0] == 2 and not _backends._said
 
 
 @pytest.mark.parametrize("overflow", [0.0, 2.0])

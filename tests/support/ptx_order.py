@@ -9,7 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-ACQUIRES = re.compile(r"\b(fence|membar)\.(?!.*\bcta\b)|\.(acquire|acq_rel)\b")
+# With the scope of the device or more.
+ACQUIRES = re.compile(r"\bmembar\.(gl|sys)\b|\bfence\.(sc|acq_rel)\.(gpu|sys)\b|\.(acquire|acq_rel)\.(gpu|sys)\b")
 ATOMIC = re.compile(r"\batom\.")
 READ = re.compile(r"\bld\.(?!param|shared|const|local)")
 BRANCH = re.compile(r"(@!?%p\d+\s+)?\bbra(?:\.uni)?\s+(\$?[\w$]+)")
