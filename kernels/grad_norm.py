@@ -1,26 +1,29 @@
 """grad_norm: reads g (and w for ASAM), 4 bytes per fp32 parameter (8 for ASAM); writes nothing.
 
-Two stages, both in a fixed order, so that two runs are bit-identical: a float64 sum per chunk, then one program adds
-those sums.
+Two stages, both in a fixed order, so that two runs are bit-identical: a float64 sum per chunk, then the last program to
+finish adds those sums.
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch_groups
 from .checks import KEPT, Operand, check_scalars, runs_on
 from .device_cache import on_device
 from .launch_config import BUILT_IN
-from .launch_groups import launch, validated_groups
+from .launch_groups import LaunchGroup, launches, starter, validated_groups
+from .launcher import Launch, run_all
 from .multi_tensor_apply import address, kernel, load, locate, magnitude
 from .sam_math import asam_scale, asam_squared_norm, squared_norm
 
 NORM_EPS = tl.constexpr(1e-12)
 _GRAD, _WEIGHT, _SLOTS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+_TICKET = tl.constexpr(4)  # in stats: how many programs are done, as a 32-bit number; 0 between launches
 SUMS = 1024  # partial sums that the last stage reads at once
 
 
@@ -34,28 +37,12 @@ def _add(sum, grad, weight, at, count, eta, ADAPTIVE: tl.constexpr, COMPLEX: tl.
         return squared_norm(g, sum)
 
 
-@kernel
-def grad_norm_kernel(
-    table, tensors, partials, eta, T: tl.constexpr, STATE: tl.constexpr, ADAPTIVE: tl.constexpr,
-    COMPLEX: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
-):  # fmt: skip
-    record, begin, count, whole = locate(table, tensors, _SLOTS, BLOCK)
-    grad, weight = address(record, _GRAD, begin, T), address(record, _WEIGHT, begin, STATE)
-    eta = tl.load(eta)
-    sum, tail = tl.zeros([BLOCK], tl.float64), tl.zeros([TAIL], tl.float64)
-    for at in range(0, whole, BLOCK):
-        sum = _add(sum, grad, weight, at + tl.arange(0, BLOCK), count, eta, ADAPTIVE, COMPLEX, True)
-    for at in range(whole, count, TAIL):
-        tail = _add(tail, grad, weight, at + tl.arange(0, TAIL), count, eta, ADAPTIVE, COMPLEX, False)
-    tl.store(partials + tl.program_id(0), tl.sum(sum, 0) + tl.sum(tail, 0))
-
-
-@kernel
-def finish_kernel(partials, count, stats, BLOCK: tl.constexpr):
+@triton.jit
+def _finish(partials, count, stats, SUMS: tl.constexpr):
     so_far = tl.load(stats + 3)  # before the sum, whose barrier separates it from the store
-    sum = tl.zeros([BLOCK], tl.float64)
-    for at in range(0, count, BLOCK):
-        offsets = at + tl.arange(0, BLOCK)
+    sum = tl.zeros([SUMS], tl.float64)
+    for at in range(0, count, SUMS):
+        offsets = at + tl.arange(0, SUMS)
         sum += tl.load(partials + offsets, offsets < count, 0.0)
     norm = tl.sqrt(tl.sum(sum, 0))
     finite = norm - norm == 0
@@ -66,18 +53,57 @@ def finish_kernel(partials, count, stats, BLOCK: tl.constexpr):
     tl.store(stats + 3, so_far + non_finite)
 
 
+@kernel
+def grad_norm_kernel(
+    table, tensors, partials, first, count, stats, eta, T: tl.constexpr, STATE: tl.constexpr, ADAPTIVE: tl.constexpr,
+    COMPLEX: tl.constexpr, FINISH: tl.constexpr, SUMS: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """The partial sums of this launch begin at ``first``; with ``FINISH`` it is the last one, and adds all ``count``."""
+    record, begin, size, whole = locate(table, tensors, _SLOTS, BLOCK)
+    grad, weight = address(record, _GRAD, begin, T), address(record, _WEIGHT, begin, STATE)
+    eta = tl.load(eta)
+    sum, tail = tl.zeros([BLOCK], tl.float64), tl.zeros([TAIL], tl.float64)
+    for at in range(0, whole, BLOCK):
+        sum = _add(sum, grad, weight, at + tl.arange(0, BLOCK), size, eta, ADAPTIVE, COMPLEX, True)
+    for at in range(whole, size, TAIL):
+        tail = _add(tail, grad, weight, at + tl.arange(0, TAIL), size, eta, ADAPTIVE, COMPLEX, False)
+    tl.store(partials + first + tl.program_id(0), tl.sum(sum, 0) + tl.sum(tail, 0))
+    if FINISH:
+        # Release: the sum above is there for whoever sees this count. Acquire: the last one sees all other sums.
+        ticket = (stats + _TICKET).to(tl.pointer_type(tl.int32))
+        if tl.atomic_add(ticket, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+            _finish(partials, count, stats, SUMS)
+            tl.store(ticket, 0)
+
+
+@kernel
+def finish_kernel(partials, count, stats, SUMS: tl.constexpr):
+    _finish(partials, count, stats, SUMS)
+
+
+def variant(group: LaunchGroup, adaptive: bool, finish: bool) -> dict[str, Any]:
+    return {"ADAPTIVE": adaptive, "COMPLEX": group.dtype.is_complex, "FINISH": finish, "SUMS": SUMS}
+
+
 @torch.no_grad()
 def grad_norm(stats: Tensor, grads: Sequence[Tensor], params: Sequence[Tensor], adaptive: bool, eta: float) -> None:
     op = "grad_norm"
     check_scalars(op, "stats", stats, torch.float64, 5, on=grads[0].device if grads else None)
     runs_on(op, "stats", stats)
     weights = Operand("params", params if adaptive else [], dtype=KEPT, optional=not adaptive)
-    partials = [torch.empty(0, dtype=torch.float64, device=stats.device)]
-    for group, table in validated_groups(op, [Operand("grads", grads), weights], [len(grads)]):
-        (eta_scalar,) = on_device(group.device, torch.tensor([eta], dtype=torch.float64, device="cpu"))
-        sums = torch.empty(group.chunks, dtype=torch.float64, device=group.device)
-        launch(grad_norm_kernel, group, table, sums, eta_scalar, ADAPTIVE=adaptive, COMPLEX=group.dtype.is_complex)
-        partials.append(sums.to(stats.device, non_blocking=True))
-    joined = torch.cat(partials) if len(partials) > 2 else partials[-1]
-    args = (joined, joined.numel(), stats)
-    launch_groups.run(finish_kernel, stats.device, 1, args, {"BLOCK": SUMS}, BUILT_IN.warps)
+    works = [w for w in validated_groups(op, [Operand("grads", grads), weights], [len(grads)]) if w.group.chunks]
+    together = bool(works) and all(work.group.device == stats.device for work in works)
+    counts = [work.group.chunks for work in works]
+    etas = torch.tensor([eta], dtype=torch.float64, device="cpu")
+    sums = torch.empty(sum(counts), dtype=torch.float64, device=stats.device)
+    for work, begin, end in zip(works, [0, *accumulate(counts)], accumulate(counts), strict=False):
+        (eta_scalar,) = on_device(work.group.device, etas)
+        last = together and work is works[-1]
+        here = sums if together else torch.empty(len(sums), dtype=torch.float64, device=work.group.device)
+        chosen = variant(work.group, adaptive, finish=last)
+        run_all(launches(grad_norm_kernel, work, here, begin, len(sums), stats, eta_scalar, **chosen))
+        if not together:
+            sums[begin:end].copy_(here[begin:end], non_blocking=True)
+    if not together:  # on several devices, or nothing to add
+        start = starter(finish_kernel, stats.device, {"SUMS": SUMS}, BUILT_IN.warps)
+        run_all([Launch(start, 1, (sums, len(sums), stats))])

@@ -5,25 +5,23 @@ Companions whose layout differs from the parameter's pass through dense copies, 
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 import triton.language as tl
 from torch import Tensor
-from triton.compiler import CompiledKernel
 
 from . import device_cache
 from .checks import TRITON_DTYPE, Operand, check_lists, dense, runs_on
 from .launch_config import config_for
+from .launcher import Launch, Launcher
 from .multi_tensor_apply import CHUNK
 
 # C++ of torch.compile. It compares tensors with earlier ones in the time that Python needs to read one attribute each.
 _guards: Any = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
 TensorGuards: Any = getattr(_guards, "TensorGuards", None)
 
-# Without fusion, a * b + c rounds twice unless the formula says fma.
-OPTIONS = {"enable_fp_fusion": False}
 _MOST_CALLS = 16  # remembered calls; a training step makes about three
 
 
@@ -79,14 +77,22 @@ def _guard(operand: Operand, lead: Operand) -> Callable[..., bool] | None:
     return TensorGuards(*operand.tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
 
 
+@dataclass(frozen=True)
+class Work:
+    """One launch group of a call, with its table and what follows a launch on it."""
+
+    group: LaunchGroup
+    table: Tensor
+    after: list[Callable[[], Any]]  # copies what went to dense copies to where it belongs; notes which tensors changed
+
+
 def validated_groups(
     op: str, operands: Sequence[Operand], group_sizes: Sequence[int], first_index: int = 0
-) -> Iterator[tuple[LaunchGroup, Tensor]]:
-    """The launches of a call, each with its table. The first operand leads.
+) -> Iterator[Work]:
+    """The launches of a call. The first operand leads.
 
     Asking for the first one checks the lists, unless an earlier call had equivalent lists, and raises for whatever
-    would be read or written out of bounds. Asking for the next one copies results of the last one that went to dense
-    copies to where they belong.
+    would be read or written out of bounds.
     """
     lead = operands[0].tensors
     if lead:
@@ -103,9 +109,10 @@ def validated_groups(
         _validated[:] = [known, *(other for other in _validated if other is not known)][:_MOST_CALLS]
     for group in known.groups:
         used, back = _prepare(operands, group)
-        yield group, device_cache.table(group.device, group.lengths, group.rows, group.indices, _slots(used))
-        for original, copy in back:
-            original.copy_(copy)
+        after: list[Callable[[], Any]] = [partial(Tensor.copy_, original, copy) for original, copy in back]
+        if operands[0].written:  # last: a caller tells by their versions which parameters a call is done with
+            after.append(partial(torch._C._increment_version, [lead[i] for i in group.members]))
+        yield Work(group, table_of(group, used), after)
 
 
 def _groups(operands: Sequence[Operand], group_sizes: Sequence[int], first_index: int) -> list[LaunchGroup]:
@@ -153,8 +160,13 @@ def _prepare(
                     if s.read:
                         mine[k].copy_(t)
                     if s.written:
-                        back.append((t, mine[k]))
+                        back.insert(0, (t, mine[k]))  # parameters last
     return used, back
+
+
+def table_of(group: LaunchGroup, used: Sequence[Sequence[Tensor]]) -> Tensor:
+    """With the addresses in each list."""
+    return device_cache.table(group.device, group.lengths, group.rows, group.indices, _slots(used))
 
 
 def _slots(used: Sequence[Sequence[Tensor]]) -> tuple[tuple[int, ...], ...]:
@@ -167,38 +179,34 @@ def _slots(used: Sequence[Sequence[Tensor]]) -> tuple[tuple[int, ...], ...]:
 
 
 # --- launches -------------------------------------------------------------------------------------------------------
-# What Triton compiled, and the constants that a launch has to repeat. Its own lookup takes several times as long, since
-# it inspects every argument; here the constants alone decide, see .multi_tensor_apply.kernel.
-_binaries: dict[Any, tuple[CompiledKernel, tuple[Any, ...]]] = {}
+_launchers: dict[Any, Launcher] = {}
 
 
-def run(
-    function: Any, device: torch.device, programs: int, args: Sequence[Any], constants: dict[str, Any], warps: int
-) -> None:
+def starter(function: Any, device: torch.device, constants: dict[str, Any], warps: int) -> Callable[..., None]:
+    """What starts this variant of a kernel, given programs, arguments and a function to call then."""
     key = (function.__name__, device, warps, *constants.values())
-    known = _binaries.get(key)
-    with torch.accelerator.device_index(device.index):  # None on the CPU: nothing to switch
-        if known is not None:
-            binary, fixed = known
-            binary[(programs, 1, 1)](*args, *fixed)
-            return
-        binary = function[(programs,)](*args, **constants, **OPTIONS, num_warps=warps)
-    if isinstance(binary, CompiledKernel):  # Triton's interpreter returns none
-        _binaries[key] = binary, tuple(constants[name] for name in function.arg_names if name in constants)
+    if key not in _launchers:
+        _launchers[key] = Launcher(function, device, constants, warps)
+    return _launchers[key].start
 
 
-def launch(
-    function: Any, group: LaunchGroup, table: Tensor, *args: Any, wide_state: bool = False, name: str = "",
-    **constants: Any,
-) -> None:  # fmt: skip
-    """Runs a kernel with one program per chunk of a group.
+def starter_for(
+    function: Any, group: LaunchGroup, wide_state: bool = False, name: str = "", **constants: Any
+) -> Callable[..., None]:
+    """That of a kernel with one program per chunk of a group.
 
     ``wide_state``: float32 is stored beside 16-bit numbers. ``name``: by which its configuration is kept, if not by
     that of the function.
     """
-    if group.chunks:
-        types = {"T": TRITON_DTYPE[group.dtype], "STATE": TRITON_DTYPE[group.state]}
-        chosen = config_for(name or function.__name__, group.device, types["T"], types["STATE"], wide_state)
-        blocks = {"BLOCK": chosen.block, "TAIL": chosen.tail}
-        args = (table, len(group.members), *args)
-        run(function, group.device, group.chunks, args, {**types, **blocks, **constants}, chosen.warps)
+    types = {"T": TRITON_DTYPE[group.dtype], "STATE": TRITON_DTYPE[group.state]}
+    chosen = config_for(name or function.__name__, group.device, types["T"], types["STATE"], wide_state)
+    blocks = {"BLOCK": chosen.block, "TAIL": chosen.tail}
+    return starter(function, group.device, {**types, **blocks, **constants}, chosen.warps)
+
+
+def launches(function: Any, work: Work, *args: Any, **variant: Any) -> list[Callable[[], Any]]:
+    """A launch on a group, if there is anything in it, and what follows; ``variant`` as for starter_for."""
+    if not work.group.chunks:
+        return work.after
+    start = starter_for(function, work.group, **variant)
+    return [Launch(start, work.group.chunks, (work.table, len(work.group.members), *args)), *work.after]

@@ -3,7 +3,8 @@
 With a master copy: reads the master, g; writes the rounded w + e and no backup: 8 bytes per bf16 parameter.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import triton
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from .checks import SIXTEEN_BIT, Operand, check_scalars
 from .device_cache import on_device
-from .launch_groups import launch, validated_groups
+from .launch_groups import LaunchGroup, launches, validated_groups
+from .launcher import run_all
 from .multi_tensor_apply import INDEX, ROW, address, kernel, load, locate, magnitude, store
 from .sam_math import asam_perturb, asam_scale, perturb, random_bits, random_key, random_pair, to_bfloat16, to_float16
 
@@ -78,6 +80,13 @@ def perturb_kernel(
               COMPLEX, STOCHASTIC, False, TAIL)  # fmt: skip
 
 
+def variant(group: LaunchGroup, adaptive: bool, stochastic: bool) -> dict[str, Any]:
+    return {
+        "V": group.arithmetic, "ADAPTIVE": adaptive, "COMPLEX": group.dtype.is_complex,
+        "STOCHASTIC": stochastic and group.dtype in SIXTEEN_BIT,
+    }  # fmt: skip
+
+
 @torch.no_grad()
 def perturb_(
     params: Sequence[Tensor], grads: Sequence[Tensor], backups: Sequence[Tensor], masters: Sequence[Tensor],
@@ -94,9 +103,8 @@ def perturb_(
         Operand("backups", [] if masters else backups, written=True, read=False, optional=bool(masters)),
     ]  # fmt: skip
     etas = torch.tensor([eta], dtype=torch.float64, device="cpu")
-    for group, table in validated_groups(op, operands, group_sizes, first_index):
-        scalars = on_device(group.device, stats, rho, etas, rng)
-        launch(
-            perturb_kernel, group, table, *scalars, V=group.arithmetic, ADAPTIVE=adaptive,
-            COMPLEX=group.dtype.is_complex, STOCHASTIC=stochastic and group.dtype in SIXTEEN_BIT,
-        )  # fmt: skip
+    calls: list[Callable[[], Any]] = []
+    for work in validated_groups(op, operands, group_sizes, first_index):
+        scalars = on_device(work.group.device, stats, rho, etas, rng)
+        calls += launches(perturb_kernel, work, *scalars, **variant(work.group, adaptive, stochastic))
+    run_all(calls)

@@ -3,7 +3,8 @@
 With mixing (G-RST) also g <- (1 - gamma) g1 + gamma g: 20 bytes per fp32 parameter.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import triton
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from .checks import Operand, check_scalars
 from .device_cache import on_device
-from .launch_groups import launch, validated_groups
+from .launch_groups import launches, validated_groups
+from .launcher import run_all
 from .multi_tensor_apply import ROW, address, kernel, load, locate, store
 from .sam_math import mix
 
@@ -63,6 +65,8 @@ def restore_(
         Operand("grads", grads if first_grads else [], written=True, optional=not first_grads),
         Operand("first_grads", first_grads, optional=True),
     ]  # fmt: skip
-    for group, table in validated_groups(op, operands, group_sizes):
-        (gammas,) = on_device(group.device, gamma)
-        launch(restore_kernel, group, table, gammas, V=group.arithmetic, MIXING=bool(first_grads))
+    calls: list[Callable[[], Any]] = []
+    for work in validated_groups(op, operands, group_sizes):
+        (gammas,) = on_device(work.group.device, gamma)
+        calls += launches(restore_kernel, work, gammas, V=work.group.arithmetic, MIXING=bool(first_grads))
+    run_all(calls)

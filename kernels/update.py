@@ -18,7 +18,8 @@ from torch import Tensor
 
 from .checks import Operand, check_scalars
 from .device_cache import on_device
-from .launch_groups import launch, validated_groups
+from .launch_groups import LaunchGroup, launches, validated_groups
+from .launcher import run_all
 from .multi_tensor_apply import ROW, address, kernel, load, locate, store
 from .sam_math import mix
 
@@ -111,6 +112,13 @@ class Rule:
         return {"PREPARE": self.prepare, "STEP": self.step, "COLUMNS": self.columns}
 
 
+def variant(rule: Rule, group: LaunchGroup, flag: bool, states: int, mixing: bool) -> dict[str, Any]:
+    return {
+        **rule.constants, "FLAG": flag, "STATES": states, "MIXING": mixing, "V": group.arithmetic,
+        "wide_state": group.state != group.dtype, "name": kernel_name(rule.constants),
+    }  # fmt: skip
+
+
 def op_of(rule: Rule) -> Callable[..., None]:
     """restore_<rule>_step_."""
     op = f"restore_{rule.name}_step_"
@@ -139,12 +147,11 @@ def op_of(rule: Rule) -> Callable[..., None]:
             Operand("first_grads", first_grads, optional=True),
             *(Operand(name, tensors, written=True, dtype=wide) for name, tensors in state),
         ]  # fmt: skip
-        for group, table in validated_groups(op, operands, group_sizes):
-            scalars = on_device(group.device, hyper, *amp)
-            launch(
-                update_kernel, group, table, scalars[0], -1 if maximize else 1, *scalars[1:], V=group.arithmetic,
-                **rule.constants, FLAG=any(flag), STATES=len(state), MIXING=bool(first_grads), wide_state=bool(masters),
-                name=kernel_name(rule.constants),
-            )  # fmt: skip
+        calls: list[Callable[[], Any]] = []
+        for work in validated_groups(op, operands, group_sizes):
+            hypers, *scales = on_device(work.group.device, hyper, *amp)
+            chosen = variant(rule, work.group, any(flag), len(state), bool(first_grads))
+            calls += launches(update_kernel, work, hypers, -1 if maximize else 1, *scales, **chosen)
+        run_all(calls)
 
     return restore_step_

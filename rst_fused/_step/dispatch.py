@@ -61,23 +61,37 @@ def perturb(opt: StepOptimizer) -> None:
         rho = hyperparam_tensor(columns.rho_rows(c), columns.graph_inputs(opt, c), c.params[0].device).flatten()
         kept = c.masters if len(c.masters) > 0 else c.backups
         saved = {**state.saved, **dict(zip(c.params, kept, strict=True))}
-        if not later:
-            # An interrupt may strike between the op and the note that it ran, or (in plain torch) inside the op: with
-            # backups written beforehand, restoring is right in every case.
-            if not c.masters:
-                torch._foreach_copy_(c.backups, c.params)
-            state.saved = saved
-        device.backend.ops.perturb_(
+        after: dict[str, Any] = {"saved": saved}
+        if state.mixing:
+            after["first_grads"] = {**state.first_grads, **dict(zip(c.params, c.grads, strict=True))}
+        arguments = (
             c.params, c.grads, [] if c.masters else c.backups, c.masters, device.stats, rho, c.sizes, opt.adaptive,
             opt.eta, opt.stochastic_rounding, device.rng, first_index,
         )  # fmt: skip
+        _perturb_and_note(opt, device.backend.ops.perturb_, arguments, after)
         first_index += len(c.params)
-        state.saved = saved
-        if state.mixing:
-            state.first_grads = {**state.first_grads, **dict(zip(c.params, c.grads, strict=True))}
         for p in c.params:
             p.grad = None
-        bump_versions(c.params)
+
+
+def _perturb_and_note(opt: StepOptimizer, op: Callable[..., Any], arguments: tuple[Any, ...], after: Any) -> None:
+    """Runs perturb_, and the step state is ``after``, in one C call. Where the op is itself Python code it may be
+    interrupted: then what it has moved is noted, which the versions of the parameters tell. The weights of those are
+    kept, for a version changes after the backup was written.
+    """
+    state, params = opt._step_state, arguments[0]
+    if is_compiling():
+        op(*arguments)
+        state.become(after)
+        return
+    versions = [p._version for p in params]
+    calls = [partial(getattr(op, "_op", op), *arguments), partial(torch._C._increment_version, params)]
+    try:
+        run_together([*calls, *setters(state, after)])
+    except BaseException:
+        kept = zip(params, versions, strict=True)
+        state.saved = {**state.saved, **{p: after["saved"][p] for p, version in kept if p._version != version}}
+        raise
 
 
 @torch.no_grad()
@@ -147,14 +161,19 @@ def _commit(
     for params in updated:
         calls.append(partial(torch._C._increment_version, params))  # which the compiled ops do not
     calls += setters(state, after)
-    versions = [params[0]._version for params in updated]
+    versions = [[p._version for p in params] for params in updated]
     queue = iter(calls)
     try:
         run_together(queue)
     except BaseException:
         at = len(calls) - len(list(queue)) - 1  # the one that was interrupted
-        if at < len(updates) and updated[at][0]._version != versions[at]:
+        done: list[Tensor] = []
+        if at < len(updates):
+            done = [p for p, version in zip(updated[at], versions[at], strict=True) if p._version != version]
+        if at < len(updates) and len(done) == len(updated[at]):
             at += 1  # it had written its results
+        elif done:  # it failed between launches, and the rest goes back to its weights
+            state.forget(done)
         if at > 0:
             try:
                 run_together(calls[at:])

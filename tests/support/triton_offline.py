@@ -22,16 +22,17 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import rst_fused  # noqa: F401  (makes rst_fused.kernels importable in a checkout)
-from rst_fused.kernels import adam_step, launch_groups, lion_step, sgd_step
+from rst_fused.kernels import adam_step, lion_step, sgd_step
 from rst_fused.kernels.grad_norm import SUMS, finish_kernel, grad_norm_kernel
 from rst_fused.kernels.launch_config import BUILT_IN, WIDE_STATE
+from rst_fused.kernels.launcher import OPTIONS
 from rst_fused.kernels.perturb import perturb_kernel
 from rst_fused.kernels.restore import restore_kernel
 from rst_fused.kernels.update import update_kernel
 
 ARCHITECTURES = (80, 90, 100)
 ARGUMENTS = {
-    "table": "*i64", "tensors": "i32", "partials": "*fp64", "count": "i32", "stats": "*fp64", "rho": "*fp64",
+    "table": "*i64", "tensors": "i32", "partials": "*fp64", "first": "i32", "count": "i32", "stats": "*fp64", "rho": "*fp64",
     "eta": "*fp64", "rng": "*i64", "gammas": "*fp64", "hyperparams": "*fp64", "maximize_sign": "i32",
     "grad_scale": "*fp32", "found_inf": "*fp32",
 }  # fmt: skip
@@ -39,7 +40,7 @@ ARGUMENTS = {
 
 def compiled(kernel: Any, constants: dict[str, Any], architecture: int, warps: int = BUILT_IN.warps) -> Any:
     signature = {name: "constexpr" if name in constants else ARGUMENTS[name] for name in kernel.arg_names}
-    options = {**launch_groups.OPTIONS, "num_warps": warps}
+    options = {**OPTIONS, "num_warps": warps}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
@@ -78,13 +79,14 @@ def _lion(t: Any, state: Any = None, mixing: bool = False) -> dict[str, Any]:
 
 
 def _norm(t: Any, adaptive: bool = False, is_complex: bool = False) -> dict[str, Any]:
-    return _types(t, arithmetic=False) | {"ADAPTIVE": adaptive, "COMPLEX": is_complex}
+    flags = {"ADAPTIVE": adaptive, "COMPLEX": is_complex, "FINISH": True, "SUMS": SUMS}
+    return _types(t, arithmetic=False) | flags
 
 
 VARIANTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "grad_norm fp32": (grad_norm_kernel, _norm(F32)),
     "grad_norm asam complex64": (grad_norm_kernel, _norm(F32, True, True)),
-    "grad_norm finish": (finish_kernel, {"BLOCK": SUMS}),
+    "grad_norm finish": (finish_kernel, {"SUMS": SUMS}),
     "perturb fp32": (perturb_kernel, _perturb(F32)),
     "perturb bf16": (perturb_kernel, _perturb(BF16)),
     "perturb fp16 master": (perturb_kernel, _perturb(F16, F32)),

@@ -1,4 +1,5 @@
-"""Tests of Triton run in processes of their own: what they change in triton would affect other tests."""
+"""Tests of Triton run in processes of their own: what they change in triton would affect other tests. And what stands in
+for its launches where none are made."""
 
 from __future__ import annotations
 
@@ -7,7 +8,9 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 SUPPORT = Path(__file__).parent
 TESTS = SUPPORT.parent
@@ -16,6 +19,19 @@ SIMULATOR = "RST_FUSED_PTXSIM"
 # For -k: tests of one dtype, and tests of calls that mix all dtypes or have none in their name.
 FLOAT32 = "float32"
 MIXED = "not many_steps and not -float and not bfloat16 and not complex"
+
+
+def recorder(launches: list[tuple[Any, ...]]) -> Callable[..., Any]:
+    """In the place of launch_groups.starter: notes (function, device, programs, arguments, constants, warps)."""
+
+    def starter(function: Any, device: Any, constants: dict[str, Any], warps: int) -> Callable[..., None]:
+        def start(programs: int, args: Any, note: Callable[[Any], None]) -> None:
+            launches.append((function, device, programs, args, constants, warps))
+            note(None)
+
+        return start
+
+    return starter
 
 
 def run_python(*arguments: object, folder: Path = TESTS.parent, **variables: str) -> subprocess.CompletedProcess[str]:

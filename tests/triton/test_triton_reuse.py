@@ -7,14 +7,19 @@ import importlib
 import importlib.util
 import weakref
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from triton_processes import MISSING
+from triton_processes import MISSING, recorder
 
+if MISSING is None:
+    from triton.compiler import CompiledKernel
+else:
+    CompiledKernel = object
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 HYPER = torch.tensor([[0.1, 0.9, 0.0, 0.01, 1.0]], dtype=torch.float64)
 
@@ -32,7 +37,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Any:
         found.checked += 1
         check_lists(*args)
 
-    monkeypatch.setattr(found.launch_groups, "run", lambda *args: found.launches.append(args))
+    monkeypatch.setattr(found.launch_groups, "starter", recorder(found.launches))
     monkeypatch.setattr(found.launch_groups, "check_lists", counted)
     for module, names in ((found.launch_groups, ["_validated"]), (found.device_cache, ["_tables", "_scalars"])):
         for name in names:
@@ -211,35 +216,122 @@ def test_the_same_scalars_are_sent_once(kernels: Any, monkeypatch: pytest.Monkey
 
 
 # --- launches -------------------------------------------------------------------------------------------------------
-def test_triton_is_asked_for_a_binary_once(monkeypatch: pytest.MonkeyPatch) -> None:
+class Binary(CompiledKernel):
+    """As Triton makes them, but for what is on a GPU."""
+
+    def __init__(self, starts: list[Any]) -> None:
+        self.module, self.function, self.packed_metadata, self.name, self.src = object(), 11, (4, 1, 0), "a_kernel", None
+
+        def run(*args: Any) -> None:
+            starts.append(args)
+            args[8](args[6])  # the hook that follows a launch, within the C call
+
+        self._run = run
+
+
+class Function:
+    __name__ = "a_kernel"
+    arg_names = ("table", "count", "T", "BLOCK")
+
+    def __init__(self) -> None:
+        self.asked: list[Any] = []
+        self.starts: list[Any] = []
+
+    def warmup(self, *args: Any, **constants: Any) -> Binary:
+        self.asked.append((args, constants))
+        return Binary(self.starts)
+
+
+@pytest.fixture
+def launcher(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module, on a GPU whose current stream is 7; and the driver of Triton sees it too."""
+    found = importlib.import_module("rst_fused.kernels.launcher")
+    active = SimpleNamespace(get_current_device=lambda: 0, get_current_stream=lambda device: 7)
+    monkeypatch.setattr(type(found.driver), "active", active)
+    return found
+
+
+def test_triton_is_asked_for_a_binary_once(launcher: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The next launches go to the binary, with all constants in the order of the kernel's arguments."""
     launch_groups = importlib.import_module("rst_fused.kernels.launch_groups")
-    direct: list[Any] = []
-    asked: list[Any] = []
+    monkeypatch.setattr(launch_groups, "_launchers", {})
+    cpu, function, noted = torch.device("cpu"), Function(), []
 
-    class Binary(launch_groups.CompiledKernel):
-        def __init__(self) -> None:
-            pass
+    def start(programs: int, block: int, warps: int = 4) -> None:
+        constants = {"BLOCK": block, "T": "fp32"}
+        launch_groups.starter(function, cpu, constants, warps)(programs, ("table", 7), noted.append)
 
-        def __getitem__(self, grid: Any) -> Any:
-            return lambda *args: direct.append((grid, args))
-
-    class Function:
-        __name__ = "a_kernel"
-        arg_names = ("table", "count", "T", "BLOCK")
-
-        def __getitem__(self, grid: Any) -> Any:
-            return lambda *args, **constants: asked.append((grid, args, constants)) or Binary()
-
-    monkeypatch.setattr(launch_groups, "_binaries", {})
-    cpu, function = torch.device("cpu"), Function()
     for programs in (3, 4):
-        launch_groups.run(function, cpu, programs, ("table", 7), {"BLOCK": 64, "T": "fp32"}, 4)
-    assert asked == [((3,), ("table", 7), {"BLOCK": 64, "T": "fp32", "num_warps": 4, **launch_groups.OPTIONS})]
-    assert direct == [((4, 1, 1), ("table", 7, "fp32", 64))]
-    launch_groups.run(function, cpu, 3, ("table", 7), {"BLOCK": 32, "T": "fp32"}, 4)
-    launch_groups.run(function, cpu, 3, ("table", 7), {"BLOCK": 32, "T": "fp32"}, 8)
-    assert len(asked) == 3, "other constants or warps are another binary"
+        start(programs, 64)
+    options = {"BLOCK": 64, "T": "fp32", "num_warps": 4, **launcher.OPTIONS}
+    assert function.asked == [(("table", 7), {"grid": (3,), **options})]
+    assert [(s[:3], s[9:]) for s in function.starts] == [((n, 1, 1), ("table", 7, "fp32", 64)) for n in (3, 4)]
+    start(3, 32)
+    start(3, 32, warps=8)
+    assert len(function.asked) == 3, "other constants or warps are another binary"
+    assert len(noted) == len(function.starts) == 4
+
+
+def test_a_binary_is_started_as_triton_starts_it(launcher: Any) -> None:
+    """With its arguments, on the current stream; only the hooks differ."""
+    theirs: list[Any] = []
+    Binary(theirs)[(3, 1, 1)]("table", 7, "fp32", 64)
+    function, noted = Function(), []
+    launcher.Launcher(function, torch.device("cpu"), {"BLOCK": 64, "T": "fp32"}, 4).start(3, ("table", 7), noted.append)
+    (a,), (b,) = theirs, function.starts
+    assert a[:6] == b[:6] == (3, 1, 1, 7, 11, (4, 1, 0)) and a[9:] == b[9:] == ("table", 7, "fp32", 64)
+    assert len(noted) == 1
+
+
+def test_profilers_hear_of_launches(launcher: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[str] = []
+    runtime = launcher.knobs.runtime
+    monkeypatch.setattr(runtime.launch_enter_hook, "calls", [lambda data: heard.append(f"enter {data.get()['name']}")])
+    monkeypatch.setattr(runtime.launch_exit_hook, "calls", [lambda data: heard.append(f"exit {data.get()['name']}")])
+    function = Function()
+    start = launcher.Launcher(function, torch.device("cpu"), {"BLOCK": 64, "T": "fp32"}, 4).start
+    start(3, ("table", 7), lambda data: heard.append("noted"))
+    (args,) = function.starts
+    args[7](args[6])  # which a launch calls first
+    assert heard == ["noted", "exit a_kernel", "enter a_kernel"]
+
+
+# --- what was begun -------------------------------------------------------------------------------------------------
+def interrupted(launcher: Any, at: int, when: str, error: type[BaseException]) -> list[str]:
+    """What ran of three launches, each with a call after it, when the one with number ``at`` was interrupted."""
+    ran: list[str] = []
+
+    def start(programs: int, args: Any, note: Callable[[Any], None]) -> None:
+        fails = programs == at and f"tried {at}" not in tried
+        tried.append(f"tried {programs}")
+        if fails and when == "before":
+            raise error
+        ran.append(f"launch {programs}")
+        note(None)
+        if fails and when == "after":
+            raise error
+
+    tried: list[str] = []
+    calls: list[Callable[[], Any]] = []
+    for n in range(3):
+        calls += [launcher.Launch(start, n, ()), partial(ran.append, f"after {n}")]
+    with pytest.raises(error):
+        launcher.run_all(calls)
+    return ran
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_what_began_is_finished(launcher: Any, at: int, when: str) -> None:
+    everything = [f"{what} {n}" for n in range(3) for what in ("launch", "after")]
+    ran = interrupted(launcher, at, when, KeyboardInterrupt)
+    assert ran == ([] if (at, when) == (0, "before") else everything)
+
+
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_a_launch_that_fails_ends_a_call(launcher: Any, at: int) -> None:
+    everything = [f"{what} {n}" for n in range(at) for what in ("launch", "after")]
+    assert interrupted(launcher, at, "before", RuntimeError) == everything
 
 
 def test_the_default_dtype_of_torch_does_not_matter(kernels: Any) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from triton_processes import MISSING
+from triton_processes import MISSING, recorder
 
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 META = torch.device("meta")  # stands for a GPU
@@ -67,11 +67,13 @@ def test_measured_sizes_are_used_for_their_kernel_and_dtypes(kernels: Any) -> No
 
 def test_a_launch_has_the_measured_sizes(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     launches: list[Any] = []
-    monkeypatch.setattr(kernels.launch_groups, "run", lambda *args: launches.append(args))
+    monkeypatch.setattr(kernels.launch_groups, "starter", recorder(launches))
     leave(kernels)
     group = kernels.launch_groups.LaunchGroup(META, torch.float32, torch.float32, [0], (20000,), (0,), (0,), True)
     for name in ("sgd_step_kernel", "grad_norm_kernel"):
-        kernels.launch_groups.launch(SimpleNamespace(__name__=name), group, torch.empty(0))
+        work = kernels.launch_groups.Work(group, torch.empty(0), [])
+        (launch,) = kernels.launch_groups.launches(SimpleNamespace(__name__=name), work)
+        launch()
     assert [(a[4]["BLOCK"], a[4]["TAIL"], a[5]) for a in launches] == [(1024, 64, 2), (1024, 128, 4)]
     assert [a[2] for a in launches] == [3, 3], "programs: one per chunk of 8192"
 
@@ -168,7 +170,7 @@ def test_what_is_timed_is_the_kernel_it_is_kept_for(
 ) -> None:
     launches: list[Any] = []
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # CPU tensors are taken
-    monkeypatch.setattr(kernels.launch_groups, "run", lambda *args: launches.append(args))
+    monkeypatch.setattr(kernels.launch_groups, "starter", recorder(launches))
     state = torch.float32 if masters else dtype
     candidate = kernels.launch_config.LaunchConfig(16, 2)
     calls = kernels.autotune._calls(torch.device("cpu"), dtype, 80000, masters)
