@@ -3,13 +3,14 @@ g1 for G-RST), writes w, m, v: 28 bytes per fp32 parameter (32 for G-RST). AMSGr
 tensor: 36 (40).
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .checks import check_scalars
-from .device_cache import on_device
 from .sam_math import divide, maximum, sqrt
 from .update import Rule, op_of
 
@@ -43,18 +44,29 @@ def step(prepared, w, g, state, DECOUPLED: tl.constexpr):
     return w + divide(minus_step_size * m, denominator), (m, v, largest)
 
 
-def _with_bias_corrections(op: str, hyper: Tensor, steps: Tensor, groups: int) -> Tensor:
-    """Rows of _COLUMNS numbers. 1 - beta^step is computed by torch: the kernels have no accurate power."""
+def with_bias_corrections(rows: Sequence[Sequence[float]], steps: Sequence[float]) -> list[list[float]]:
+    """Rows of _COLUMNS numbers: the kernels have no accurate power."""
+    return [
+        [*given, 1 - given[1] ** step, 1 - given[2] ** step, gamma]
+        for (*given, gamma), step in zip(rows, steps, strict=True)
+    ]
+
+
+def _hyper(op: str, hyper: Tensor, steps: Tensor, groups: int) -> Tensor:
+    """The same from tensors; on the device, where some of these numbers are there."""
     check_scalars(op, "hyper", hyper, torch.float64, _GIVEN * groups)
     check_scalars(op, "steps", steps, torch.float64, groups)
-    device = next((x.device for x in (hyper, steps) if x.device.type != "cpu"), hyper.device)
-    hyper, steps = on_device(device, hyper, steps)
-    given, counts = hyper.reshape(-1)[: _GIVEN * groups].view(groups, _GIVEN), steps.reshape(-1)[:groups, None]
-    return torch.cat([given[:, :-1], 1 - given[:, 1:3] ** counts, given[:, -1:]], 1)
+    given, counts = hyper.reshape(-1)[: _GIVEN * groups].view(groups, _GIVEN), steps.reshape(-1)[:groups]
+    device = next((x.device for x in (hyper, steps) if x.device.type != "cpu"), None)
+    if device is None:
+        rows = with_bias_corrections(given.tolist(), counts.tolist())
+        return torch.tensor(rows, dtype=torch.float64, device="cpu")
+    given, counts = (x.to(device, non_blocking=True) for x in (given, counts))
+    return torch.cat([given[:, :-1], 1 - given[:, 1:3] ** counts[:, None], given[:, -1:]], 1)
 
 
 RULE = Rule(
     "adam", prepare, step, _COLUMNS, ("exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs"), fewest_states=2,
-    with_steps=_with_bias_corrections,
+    with_steps=_hyper, rows_with_steps=with_bias_corrections,
 )  # fmt: skip
 restore_adam_step_ = op_of(RULE)

@@ -29,7 +29,8 @@ def _capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def _stream(device: torch.device) -> int:
+def stream_of(device: torch.device) -> int:
+    """The current one, as a number."""
     return 0 if device.type == "cpu" else torch.get_device_module(device).current_stream(device).stream_id
 
 
@@ -53,7 +54,7 @@ def _upload(host: Tensor, device: torch.device) -> Tensor:
 def _remembered(kept: OrderedDict[Any, Any], device: torch.device, what: Any, make: Callable[[], Any]) -> Any:
     """What an earlier call made of the same on the same stream, or a new one: another stream would not wait for the
     copy."""
-    key = (device, _stream(device), what)
+    key = (device, stream_of(device), what)
     found = kept.get(key)
     if found is not None:
         kept.move_to_end(key)

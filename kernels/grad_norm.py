@@ -13,10 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import launch_groups
 from .checks import KEPT, Operand, check_scalars, runs_on
 from .device_cache import on_device
 from .launch_config import BUILT_IN
-from .launch_groups import LaunchGroup, launches, starter, validated_groups
+from .launch_groups import LaunchGroup, launches, validated_groups
 from .launcher import Launch, run_all
 from .multi_tensor_apply import address, kernel, load, locate, magnitude
 from .sam_math import asam_scale, asam_squared_norm, squared_norm
@@ -105,5 +106,5 @@ def grad_norm(stats: Tensor, grads: Sequence[Tensor], params: Sequence[Tensor], 
         if not together:
             sums[begin:end].copy_(here[begin:end], non_blocking=True)
     if not together:  # on several devices, or nothing to add
-        start = starter(finish_kernel, stats.device, {"SUMS": SUMS}, BUILT_IN.warps)
+        start = launch_groups.starter(finish_kernel, stats.device, {"SUMS": SUMS}, BUILT_IN.warps)
         run_all([Launch(start, 1, (sums, len(sums), stats))])

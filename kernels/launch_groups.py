@@ -104,7 +104,7 @@ def validated_groups(
     if known is None:
         check_lists(op, operands, group_sizes)
         guards = [_guard(s, operands[0]) for s in operands] if TensorGuards else []
-        known = ValidatedCall(call, guards, _groups(operands, group_sizes, first_index))
+        known = ValidatedCall(call, guards, groups_of(operands, group_sizes, first_index))
     if TensorGuards and known is not next(iter(_validated), None):
         _validated[:] = [known, *(other for other in _validated if other is not known)][:_MOST_CALLS]
     for group in known.groups:
@@ -115,7 +115,8 @@ def validated_groups(
         yield Work(group, table_of(group, used), after)
 
 
-def _groups(operands: Sequence[Operand], group_sizes: Sequence[int], first_index: int) -> list[LaunchGroup]:
+def groups_of(operands: Sequence[Operand], group_sizes: Sequence[int], first_index: int) -> list[LaunchGroup]:
+    """The launches that these lists take. The first operand leads."""
     lead = operands[0].tensors
     rows = [row for row, size in enumerate(group_sizes) for _ in range(size)]
     # The state's dtype is the parameter's unless some operand is fixed to float32.

@@ -105,7 +105,9 @@ class Rule:
     columns: int  # of a row that PREPARE reads, gamma last
     state: tuple[str, ...]  # the lists of state, in their order
     fewest_states: int  # of these, which every variant has
-    with_steps: Callable[[str, Tensor, Tensor, int], Tensor] | None = None  # where steps count: the rows, from hyper
+    # Where steps count, the rows that PREPARE reads: from the op's tensors, and from numbers.
+    with_steps: Callable[[str, Tensor, Tensor, int], Tensor] | None = None
+    rows_with_steps: Callable[[Sequence[Sequence[float]], Sequence[float]], list[list[float]]] | None = None
 
     @property
     def constants(self) -> dict[str, Any]:

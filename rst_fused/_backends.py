@@ -41,7 +41,7 @@ class Backend:
     reason: str
     device_types: tuple[str, ...] | None
     ops: Any
-    plans: str = ""  # which kernels a launch plan runs, "cpu" or "gpu"; none: every step goes through the ops
+    plans: str = ""  # which kernels a launch plan runs, "cpu", "gpu" or "triton"; none: every step goes through the ops
     architectures: str = ""  # for which GPUs there is code, "8.0/9.0/10.0+PTX"; none: for all
     ptx: bool = True  # whether the driver takes PTX of this build
     fix: str = ""  # for "auto" to say where it has to pass over this backend: how it would become available
@@ -170,7 +170,7 @@ def _triton() -> Backend:
     if importlib.util.find_spec("triton") is None:
         return Backend("triton", False, "Triton is not installed: pip install triton", devices, None)
     ops = SimpleNamespace(**{name: _opaque(TRITON_NAMESPACE, name, _in_kernels(name)) for name in SCHEMAS})
-    return Backend("triton", True, f"Triton {importlib.metadata.version('triton')}", devices, ops)
+    return Backend("triton", True, f"Triton {importlib.metadata.version('triton')}", devices, ops, "triton")
 
 
 def _cpu() -> Backend:
@@ -298,6 +298,18 @@ def bump_versions(*lists: Sequence[torch.Tensor]) -> None:
 def plan_extension() -> Any:
     """The torch-free helper module, or None where the extension is not built."""
     return _plan_ext
+
+
+def new_plan(kind: str, **facts: Any) -> Any:
+    """A launch plan (csrc/plan/plan.h) of the kernels that Backend.plans names; None if it cannot serve these tensors."""
+    if kind == "triton":
+        return importlib.import_module("rst_fused.kernels.plan").Plan.of(**facts)
+    return _plan_ext.Plan(gpu=kind == "gpu", **facts)
+
+
+def can_plan(kind: str) -> bool:
+    """Whether there may be plans of such kernels."""
+    return kind == "triton" or (kind != "" and _plan_ext is not None and bool(_plan_ext.can_plan()))
 
 
 def build_info() -> dict[str, str]:

@@ -7,6 +7,7 @@ divides by grad_scale, and where found_inf is not 0 it only brings the weights b
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,8 +36,8 @@ class Scaling:
         scale, found_inf = (t if t is None or t.is_cpu else t.to(device) for t in (self.grad_scale, self.found_inf))
         return scale, found_inf
 
-    def for_plan(self, device: torch.device, counts_steps: bool) -> tuple[float, int, int] | None:
-        """The scale where the CPU knows it, else the addresses of grad_scale and found_inf on ``device`` (0: absent).
+    def for_plan(self, device: torch.device, counts_steps: bool, as_tensors: bool) -> tuple[float, Any, Any] | None:
+        """The scale where the CPU knows it, else grad_scale and found_inf on ``device``, or their addresses (0: absent).
 
         None if a plan can use neither: with found_inf on the GPU the CPU could not tell whether a step counts.
         """
@@ -47,7 +48,8 @@ class Scaling:
             return 1.0 if self.grad_scale is None else float(self.grad_scale), 0, 0
         if counts_steps or any((t.device, t.dtype) != (device, torch.float32) for t in numbers):
             return None
-        scale, found_inf = (0 if t is None else t.data_ptr() for t in (self.grad_scale, self.found_inf))
+        given = (self.grad_scale, self.found_inf)
+        scale, found_inf = (0 if t is None else t if as_tensors else t.data_ptr() for t in given)
         return 1.0, scale, found_inf
 
 

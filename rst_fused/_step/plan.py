@@ -1,6 +1,6 @@
 """Executor 1 of a step: a launch plan, which is a cache of everything that the kernels need to know of the tensors.
 
-A plan (csrc/plan/plan.h) holds the chunk table of all parameters. Each call compares every tensor that a kernel is
+A plan (csrc/plan/plan.h, for Triton rst_fused.kernels.plan) holds the chunk table of all parameters. Each call compares every tensor that a kernel is
 going to read or write with that table: address, sizes, strides, dtype, device. What does not fit any more is "not
 served", which leaves everything as it was; then a new plan is made, or the step goes through rst_fused._step.dispatch.
 """
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch._C import _len_torch_dispatch_stack
 
-from rst_fused._backends import plan_extension
+from rst_fused._backends import can_plan, new_plan
 from rst_fused._checks import PLAIN
 from rst_fused._step import columns, validation
 from rst_fused._step.amp import Scaling
@@ -22,7 +22,6 @@ from rst_fused._step.base import StepOptimizer
 from rst_fused._step.rules import Flags
 
 _FLOATS = {float}
-_CAN_PLAN = plan_extension() is not None and plan_extension().can_plan()
 
 
 @dataclass
@@ -48,7 +47,7 @@ class PlanCache:
         self._saved: dict[Tensor, Tensor] = {}  # where the plan keeps weights; empty: it was made without backups
         self._after_perturb: dict[str, Any] = {}  # the fields of StepState that it changes
         self._updates = False  # whether it knows the state that an update needs
-        self._stats_address = 0
+        self._stats: Any = 0  # where a plan in C++ is given the address
         self._columns = columns.Columns()
         self._cached = _HyperparamCache()
 
@@ -65,7 +64,7 @@ class PlanCache:
             if cached.rho is None:
                 return False
         return self._plan.perturb(
-            self._stats_address, cached.rho, opt.adaptive, opt.eta, opt.stochastic_rounding, opt.seed, state.steps,
+            self._stats, cached.rho, opt.adaptive, opt.eta, opt.stochastic_rounding, opt.seed, state.steps,
             state.mixing, self._after_perturb,
         )  # fmt: skip
 
@@ -75,7 +74,8 @@ class PlanCache:
         restores = bool(state.saved)
         if not self._updates or (restores and state.saved is not self._saved) or not self._is_current(opt):
             return False
-        numbers = scaling.for_plan(opt._devices[0].device, counts_steps=bool(self._columns.steps))
+        as_tensors = opt.backend.plans == "triton"
+        numbers = scaling.for_plan(opt._devices[0].device, bool(self._columns.steps), as_tensors)
         if numbers is None:
             return False
         mixing, cached = state.mixing, self._cached
@@ -151,8 +151,8 @@ class PlanCache:
         if state.mixing and len(saved) < len(c.params):
             return False  # some have no first one
         flags = _flags_of(opt)  # which agree among the groups
-        plan = plan_extension().Plan(
-            gpu=opt.backend.plans == "gpu", groups=list(opt.param_groups), everything=params, active=c.params,
+        plan = new_plan(
+            opt.backend.plans, groups=list(opt.param_groups), everything=params, active=c.params,
             idle=[p for p in params if p.grad is None], sizes=c.sizes, masters=masters, states=c.states,
             backups=backups, steps=c.steps, row_groups=[id(group) for group, _ in c.rows],
             rule=0 if rule is None else rule.index, option=flags[0].option if flags else False,
@@ -160,6 +160,8 @@ class PlanCache:
             state={} if rule is None else opt.state,  # that of an optimizer instance is its own affair
             step_state=state,
         )  # fmt: skip
+        if plan is None:
+            return False
         c.grads.clear()  # a kept gradient would be memory that zero_grad cannot free
         c.backups.clear()
         if state.saved:  # between the passes: the new plan takes over where the one before it stopped
@@ -169,7 +171,8 @@ class PlanCache:
                 state.first_grads = plan.first_grads_of(state.first_grads)
         self._columns, self._flags = c, flags
         self._state, self._state_size = opt.state, len(opt.state)
-        self._stats_address = opt._devices[0].stats.data_ptr()
+        stats = opt._devices[0].stats
+        self._stats = stats if opt.backend.plans == "triton" else stats.data_ptr()
         self._updates = updating and rule is not None
         self._saved = saved if backed else {}
         self._after_perturb = {"saved": self._saved}
@@ -187,8 +190,7 @@ def _serves(opt: StepOptimizer) -> bool:
     counts on a GPU (a plan would wait for them), conjugate views as gradients of complex parameters."""
     return (
         len(opt._devices) == 1
-        and opt._devices[0].backend.plans != ""
-        and _CAN_PLAN
+        and can_plan(opt.backend.plans)
         and _len_torch_dispatch_stack() == 0
         and len(columns.partition(opt)) == 1
         and all(type(p) in PLAIN and not p.is_complex() for group in opt.param_groups for p in group["params"])

@@ -206,7 +206,7 @@ def test_steps_without_plans_are_the_same(monkeypatch: pytest.MonkeyPatch) -> No
         opt.step()
         assert opt.backend.name == "reference" or opt._plans._plan is None
 
-    monkeypatch.setattr("rst_fused._step.plan._CAN_PLAN", False)
+    monkeypatch.setattr("rst_fused._step.plan.can_plan", lambda kind: False)
     both([((5,), F32), ((6, 2), BF16)], step, 4, lr=0.1, momentum=0.9, stochastic_rounding=False)
 
 

@@ -196,7 +196,7 @@ def test_the_default_device_of_torch_does_not_matter(kernels: Any) -> None:
 def test_the_same_scalars_are_sent_once(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     cache, sent, meta = kernels.device_cache, [], torch.device("meta")
     monkeypatch.setattr(cache, "_upload", lambda host, device: sent.append(host) or host.to(device))
-    monkeypatch.setattr(cache, "_stream", lambda _: 0)
+    monkeypatch.setattr(cache, "stream_of", lambda _: 0)
     rho, rng = torch.tensor([0.5], dtype=torch.float64), torch.tensor([3, 1])
     first = cache.on_device(meta, rho, rng)
     again = cache.on_device(meta, rho.clone(), rng.clone())
@@ -207,7 +207,7 @@ def test_the_same_scalars_are_sent_once(kernels: Any, monkeypatch: pytest.Monkey
         cache.on_device(meta, torch.tensor([other], dtype=torch.float64), rng)
     cache.on_device(meta, rho)
     assert len(sent) == 5
-    monkeypatch.setattr(cache, "_stream", lambda _: 1)  # would not wait for a copy on another stream
+    monkeypatch.setattr(cache, "stream_of", lambda _: 1)  # would not wait for a copy on another stream
     cache.on_device(meta, rho)
     assert len(sent) == 6
     for k in range(cache._MOST_KEPT + 5):

@@ -121,7 +121,7 @@ def test_a_table_is_made_once_for_the_same_addresses(device_cache: Any) -> None:
 def test_streams_do_not_share_tables(device_cache: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, made = torch.device("cpu"), []
     for stream in (1, 2, 1):
-        monkeypatch.setattr(device_cache, "_stream", lambda _, stream=stream: stream)
+        monkeypatch.setattr(device_cache, "stream_of", lambda _, stream=stream: stream)
         made.append(device_cache.table(cpu, (40,), (0,), (0,), ((64,),)))
     assert made[0] is made[2] and made[0] is not made[1]
 
@@ -132,7 +132,7 @@ def test_what_a_capture_reads_is_kept(device_cache: Any, monkeypatch: pytest.Mon
     device, captured = torch.device("meta"), []
     monkeypatch.setattr(device_cache, "_capturing", lambda _: True)
     monkeypatch.setattr(device_cache, "_captured", captured)
-    monkeypatch.setattr(device_cache, "_stream", lambda _: 0)
+    monkeypatch.setattr(device_cache, "stream_of", lambda _: 0)
     monkeypatch.setattr(device_cache, "_spare", [torch.empty(1 << 16, dtype=torch.uint8)])
     monkeypatch.setattr(device_cache, "_tables", type(device_cache._tables)())
     table = device_cache.table(device, (40,), (0,), (0,), ((64,),))
@@ -168,7 +168,7 @@ def test_only_tensors_of_another_layout_are_copied(launch_groups: Any) -> None:
         launch_groups.Operand("params", [p, turned], written=True),
         launch_groups.Operand("grads", [turned, turned.clone()]),
     ]
-    (group,) = launch_groups._groups(operands, [2], 0)
+    (group,) = launch_groups.groups_of(operands, [2], 0)
     assert not group.in_place
     used, back = launch_groups._prepare(operands, group)
     assert used[0][0] is p and used[0][1] is turned and used[1][1] is operands[1].tensors[1] and back == []

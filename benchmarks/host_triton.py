@@ -1,0 +1,105 @@
+"""``python -m benchmarks.host_triton``: host time of the Triton backend per call, where no GPU is needed.
+
+Tensors are on the CPU. Where Triton would pass a launch to the driver of a GPU, nothing is done: what is measured is all
+the Python around that. Not in it: the driver's part of a launch (2 to 3 us each), and copies of numbers and of tables
+to a GPU, which are made when a number changes or gradients come to new addresses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import time
+from types import SimpleNamespace
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "1"  # lets the backend take CPU tensors
+
+import torch
+
+from rst_fused import RST
+
+from .cases import HOST_SIZE, many
+from .peers import attach
+from .runner import quiet
+
+BASES: dict[str, dict[str, Any]] = {
+    "sgd": {"base": "sgd", "momentum": 0.9},
+    "adamw": {"base": "adamw"},
+}
+WAYS = ("plan", "ops")
+
+
+def start_nothing() -> None:
+    """From now on launches end where Triton would call the driver."""
+    from triton.compiler import CompiledKernel
+
+    from rst_fused.kernels import launch_groups, launcher
+
+    class Binary(CompiledKernel):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.module, self.function, self.packed_metadata = object(), 0, ()
+            self._run = lambda *args: args[8](args[6])  # the hook that follows a launch
+
+    def starter(function: Any, device: torch.device, constants: dict[str, Any], warps: int) -> Any:
+        made = launcher.Launcher(function, device, constants, warps)
+        made._binary = Binary()
+        return made.start
+
+    active = SimpleNamespace(get_current_device=lambda: 0, get_current_stream=lambda device: 0)
+    type(launcher.driver).active = active  # type: ignore[assignment, method-assign]
+    launch_groups.starter = starter
+
+
+def without_plans(opt: RST) -> None:
+    for phase in ("perturb", "update", "restore", "renew"):
+        setattr(opt._plans, phase, lambda *args, **options: False)
+
+
+def measure(opt: RST, params: list[Any], grads: list[list[torch.Tensor]], calls: int) -> tuple[float, float]:
+    """The median seconds of perturb() and of step()."""
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for _ in range(calls):
+        for times, call, given in zip(seconds, (opt.perturb, opt.step), grads, strict=True):
+            attach(params, given)
+            start = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - start)
+    return statistics.median(seconds[0]), statistics.median(seconds[1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.host_triton", description=(__doc__ or "").split(": ")[1])
+    parser.add_argument("--count", nargs="+", type=int, default=[3, 150, 1000], help="numbers of tensors")
+    parser.add_argument("--rounds", type=int, default=7, help="in which the ways take turns; the median counts")
+    parser.add_argument("--calls", type=int, default=50, help="of each way in a round")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    start_nothing()
+    print(f"torch {torch.__version__}, microseconds, median of {args.rounds} rounds")
+    for count in args.count:
+        case = many(count, HOST_SIZE)
+        grads = [case.tensors(torch.float32, seed=1 + i, scale=1e-3) for i in range(2)]
+        for base, options in BASES.items():
+            runs = {}
+            for way in WAYS:
+                params = [torch.nn.Parameter(t) for t in case.tensors(torch.float32, seed=0, scale=0.02)]
+                opt = RST(params, schedule=1.0, backend="triton", **options)
+                if way == "ops":
+                    without_plans(opt)
+                measure(opt, params, grads, 5)
+                runs[way] = opt, params
+            rounds: dict[str, list[tuple[float, float]]] = {way: [] for way in WAYS}
+            with quiet():
+                for _ in range(args.rounds):
+                    for way, (opt, params) in runs.items():
+                        rounds[way].append(measure(opt, params, grads, args.calls))
+            for way, found in rounds.items():
+                perturb, step = (1e6 * statistics.median(column) for column in zip(*found, strict=True))
+                print(f"{count:5} tensors  {base:6} {way:5} perturb {perturb:7.1f}  step {step:7.1f}  "
+                      f"both {perturb + step:7.1f}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,307 @@
+"""A launch plan, as csrc/plan/plan.h describes it, in Python: what the kernels need to know of the tensors of one optimizer,
+kept between its steps. Each call compares every tensor that a kernel is going to read or write with it.
+
+A plan serves parameters of one dtype on one device, all with masters or all without, whose companions have their layout.
+"""
+
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from itertools import chain, repeat
+from operator import attrgetter, is_, is_not, itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import adam_step, device_cache, lion_step, perturb, restore, sgd_step, update
+from .checks import TRITON_DTYPE, Operand
+from .grad_norm import grad_norm_kernel
+from .grad_norm import variant as norm_variant
+from .launch_groups import LaunchGroup, TensorGuards, groups_of, starter_for, table_of
+from .launcher import Launch, run_all
+
+RULES = (sgd_step.RULE, adam_step.RULE, lion_step.RULE)  # in the order of csrc/math/rules/all.h
+_MOST_TABLES = 16  # of a plan: gradients come to a few sets of addresses, in each of both passes
+_END = object()
+_CONSTANT = (type(None), bool, float, int, str)
+
+_grad_of = attrgetter("grad")
+_set_grad = Tensor.grad.__set__  # type: ignore[attr-defined]
+_params_of = itemgetter("params")
+
+Calls = list[Callable[[], Any]]
+
+
+def _addresses(tensors: Iterable[Tensor]) -> tuple[int, ...]:
+    return tuple(map(Tensor.data_ptr, tensors))
+
+
+def _same(found: Iterable[Any], known: Sequence[Any]) -> bool:
+    """Whether these are the same objects; ``known`` has _END as its last one."""
+    return all(map(is_, chain(found, (_END,)), known))
+
+
+def _has_memory(t: Tensor) -> bool:
+    """Whether all elements of a dense tensor are in its storage."""
+    end = (t.storage_offset() + t.numel()) * t.element_size()
+    return t.numel() == 0 or (t.data_ptr() != 0 and end <= t.untyped_storage().nbytes())
+
+
+def _is_constant(x: Any) -> bool:
+    return type(x) in _CONSTANT or (type(x) is tuple and all(map(_is_constant, x)))
+
+
+class Plan:
+    def __init__(
+        self, group: LaunchGroup, grads: Sequence[Tensor], *, groups: list[Any], everything: list[Tensor],
+        active: list[Tensor], idle: list[Tensor], sizes: list[int], masters: list[Any], states: list[list[Tensor]],
+        backups: list[Any], steps: list[Tensor], row_groups: list[int], rule: int, option: bool, maximize: bool,
+        state: dict[Any, Any], step_state: Any,
+    ) -> None:  # fmt: skip
+        self._group, self._groups, self._everything = group, [*groups, _END], [*everything, _END]
+        self._active, self._idle, self._sizes = active, idle, sizes
+        self._masters = _complete(masters)
+        self._backups = _complete(backups)
+        self._states, self._steps, self._row_groups = states, steps, row_groups
+        self._rule, self._option, self._maximize = RULES[rule], option, maximize
+        self._state, self._step_state = state, step_state
+        self._state_dicts = [*state.values(), _END]
+        self._state_tensors = [*chain.from_iterable(d.values() for d in state.values()), _END]
+        self._kept = self._masters or self._backups
+        self._own = [*active, *self._masters]  # what both phases compare with the plan, beside gradients and backups
+        self._companions = [t for column in states for t in column]
+        self._perturb_guard = _guard(*grads, *self._own)
+        self._update_guard = _guard(*grads, *self._own, *self._companions, *steps)
+        self._first_guard = _guard(*grads)
+        self._restore_guard = _guard(*self._own)
+        self._own_addresses, self._backup_addresses = _addresses(self._own), _addresses(self._backups)
+        self._companion_addresses = _addresses([*self._companions, *steps])
+        self._tables: OrderedDict[Any, list[Tensor]] = OrderedDict()
+        self._starts: dict[Any, Any] = {}
+        self._scalars: dict[str, tuple[int, Any, list[Tensor]]] = {}
+        self._partials = torch.empty(group.chunks, dtype=torch.float64, device=group.device)
+        self._hyperparams: list[tuple[list[Any], list[Any]]] | None = None
+        self._version = 0
+
+    @classmethod
+    def of(cls, *, active: list[Tensor], masters: list[Any], states: list[list[Tensor]], backups: list[Any],
+           sizes: list[int], **others: Any) -> "Plan | None":  # fmt: skip
+        """None where a plan cannot serve these tensors."""
+        grads = list(map(_grad_of, active))
+        if TensorGuards is None or any(g is None or t.dtype not in TRITON_DTYPE for g, t in zip(grads, active, strict=True)):
+            return None
+        if not _complete(masters) and any(m is not None for m in masters):
+            return None
+        own = Operand("masters", _complete(masters), dtype=torch.float32)
+        lists = [active, grads, _complete(backups), *states]
+        groups = groups_of([*(Operand("", tensors) for tensors in lists), own], sizes, 0)
+        if len(groups) != 1 or not groups[0].in_place or groups[0].chunks == 0 or not all(map(_has_memory, grads)):
+            return None
+        return cls(
+            groups[0], grads, active=active, masters=masters, states=states, backups=backups, sizes=sizes, **others
+        )
+
+    # --- whether everything is as it was ----------------------------------------------------------------------------
+    def poll(self, groups: list[Any]) -> int:
+        """Bit 0: whether these are the plan's groups, with its parameters; from bit 1 on a number that changes whenever
+        a hyperparameter may have changed."""
+        seen = self._hyperparams
+        if seen is None or not (
+            len(seen) == len(groups)
+            and all(
+                list(group) == names and _same(group.values(), values)
+                for group, (names, values) in zip(groups, seen, strict=True)
+            )
+        ):
+            self._version += 1
+            constant = all(
+                _is_constant(value) or (type(value) is list and name in ("params", "param_names"))
+                for group in groups for name, value in group.items()
+            ) and all(type(group) is dict for group in groups)  # fmt: skip
+            self._hyperparams = [(list(group), [*group.values(), _END]) for group in groups] if constant else None
+        same = _same(groups, self._groups) and _same(chain.from_iterable(map(_params_of, groups)), self._everything)
+        return self._version << 1 | same
+
+    def _grads(self) -> list[Tensor] | None:
+        if any(map(is_not, map(_grad_of, self._idle), repeat(None))):
+            return None
+        return list(map(_grad_of, self._active))
+
+    def _in_place(self, backups: bool) -> bool:
+        return self._own_addresses == _addresses(self._own) and (
+            not backups or self._backup_addresses == _addresses(self._backups)
+        )
+
+    def _same_state(self) -> bool:
+        """Whether the optimizer's state holds the same tensors."""
+        try:
+            found = chain.from_iterable(map(dict.values, self._state.values()))
+            return _same(self._state.values(), self._state_dicts) and _same(found, self._state_tensors)
+        except TypeError:  # an entry is no dict
+            return False
+
+    # --- the phases: whether they were served -----------------------------------------------------------------------
+    def perturb(
+        self, stats: Tensor, rho: list[float], adaptive: bool, eta: float, stochastic: bool, seed: int, step: int,
+        keep: bool, after: dict[str, Any],
+    ) -> bool:  # fmt: skip
+        """Norm and perturbation with the current gradients, which are taken out of p.grad, and kept if ``keep``."""
+        grads = self._grads()
+        if grads is None or not self._perturb_guard(*grads, *self._own) or not self._in_place(True):
+            return False
+        if self._masters and not self._same_state():
+            return False
+        group, stream, addresses = self._group, self._stream(), _addresses(grads)
+        norm_table, table = self._tables_for((stream, "perturb", adaptive, addresses), lambda: [
+            [grads, self._masters or self._active if adaptive else []],
+            [self._active, self._masters or self._active, grads, self._backups],
+        ], grads) or (None, None)  # fmt: skip
+        if table is None:
+            return False
+        rhos, etas = self._sent("rho", stream, (rho, eta), lambda: [_doubles(rho), _doubles([eta])])
+        variant = perturb.variant(group, adaptive, stochastic)
+        norm = self._start(grad_norm_kernel, **norm_variant(group, adaptive, finish=True))
+        move = self._start(perturb.perturb_kernel, **variant)
+        if variant["STOCHASTIC"]:
+            (rng,) = device_cache.on_device(group.device, torch.tensor([seed, step], device="cpu"))
+        else:
+            (rng,) = self._sent("rng", stream, (), lambda: [torch.zeros(2, dtype=torch.int64, device="cpu")])
+        count = len(grads)
+        Launch(norm, group.chunks, (norm_table, count, self._partials, 0, group.chunks, stats, etas))()
+        if keep:
+            after = {**after, "first_grads": dict(zip(self._active, grads, strict=True))}
+        clear = partial(deque, map(_set_grad, self._active, repeat(None)), 0)
+        run_all([
+            Launch(move, group.chunks, (table, count, stats, rhos, etas, rng)), *self._notes(after), clear,
+        ])  # fmt: skip
+        return True
+
+    def update(
+        self, rows: list[float], restores: bool, mixing: bool, scale: float, grad_scale: Any, found_inf: Any,
+        after: dict[str, Any],
+    ) -> bool:  # fmt: skip
+        """One update of all parameters, counted in their step counters. ``rows``: the hyperparameters, row after row.
+        Gradients are divided by the scale of AMP: ``scale``, or ``grad_scale`` on the device with found_inf beside it (or
+        0)."""
+        grads = self._grads()
+        if grads is None or not self._update_guard(*grads, *self._own, *self._companions, *self._steps):
+            return False
+        if not self._in_place(restores) or not self._same_state():
+            return False
+        if self._companion_addresses != _addresses([*self._companions, *self._steps]):
+            return False
+        group, stream, addresses = self._group, self._stream(), _addresses(grads)
+        firsts: list[Tensor] = []
+        if mixing:
+            by_parameter = self._step_state.first_grads
+            firsts = [by_parameter[p] for p in self._active if p in by_parameter]
+            if len(firsts) < len(grads) or not self._first_guard(*firsts):
+                return False
+        first_addresses = _addresses(firsts)
+        if any(a == b != 0 for a, b in zip(first_addresses, addresses, strict=True)) if mixing else False:
+            return False  # a gradient was written over the first one
+        source = self._masters or (self._backups if restores else self._active)
+        tables = self._tables_for((stream, restores, addresses, first_addresses), lambda: [
+            [self._active, source, grads, firsts, *self._states]
+        ], [*grads, *firsts])  # fmt: skip
+        hyper = self._rows(rows, stream)
+        if tables is None or hyper is None:
+            return False
+        scales = self._sent("amp", stream, (scale,), lambda: [_floats(scale), _floats(0.0)])
+        scale_and_inf = [given if isinstance(given, Tensor) else own for given, own in
+                         zip((grad_scale, found_inf), scales, strict=True)]  # fmt: skip
+        chosen = update.variant(self._rule, group, self._option, len(self._states), mixing)
+        args = (tables[0], len(grads), hyper, -1 if self._maximize else 1, *scale_and_inf)
+        counted = [partial(Tensor.add_, step, 1) for step in self._steps]
+        start = self._start(update.update_kernel, **chosen)
+        run_all([Launch(start, group.chunks, args), *counted, *self._notes(after)])
+        return True
+
+    def restore(self, after: dict[str, Any]) -> bool:
+        """Brings the weights back."""
+        if not self._kept or not self._restore_guard(*self._own) or not self._in_place(True):
+            return False
+        if self._masters and not self._same_state():
+            return False
+        group, stream = self._group, self._stream()
+        tables = self._tables_for((stream, "restore"), lambda: [[self._active, self._kept, [], []]], [])
+        (gammas,) = self._sent("gamma", stream, (), lambda: [_doubles([1.0] * len(self._sizes))])
+        start = self._start(restore.restore_kernel, V=group.arithmetic, MIXING=False)
+        assert tables is not None
+        run_all([Launch(start, group.chunks, (tables[0], len(self._active), gammas)), *self._notes(after)])
+        return True
+
+    @staticmethod
+    def first_grads_of(by_parameter: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+        """First gradients that this plan can use."""
+        return by_parameter
+
+    # --- what is kept for them --------------------------------------------------------------------------------------
+    def _stream(self) -> int:
+        return device_cache.stream_of(self._group.device)
+
+    def _notes(self, after: dict[str, Any]) -> Calls:
+        """That the parameters changed, and where the step stands."""
+        setters = [partial(setattr, self._step_state, name, value) for name, value in after.items()]
+        return [partial(torch._C._increment_version, self._active), *setters]
+
+    def _start(self, kernel: Any, **variant: Any) -> Callable[..., None]:
+        key = (kernel, *variant.values())
+        if key not in self._starts:
+            self._starts[key] = starter_for(kernel, self._group, **variant)
+        return self._starts[key]
+
+    def _tables_for(
+        self, key: Any, lists: Callable[[], list[Any]], new: Sequence[Tensor]
+    ) -> list[Tensor] | None:
+        """Those of these addresses. None if a tensor of ``new``, of which only the addresses are known, lacks memory."""
+        tables = self._tables.get(key)
+        if tables is None:
+            if not all(map(_has_memory, new)):
+                return None
+            self._tables[key] = tables = [table_of(self._group, used) for used in lists()]
+            if len(self._tables) > _MOST_TABLES:
+                self._tables.popitem(last=False)
+        self._tables.move_to_end(key)
+        return tables
+
+    def _sent(self, what: str, stream: int, objects: tuple[Any, ...], make: Callable[[], list[Tensor]]) -> list[Tensor]:
+        """Numbers on the device: those of the last call, if they were made of the same objects."""
+        kept = self._scalars.get(what)
+        if kept is None or kept[0] != stream or not all(map(is_, kept[1], objects)):
+            sent = device_cache.on_device(self._group.device, *make())
+            kept = self._scalars[what] = stream, objects, sent
+        return kept[2]
+
+    def _rows(self, rows: list[float], stream: int) -> Tensor | None:
+        """The hyperparameters of the update, as its kernel reads them."""
+        count = len(self._sizes)
+        if not self._steps:
+            return self._sent("rows", stream, (rows,), lambda: [_doubles(rows)])[0]
+        steps = [float(step) for step in self._steps]
+        if len(set(zip(self._row_groups, steps, strict=True))) < count:
+            return None  # the ops would join rows of a group that are at the same step
+        assert self._rule.rows_with_steps is not None
+        width = len(rows) // count
+        given = [rows[i : i + width] for i in range(0, len(rows), width)]
+        hyper = _doubles(self._rule.rows_with_steps(given, [step + 1 for step in steps]))
+        return device_cache.on_device(self._group.device, hyper)[0]
+
+
+def _complete(tensors: list[Any]) -> list[Tensor]:
+    """Nothing where one is missing."""
+    return [] if any(t is None for t in tensors) else tensors
+
+
+def _guard(*tensors: Tensor) -> Callable[..., bool]:
+    """Compares tensors with these, but for their addresses, without keeping them."""
+    return TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+
+
+def _doubles(numbers: Sequence[Any]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.float64, device="cpu")
+
+
+def _floats(number: float) -> Tensor:
+    return torch.tensor([number], dtype=torch.float32, device="cpu")
