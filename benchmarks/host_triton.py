@@ -1,8 +1,8 @@
 """``python -m benchmarks.host_triton``: host time of the Triton backend per call, where no GPU is needed.
 
-Tensors are on the CPU. Where Triton would pass a launch to the driver of a GPU, nothing is done: what is measured is all
-the Python around that. Not in it: the driver's part of a launch (2 to 3 us each), and copies of numbers and of tables
-to a GPU, which are made when a number changes or gradients come to new addresses.
+Tensors are on the CPU. Where Triton would pass a launch to the driver of a GPU, nothing is done: what is measured is
+all the Python around that. Not in it: the driver's part of a launch (a few microseconds each), and copies of numbers
+and tables to a GPU, which are made when a number changes or gradients come to new addresses.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def start_nothing() -> None:
 
     from rst_fused.kernels import launch_groups, launcher
 
-    class Binary(CompiledKernel):  # type: ignore[misc]
+    class Binary(CompiledKernel):
         def __init__(self) -> None:
             self.module, self.function, self.packed_metadata = object(), 0, ()
             self._run = lambda *args: args[8](args[6])  # the hook that follows a launch
@@ -48,7 +48,7 @@ def start_nothing() -> None:
         return made.start
 
     active = SimpleNamespace(get_current_device=lambda: 0, get_current_stream=lambda device: 0)
-    type(launcher.driver).active = active  # type: ignore[assignment, method-assign]
+    type(launcher.driver).active = active
     launch_groups.starter = starter
 
 
@@ -70,7 +70,8 @@ def measure(opt: RST, params: list[Any], grads: list[list[torch.Tensor]], calls:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.host_triton", description=(__doc__ or "").split(": ")[1])
+    words = (__doc__ or "").split(": ", 1)[1]
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.host_triton", description=words)
     parser.add_argument("--count", nargs="+", type=int, default=[3, 150, 1000], help="numbers of tensors")
     parser.add_argument("--rounds", type=int, default=7, help="in which the ways take turns; the median counts")
     parser.add_argument("--calls", type=int, default=50, help="of each way in a round")

@@ -59,7 +59,7 @@ def grad_norm_kernel(
     table, tensors, partials, first, count, stats, eta, T: tl.constexpr, STATE: tl.constexpr, ADAPTIVE: tl.constexpr,
     COMPLEX: tl.constexpr, FINISH: tl.constexpr, SUMS: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """The partial sums of this launch begin at ``first``; with ``FINISH`` it is the last one, and adds all ``count``."""
+    """Its partial sums begin at ``first``; with ``FINISH`` it is the last launch, and adds all ``count`` of them."""
     record, begin, size, whole = locate(table, tensors, _SLOTS, BLOCK)
     grad, weight = address(record, _GRAD, begin, T), address(record, _WEIGHT, begin, STATE)
     eta = tl.load(eta)

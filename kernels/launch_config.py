@@ -27,14 +27,13 @@ class LaunchConfig:
     per_thread: int  # scalars per thread in a whole block
     warps: int
 
-    @property
-    def block(self) -> int:
-        return 32 * self.warps * self.per_thread
+    def block(self, lanes: int) -> int:
+        """Scalars of a whole block, where a warp has so many threads."""
+        return lanes * self.warps * self.per_thread
 
-    @property
-    def tail(self) -> int:
+    def tail(self, lanes: int) -> int:
         """Scalars of a masked block: one per thread."""
-        return 32 * self.warps
+        return lanes * self.warps
 
 
 BUILT_IN = LaunchConfig(8, 4)  # 16-byte accesses of 16-bit numbers
@@ -46,6 +45,15 @@ TUNED = ("perturb_kernel", "restore_kernel", "sgd_step_kernel", "adam_step_kerne
 
 Winners = dict[str, LaunchConfig]  # by kernel and dtypes
 forced: list[LaunchConfig] = []  # the candidate that is being timed
+
+
+@cache
+def lanes_of(device: torch.device) -> int:
+    """Threads of a warp: 64 on some GPUs of AMD, 32 elsewhere."""
+    if device.type == "cpu":  # Triton's interpreter
+        return 32
+    with torch.get_device_module(device).device(device):
+        return int(triton.runtime.driver.active.get_current_target().warp_size)
 
 
 def key_of(kernel: str, dtype: Any, state: Any) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import device_cache
 from .checks import TRITON_DTYPE, Operand, check_lists, dense, runs_on
-from .launch_config import config_for
+from .launch_config import config_for, lanes_of
 from .launcher import Launch, Launcher
 from .multi_tensor_apply import CHUNK
 
@@ -83,6 +83,7 @@ class Work:
 
     group: LaunchGroup
     table: Tensor
+    used: list[Sequence[Tensor]]  # what the addresses in the table are of
     after: list[Callable[[], Any]]  # copies what went to dense copies to where it belongs; notes which tensors changed
 
 
@@ -112,7 +113,7 @@ def validated_groups(
         after: list[Callable[[], Any]] = [partial(Tensor.copy_, original, copy) for original, copy in back]
         if operands[0].written:  # last: a caller tells by their versions which parameters a call is done with
             after.append(partial(torch._C._increment_version, [lead[i] for i in group.members]))
-        yield Work(group, table_of(group, used), after)
+        yield Work(group, table_of(group, used), used, after)
 
 
 def groups_of(operands: Sequence[Operand], group_sizes: Sequence[int], first_index: int) -> list[LaunchGroup]:
@@ -201,7 +202,8 @@ def starter_for(
     """
     types = {"T": TRITON_DTYPE[group.dtype], "STATE": TRITON_DTYPE[group.state]}
     chosen = config_for(name or function.__name__, group.device, types["T"], types["STATE"], wide_state)
-    blocks = {"BLOCK": chosen.block, "TAIL": chosen.tail}
+    lanes = lanes_of(group.device)
+    blocks = {"BLOCK": chosen.block(lanes), "TAIL": chosen.tail(lanes)}
     return starter(function, group.device, {**types, **blocks, **constants}, chosen.warps)
 
 
@@ -210,4 +212,5 @@ def launches(function: Any, work: Work, *args: Any, **variant: Any) -> list[Call
     if not work.group.chunks:
         return work.after
     start = starter_for(function, work.group, **variant)
-    return [Launch(start, work.group.chunks, (work.table, len(work.group.members), *args)), *work.after]
+    args = (work.table, len(work.group.members), *args)
+    return [Launch(start, work.group.chunks, args, keeping=work.used), *work.after]

@@ -72,10 +72,12 @@ def _listens(hook: Any) -> bool:
 
 
 class Launch:
-    """A kernel that is ready to be started, once."""
+    """A kernel that is ready to be started, once. ``keeping``: what must not be freed before."""
 
-    def __init__(self, start: Callable[..., None], programs: int, args: Sequence[Any]) -> None:
-        self._start, self._programs, self._args = start, programs, args
+    def __init__(
+        self, start: Callable[..., None], programs: int, args: Sequence[Any], keeping: Any = None
+    ) -> None:
+        self._start, self._programs, self._args, self._keeping = start, programs, args, keeping
         self.started: list[Any] = []
 
     def __call__(self) -> None:

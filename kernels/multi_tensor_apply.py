@@ -47,10 +47,17 @@ def address(record, SLOT: tl.constexpr, begin, T: tl.constexpr):
 
 
 @triton.jit
+def _pointers(base, offsets):
+    """Of a whole block, whose base is aligned. The hint must be on a pointer made from a number: on an address plus an
+    offset it does not reach the buffer instructions of AMD."""
+    return tl.multiple_of(base.to(tl.int64).to(base.dtype), 16) + offsets
+
+
+@triton.jit
 def load(base, offsets, count, WHOLE: tl.constexpr):
     """Scalars missing from a partial block read as zero."""
     if WHOLE:
-        return tl.load(tl.multiple_of(base + offsets, [16]))
+        return tl.load(_pointers(base, offsets))
     else:
         return tl.load(base + offsets, offsets < count, 0.0)
 
@@ -58,7 +65,7 @@ def load(base, offsets, count, WHOLE: tl.constexpr):
 @triton.jit
 def store(base, offsets, count, value, WHOLE: tl.constexpr):
     if WHOLE:
-        tl.store(tl.multiple_of(base + offsets, [16]), value)
+        tl.store(_pointers(base, offsets), value)
     else:
         tl.store(base + offsets, value, offsets < count)
 

@@ -1,7 +1,8 @@
-"""A launch plan, as csrc/plan/plan.h describes it, in Python: what the kernels need to know of the tensors of one optimizer,
-kept between its steps. Each call compares every tensor that a kernel is going to read or write with it.
+"""A launch plan, as csrc/plan/plan.h describes it, in Python: what the kernels need to know of the tensors of one
+optimizer, kept between its steps. Each call compares every tensor that a kernel is going to read or write with it.
 
-A plan serves parameters of one dtype on one device, all with masters or all without, whose companions have their layout.
+A plan serves parameters of one dtype on one device, all with masters or all without, whose companions have their
+layout.
 """
 
 from collections import OrderedDict, deque
@@ -27,7 +28,7 @@ _END = object()
 _CONSTANT = (type(None), bool, float, int, str)
 
 _grad_of = attrgetter("grad")
-_set_grad = Tensor.grad.__set__  # type: ignore[attr-defined]
+_set_grad: Any = vars(torch._C.TensorBase)["grad"].__set__
 _params_of = itemgetter("params")
 
 Calls = list[Callable[[], Any]]
@@ -89,7 +90,7 @@ class Plan:
            sizes: list[int], **others: Any) -> "Plan | None":  # fmt: skip
         """None where a plan cannot serve these tensors."""
         grads = list(map(_grad_of, active))
-        if TensorGuards is None or any(g is None or t.dtype not in TRITON_DTYPE for g, t in zip(grads, active, strict=True)):
+        if TensorGuards is None or not all(t.dtype in TRITON_DTYPE for t in active) or not _complete(grads):
             return None
         if not _complete(masters) and any(m is not None for m in masters):
             return None
@@ -171,7 +172,7 @@ class Plan:
         Launch(norm, group.chunks, (norm_table, count, self._partials, 0, group.chunks, stats, etas))()
         if keep:
             after = {**after, "first_grads": dict(zip(self._active, grads, strict=True))}
-        clear = partial(deque, map(_set_grad, self._active, repeat(None)), 0)
+        clear: Callable[[], Any] = partial(deque, map(_set_grad, self._active, repeat(None)), 0)
         run_all([
             Launch(move, group.chunks, (table, count, stats, rhos, etas, rng)), *self._notes(after), clear,
         ])  # fmt: skip
@@ -182,8 +183,8 @@ class Plan:
         after: dict[str, Any],
     ) -> bool:  # fmt: skip
         """One update of all parameters, counted in their step counters. ``rows``: the hyperparameters, row after row.
-        Gradients are divided by the scale of AMP: ``scale``, or ``grad_scale`` on the device with found_inf beside it (or
-        0)."""
+        Gradients are divided by the scale of AMP: ``scale``, or what is in ``grad_scale`` on the device, with found_inf
+        beside it (0: absent)."""
         grads = self._grads()
         if grads is None or not self._update_guard(*grads, *self._own, *self._companions, *self._steps):
             return False
@@ -199,7 +200,7 @@ class Plan:
             if len(firsts) < len(grads) or not self._first_guard(*firsts):
                 return False
         first_addresses = _addresses(firsts)
-        if any(a == b != 0 for a, b in zip(first_addresses, addresses, strict=True)) if mixing else False:
+        if mixing and any(a == b != 0 for a, b in zip(first_addresses, addresses, strict=True)):
             return False  # a gradient was written over the first one
         source = self._masters or (self._backups if restores else self._active)
         tables = self._tables_for((stream, restores, addresses, first_addresses), lambda: [
@@ -252,10 +253,8 @@ class Plan:
             self._starts[key] = starter_for(kernel, self._group, **variant)
         return self._starts[key]
 
-    def _tables_for(
-        self, key: Any, lists: Callable[[], list[Any]], new: Sequence[Tensor]
-    ) -> list[Tensor] | None:
-        """Those of these addresses. None if a tensor of ``new``, of which only the addresses are known, lacks memory."""
+    def _tables_for(self, key: Any, lists: Callable[[], list[Any]], new: Sequence[Tensor]) -> list[Tensor] | None:
+        """Those of these addresses. None if a tensor of ``new``, known by its address alone, lacks memory."""
         tables = self._tables.get(key)
         if tables is None:
             if not all(map(_has_memory, new)):
@@ -266,7 +265,9 @@ class Plan:
         self._tables.move_to_end(key)
         return tables
 
-    def _sent(self, what: str, stream: int, objects: tuple[Any, ...], make: Callable[[], list[Tensor]]) -> list[Tensor]:
+    def _sent(
+        self, what: str, stream: int, objects: tuple[Any, ...], make: Callable[[], list[Tensor]]
+    ) -> list[Tensor]:
         """Numbers on the device: those of the last call, if they were made of the same objects."""
         kept = self._scalars.get(what)
         if kept is None or kept[0] != stream or not all(map(is_, kept[1], objects)):

@@ -301,7 +301,7 @@ def plan_extension() -> Any:
 
 
 def new_plan(kind: str, **facts: Any) -> Any:
-    """A launch plan (csrc/plan/plan.h) of the kernels that Backend.plans names; None if it cannot serve these tensors."""
+    """A launch plan (csrc/plan/plan.h) of the kernels that Backend.plans names; None if none serves these tensors."""
     if kind == "triton":
         return importlib.import_module("rst_fused.kernels.plan").Plan.of(**facts)
     return _plan_ext.Plan(gpu=kind == "gpu", **facts)

@@ -37,7 +37,7 @@ class Scaling:
         return scale, found_inf
 
     def for_plan(self, device: torch.device, counts_steps: bool, as_tensors: bool) -> tuple[float, Any, Any] | None:
-        """The scale where the CPU knows it, else grad_scale and found_inf on ``device``, or their addresses (0: absent).
+        """The scale where the CPU knows it, else grad_scale and found_inf on ``device`` or their addresses (0: absent).
 
         None if a plan can use neither: with found_inf on the GPU the CPU could not tell whether a step counts.
         """

@@ -1,8 +1,9 @@
 """Executor 1 of a step: a launch plan, which is a cache of everything that the kernels need to know of the tensors.
 
-A plan (csrc/plan/plan.h, for Triton rst_fused.kernels.plan) holds the chunk table of all parameters. Each call compares every tensor that a kernel is
-going to read or write with that table: address, sizes, strides, dtype, device. What does not fit any more is "not
-served", which leaves everything as it was; then a new plan is made, or the step goes through rst_fused._step.dispatch.
+A plan (csrc/plan/plan.h; for Triton rst_fused.kernels.plan) holds the table of all parameters. Each call compares
+every tensor that a kernel is going to read or write with that table: address, sizes, strides, dtype, device. What does
+not fit any more is "not served", which leaves everything as it was; then a new plan is made, or the step goes through
+rst_fused._step.dispatch.
 """
 
 from __future__ import annotations

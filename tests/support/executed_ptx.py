@@ -33,7 +33,7 @@ sys.path.insert(0, os.environ["RST_FUSED_PTXSIM"])
 
 from ptxsim import Module  # type: ignore[import-not-found]  # noqa: E402
 
-ARCHITECTURE = int(os.environ.get("RST_FUSED_PTX_ARCHITECTURE", "90"))
+TARGET = GPUTarget("cuda", int(os.environ.get("RST_FUSED_PTX_ARCHITECTURE", "90")), 32)
 launches: list[dict[str, Any]] = []  # what each launch did, for tests that count bytes
 Memory = list[tuple[Tensor, bool]]  # tensors, and whether they may be written
 _prepared: Memory = []  # of the launch group at hand
@@ -71,7 +71,7 @@ class Driver:
     """The part of a driver that Triton needs to tell what a launch would compile."""
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", ARCHITECTURE, 32)
+        return TARGET
 
     def get_current_device(self) -> int:
         return 0
@@ -95,7 +95,7 @@ def check_specialization(kernel: Any, args: Sequence[Any], constants: dict[str, 
 
 @functools.cache
 def module(kernel: Any, constants: tuple[tuple[str, Any], ...], warps: int) -> tuple[Any, int]:
-    binary = triton_offline.compiled(kernel, dict(constants), ARCHITECTURE, warps)
+    binary = triton_offline.compiled(kernel, dict(constants), TARGET, warps)
     loaded = Module(binary.asm["ptx"])
     assert not loaded.unsupported(), loaded.unsupported()
     return loaded, binary.metadata.shared

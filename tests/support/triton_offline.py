@@ -30,33 +30,35 @@ from rst_fused.kernels.perturb import perturb_kernel
 from rst_fused.kernels.restore import restore_kernel
 from rst_fused.kernels.update import update_kernel
 
-ARCHITECTURES = (80, 90, 100)
+TARGETS = {
+    **{f"sm_{number}": GPUTarget("cuda", number, 32) for number in (80, 90, 100)},
+    "gfx942": GPUTarget("hip", "gfx942", 64),  # MI300
+    "gfx1100": GPUTarget("hip", "gfx1100", 32),  # RX 7900
+}
 ARGUMENTS = {
-    "table": "*i64", "tensors": "i32", "partials": "*fp64", "first": "i32", "count": "i32", "stats": "*fp64", "rho": "*fp64",
-    "eta": "*fp64", "rng": "*i64", "gammas": "*fp64", "hyperparams": "*fp64", "maximize_sign": "i32",
+    "table": "*i64", "tensors": "i32", "partials": "*fp64", "first": "i32", "count": "i32", "stats": "*fp64",
+    "rho": "*fp64", "eta": "*fp64", "rng": "*i64", "gammas": "*fp64", "hyperparams": "*fp64", "maximize_sign": "i32",
     "grad_scale": "*fp32", "found_inf": "*fp32",
 }  # fmt: skip
 
 
-def compiled(kernel: Any, constants: dict[str, Any], architecture: int, warps: int = BUILT_IN.warps) -> Any:
+def compiled(kernel: Any, constants: dict[str, Any], target: GPUTarget, warps: int = BUILT_IN.warps) -> Any:
     signature = {name: "constexpr" if name in constants else ARGUMENTS[name] for name in kernel.arg_names}
-    options = {**OPTIONS, "num_warps": warps}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    return triton.compile(source, target=target, options={**OPTIONS, "num_warps": warps})
 
 
 # --- what is reported -----------------------------------------------------------------------------------------------
 F32, F64, BF16, F16 = tl.float32, tl.float64, tl.bfloat16, tl.float16
-SIZES = {"BLOCK": BUILT_IN.block, "TAIL": BUILT_IN.tail}
 
 
 def _updating(rule: Any, state: Any) -> dict[str, Any]:
-    return {**rule.constants, "BLOCK": (BUILT_IN if state is None else WIDE_STATE).block}
+    return {**rule.constants, "config": BUILT_IN if state is None else WIDE_STATE}
 
 
 def _types(t: Any, state: Any = None, arithmetic: bool = True) -> dict[str, Any]:
     wide = {"V": F64 if t is F64 else F32} if arithmetic else {}
-    return {"T": t, "STATE": state or t, **wide, **SIZES}
+    return {"T": t, "STATE": state or t, **wide, "config": BUILT_IN}
 
 
 def _perturb(t: Any, state: Any = None, adaptive: bool = False, is_complex: bool = False) -> dict[str, Any]:
@@ -105,39 +107,70 @@ VARIANTS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
-def resources(ptx: str, architecture: int) -> dict[str, int]:
+def for_target(constants: dict[str, Any], target: GPUTarget) -> dict[str, Any]:
+    """With block sizes in the place of a launch configuration."""
+    config = constants.get("config")
+    blocks = {} if config is None else {"BLOCK": config.block(target.warp_size), "TAIL": config.tail(target.warp_size)}
+    return {**{name: value for name, value in constants.items() if name != "config"}, **blocks}
+
+
+def nvidia_resources(ptx: str, target: GPUTarget) -> dict[str, Any]:
     """Registers, bytes of stack, and bytes of spilled registers, as the assembler reports them."""
-    name = "ptxas-blackwell" if architecture >= 100 else "ptxas"
+    name = "ptxas-blackwell" if target.arch >= 100 else "ptxas"
     tool = Path(triton.__file__).parent / "backends/nvidia/bin" / name
-    (target,) = re.findall(r"^\.target (\w+)", ptx, re.MULTILINE)
+    (chosen,) = re.findall(r"^\.target (\w+)", ptx, re.MULTILINE)
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
-        command = [str(tool), f"-arch={target}", "--fmad=false", "-v", file.name, "-o", "/dev/null"]
+        command = [str(tool), f"-arch={chosen}", "--fmad=false", "-v", file.name, "-o", "/dev/null"]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     patterns = {"registers": r"Used (\d+) registers", "stack": r"(\d+) bytes stack", "spills": r"(\d+) bytes spill"}
     return {name: sum(map(int, re.findall(pattern, text))) for name, pattern in patterns.items()}
 
 
-def widths(ptx: str) -> dict[str, list[int]]:
-    """Bytes per access, for all accesses to global memory in the text."""
+def amd_resources(text: str) -> dict[str, Any]:
+    """The same from what the compiler notes of a kernel; both kinds of registers may be spilled."""
+    patterns = {
+        "registers": r"\.vgpr_count:\s+(\d+)", "stack": r"\.private_segment_fixed_size:\s+(\d+)",
+        "spills": r"\.[sv]gpr_spill_count:\s+(\d+)",
+    }  # fmt: skip
+    found = {name: list(map(int, re.findall(pattern, text))) for name, pattern in patterns.items()}
+    assert all(found.values()), found  # otherwise they have other names now
+    return {name: sum(numbers) for name, numbers in found.items()}
+
+
+def widths(asm: dict[str, str]) -> dict[str, list[int]]:
+    """Bytes per access, for all accesses to global memory in the text; on AMD also for the buffer instructions alone,
+    which whole blocks use."""
     found: dict[str, set[int]] = {"ld": set(), "st": set()}
-    for kind, vector, bits in re.findall(r"\b(ld|st)\.global(?:\.v(\d))?\.b(\d+)", ptx):
+    for kind, vector, bits in re.findall(r"\b(ld|st)\.global(?:\.v(\d))?\.b(\d+)", asm.get("ptx", "")):
         found[kind].add(int(vector or 1) * int(bits) // 8)
+    for space, kind, size in re.findall(r"\b(global|buffer|flat)_(load|store)_(\w+)", asm.get("amdgcn", "")):
+        found["ld" if kind == "load" else "st"].add(AMD_BYTES[size])
+        if space == "buffer":
+            found.setdefault("buffer", set()).add(AMD_BYTES[size])
     return {kind: sorted(sizes) for kind, sizes in found.items()}
+
+
+# gfx9 counts in words, gfx11 in bits. u and i: without and with a sign; d16: to half of a register.
+AMD_BYTES = {
+    "ubyte": 1, "u8": 1, "ushort": 2, "short": 2, "short_d16": 2, "short_d16_hi": 2, "u16": 2, "b16": 2, "d16_b16": 2,
+    "d16_hi_b16": 2, "dword": 4, "b32": 4, "dwordx2": 8, "b64": 8, "dwordx3": 12, "b96": 12, "dwordx4": 16, "b128": 16,
+}  # fmt: skip
 
 
 def report() -> list[dict[str, Any]]:
     rows = []
     for name, (kernel, constants) in VARIANTS.items():
-        for architecture in ARCHITECTURES:
+        for label, target in TARGETS.items():
             start = time.perf_counter()
-            binary = compiled(kernel, constants, architecture)
+            binary = compiled(kernel, for_target(constants, target), target)
             seconds = round(time.perf_counter() - start, 2)
-            ptx = binary.asm["ptx"]
-            found = {**resources(ptx, architecture), "shared": binary.metadata.shared, **widths(ptx)}
+            asm = binary.asm
+            found = nvidia_resources(asm["ptx"], target) if "ptx" in asm else amd_resources(asm["amdgcn"])
+            found |= {"shared": binary.metadata.shared, **widths(asm)}
             names = {"kernel": name, "function": kernel.__name__, "symbol": binary.metadata.name}
-            rows.append({**names, "sm": architecture, **found, "seconds": seconds})
+            rows.append({**names, "target": label, **found, "seconds": seconds})
     return rows
 
 

@@ -1,5 +1,7 @@
-"""Tests of Triton run in processes of their own: what they change in triton would affect other tests. And what stands in
-for its launches where none are made."""
+"""Tests of Triton run in processes of their own: what they change in triton would affect other tests.
+
+And what stands in for launches where none are made.
+"""
 
 from __future__ import annotations
 

@@ -48,15 +48,23 @@ def test_an_update_has_the_name_of_its_rule(report: list[dict[str, Any]]) -> Non
 
 def test_every_architecture_compiles_without_spills(report: list[dict[str, Any]]) -> None:
     """A stack frame may hold what a call to division needs, never a spilled register."""
-    assert {row["sm"] for row in report} == {80, 90, 100}
+    assert {row["target"] for row in report} == {"sm_80", "sm_90", "sm_100", "gfx942", "gfx1100"}
     assert [row for row in report if row["spills"]] == []
-    assert [row for row in report if row["registers"] > MOST_REGISTERS] == []
+    assert [row for row in report if row["target"].startswith("sm") and row["registers"] > MOST_REGISTERS] == []
 
 
 def test_all_operands_have_16_byte_accesses(report: list[dict[str, Any]]) -> None:
     rows = [row for row in report if row["kernel"] != "grad_norm finish"]
     assert [row for row in rows if 16 not in row["ld"]] == []
     assert [row for row in rows if 16 not in row["st"] and not row["kernel"].startswith("grad_norm")] == []
+
+
+def test_whole_blocks_on_amd_have_no_narrow_accesses(report: list[dict[str, Any]]) -> None:
+    """Beside float32 masters the least is 4 numbers of 16 bits. On NVIDIA triton_checks counts the bytes."""
+    rows = [row for row in report if row["target"].startswith("gfx") and row["kernel"] != "grad_norm finish"]
+    assert len({row["target"] for row in rows}) == 2
+    kinds = [(row["kernel"], row["target"], row["buffer"]) for row in rows]
+    assert [row for row in kinds if row[2] not in ([16], [8, 16] if "master mixing" in row[0] else [16])] == []
 
 
 def test_only_sums_use_shared_memory(report: list[dict[str, Any]]) -> None:

@@ -220,7 +220,8 @@ class Binary(CompiledKernel):
     """As Triton makes them, but for what is on a GPU."""
 
     def __init__(self, starts: list[Any]) -> None:
-        self.module, self.function, self.packed_metadata, self.name, self.src = object(), 11, (4, 1, 0), "a_kernel", None
+        self.module, self.function, self.packed_metadata = object(), 11, (4, 1, 0)
+        self.name, self.src = "a_kernel", None
 
         def run(*args: Any) -> None:
             starts.append(args)

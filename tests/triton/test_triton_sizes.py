@@ -65,16 +65,20 @@ def test_measured_sizes_are_used_for_their_kernel_and_dtypes(kernels: Any) -> No
     assert chosen(kernels, "grad_norm_kernel") == (8, 4), "the order of its sum depends on them"
 
 
-def test_a_launch_has_the_measured_sizes(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("lanes", [32, 64])
+def test_a_launch_has_the_measured_sizes(kernels: Any, monkeypatch: pytest.MonkeyPatch, lanes: int) -> None:
+    """As many scalars per thread, however many threads a warp has."""
     launches: list[Any] = []
+    monkeypatch.setattr(kernels.launch_groups, "lanes_of", lambda device: lanes)
     monkeypatch.setattr(kernels.launch_groups, "starter", recorder(launches))
     leave(kernels)
     group = kernels.launch_groups.LaunchGroup(META, torch.float32, torch.float32, [0], (20000,), (0,), (0,), True)
     for name in ("sgd_step_kernel", "grad_norm_kernel"):
-        work = kernels.launch_groups.Work(group, torch.empty(0), [])
+        work = kernels.launch_groups.Work(group, torch.empty(0), [], [])
         (launch,) = kernels.launch_groups.launches(SimpleNamespace(__name__=name), work)
         launch()
-    assert [(a[4]["BLOCK"], a[4]["TAIL"], a[5]) for a in launches] == [(1024, 64, 2), (1024, 128, 4)]
+    sizes = [(32 * lanes, 2 * lanes, 2), (32 * lanes, 4 * lanes, 4)]
+    assert [(a[4]["BLOCK"], a[4]["TAIL"], a[5]) for a in launches] == sizes
     assert [a[2] for a in launches] == [3, 3], "programs: one per chunk of 8192"
 
 
@@ -186,7 +190,7 @@ def test_what_is_timed_is_the_kernel_it_is_kept_for(
         assert (name, programs) == (kernel, 16), "8 tensors of 10000 in chunks of 8192"
         names = {torch.float32: "fp32", torch.bfloat16: "bf16"}
         assert (str(constants["T"]), str(constants["STATE"])) == (names[dtype], names[state])
-        assert (constants["BLOCK"], constants["TAIL"], warps) == (candidate.block, candidate.tail, 2)
+        assert (constants["BLOCK"], constants["TAIL"], warps) == (candidate.block(32), candidate.tail(32), 2)
 
 
 @pytest.mark.parametrize(
