@@ -8,7 +8,13 @@ from typing import Any
 
 import rst_fused
 
-PACKAGE = str(Path(rst_fused.__file__).parent)
+PACKAGE = Path(rst_fused.__file__).parent
+SOURCES = (str(PACKAGE), str(PACKAGE.parent / "kernels"))  # where Triton's kernels lie in a checkout
+
+
+def runs_on_device(frame: Any) -> bool:
+    """Whether it is a function of a kernel, which only Triton's interpreter runs line by line."""
+    return hasattr(frame.f_globals.get(frame.f_code.co_name), "arg_names")
 
 
 class Interrupt:
@@ -26,7 +32,7 @@ class Interrupt:
         sys.settrace(self.before)
 
     def trace(self, frame: Any, event: str, _: Any) -> Any:
-        if not frame.f_code.co_filename.startswith(PACKAGE):
+        if not frame.f_code.co_filename.startswith(SOURCES) or runs_on_device(frame):
             return None
         if event == "line":
             self.lines += 1

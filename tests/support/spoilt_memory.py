@@ -1,6 +1,6 @@
 """A program that changes tensors under an optimizer in one way after the other, and says what came of each.
 
-    python tests/support/spoilt_memory.py KIND [FIRST]
+    python tests/support/spoilt_memory.py KIND [FIRST [BACKEND]]
 
 It prints "begin CASE" and "end CASE: what is wrong, or nothing" for the cases of a kind from number FIRST on, so that a
 crash shows as a case without an end. All memory that kernels are given is followed by more, which must stay as it is.
@@ -26,6 +26,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from rst_fused import RST
 
 SIDE, FEWER, GUARD = 8, 16, 7.0
+BACKEND = sys.argv[3] if len(sys.argv) > 3 else "cpu"
 ANSWERS = (RuntimeError, TypeError, ValueError)
 BASES: dict[str, dict[str, Any]] = {
     "plain": {"base": "sgd"},
@@ -60,7 +61,7 @@ class Subject:
             hyper = {name: value for name, value in options.items() if name in ("momentum", "amsgrad")}
             self.opt = TWINS[options["base"]](self.params, lr=0.1, **hyper)
         else:
-            self.opt = RST(self.params, lr=0.1, rho=0.5, schedule=0.0, backend="cpu", **options)
+            self.opt = RST(self.params, lr=0.1, rho=0.5, schedule=0.0, backend=BACKEND, **options)
         for t in range(3):
             self.step(t)
             for p in self.params if t == 0 else ():  # before a plan has seen it twice

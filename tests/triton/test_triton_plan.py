@@ -1,0 +1,23 @@
+"""Launch plans of the Triton backend, in Triton's interpreter and from PTX."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from triton_processes import MISSING, SIMULATOR, SUPPORT, run_pytest
+
+pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+NO_SIMULATOR = None if os.environ.get(SIMULATOR) else f"{SIMULATOR} does not name the folder of a PTX interpreter"
+
+
+@pytest.mark.parametrize(
+    "plugin",
+    [
+        "interpreted",
+        pytest.param("executed_ptx", marks=pytest.mark.skipif(NO_SIMULATOR is not None, reason=str(NO_SIMULATOR))),
+    ],
+)
+def test_plans(plugin: str) -> None:
+    done = run_pytest(plugin, SUPPORT / "triton_plan_checks.py", "-rs")
+    assert done.get("passed", 0) > 80 and set(done) <= {"passed", "skipped"} and done.get("skipped", 0) <= 6
