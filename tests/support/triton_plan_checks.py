@@ -1,4 +1,4 @@
-"""Launch plans of the Triton backend: the same bits as its ops, whatever changes; nothing lost, whatever interrupts.
+"""Launch plans of the Triton backend: the same bits as its ops, whatever changes.
 
 Collected by test_triton_plan only, in processes where a plugin runs the kernels on CPU tensors.
 """
@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from interrupts import Interrupt
 from oracle_optimizer import bits
 from paths import has_plan, no_plans, observed
 from torch import Tensor, nn
@@ -318,87 +317,3 @@ def test_parameters_are_seen_to_change() -> None:
         run.opt.step()
         after = [p._version for p in run.params]
         assert all(a < b < c for a, b, c in zip(versions, between, after, strict=True)), t
-
-
-# --- interrupts and failures ----------------------------------------------------------------------------------------
-def started(base: str) -> Run:
-    run = Run(base)
-    run.step(0)
-    return run
-
-
-def interrupted(run: Run, stop: int) -> int:
-    """A SAM step that is interrupted before its ``stop``-th line; how many there are."""
-    run.gradients(2)
-    interrupt = Interrupt(stop)
-    try:
-        with interrupt:
-            run.opt.perturb(True)
-            run.gradients(3)
-            run.opt.step()
-    except KeyboardInterrupt:
-        run.opt.restore()
-    return interrupt.lines
-
-
-@pytest.mark.parametrize("plans", [True, False], ids=["plan", "ops"])
-@pytest.mark.parametrize("base", ["sgd", "amsgrad-mixed", "masters-mixed"])
-def test_an_interrupt_leaves_all_as_before_or_all_as_after(base: str, plans: bool) -> None:
-    with nullcontext() if plans else no_plans():
-        run = started(base)
-        before = seen(run)
-        lines = interrupted(run, 0)
-        after = seen(run)
-        every = max(1, lines // 40)
-        for stop in range(1, lines + 1, every):
-            run = started(base)
-            interrupted(run, stop)
-            assert seen(run) in (before, after), f"line {stop} of {lines}"
-
-
-def seen(run: Run) -> Any:
-    """Weights and state. The counts are read and written by lines of their own."""
-    found = observed(run.params, run.opt)
-    return found["weights"], found["state"], found["perturbed"]
-
-
-@pytest.mark.parametrize("plans", [True, False], ids=["plan", "ops"])
-@pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-@pytest.mark.parametrize("at", range(3))
-def test_a_launch_that_is_interrupted_or_fails(
-    at: int, error: type[BaseException], when: str, plans: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """``after``: in the Python code that follows the start of a kernel."""
-    if error is RuntimeError and when == "after":
-        pytest.skip("a kernel that was started has not failed to start")
-    calls: list[int] = []
-    starter = launch_groups.starter
-
-    def failing(*variant: Any) -> Any:
-        start = starter(*variant)
-
-        def run(*args: Any) -> None:
-            calls.append(0)
-            if len(calls) == at + 1 and when == "before":
-                raise error
-            start(*args)
-            if len(calls) == at + 1:
-                raise error
-
-        return run
-
-    with nullcontext() if plans else no_plans():
-        run, twin = started("sgd"), started("sgd")
-        before = seen(run)
-        twin.step(1)
-        run.opt._plans.drop()
-        with monkeypatch.context() as patch:
-            patch.setattr(launch_groups, "starter", failing)
-            with pytest.raises(error):
-                run.step(1)
-            run.opt._plans.drop()
-        run.opt.restore()
-        assert seen(run) == (seen(twin) if (at, when) == (2, "after") else before)
-        run.step(2)
-        assert all(p.isfinite().all() for p in run.params)

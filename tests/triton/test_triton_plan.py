@@ -19,5 +19,5 @@ NO_SIMULATOR = None if os.environ.get(SIMULATOR) else f"{SIMULATOR} does not nam
     ],
 )
 def test_plans(plugin: str) -> None:
-    done = run_pytest(plugin, SUPPORT / "triton_plan_checks.py", "-rs")
+    done = run_pytest(plugin, SUPPORT / "triton_plan_checks.py", SUPPORT / "triton_interrupt_checks.py")
     assert done.get("passed", 0) > 80 and set(done) <= {"passed", "skipped"} and done.get("skipped", 0) <= 6
