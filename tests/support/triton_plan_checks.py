@@ -205,14 +205,17 @@ def test_a_change_between_the_passes_is_noticed(change: str) -> None:
     both(Run, play)
 
 
-def test_a_parameter_that_leaves_its_group_in_place() -> None:
+def test_parameters_that_change_their_groups_in_place() -> None:
+    """Each has a learning rate of its own."""
+
     def play(run: Run) -> None:
         run.step(0)
         run.step(1)
-        run.opt.param_groups[0]["params"].pop(1)
+        one, other = (group["params"] for group in run.opt.param_groups[:2])
+        one[0], other[0] = other[0], one[0]
         run.step(2)
 
-    both(lambda: Run("plain-mixed"), play)
+    both(lambda: Run(groups=True), play)
 
 
 def test_the_tensor_in_a_hyperparameter_changes_in_place() -> None:
