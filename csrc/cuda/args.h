@@ -8,8 +8,8 @@
 
 namespace rst::cuda {
 
-// 32,764 bytes of kernel arguments in builds with CUDA 13, 4 KiB in others. CUDA 12.1 allows more, too, but not with every
-// driver that runs it. The build says which.
+// 32,764 bytes of kernel arguments in builds with CUDA 13, 4 KiB in others. CUDA 12.1 allows more, too, but not with
+// every driver that runs it. The build says which.
 #ifndef RST_CUDA_ARGUMENT_BYTES
 #define RST_CUDA_ARGUMENT_BYTES 32764
 #endif
