@@ -2,7 +2,7 @@
 optimizer, kept between its steps. Each call compares every tensor that a kernel is going to read or write with it.
 
 A plan serves parameters of one dtype on one device, all with masters or all without, whose companions have their
-layout.
+layout. ``matcher`` is a plan in C++, where there is one: it compares in a tenth of the time.
 """
 
 from collections import OrderedDict, deque
@@ -58,7 +58,7 @@ class Plan:
         self, group: LaunchGroup, grads: Sequence[Tensor], *, groups: list[Any], everything: list[Tensor],
         active: list[Tensor], idle: list[Tensor], sizes: list[int], masters: list[Any], states: list[list[Tensor]],
         backups: list[Any], steps: list[Tensor], row_groups: list[int], rule: int, option: bool, maximize: bool,
-        state: dict[Any, Any], step_state: Any,
+        state: dict[Any, Any], step_state: Any, matcher: Any = None,
     ) -> None:  # fmt: skip
         self._group, self._groups, self._everything = group, [*groups, _END], [*everything, _END]
         self._active, self._idle, self._sizes = active, idle, sizes
@@ -66,7 +66,7 @@ class Plan:
         self._backups = _complete(backups)
         self._states, self._steps, self._row_groups = states, steps, row_groups
         self._rule, self._option, self._maximize = RULES[rule], option, maximize
-        self._state, self._step_state = state, step_state
+        self._state, self._step_state, self._matcher = state, step_state, matcher
         self._state_dicts = [*state.values(), _END]
         self._state_tensors = [*chain.from_iterable(d.values() for d in state.values()), _END]
         self._kept = self._masters or self._backups
@@ -82,6 +82,7 @@ class Plan:
         self._starts: dict[Any, Any] = {}
         self._scalars: dict[str, tuple[int, Any, list[Tensor]]] = {}
         self._partials = torch.empty(group.chunks, dtype=torch.float64, device=group.device)
+        self._held: list[Tensor] = []  # gradients, while kernels are started
         self._hyperparams: list[tuple[list[Any], list[Any]]] | None = None
         self._version = 0
 
@@ -107,6 +108,8 @@ class Plan:
     def poll(self, groups: list[Any]) -> int:
         """Bit 0: whether these are the plan's groups, with its parameters; from bit 1 on a number that changes whenever
         a hyperparameter may have changed."""
+        if self._matcher is not None:
+            return self._matcher.poll(groups)
         seen = self._hyperparams
         if seen is None or not (
             len(seen) == len(groups)
@@ -142,37 +145,68 @@ class Plan:
         except TypeError:  # an entry is no dict
             return False
 
+    def _match(self, updating: bool, restores: bool) -> Any:
+        """The addresses of the gradients, which are held until _release(); None if anything is not as it was."""
+        if self._matcher is not None:
+            return self._matcher.match(updating, restores)
+        grads = self._grads()
+        if grads is None or not self._in_place(restores or not updating):
+            return None
+        if not (self._update_guard(*grads, *self._own, *self._companions, *self._steps) if updating
+                else self._perturb_guard(*grads, *self._own)):  # fmt: skip
+            return None
+        if (updating or self._masters) and not self._same_state():
+            return None
+        if updating and self._companion_addresses != _addresses([*self._companions, *self._steps]):
+            return None
+        self._held = grads
+        return _addresses(grads)
+
+    def _release(self) -> None:
+        self._held = []
+        if self._matcher is not None:
+            self._matcher.release()
+
     # --- the phases: whether they were served -----------------------------------------------------------------------
     def perturb(
         self, stats: Tensor, rho: list[float], adaptive: bool, eta: float, stochastic: bool, seed: int, step: int,
         keep: bool, after: dict[str, Any],
     ) -> bool:  # fmt: skip
         """Norm and perturbation with the current gradients, which are taken out of p.grad, and kept if ``keep``."""
-        grads = self._grads()
-        if grads is None or not self._perturb_guard(*grads, *self._own) or not self._in_place(True):
-            return False
-        if self._masters and not self._same_state():
-            return False
-        group, stream, addresses = self._group, self._stream(), _addresses(grads)
+        try:
+            addresses = self._match(False, True)
+            return addresses is not None and self._perturb(
+                addresses, stats, rho, adaptive, eta, stochastic, seed, step, keep, after
+            )
+        finally:
+            self._release()
+
+    def _perturb(
+        self, addresses: Any, stats: Tensor, rho: list[float], adaptive: bool, eta: float, stochastic: bool, seed: int,
+        step: int, keep: bool, after: dict[str, Any],
+    ) -> bool:  # fmt: skip
+        group, stream = self._group, self._stream()
         norm_table, table = self._tables_for((stream, "perturb", adaptive, addresses), lambda: [
-            [grads, self._masters or self._active if adaptive else []],
-            [self._active, self._masters or self._active, grads, self._backups],
-        ], grads) or (None, None)  # fmt: skip
+            [self._grads_now(), self._masters or self._active if adaptive else []],
+            [self._active, self._masters or self._active, self._grads_now(), self._backups],
+        ], self._grads_now) or (None, None)  # fmt: skip
         if table is None:
             return False
         rhos, etas = self._sent("rho", stream, (rho, eta), lambda: [_doubles(rho), _doubles([eta])])
-        variant = perturb.variant(group, adaptive, stochastic)
-        norm = self._start(grad_norm_kernel, **norm_variant(group, adaptive, finish=True))
-        move = self._start(perturb.perturb_kernel, **variant)
-        if variant["STOCHASTIC"]:
+        norm, move, rounds = self._starts_for(
+            (adaptive, stochastic), lambda: self._perturb_starts(adaptive, stochastic)
+        )  # fmt: skip
+        if rounds:
             (rng,) = device_cache.on_device(group.device, torch.tensor([seed, step], device="cpu"))
         else:
             (rng,) = self._sent("rng", stream, (), lambda: [torch.zeros(2, dtype=torch.int64, device="cpu")])
-        count = len(grads)
+        count = len(self._active)
         Launch(norm, group.chunks, (norm_table, count, self._partials, 0, group.chunks, stats, etas))()
         if keep:
-            after = {**after, "first_grads": dict(zip(self._active, grads, strict=True))}
+            after = {**after, "first_grads": dict(zip(self._active, self._grads_now(), strict=True))}
         clear: Callable[[], Any] = partial(deque, map(_set_grad, self._active, repeat(None)), 0)
+        if self._matcher is not None:
+            clear = self._matcher.clear_grads
         run_all([
             Launch(move, group.chunks, (table, count, stats, rhos, etas, rng)), *self._notes(after), clear,
         ])  # fmt: skip
@@ -185,37 +219,41 @@ class Plan:
         """One update of all parameters, counted in their step counters. ``rows``: the hyperparameters, row after row.
         Gradients are divided by the scale of AMP: ``scale``, or what is in ``grad_scale`` on the device, with found_inf
         beside it (0: absent)."""
-        grads = self._grads()
-        if grads is None or not self._update_guard(*grads, *self._own, *self._companions, *self._steps):
-            return False
-        if not self._in_place(restores) or not self._same_state():
-            return False
-        if self._companion_addresses != _addresses([*self._companions, *self._steps]):
-            return False
-        group, stream, addresses = self._group, self._stream(), _addresses(grads)
+        try:
+            addresses = self._match(True, restores)
+            return addresses is not None and self._update(
+                addresses, rows, restores, mixing, scale, grad_scale, found_inf, after
+            )
+        finally:
+            self._release()
+
+    def _update(
+        self, addresses: Any, rows: list[float], restores: bool, mixing: bool, scale: float, grad_scale: Any,
+        found_inf: Any, after: dict[str, Any],
+    ) -> bool:  # fmt: skip
+        group, stream = self._group, self._stream()
         firsts: list[Tensor] = []
         if mixing:
             by_parameter = self._step_state.first_grads
             firsts = [by_parameter[p] for p in self._active if p in by_parameter]
-            if len(firsts) < len(grads) or not self._first_guard(*firsts):
+            if len(firsts) < len(self._active) or not self._first_guard(*firsts):
                 return False
         first_addresses = _addresses(firsts)
-        if mixing and any(a == b != 0 for a, b in zip(first_addresses, addresses, strict=True)):
+        if mixing and any(a == b != 0 for a, b in zip(first_addresses, _addresses(self._grads_now()), strict=True)):
             return False  # a gradient was written over the first one
         source = self._masters or (self._backups if restores else self._active)
         tables = self._tables_for((stream, restores, addresses, first_addresses), lambda: [
-            [self._active, source, grads, firsts, *self._states]
-        ], [*grads, *firsts])  # fmt: skip
+            [self._active, source, self._grads_now(), firsts, *self._states]
+        ], lambda: chain(self._grads_now(), firsts))  # fmt: skip
         hyper = self._rows(rows, stream)
         if tables is None or hyper is None:
             return False
         scales = self._sent("amp", stream, (scale,), lambda: [_floats(scale), _floats(0.0)])
         scale_and_inf = [given if isinstance(given, Tensor) else own for given, own in
                          zip((grad_scale, found_inf), scales, strict=True)]  # fmt: skip
-        chosen = update.variant(self._rule, group, self._option, len(self._states), mixing)
-        args = (tables[0], len(grads), hyper, -1 if self._maximize else 1, *scale_and_inf)
+        args = (tables[0], len(self._active), hyper, -1 if self._maximize else 1, *scale_and_inf)
         counted = [partial(Tensor.add_, step, 1) for step in self._steps]
-        start = self._start(update.update_kernel, **chosen)
+        (start,) = self._starts_for(mixing, lambda: self._update_starts(mixing))
         run_all([Launch(start, group.chunks, args), *counted, *self._notes(after)])
         return True
 
@@ -226,9 +264,11 @@ class Plan:
         if self._masters and not self._same_state():
             return False
         group, stream = self._group, self._stream()
-        tables = self._tables_for((stream, "restore"), lambda: [[self._active, self._kept, [], []]], [])
+        tables = self._tables_for((stream, "restore"), lambda: [[self._active, self._kept, [], []]])
         (gammas,) = self._sent("gamma", stream, (), lambda: [_doubles([1.0] * len(self._sizes))])
-        start = self._start(restore.restore_kernel, V=group.arithmetic, MIXING=False)
+        (start,) = self._starts_for("restore", lambda: [
+            starter_for(restore.restore_kernel, group, V=group.arithmetic, MIXING=False)
+        ])  # fmt: skip
         assert tables is not None
         run_all([Launch(start, group.chunks, (tables[0], len(self._active), gammas)), *self._notes(after)])
         return True
@@ -245,19 +285,38 @@ class Plan:
     def _notes(self, after: dict[str, Any]) -> Calls:
         """That the parameters changed, and where the step stands."""
         setters = [partial(setattr, self._step_state, name, value) for name, value in after.items()]
+        if self._matcher is not None:
+            return [self._matcher.bump_versions, *setters]
         return [partial(torch._C._increment_version, self._active), *setters]
 
-    def _start(self, kernel: Any, **variant: Any) -> Callable[..., None]:
-        key = (kernel, *variant.values())
-        if key not in self._starts:
-            self._starts[key] = starter_for(kernel, self._group, **variant)
-        return self._starts[key]
+    def _starts_for(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What starts the kernels of a phase."""
+        starts = self._starts.get(key)
+        if starts is None:
+            starts = self._starts[key] = make()
+        return starts
 
-    def _tables_for(self, key: Any, lists: Callable[[], list[Any]], new: Sequence[Tensor]) -> list[Tensor] | None:
-        """Those of these addresses. None if a tensor of ``new``, known by its address alone, lacks memory."""
+    def _perturb_starts(self, adaptive: bool, stochastic: bool) -> tuple[Any, Any, bool]:
+        """Of the norm and of the perturbation, and whether that one needs random numbers."""
+        variant = perturb.variant(self._group, adaptive, stochastic)
+        norm = starter_for(grad_norm_kernel, self._group, **norm_variant(self._group, adaptive, finish=True))
+        return norm, starter_for(perturb.perturb_kernel, self._group, **variant), variant["STOCHASTIC"]
+
+    def _update_starts(self, mixing: bool) -> tuple[Any]:
+        variant = update.variant(self._rule, self._group, self._option, len(self._states), mixing)
+        return (starter_for(update.update_kernel, self._group, **variant),)
+
+    def _grads_now(self) -> list[Tensor]:
+        """While they are held."""
+        return self._held or list(map(_grad_of, self._active))
+
+    def _tables_for(
+        self, key: Any, lists: Callable[[], list[Any]], grads: Callable[[], Iterable[Tensor]] = tuple
+    ) -> list[Tensor] | None:
+        """Those of these addresses. None if one of ``grads``, known by its address alone, lacks memory."""
         tables = self._tables.get(key)
         if tables is None:
-            if not all(map(_has_memory, new)):
+            if not all(map(_has_memory, grads())):
                 return None
             self._tables[key] = tables = [table_of(self._group, used) for used in lists()]
             if len(self._tables) > _MOST_TABLES:

@@ -303,8 +303,18 @@ def plan_extension() -> Any:
 def new_plan(kind: str, **facts: Any) -> Any:
     """A launch plan (csrc/plan/plan.h) of the kernels that Backend.plans names; None if none serves these tensors."""
     if kind == "triton":
-        return importlib.import_module("rst_fused.kernels.plan").Plan.of(**facts)
+        return importlib.import_module("rst_fused.kernels.plan").Plan.of(matcher=_matcher(**facts), **facts)
     return _plan_ext.Plan(gpu=kind == "gpu", **facts)
+
+
+def _matcher(**facts: Any) -> Any:
+    """A plan in C++ for what a plan in Python compares; None where there is none, which takes longer."""
+    if _plan_ext is None or not _plan_ext.can_plan():
+        return None
+    try:
+        return _plan_ext.Plan(gpu=True, **facts)
+    except ValueError:  # tensors that it does not know, as those of other makers' GPUs
+        return None
 
 
 def can_plan(kind: str) -> bool:

@@ -37,7 +37,7 @@ TensorRef tensor_ref(const py::handle& tensor) {
 Plan::Plan(bool gpu, py::list groups, py::list everything, py::list active, py::list idle, std::vector<int64_t> sizes,
            py::list masters, std::vector<py::list> states, py::list backups, py::list steps,
            std::vector<int64_t> row_groups, int rule, bool option, bool maximize, py::dict state, py::object step_state)
-    : ops_(gpu ? *core().gpu : core().cpu),
+    : ops_(gpu && core().gpu != nullptr ? *core().gpu : core().cpu),  // without CUDA its ops are never called
       op_cache_(ops_.make_cache == nullptr ? nullptr : ops_.make_cache(), ops_.release_cache),
       gpu_(gpu),
       rule_(rule),

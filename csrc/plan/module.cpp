@@ -107,5 +107,9 @@ PYBIND11_MODULE(_plan_ext, m) {
       .def("perturb", &Plan::perturb)
       .def("update", &Plan::update)
       .def("restore", &Plan::restore)
+      .def("match", &Plan::match)
+      .def("release", &Plan::release)
+      .def("clear_grads", &Plan::clear_grads)
+      .def("bump_versions", &Plan::bump_versions)
       .def("first_grads_of", &Plan::first_grads_of);
 }

@@ -66,6 +66,14 @@ class Plan {
               uintptr_t found_inf, const py::dict& after);
   bool restore(const py::dict& after);
 
+  // For kernels that are started in Python: what an update, or a perturbation, compares. The addresses of the gradients
+  // as bytes, while the gradients are held until `release`; None if anything is not as it was. First gradients are not
+  // compared. And what follows the kernels, each in one call.
+  py::object match(bool updating, bool restores);
+  void release();
+  void clear_grads() { tensors().clear_grads(grad_handles_.data(), count()); }
+  void bump_versions() { tensors().bump_versions(tensors_.data(), count()); }
+
   // Makes first gradients that this plan can use, from one for each active parameter.
   py::object first_grads_of(const py::dict& by_parameter);
 

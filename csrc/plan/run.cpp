@@ -2,6 +2,7 @@
 #include "plan/plan.h"
 
 #include <algorithm>
+#include <cstring>
 
 namespace rst {
 
@@ -149,6 +150,22 @@ bool Plan::restore(const py::dict& after) {
   }
   table_.chunks.clear();
   return served;
+}
+
+py::object Plan::match(bool updating, bool restores) {
+  if (!collect(updating, restores, false)) return py::none();
+  if (slots_ == nullptr) slots_.reset(tensors().make_slots(count()));
+  tensors().fill_slots(slots_.get(), grad_handles_.data());
+  py::bytes addresses(nullptr, static_cast<size_t>(count()) * sizeof(void*));
+  char* const to = PyBytes_AS_STRING(addresses.ptr());
+  for (size_t i = 0; i < grad_handles_.size(); ++i) {
+    std::memcpy(to + i * sizeof(void*), &table_.tensors[i].data[kGrad], sizeof(void*));
+  }
+  return addresses;
+}
+
+void Plan::release() {
+  if (slots_ != nullptr) tensors().empty_slots(slots_.get());
 }
 
 }  // namespace rst

@@ -18,6 +18,7 @@ SUPPORT = Path(__file__).parent
 TESTS = SUPPORT.parent
 MISSING = None if importlib.util.find_spec("triton") is not None else "triton is not installed (pip install triton)"
 SIMULATOR = "RST_FUSED_PTXSIM"
+PURE_PYTHON = "RST_FUSED_TESTS_PURE_PYTHON"  # 1: plans of Triton find no extension, and compare in Python
 # For -k: tests of one dtype, and tests of calls that mix all dtypes or have none in their name.
 FLOAT32 = "float32"
 MIXED = "not many_steps and not -float and not bfloat16 and not complex"

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 
 import pytest
-from triton_processes import MISSING, SIMULATOR, SUPPORT, run_pytest
+from triton_processes import MISSING, PURE_PYTHON, SIMULATOR, SUPPORT, run_pytest
 
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 NO_SIMULATOR = None if os.environ.get(SIMULATOR) else f"{SIMULATOR} does not name the folder of a PTX interpreter"
 
 
+@pytest.mark.parametrize("pure_python", ["0", "1"], ids=["beside the extension", "without it"])
 @pytest.mark.parametrize(
     "plugin",
     [
@@ -18,6 +19,7 @@ NO_SIMULATOR = None if os.environ.get(SIMULATOR) else f"{SIMULATOR} does not nam
         pytest.param("executed_ptx", marks=pytest.mark.skipif(NO_SIMULATOR is not None, reason=str(NO_SIMULATOR))),
     ],
 )
-def test_plans(plugin: str) -> None:
-    done = run_pytest(plugin, SUPPORT / "triton_plan_checks.py", SUPPORT / "triton_interrupt_checks.py")
+def test_plans(plugin: str, pure_python: str) -> None:
+    checks = SUPPORT / "triton_plan_checks.py", SUPPORT / "triton_interrupt_checks.py"
+    done = run_pytest(plugin, *checks, **{PURE_PYTHON: pure_python})
     assert done.get("passed", 0) > 80 and set(done) <= {"passed", "skipped"} and done.get("skipped", 0) <= 6
