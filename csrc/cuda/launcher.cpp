@@ -1,6 +1,7 @@
 #include "cuda/launcher.h"
 
 #include <cuda_runtime_api.h>
+#include <dlfcn.h>
 
 #include <stdexcept>
 #include <string>
@@ -44,9 +45,12 @@ void launch(const GpuKernel& kernel, unsigned blocks, const void* args, const La
 
 Launcher gpu_launcher(int device, void* stream) { return {&launch, device, stream}; }
 
+// Asked of the driver itself: the runtime would initialize CUDA, and then processes that are forked could not use it.
 int driver_version() {
+  void* const driver = dlopen("libcuda.so.1", RTLD_LAZY);
+  const auto get = driver == nullptr ? nullptr : reinterpret_cast<int (*)(int*)>(dlsym(driver, "cuDriverGetVersion"));
   int version = 0;
-  return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
+  return get != nullptr && get(&version) == 0 ? version : 0;
 }
 
 #define RST_TEXT_OF(x) #x
