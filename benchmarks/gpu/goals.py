@@ -11,11 +11,10 @@ from . import modes
 LARGE = 100_000_000  # parameters from which on bandwidth is all that counts
 FRACTION = 0.90  # of the bandwidth of a copy, or of a read where a kernel only reads
 JUDGED = tuple(mode.name for mode in modes.MAIN)
-LAUNCHES = 3  # per SAM step of the backend cuda: norm, perturbation, update
-# Tensors that one launch carries at least, in its arguments: 32,764 bytes of them from CUDA 13 on, 4 KiB before.
-LAUNCH_TENSORS, LAUNCH_TENSORS_CUDA_12 = 400, 50
-# Triton's tables lie in device memory, so its launches do not depend on the number of tensors; its norm takes two.
-LAUNCHES_TRITON = 4
+LAUNCHES = 3  # per SAM step: norm, perturbation, update
+# Tensors that one launch of cuda carries at least, in its arguments: 32,764 bytes from CUDA 13 on, 4 KiB before. The
+# tables of Triton lie in device memory, so its launches do not depend on the number of tensors.
+LAUNCH_TENSORS, LAUNCH_TENSORS_CUDA_12 = 400, 40
 HOST = {"cuda": 60e-6, "triton": 100e-6}  # seconds per SAM step, with 150 tensors
 RATIOS = {"usual": 3.0, "foreach": 1.8, "compile": 1.2}  # time of others over ours, GPT-2 small with SGD
 RATIO_CASE = "gpt2"
@@ -74,7 +73,7 @@ def _ratios(races: list[dict[str, Any]]) -> Found:
 def most_launches(backend: str, tensors: int, build: dict[str, str]) -> int | None:
     """How many launches a SAM step over tensors of one kind may take; None where no goal is set."""
     if backend == "triton":
-        return LAUNCHES_TRITON
+        return LAUNCHES
     if backend != "cuda":
         return None
     release = build.get("CUDA", "").partition(".")[0]

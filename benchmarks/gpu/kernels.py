@@ -20,7 +20,7 @@ from .streams import COPIES, Call, Streams
 from .traffic import kernel_bytes
 
 HYPER = Hyper()
-# What is in the name of a kernel, whichever backend it is of (Triton's norm is two), and in those of torch's copies
+# What is in the name of a kernel, whichever backend it is of (Triton's norm may be two), and in those of torch's copies
 # and reductions.
 NAMES = {"norm": "grad_norm|finish", "perturb": "perturb", "sgd": "sgd_step", "adamw": "adam_step"}
 COPY, READ = "Memcpy|copy|Copy", "reduce"
