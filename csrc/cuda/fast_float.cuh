@@ -2,9 +2,8 @@
 // place off, and a correction. Results are those of IEEE 754, or in rare cases the number next to them: about one
 // square root in a million, and quotients that lie nearly halfway between two numbers.
 //
-// Not served, and up to the caller: divisors of 0, below 2^-126 or above 2^126 but for inf; infinite dividends, which
-// give NaN; dividends below 2^-100, whose last digit may be off; roots of -0, and of less than 2^-126, which come out
-// as 2^-63.
+// Not served, and up to the caller: divisors below 2^-126 or above 2^126 but for inf; dividends below 2^-100, whose
+// last digit may be off; roots of -0, and of less than 2^-126, which come out as 2^-63.
 #pragma once
 
 #include "math/sam_math.h"
@@ -29,7 +28,8 @@ RST_HD void assign(FastFloat& to, double x) { to.x = static_cast<float>(x); }
 RST_HD float corrected_quotient(float a, float b, float inverse) {
   const float quotient = a * inverse;
   const float better = ::fmaf(::fmaf(-b, quotient, a), inverse, quotient);
-  return quotient != 0 ? better : quotient;  // keeps the sign of 0, and is right where b is infinite
+  // Where a or b is infinite the correction is NaN, and the first quotient right. That of 0 has lost its sign.
+  return better == better ? copysign(better, quotient) : quotient;
 }
 // sqrt(x), from an approximation of 1 / sqrt(x); of a normal number.
 RST_HD float corrected_root(float x, float inverse) {

@@ -45,6 +45,7 @@ int main() {
   constexpr float inf = INFINITY, third = 1.0f / 3;
   EXPECT(to_bits(cuda::corrected_quotient(0.0f, 3, third)) == to_bits(0.0f));
   EXPECT(to_bits(cuda::corrected_quotient(-0.0f, 3, third)) == to_bits(-0.0f));
+  EXPECT(cuda::corrected_quotient(inf, 3, third) == inf && cuda::corrected_quotient(-inf, 3, third) == -inf);
   EXPECT(cuda::corrected_quotient(3, inf, 0) == 0 && std::isnan(cuda::corrected_quotient(inf, inf, 0)));
   EXPECT(std::isnan(cuda::corrected_quotient(NAN, 3, third)) && std::isnan(cuda::corrected_quotient(3, NAN, NAN)));
   std::printf(failures == 0 ? "all passed\n" : "%d failures\n", failures);

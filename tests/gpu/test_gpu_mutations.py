@@ -19,12 +19,13 @@ from rst_fused import ops
 pytestmark = [pytest.mark.usefixtures("one_thread"), gpu_simulator.needed]
 F64, BF16 = torch.float64, torch.bfloat16
 
+QUOTIENT = "better == better ? copysign(better, quotient) : quotient"
 APPLY, NORM = "cuda/multi_tensor_apply.cuh", "cuda/grad_norm.cuh"
 # (what is wrong, file, what stands there, what is put there, the kernels that show it)
 FAULTS = [
     ("tail begins too late", APPLY, "i = packs * kPack +", "i = packs * kPack + 1 +", "perturb"),
     ("tail ends too late", APPLY, "i < count; i += kThreads", "i <= count; i += kThreads", "perturb"),
-    ("packs overrun", APPLY, "count / kPack;", "(count + kPack - 1) / kPack;", "restore"),
+    ("packs overrun", APPLY, "packs = count / static_cast", "packs = (count + 3) / static_cast", "restore"),
     ("one tensor too early", APPLY, "[middle] <= block", "[middle] < block", "sgd_step"),
     ("offset overflows", APPLY, "const int64_t begin =", "const int8_t begin =", "restore"),
     ("addresses thought aligned", APPLY, "all % 16 == 0", "all % 2 == 0", "perturb"),
@@ -43,9 +44,8 @@ FAULTS = [
     ("backwards from one too far", "cuda/perturb.cuh", "gridDim.x - 1 - block", "gridDim.x - block", "perturb"),
     ("rows after the eighth", "cuda/update.cuh", "args.rows[args.row[t]]", "args.rows[args.row[t] % 8]", "sgd_step"),
     ("rho after the eighth", APPLY, "= args.row[tensor];", "= args.row[tensor] % 8;", "perturb"),
-    ("one correction of a quotient", "cuda/fast_float.cuh", "quotient != 0 ? better : quotient", "quotient",
-     "adam_step"),
-    ("quotient of infinity", "cuda/fast_float.cuh", "quotient != 0 ? better : quotient", "better", "adam_step"),
+    ("one correction of a quotient", "cuda/fast_float.cuh", QUOTIENT, "quotient", "adam_step"),
+    ("quotient of infinity", "cuda/fast_float.cuh", QUOTIENT, "better", "adam_step"),
     ("root of infinity", "cuda/fast_float.cuh", "a.x == INFINITY ? a.x : ", "", "adam_step"),
     ("root of zero", "cuda/fast_float.cuh", "::max(to_bits(a.x), 0x00800000u)", "to_bits(a.x)", "adam_step"),
     ("small roots that matter", "math/rules/adam.h", ">= 0x1p-36f", ">= 0", "adam_step"),
