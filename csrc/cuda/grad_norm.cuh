@@ -1,6 +1,6 @@
 // grad_norm: reads g (and w for ASAM), 4 bytes per fp32 parameter (8 for ASAM). The squares of a few packs are added in
 // fp32, those sums in fp64, one per chunk; the last block to finish adds the chunks up in order, so that two runs agree
-// bit for bit. A chunk whose squares leave the range of fp32 is added in fp64 from the start.
+// bit for bit. A chunk whose squares leave the range of fp32 is added again in fp64.
 #pragma once
 
 #include "core/params.h"

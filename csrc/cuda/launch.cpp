@@ -89,7 +89,7 @@ void update_variant(int variant, const Table& table, const OpParams& params, con
   Launches<A>& launches = launches_in<A>(cache, LaunchCache::kUpdate + 2 * variant + mixing, own);
   const bool by_value = params.hyperparams != nullptr || params.steps != nullptr;
   const int most_rows = by_value ? kRows : kRowsOnDevice;
-  if (launches.empty()) {
+  if (!launches.arranged()) {
     launches.arrange(table, chunk_of(table), most_rows, [&](const Tensor& t) {
       const bool ours = variant_of(params.rule, t) == variant;
       return ours ? present(update_kernels[variant][dtype(t)][t.has(kFirstGrad)][t.has(kMaster)]) : nullptr;
@@ -125,7 +125,7 @@ std::string undo(const Table& table, const Launches<PerturbArgs>& launches, cons
 int64_t norm_partials(const Table& table) {
   const int32_t chunk = norm_chunk_of(table);
   int64_t all = 0;
-  for (const Tensor& tensor : table.tensors) all += (tensor.numel + chunk - 1) / chunk;
+  for (const Tensor& tensor : table.tensors) all += chunks_in(tensor, chunk);
   return all;
 }
 
@@ -133,7 +133,7 @@ void grad_norm(const Table& table, const OpParams& params, double* partials, con
                LaunchCache* cache) {
   std::unique_ptr<OpLaunches> own;
   auto& launches = launches_in<NormArgs>(cache, LaunchCache::kNorm + params.adaptive, own);
-  if (launches.empty()) {
+  if (!launches.arranged()) {
     launches.arrange(table, norm_chunk_of(table), kRowsOnDevice, [&](const Tensor& t) {
       return present(grad_norm_kernels[dtype(t)][params.adaptive][params.adaptive && (t.complex || t.has(kMaster))]);
     });
@@ -151,7 +151,7 @@ void perturb(const Table& table, const OpParams& params, const Launcher& launche
   std::unique_ptr<OpLaunches> own;
   auto& launches = launches_in<PerturbArgs>(cache, LaunchCache::kPerturb + params.adaptive, own);
   const int most_rows = rows_in_launch(params.on_device.hyperparams);
-  if (launches.empty()) {
+  if (!launches.arranged()) {
     launches.arrange(table, chunk_of(table), most_rows, [&](const Tensor& t) {
       return present(perturb_kernels[dtype(t)][params.adaptive][t.has(kMaster) || (params.adaptive && t.complex)]);
     });

@@ -8,12 +8,15 @@
 
 namespace rst::cuda {
 
+inline int64_t chunks_in(const Tensor& tensor, int32_t chunk) { return (tensor.numel + chunk - 1) / chunk; }
+
 // `A`: the Args of the kernels.
 template <class A>
 class Launches final : public OpLaunches {
   static_assert(sizeof(A) <= kArgumentBytes, "a launch must fit into the arguments of a kernel");
 
  public:
+  bool arranged() const { return chunk_ > 0; }
   bool empty() const { return launches_.empty(); }
   void add(const GpuKernel& kernel) { launches_.emplace_back(&kernel, 0); }  // without tensors
 
@@ -91,7 +94,6 @@ class Launches final : public OpLaunches {
     std::unique_ptr<A> args{new A};  // not cleared: entries after the last tensor are never read
 
     Launch(const GpuKernel* kernel, int first_row) : kernel(kernel), first_row(first_row) {}
-    static int64_t chunks_in(const Tensor& tensor, int32_t chunk) { return (tensor.numel + chunk - 1) / chunk; }
     bool takes(const Tensor& tensor, int32_t chunk, int most_rows) const {
       constexpr int64_t kMostBlocks = 0x7fffffff;
       return tensors.size() < static_cast<size_t>(A::kTensors) && tensor.row - first_row < most_rows &&
@@ -111,7 +113,7 @@ class Launches final : public OpLaunches {
   };
 
   std::vector<Launch> launches_;
-  int32_t chunk_ = 0;
+  int32_t chunk_ = 0;  // 0: not arranged
   size_t started_ = 0;
 };
 

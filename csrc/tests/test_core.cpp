@@ -8,17 +8,9 @@
 #include <thread>
 
 #include "cpu/run.h"
+#include "tests/expect.h"
 
 namespace {
-
-int failures = 0;
-#define EXPECT(condition)                                                 \
-  do {                                                                    \
-    if (!(condition)) {                                                   \
-      std::printf("%s:%d: failed: %s\n", __FILE__, __LINE__, #condition); \
-      ++failures;                                                         \
-    }                                                                     \
-  } while (0)
 
 using namespace rst;
 

@@ -6,16 +6,9 @@
 #include <cstdlib>
 #include <random>
 
-using namespace rst;
+#include "tests/expect.h"
 
-static int failures = 0;
-#define EXPECT(condition)                                                 \
-  do {                                                                    \
-    if (!(condition)) {                                                   \
-      std::printf("%s:%d: failed: %s\n", __FILE__, __LINE__, #condition); \
-      ++failures;                                                         \
-    }                                                                     \
-  } while (0)
+using namespace rst;
 
 // Quotients and roots as GPU kernels round them, from approximations as far off as those of the hardware may be, in
 // units of the last place: what IEEE 754 asks for, or rarely the number next to it.
