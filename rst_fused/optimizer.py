@@ -22,6 +22,7 @@ from rst_fused._step.devices import DeviceState, device_of, device_states_for
 from rst_fused._step.hooks import with_hooks
 from rst_fused._step.plan import PlanCache
 from rst_fused._step.rules import Group, Rule, rule_for
+from rst_fused._step.sharding import Sharding
 from rst_fused._step.state import StepState
 from rst_fused.batch_norm import check_model, freeze_batch_norm, keep_buffers
 
@@ -147,6 +148,7 @@ class RST(StepOptimizer):
     def _set_devices(self, known: list[DeviceState]) -> None:
         self._devices = device_states_for(known, self.param_groups, self.requested_backend, self.seed)
         self._on_gpu = any(state.device.type == "cuda" for state in self._devices)
+        self._sharding = Sharding([p for group in self.param_groups for p in group["params"]])
 
     def add_param_group(self, param_group: Group) -> None:
         """Adds a group as torch.optim does; checks its hyperparameters, dtypes and layouts first."""

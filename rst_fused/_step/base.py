@@ -13,6 +13,7 @@ from rst_fused._checks import check_number
 from rst_fused._draws import draw_at
 from rst_fused._step.devices import DeviceState
 from rst_fused._step.rules import Group, Rule
+from rst_fused._step.sharding import Sharding
 from rst_fused._step.state import StepState
 from rst_fused.schedule import Schedule, as_schedule, match
 
@@ -29,6 +30,7 @@ class StepOptimizer(Optimizer):
     stochastic_rounding: bool
     _plans: Any  # rst_fused._step.plan.PlanCache
     _devices: list[DeviceState]
+    _sharding: Sharding
     _on_gpu: bool  # whether any of them is one: asked at every step
     _step_state: StepState
     _schedule: Schedule
@@ -84,6 +86,12 @@ class StepOptimizer(Optimizer):
     def capturing(self) -> bool:
         """Whether a CUDA graph is being captured, to which calls only add kernels."""
         return self._on_gpu and torch.cuda.is_current_stream_capturing()
+
+    def _find_sharding(self) -> None:
+        """Looks at the parameters again, which a wrapper may have replaced in the groups."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        if not self._sharding.is_current(params):
+            self._sharding = Sharding(params)
 
     def _draw_again(self) -> None:
         """After a draw and before the perturbation, what was set since counts."""

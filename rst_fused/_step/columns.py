@@ -12,7 +12,8 @@ from torch import Tensor
 from rst_fused._step.base import StepOptimizer
 from rst_fused._step.devices import DeviceState, device_of
 from rst_fused._step.rules import Flags, Group
-from rst_fused._step.validation import has_master, is_usable, waited
+from rst_fused._step.sharding import local, waited
+from rst_fused._step.validation import has_master, is_usable
 
 
 def master_kinds(opt: StepOptimizer) -> tuple[bool, ...]:
@@ -64,11 +65,12 @@ def share_steps(opt: StepOptimizer, group: Group, mine: list[Tensor]) -> None:
 
 
 def backup_of(opt: StepOptimizer, p: Tensor) -> Tensor:
-    """The tensor that keeps p's weights while they are perturbed; allocated once (again if the model was converted)."""
+    """The tensor that keeps p's weights (of a DTensor those on this rank) while they are perturbed; allocated once
+    (again if the model was converted)."""
     backups = opt._step_state.backups
-    b = backups.get(p)
-    if b is None or (b.dtype, b.shape, b.device) != (p.dtype, p.shape, p.device) or not is_usable(b):
-        b = backups[p] = torch.empty_like(p, requires_grad=False, memory_format=torch.preserve_format)
+    b, w = backups.get(p), local(p)
+    if b is None or (b.dtype, b.shape, b.device) != (w.dtype, w.shape, w.device) or not is_usable(b):
+        b = backups[p] = torch.empty_like(w, requires_grad=False, memory_format=torch.preserve_format)
     return b
 
 
@@ -84,6 +86,7 @@ def init_group(
     opt: StepOptimizer, group: Group, updating: bool, masters_only: bool, device: str | None,
     params: list[Tensor], grads: list[Tensor], backups: list[Tensor], state0: list[Tensor], state1: list[Tensor],
     state2: list[Tensor], masters: list[Tensor], steps: list[Tensor], sizes: list[int], is_first_step: list[bool],
+    parts: list[int],
 ) -> None:  # fmt: skip
     """Appends what the ops need for this group's parameters that have a gradient, one row per step count.
 
@@ -122,6 +125,7 @@ def init_group(
         sizes.append(len(members))
         is_first_step.append(new)
         params += members
+        parts += [opt._sharding.part_of(p) for p in members]
         grads += [readable(p) for p in members]
         if masters_only:
             masters += [state["master"] for state in kept]
@@ -137,13 +141,16 @@ def init_group(
 
 
 class Columns:
-    """The arguments of one call of an op, gathered over parameter groups that agree in all flags."""
+    """The arguments of one call of an op, gathered over parameter groups that agree in all flags.
+
+    DTensors are in it as such; what the kernels are given of them is taken at the call.
+    """
 
     def __init__(self) -> None:
-        self.lists: list[list[Any]] = [[] for _ in range(10)]  # what init_group fills, in its order
+        self.lists: list[list[Any]] = [[] for _ in range(11)]  # what init_group fills, in its order
         (
             self.params, self.grads, self.backups, self.state0, self.state1, self.state2, self.masters, self.steps,
-            self.sizes, self.is_first_step,
+            self.sizes, self.is_first_step, self.parts,
         ) = self.lists  # fmt: skip
         self.rows: list[tuple[Group, bool]] = []  # the group of each row, and whether it is a first step
 

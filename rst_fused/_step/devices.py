@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,6 +22,13 @@ class DeviceState:
     backend: Backend
     stats: Tensor  # float64
     rng: Tensor  # int64 [seed, step]
+    _part_stats: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def part_stats(self, parts: int) -> Tensor:
+        """A row of stats for each part of a norm that is more than one call of an op finds."""
+        if len(self._part_stats) != parts:
+            self._part_stats = torch.zeros(parts, len(STATS), dtype=torch.float64, device=self.device)
+        return self._part_stats
 
     @classmethod
     def on(cls, device: torch.device, requested: str, seed: int) -> DeviceState:

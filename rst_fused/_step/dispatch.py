@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import product
 from typing import Any
@@ -14,14 +14,14 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from rst_fused._backends import bump_versions
-from rst_fused._step import columns
+from rst_fused._step import columns, norm
 from rst_fused._step.amp import Scaling
 from rst_fused._step.base import StepOptimizer
 from rst_fused._step.devices import DeviceState, device_of
-from rst_fused._step.norm import combine_norms
 from rst_fused._step.rules import hyperparam_tensor
+from rst_fused._step.sharding import local, locals_of, with_locals
 from rst_fused._step.state import StepState
-from rst_fused._step.validation import is_usable, names_of_lost, still_fits, waited
+from rst_fused._step.validation import is_usable, names_of_lost, still_fits
 
 Call = tuple[Callable[..., Any], tuple[Any, ...]]  # an op and its arguments
 _RUN = operator.methodcaller("__call__")
@@ -41,40 +41,53 @@ def perturb(opt: StepOptimizer) -> None:
     """grad_norm and perturb_ over all groups."""
     state, everything = opt._step_state, range(len(opt.param_groups))
     later = is_compiling() or opt.capturing  # what is called now runs then
+    if len(opt._devices) > 1 and opt.capturing:
+        devices = " and ".join(str(device.device) for device in opt._devices)
+        raise RuntimeError(f"a CUDA graph holds the work of one GPU, but parameters are on {devices}")
     calls: list[tuple[DeviceState, columns.Columns]] = []
+    parts: list[norm.Part] = []
     for device in opt._devices:
         here = [columns.gather(opt, everything, False, kind, device) for kind in columns.master_kinds(opt)]
-        here = [c for c in here if c.params]
-        grads = [g for c in here for g in c.grads]
-        sources = [p for c in here for p in (c.masters or c.params)] if opt.adaptive else []
         if not later:
             device.rng[1] = state.steps
-        device.backend.ops.grad_norm(device.stats, grads, sources, opt.adaptive, opt.eta)
-        calls += [(device, c) for c in here]
-    if len(opt._devices) > 1:
-        if opt.capturing:
-            devices = " and ".join(str(device.device) for device in opt._devices)
-            raise RuntimeError(f"a CUDA graph holds the work of one GPU, but parameters are on {devices}")
-        combine_norms(opt._devices)
+        parts += _parts(opt, device, here)
+        calls += [(device, c) for c in here if c.params]
+    norm.grad_norm(opt, parts)
     first_index = 0
     for device, c in calls:
         rho = hyperparam_tensor(columns.rho_rows(c), columns.graph_inputs(opt, c), c.params[0].device).flatten()
         kept = c.masters if len(c.masters) > 0 else c.backups
+        grads = locals_of(c.grads)
         saved = {**state.saved, **dict(zip(c.params, kept, strict=True))}
         after: dict[str, Any] = {"saved": saved}
         if state.mixing:
-            after["first_grads"] = {**state.first_grads, **dict(zip(c.params, c.grads, strict=True))}
+            after["first_grads"] = {**state.first_grads, **dict(zip(c.params, grads, strict=True))}
         arguments = (
-            c.params, c.grads, [] if c.masters else c.backups, c.masters, device.stats, rho, c.sizes, opt.adaptive,
-            opt.eta, opt.stochastic_rounding, device.rng, first_index,
+            locals_of(c.params), grads, [] if c.masters else c.backups, locals_of(c.masters), device.stats, rho,
+            c.sizes, opt.adaptive, opt.eta, opt.stochastic_rounding, device.rng, first_index,
         )  # fmt: skip
-        _perturb_and_note(opt, device.backend.ops.perturb_, arguments, after)
+        _perturb_and_note(opt, device.backend.ops.perturb_, arguments, c.params, after)
         first_index += len(c.params)
         for p in c.params:
             p.grad = None
 
 
-def _perturb_and_note(opt: StepOptimizer, op: Callable[..., Any], arguments: tuple[Any, ...], after: Any) -> None:
+def _parts(opt: StepOptimizer, device: DeviceState, here: list[columns.Columns]) -> Iterator[norm.Part]:
+    """What the norm takes of the parameters on a device."""
+    for number in range(opt._sharding.parts):
+        grads: list[Tensor] = []
+        sources: list[Tensor] = []
+        for c in here:
+            mine = [i for i, part in enumerate(c.parts) if part == number]
+            weights = c.masters or c.params
+            grads += [c.grads[i] for i in mine]
+            sources += [weights[i] for i in mine] if opt.adaptive else []
+        yield norm.Part(device, number, grads, sources)
+
+
+def _perturb_and_note(
+    opt: StepOptimizer, op: Callable[..., Any], arguments: tuple[Any, ...], owners: list[Tensor], after: Any
+) -> None:
     """Runs perturb_, and the step state is ``after``, in one C call. Where the op is itself Python code it may be
     interrupted: then what it has moved is noted, which the versions of the parameters tell. The weights of those are
     kept, for a version changes after the backup was written.
@@ -85,12 +98,15 @@ def _perturb_and_note(opt: StepOptimizer, op: Callable[..., Any], arguments: tup
         state.become(after)
         return
     versions = [p._version for p in params]
-    calls = [partial(getattr(op, "_op", op), *arguments), partial(torch._C._increment_version, params)]
+    calls = [
+        partial(getattr(op, "_op", op), *arguments), partial(torch._C._increment_version, with_locals(owners)),
+    ]  # fmt: skip
     try:
         run_together([*calls, *setters(state, after)])
     except BaseException:
-        kept = zip(params, versions, strict=True)
-        state.saved = {**state.saved, **{p: after["saved"][p] for p, version in kept if p._version != version}}
+        kept = zip(owners, params, versions, strict=True)
+        moved = {owner: after["saved"][owner] for owner, p, version in kept if p._version != version}
+        state.saved = {**state.saved, **moved}
         raise
 
 
@@ -116,12 +132,14 @@ def update(opt: StepOptimizer, scaling: Scaling, after: dict[str, Any]) -> None:
             if c.steps and c.steps[0].is_cpu and not is_compiling() and opt.capturing:
                 raise RuntimeError("Adam in a CUDA graph: its step count must lie on the GPU, pass capturable=True")
             backups = c.backups if state.perturbed and not c.masters else []
-            mixed = [firsts.get(p, g) for p, g in zip(c.params, c.grads, strict=True)] if state.mixing else []
+            grads = locals_of(c.grads)
+            mixed = [firsts.get(p, g) for p, g in zip(c.params, grads, strict=True)] if state.mixing else []
             hyper = hyperparam_tensor(columns.hyperparam_rows(opt, c), columns.graph_inputs(opt, c), c.params[0].device)
             steps = torch.stack([step.reshape(()) for step in c.steps]).double() + 1 if c.steps else None
-            lists = (c.params, c.grads, backups, mixed)
+            lists = (locals_of(c.params), grads, locals_of(backups), mixed)
+            states, masters = [locals_of(column) for column in c.states], locals_of(c.masters)
             amp = scaling.on(device.device)
-            updates.append(rule.call(device.backend.ops, lists, c.states, c.masters, hyper, steps, c.sizes, flags, amp))
+            updates.append(rule.call(device.backend.ops, lists, states, masters, hyper, steps, c.sizes, flags, amp))
             updated.append(c.params)
             if c.steps:
                 counts.append((torch._foreach_add_, (c.steps, _increments(c.steps, scaling.found_inf))))
@@ -159,9 +177,9 @@ def _commit(
         return
     calls: list[partial[Any]] = [partial(getattr(op, "_op", op), *arguments) for op, arguments in (*updates, *others)]
     for params in updated:
-        calls.append(partial(torch._C._increment_version, params))  # which the compiled ops do not
+        calls.append(partial(torch._C._increment_version, with_locals(params)))  # which the compiled ops do not
     calls += setters(state, after)
-    versions = [[p._version for p in params] for params in updated]
+    versions = [[p._version for p in locals_of(params)] for params in updated]
     queue = iter(calls)
     try:
         run_together(queue)
@@ -169,7 +187,8 @@ def _commit(
         at = len(calls) - len(list(queue)) - 1  # the one that was interrupted
         done: list[Tensor] = []
         if at < len(updates):
-            done = [p for p, version in zip(updated[at], versions[at], strict=True) if p._version != version]
+            written = zip(updated[at], locals_of(updated[at]), versions[at], strict=True)
+            done = [owner for owner, p, version in written if p._version != version]
         if at < len(updates) and len(done) == len(updated[at]):
             at += 1  # it had written its results
         elif done:  # it failed between launches, and the rest goes back to its weights
@@ -194,7 +213,7 @@ def restore(opt: StepOptimizer, after: dict[str, Any], mixing: bool = False) -> 
     lost = [] if is_compiling() else names_of_lost(opt)
     for op, arguments in _restore_calls(opt, state.saved, mixing):
         op(*arguments)
-    bump_versions(list(state.saved))
+    bump_versions(with_locals(list(state.saved)))
     firsts, elsewhere = state.first_grads, state.holds_first_grads_elsewhere()
     state.become(after)
     if elsewhere and not is_compiling():
@@ -216,16 +235,15 @@ def _restore_calls(opt: StepOptimizer, saved: dict[Tensor, Tensor], mixing: bool
         if usable and still_fits(opt, p) and str(device_of(p)) in backends:
             mixed = mixing and p.grad is not None and p in firsts
             parts.setdefault((str(device_of(p)), columns.has_master(opt, p), mixed), []).append(p)
-        elif usable and kept.shape == p.shape and p.numel() > 0:
+        elif usable and local(kept).shape == local(p).shape and local(p).numel() > 0:
             # Moved or converted meanwhile. Where its data was replaced or freed, nothing of it is perturbed.
-            calls.append((Tensor.copy_, (p, kept)))
+            calls.append((Tensor.copy_, (local(p), local(kept))))
     for (device, by_master, mixed), params in parts.items():
-        weights = [saved[p] for p in params]
+        weights = [local(saved[p]) for p in params]
         backups, masters = ([], weights) if by_master else (weights, [])
-        grads = [waited(p.grad) for p in params if p.grad is not None] if mixed else []
+        grads = [local(p.grad) for p in params if p.grad is not None] if mixed else []
         first_grads = [firsts[p] for p in params] if mixed else []
         gamma = hyperparam_tensor([[opt._step_state.gamma]]).flatten()
-        calls.append(
-            (backends[device].ops.restore_, (params, backups, masters, grads, first_grads, gamma, [len(params)]))
-        )
+        lists = (locals_of(params), backups, masters, grads, first_grads)
+        calls.append((backends[device].ops.restore_, (*lists, gamma, [len(params)])))
     return calls

@@ -1,24 +1,52 @@
-"""One gradient norm over all devices."""
+"""One gradient norm over all devices, and over all ranks that hold a part of a parameter."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from rst_fused import reference
+from rst_fused._step.base import StepOptimizer
 from rst_fused._step.devices import DeviceState
+from rst_fused._step.sharding import locals_of
+
+
+class Part(NamedTuple):
+    """What one call of grad_norm takes: tensors on one device that are sharded over the same ranks."""
+
+    device: DeviceState
+    number: int  # see Sharding.part_of
+    grads: list[Tensor]
+    sources: list[Tensor]  # for ASAM: the weights
 
 
 @torch.no_grad()
-def combine_norms(devices: Sequence[DeviceState]) -> None:
-    """After a grad_norm on every device: each gets the norm over all of them. Copies a number between devices.
+def grad_norm(opt: StepOptimizer, parts: Sequence[Part]) -> None:
+    """||g|| over all parts, in the stats of every device."""
+    finishes = needs_finish(opt)
+    for part in parts:
+        stats = part.device.part_stats(opt._sharding.parts)[part.number] if finishes else part.device.stats
+        grads, sources = locals_of(part.grads), locals_of(part.sources)
+        part.device.backend.ops.grad_norm(stats, grads, sources, opt.adaptive, opt.eta)
+    if finishes:
+        finish(opt)
 
-    ||g|| = sqrt(sum of ||g_d||^2 over the devices d); a norm that is not finite anywhere is so everywhere.
-    """
-    home = devices[0].stats
-    norms = torch.stack([device.stats[0].to(home.device) for device in devices])
-    home[3] -= home[2]  # this norm counts once, below, and not as that of one device
-    reference.finish_norm(home, torch.linalg.vector_norm(norms))
-    for device in devices[1:]:
+
+def needs_finish(opt: StepOptimizer) -> bool:
+    """Whether the norm is more than what one call of grad_norm finds."""
+    sharding = opt._sharding
+    return len(opt._devices) > 1 or sharding.parts > 1 or bool(sharding.reductions)
+
+
+@torch.no_grad()
+def finish(opt: StepOptimizer) -> None:
+    """From the norms of all parts to that of the whole: ||g|| = sqrt(sum of their squares), over devices and ranks. One
+    that is not finite anywhere is so everywhere. Copies numbers between devices, and waits for none."""
+    home, sharding = opt._devices[0].stats, opt._sharding
+    squares = torch.stack([d.part_stats(sharding.parts)[:, 0].square().to(home.device) for d in opt._devices]).sum(0)
+    reference.finish_norm(home, sharding.add_over_ranks(squares).sum().sqrt())
+    for device in opt._devices[1:]:
         device.stats.copy_(home)

@@ -37,7 +37,7 @@ def completed(opt: StepOptimizer, saved: dict[str, Any]) -> dict[str, Any]:
 
 def for_pickle(opt: StepOptimizer) -> dict[str, Any]:
     """The attributes that outlive the process, and the stats of the first device; backends are chosen again."""
-    transient = ("_plans", "_devices", "_step_state", "step", "_warned_capturable_if_run_uncaptured")
+    transient = ("_plans", "_devices", "_sharding", "_step_state", "step", "_warned_capturable_if_run_uncaptured")
     kept = {k: v for k, v in vars(opt).items() if k not in transient and not k.startswith("_optimizer_")}
     return {**kept, "_saved_stats": opt._devices[0].stats, "_saved_counts": (opt.steps, opt.sam_steps)}
 

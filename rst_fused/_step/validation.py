@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -18,6 +17,7 @@ from rst_fused._checks import DTYPES, PLAIN, SIXTEEN_BIT, address_of, first_over
 from rst_fused._step.base import StepOptimizer
 from rst_fused._step.devices import device_of
 from rst_fused._step.rules import Group, check_current
+from rst_fused._step.sharding import describe, is_dtensor, local, same_layout, settle_grad
 
 _COMMON = ("schedule", "gamma", "adaptive", "eta", "seed", "backend", "master_weights", "stochastic_rounding")
 
@@ -47,6 +47,8 @@ def check_params(tensors: list[Any]) -> None:
             raise ValueError(f"params[{i}] is {p.dtype}: expected one of {[str(d) for d in DTYPES]}")
         if is_lazy(p):
             continue
+        check_layout(f"params[{i}]", p)
+        p = local(p)
         if p.is_conj() or p.is_neg():
             raise ValueError(
                 f"params[{i}] is a view that is conjugated or negated when read: expected a tensor as after "
@@ -66,11 +68,26 @@ def check_options(group: Group) -> None:
         raise TypeError(f"a parameter group sets {common}, which all groups share: pass it to the optimizer instead")
 
 
+def check_layout(what: str, p: Any) -> None:
+    """Raises ValueError for a shard whose whole this rank cannot take part in."""
+    if getattr(p, "_fsdp_flattened", False):
+        raise ValueError(
+            f"{what} belongs to FullyShardedDataParallel, whose flat parameters do not say how they are sharded: shard "
+            "the model by torch.distributed.fsdp.fully_shard"
+        )
+    if not is_dtensor(p):
+        return
+    if any(placement.is_partial() for placement in p.placements):
+        raise ValueError(f"{what} is {describe(p)}: expected Shard and Replicate; redistribute it first")
+    if p.device_mesh.get_coordinate() is None:
+        raise ValueError(f"{what} is {describe(p)}, to which this rank does not belong: pass it on those ranks alone")
+
+
 def check_apart(tensors: list[Any], others: list[Any]) -> None:
     """Raises ValueError for parameters that share memory with each other, or with those that the optimizer has."""
     ids = {id(p) for p in tensors}
     others = [p for p in others if id(p) not in ids]  # torch.optim refuses the same one itself
-    shared = first_overlap([*tensors, *others])
+    shared = first_overlap([local(t) if isinstance(t, Tensor) else t for t in (*tensors, *others)])
     if shared is not None and shared[0] < len(tensors):
         i, j = shared
         other = f"params[{j}]" if j < len(tensors) else "a parameter of an earlier group"
@@ -102,6 +119,7 @@ def check_base_instance(base: Optimizer, params: Iterable[Any] | None) -> None:
 # --- before a step ----------------------------------------------------------------------------------------------------
 def check_phase(opt: StepOptimizer, updating: bool) -> None:
     """Raises unless all that a perturbation, or an update, reads and writes fits, before anything is changed."""
+    opt._find_sharding()
     check_grads(opt)
     if not updating:
         check_rho(opt)
@@ -152,7 +170,8 @@ def _beyond_storage(t: Tensor) -> bool:
 
 
 def is_usable(t: Tensor) -> bool:
-    """Whether every element of a tensor is in memory."""
+    """Whether every element of a tensor (of a DTensor those on this rank) is in memory."""
+    t = local(t)
     return has_memory(t) and not _beyond_storage(t)
 
 
@@ -182,18 +201,8 @@ def _check_own(what: str, t: Tensor) -> None:
         )
 
 
-def waited(g: Tensor) -> Tensor:
-    """The plain tensor of a gradient that a collective of torch.distributed still fills."""
-    if type(g) is Tensor:
-        return g
-    collectives = sys.modules.get("torch.distributed._functional_collectives")
-    if collectives is not None and isinstance(g, collectives.AsyncCollectiveTensor):
-        return g.wait()
-    return g
-
-
 def check_grads(opt: StepOptimizer) -> None:
-    """Raises unless every parameter is where it was and every gradient fits its parameter."""
+    """Raises unless every parameter is where it was and every gradient fits it. Partial sums are added up."""
     devices = [state.device for state in opt._devices]
     for name, p in _named(opt):
         device = device_of(p)
@@ -218,14 +227,20 @@ def check_grads(opt: StepOptimizer) -> None:
                 f"the gradient of {name} is {tuple(g.shape)} {g.dtype} on {g.device}, but the parameter is "
                 f"{tuple(p.shape)} {p.dtype} on {p.device}; they must agree"
             )
-        _check_readable(f"the gradient of {name}", waited(g))
+        if is_dtensor(g) != is_dtensor(p):
+            raise RuntimeError(
+                f"the gradient of {name} is {describe(g)}, but the parameter is {describe(p)}: expected both sharded "
+                "alike, as backward() leaves them"
+            )
+        settle_grad(p)
+        _check_readable(f"the gradient of {name}", local(p.grad if p.grad is not None else g))
 
 
 def check_memory(opt: StepOptimizer) -> None:
     """Raises unless every parameter with a gradient has memory, which no other one shares."""
     if _len_torch_dispatch_stack() > 0:
         return
-    params = [(name, p) for name, p in _named(opt) if p.grad is not None]
+    params = [(name, local(p)) for name, p in _named(opt) if p.grad is not None]
     addresses = [p.data_ptr() if has_memory(p) else 0 for _, p in params]
     if addresses == opt._step_state.apart:
         return
@@ -278,12 +293,17 @@ def _check_entry(what: str, t: Any, p: Tensor, dtype: torch.dtype) -> None:
             f"{what} is {tuple(t.shape)} {t.dtype} on {t.device}, {needs}: convert or move a model before the "
             "optimizer is made, or state with it"
         )
-    _check_own(what, t)
+    if not same_layout(t, p):
+        raise RuntimeError(
+            f"{what} is {describe(t)}, but its parameter is {describe(p)}: shard a model before the optimizer is made, "
+            "and load state by torch.distributed.checkpoint.state_dict.set_optimizer_state_dict, which shards it"
+        )
+    _check_own(what, local(t))
 
 
 def check_grads_apart(opt: StepOptimizer) -> None:
     """Raises where gradients share memory: around an optimizer instance, G-RST mixes them in place, and once each."""
-    named = [(name, p.grad) for name, p in _named(opt) if p.grad is not None]
+    named = [(name, local(p.grad)) for name, p in _named(opt) if p.grad is not None]
     shared = first_overlap([g for _, g in named])
     if shared is not None:
         one, other = (named[position][0] for position in shared)
@@ -298,7 +318,8 @@ def still_fits(opt: StepOptimizer, p: Tensor) -> bool:
     """Whether a perturbed parameter is of the shape that it had then, and of a dtype that is served alike."""
     kept = opt._step_state.saved[p]
     by_master = is_master(p, kept, opt)
-    return kept.shape == p.shape and by_master == has_master(opt, p) and (by_master or kept.dtype == p.dtype)
+    same_shape = local(kept).shape == local(p).shape
+    return same_shape and by_master == has_master(opt, p) and (by_master or kept.dtype == p.dtype)
 
 
 def is_master(p: Tensor, kept: Tensor, opt: StepOptimizer) -> bool:
@@ -324,7 +345,8 @@ def check_saved(opt: StepOptimizer) -> None:
             by_master = is_master(p, kept, opt)
             was = "kept by a float32 master" if by_master else str(kept.dtype)
             raise RuntimeError(
-                f"{name} is {tuple(p.shape)} {p.dtype}, but when it was perturbed it was {tuple(kept.shape)} {was}: "
+                f"{name} is {tuple(local(p).shape)} {p.dtype}, but when it was perturbed it was "
+                f"{tuple(local(kept).shape)} {was}: "
                 "change it before perturb() or after step()"
             )
         if kept is not None and is_master(p, kept, opt) and opt.state.get(p, {}).get("master") is not kept:
@@ -334,10 +356,10 @@ def check_saved(opt: StepOptimizer) -> None:
             )
         if kept is not None and not is_usable(kept):
             raise RuntimeError(f"the memory that keeps the weights of {name} was freed between perturb() and step()")
-        first, g = state.first_grads.get(p), p.grad
+        first, g = state.first_grads.get(p), None if p.grad is None else local(p.grad)
         if first is not None and g is not None and not (first.shape == g.shape and is_usable(first)):
             raise RuntimeError(
-                f"the first gradient of {name}, which gamma != 1 needs, was {tuple(p.shape)} and is now "
+                f"the first gradient of {name}, which gamma != 1 needs, was {tuple(local(p).shape)} and is now "
                 f"{tuple(first.shape)}: leave gradients as they are until step()"
             )
         if first is not None and type(g) is Tensor and (g is first or g.data_ptr() == first.data_ptr() != 0):
