@@ -18,6 +18,7 @@ from rst_fused._checks import as_flag, as_integer, check_number, required_params
 from rst_fused._step import amp, columns, outside_of_graphs, step, validation
 from rst_fused._step import state_dict as saving
 from rst_fused._step.base import StepOptimizer
+from rst_fused._step.copies import drop_copies
 from rst_fused._step.devices import DeviceState, device_of, device_states_for
 from rst_fused._step.hooks import with_hooks
 from rst_fused._step.plan import PlanCache
@@ -187,6 +188,8 @@ class RST(StepOptimizer):
         validation.check_hyperparams(self)
         self._opt_called = True  # to LR schedulers, which would warn: a compiled step cannot say that it was called
         drawn = self._draw()
+        self._find_sharding()
+        drop_copies(self)  # for compiled steps, which cannot
         if not self.capturing:
             for device in self._devices:  # for compiled steps and CUDA graphs, which cannot note the step themselves
                 device.rng[1] = self._step_state.steps
@@ -284,6 +287,7 @@ class RST(StepOptimizer):
         """
         model = self._model if model is None else model
         try:
+            drop_copies(self)  # after a compiled perturb()
             with freeze_batch_norm(model), keep_buffers(model):
                 yield
         except BaseException as error:

@@ -7,6 +7,7 @@ dimensions on which a parameter is sharded; where it is replicated, it counts on
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -71,6 +72,19 @@ def settle_grad(p: Tensor) -> None:
         p.grad = g.redistribute(p.device_mesh, p.placements)  # type: ignore[attr-defined]
 
 
+def _fsdp_modules(params: Iterable[Tensor]) -> list[weakref.ref[Any]]:
+    """The modules to which torch.distributed.fsdp.fully_shard was applied and that have any of these parameters."""
+    states, fsdp = (sys.modules.get(f"torch.distributed.{name}") for name in ("_composable_state", "fsdp"))
+    if states is None or fsdp is None:
+        return []
+    wanted = set(map(id, params))
+    return [
+        weakref.ref(module)
+        for module in list(states._module_state_mapping)
+        if isinstance(module, fsdp.FSDPModule) and any(id(p) in wanted for p in module.parameters())
+    ]
+
+
 class _MeshDim(NamedTuple):
     """A dimension of a device mesh, as all ranks can name it."""
 
@@ -97,8 +111,10 @@ class Sharding:
         self.reductions: list[_Reduction] = []
         self._part_of: dict[Tensor, int] = {}
         self.parts = 1
+        self.fsdp_modules: list[weakref.ref[Any]] = []
         if self.dtensors:
             self._find_parts()
+            self.fsdp_modules = _fsdp_modules(self.dtensors)
 
     def _find_parts(self) -> None:
         """Of all parameters, with a gradient or without: every rank has to come to the same all-reduces, in one order,

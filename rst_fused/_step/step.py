@@ -8,6 +8,7 @@ from typing import Any
 
 from rst_fused._step import amp, dispatch, validation
 from rst_fused._step.base import StepOptimizer
+from rst_fused._step.copies import drop_copies
 from rst_fused._step.state import AFTER_RESTORE
 
 
@@ -21,12 +22,11 @@ def perturb(opt: StepOptimizer, compiling: bool = False) -> None:
         return
     state.captured = capturing = opt.capturing
     # In a graph, random bits and hyperparameters on the GPU must stay there, which those of a plan do not.
-    if not capturing and opt._plans.perturb(opt):
-        return
-    validation.check_phase(opt, updating=False)
-    if not capturing and opt._plans.renew(opt, for_update=False) and opt._plans.perturb(opt):
-        return
-    dispatch.perturb(opt)
+    if capturing or not opt._plans.perturb(opt):
+        validation.check_phase(opt, updating=False)
+        if capturing or not (opt._plans.renew(opt, for_update=False) and opt._plans.perturb(opt)):
+            dispatch.perturb(opt)
+    drop_copies(opt)
 
 
 def update(opt: StepOptimizer, compiling: bool = False) -> None:
@@ -34,13 +34,19 @@ def update(opt: StepOptimizer, compiling: bool = False) -> None:
     state = opt._step_state
     if not compiling and state.finished:
         state.count()
-    if opt.base is not None:
+    if compiling and opt.base is None:
+        dispatch.update(opt, amp.scaling(opt), state.after_step())
+        return
+    if opt.base is None:
+        _update(opt)
+    else:
         _update_by_instance(opt)
-        return
-    scaling = amp.scaling(opt)
-    if compiling:
-        dispatch.update(opt, scaling, state.after_step())
-        return
+    if not compiling:
+        drop_copies(opt)
+
+
+def _update(opt: StepOptimizer) -> None:
+    state, scaling = opt._step_state, amp.scaling(opt)
     capturing = opt.capturing
     after = state.after_step(counts=not capturing)
     if scaling is not amp.NONE and not capturing:
@@ -72,6 +78,7 @@ def restore(opt: StepOptimizer, compiling: bool = False) -> None:
 def _restore(opt: StepOptimizer, after: dict[str, Any]) -> None:
     if not opt._plans.restore(opt, after):
         dispatch.restore(opt, after)
+    drop_copies(opt)
 
 
 def _update_by_instance(opt: StepOptimizer) -> None:

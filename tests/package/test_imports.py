@@ -35,8 +35,8 @@ LAYERS = (
 # The same within rst_fused._step: the step above its two executors, these above what they read.
 STEP_LAYERS = (
     ("__init__", "rules", "state", "devices", "sharding", "hooks", "outside_of_graphs"),
-    ("base", "norm"),
-    ("amp", "validation"),
+    ("base",),
+    ("amp", "validation", "norm", "copies"),
     ("columns",),
     ("plan", "dispatch", "state_dict"),
     ("step",),
