@@ -149,7 +149,8 @@ class RST(StepOptimizer):
     def _set_devices(self, known: list[DeviceState]) -> None:
         self._devices = device_states_for(known, self.param_groups, self.requested_backend, self.seed)
         self._on_gpu = any(state.device.type == "cuda" for state in self._devices)
-        self._sharding = Sharding([p for group in self.param_groups for p in group["params"]])
+        self._sharding = Sharding(())
+        self._find_sharding()
 
     def add_param_group(self, param_group: Group) -> None:
         """Adds a group as torch.optim does; checks its hyperparameters, dtypes and layouts first."""
@@ -230,6 +231,8 @@ class RST(StepOptimizer):
 
     def _step_in_graph(self, closure: Callable[[], Any] | None = None) -> Any:
         state = self._step_state
+        # Dynamo knows a tensor by where it sees it first, and as the key of a dict makes it a constant of the graph.
+        _ = [p for group in self.param_groups for p in group["params"]]
         if state.finished or closure is not None or state.holds_first_grads_elsewhere():
             return outside_of_graphs.call["step"](self, closure)
         step.update(self, compiling=True)

@@ -92,6 +92,8 @@ class StepOptimizer(Optimizer):
         params = [p for group in self.param_groups for p in group["params"]]
         if not self._sharding.is_current(params):
             self._sharding = Sharding(params)
+            for device in self._devices:
+                device.make_part_stats(self._sharding.parts)
 
     def _draw_again(self) -> None:
         """After a draw and before the perturbation, what was set since counts."""

@@ -22,13 +22,11 @@ class DeviceState:
     backend: Backend
     stats: Tensor  # float64
     rng: Tensor  # int64 [seed, step]
-    _part_stats: Tensor = field(default_factory=lambda: torch.empty(0))
+    part_stats: Tensor = field(init=False)  # a row of stats for each part of a norm that no single call of an op finds
 
-    def part_stats(self, parts: int) -> Tensor:
-        """A row of stats for each part of a norm that is more than one call of an op finds."""
-        if len(self._part_stats) != parts:
-            self._part_stats = torch.zeros(parts, len(STATS), dtype=torch.float64, device=self.device)
-        return self._part_stats
+    def make_part_stats(self, parts: int) -> None:
+        self.part_stats = torch.zeros(parts, len(STATS), dtype=torch.float64, device=self.device)
+        torch._dynamo.mark_static_address(self.part_stats)
 
     @classmethod
     def on(cls, device: torch.device, requested: str, seed: int) -> DeviceState:
@@ -38,7 +36,9 @@ class DeviceState:
         # To torch.compile parameters and state of an optimizer stay where they are; the stats must be named, or
         # mode="reduce-overhead" makes no CUDA graph of a perturbation, which writes them.
         torch._dynamo.mark_static_address(stats)
-        return cls(device, backend, stats, torch.tensor([seed, 0], dtype=torch.int64, device=device))
+        state = cls(device, backend, stats, torch.tensor([seed, 0], dtype=torch.int64, device=device))
+        state.make_part_stats(1)
+        return state
 
 
 def device_of(p: Tensor) -> torch.device:

@@ -57,14 +57,13 @@ def perturb(opt: StepOptimizer) -> None:
     for device, c in calls:
         rho = hyperparam_tensor(columns.rho_rows(c), columns.graph_inputs(opt, c), c.params[0].device).flatten()
         kept = c.masters if len(c.masters) > 0 else c.backups
-        grads = locals_of(c.grads)
         saved = {**state.saved, **dict(zip(c.params, kept, strict=True))}
         after: dict[str, Any] = {"saved": saved}
         if state.mixing:
-            after["first_grads"] = {**state.first_grads, **dict(zip(c.params, grads, strict=True))}
+            after["first_grads"] = {**state.first_grads, **dict(zip(c.params, c.grads, strict=True))}
         arguments = (
-            locals_of(c.params), grads, [] if c.masters else c.backups, locals_of(c.masters), device.stats, rho,
-            c.sizes, opt.adaptive, opt.eta, opt.stochastic_rounding, device.rng, first_index,
+            locals_of(c.params), locals_of(c.grads), [] if c.masters else c.backups, locals_of(c.masters),
+            device.stats, rho, c.sizes, opt.adaptive, opt.eta, opt.stochastic_rounding, device.rng, first_index,
         )  # fmt: skip
         _perturb_and_note(opt, device.backend.ops.perturb_, arguments, c.params, after)
         first_index += len(c.params)
@@ -132,11 +131,10 @@ def update(opt: StepOptimizer, scaling: Scaling, after: dict[str, Any]) -> None:
             if c.steps and c.steps[0].is_cpu and not is_compiling() and opt.capturing:
                 raise RuntimeError("Adam in a CUDA graph: its step count must lie on the GPU, pass capturable=True")
             backups = c.backups if state.perturbed and not c.masters else []
-            grads = locals_of(c.grads)
-            mixed = [firsts.get(p, g) for p, g in zip(c.params, grads, strict=True)] if state.mixing else []
+            mixed = [firsts.get(p, g) for p, g in zip(c.params, c.grads, strict=True)] if state.mixing else []
             hyper = hyperparam_tensor(columns.hyperparam_rows(opt, c), columns.graph_inputs(opt, c), c.params[0].device)
             steps = torch.stack([step.reshape(()) for step in c.steps]).double() + 1 if c.steps else None
-            lists = (locals_of(c.params), grads, locals_of(backups), mixed)
+            lists = tuple(map(locals_of, (c.params, c.grads, backups, mixed)))
             states, masters = [locals_of(column) for column in c.states], locals_of(c.masters)
             amp = scaling.on(device.device)
             updates.append(rule.call(device.backend.ops, lists, states, masters, hyper, steps, c.sizes, flags, amp))
@@ -242,7 +240,7 @@ def _restore_calls(opt: StepOptimizer, saved: dict[Tensor, Tensor], mixing: bool
         weights = [local(saved[p]) for p in params]
         backups, masters = ([], weights) if by_master else (weights, [])
         grads = [local(p.grad) for p in params if p.grad is not None] if mixed else []
-        first_grads = [firsts[p] for p in params] if mixed else []
+        first_grads = [local(firsts[p]) for p in params] if mixed else []
         gamma = hyperparam_tensor([[opt._step_state.gamma]]).flatten()
         lists = (locals_of(params), backups, masters, grads, first_grads)
         calls.append((backends[device].ops.restore_, (*lists, gamma, [len(params)])))

@@ -28,7 +28,7 @@ def grad_norm(opt: StepOptimizer, parts: Sequence[Part]) -> None:
     """||g|| over all parts, in the stats of every device."""
     finishes = needs_finish(opt)
     for part in parts:
-        stats = part.device.part_stats(opt._sharding.parts)[part.number] if finishes else part.device.stats
+        stats = part.device.part_stats[part.number] if finishes else part.device.stats
         grads, sources = locals_of(part.grads), locals_of(part.sources)
         part.device.backend.ops.grad_norm(stats, grads, sources, opt.adaptive, opt.eta)
     if finishes:
@@ -46,7 +46,7 @@ def finish(opt: StepOptimizer) -> None:
     """From the norms of all parts to that of the whole: ||g|| = sqrt(sum of their squares), over devices and ranks. One
     that is not finite anywhere is so everywhere. Copies numbers between devices, and waits for none."""
     home, sharding = opt._devices[0].stats, opt._sharding
-    squares = torch.stack([d.part_stats(sharding.parts)[:, 0].square().to(home.device) for d in opt._devices]).sum(0)
+    squares = torch.stack([d.part_stats[:, 0].square().to(home.device) for d in opt._devices]).sum(0)
     reference.finish_norm(home, sharding.add_over_ranks(squares).sum().sqrt())
     for device in opt._devices[1:]:
         device.stats.copy_(home)

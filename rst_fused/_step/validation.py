@@ -356,7 +356,7 @@ def check_saved(opt: StepOptimizer) -> None:
             )
         if kept is not None and not is_usable(kept):
             raise RuntimeError(f"the memory that keeps the weights of {name} was freed between perturb() and step()")
-        first, g = state.first_grads.get(p), None if p.grad is None else local(p.grad)
+        first, g = (None if t is None else local(t) for t in (state.first_grads.get(p), p.grad))
         if first is not None and g is not None and not (first.shape == g.shape and is_usable(first)):
             raise RuntimeError(
                 f"the first gradient of {name}, which gamma != 1 needs, was {tuple(local(p).shape)} and is now "

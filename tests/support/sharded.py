@@ -17,7 +17,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from rst_fused import RST
 
 FEATURES, HIDDEN, CLASSES, BATCH = 9, 16, 3, 8
-# Every base, mixing, ASAM. eps: with the usual one AdamW turns the rounding of a gradient near 0 into a step of size lr.
+# eps: with the usual one AdamW makes a step of size lr of the rounding of a gradient near 0.
 RECIPES: dict[str, dict[str, Any]] = {
     "sgd": {"base": "sgd", "lr": 0.02, "momentum": 0.9},
     "g-rst": {"base": "sgd", "lr": 0.03, "momentum": 0.9, "gamma": "match"},
