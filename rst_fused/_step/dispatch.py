@@ -18,7 +18,7 @@ from rst_fused._step import columns
 from rst_fused._step.amp import Scaling
 from rst_fused._step.base import StepOptimizer
 from rst_fused._step.devices import DeviceState, device_of
-from rst_fused._step.norm import combine_norms
+from rst_fused._step.norm import combine_norms, stats_for
 from rst_fused._step.rules import hyperparam_tensor
 from rst_fused._step.state import StepState
 from rst_fused._step.validation import is_usable, names_of_lost, still_fits, waited
@@ -42,6 +42,7 @@ def perturb(opt: StepOptimizer) -> None:
     state, everything = opt._step_state, range(len(opt.param_groups))
     later = is_compiling() or opt.capturing  # what is called now runs then
     calls: list[tuple[DeviceState, columns.Columns]] = []
+    parts: list[Tensor] = []
     for device in opt._devices:
         here = [columns.gather(opt, everything, False, kind, device) for kind in columns.master_kinds(opt)]
         here = [c for c in here if c.params]
@@ -49,13 +50,14 @@ def perturb(opt: StepOptimizer) -> None:
         sources = [p for c in here for p in (c.masters or c.params)] if opt.adaptive else []
         if not later:
             device.rng[1] = state.steps
-        device.backend.ops.grad_norm(device.stats, grads, sources, opt.adaptive, opt.eta)
+        parts.append(stats_for(opt._devices, device))
+        device.backend.ops.grad_norm(parts[-1], grads, sources, opt.adaptive, opt.eta)
         calls += [(device, c) for c in here]
     if len(opt._devices) > 1:
         if opt.capturing:
             devices = " and ".join(str(device.device) for device in opt._devices)
             raise RuntimeError(f"a CUDA graph holds the work of one GPU, but parameters are on {devices}")
-        combine_norms(opt._devices)
+        combine_norms(opt._devices, parts)
     first_index = 0
     for device, c in calls:
         rho = hyperparam_tensor(columns.rho_rows(c), columns.graph_inputs(opt, c), c.params[0].device).flatten()
@@ -64,9 +66,9 @@ def perturb(opt: StepOptimizer) -> None:
         after: dict[str, Any] = {"saved": saved}
         if state.mixing:
             after["first_grads"] = {**state.first_grads, **dict(zip(c.params, c.grads, strict=True))}
-        arguments = (
+        arguments: tuple[Any, ...] = (
             c.params, c.grads, [] if c.masters else c.backups, c.masters, device.stats, rho, c.sizes, opt.adaptive,
-            opt.eta, opt.stochastic_rounding, device.rng, first_index,
+            opt.eta, opt.stochastic_rounding, device.rng, first_index, [],
         )  # fmt: skip
         _perturb_and_note(opt, device.backend.ops.perturb_, arguments, after)
         first_index += len(c.params)

@@ -66,7 +66,7 @@ class PlanCache:
                 return False
         return self._plan.perturb(
             self._stats, cached.rho, opt.adaptive, opt.eta, opt.stochastic_rounding, opt.seed, state.steps,
-            state.mixing, self._after_perturb,
+            state.mixing, False, self._after_perturb,
         )  # fmt: skip
 
     def update(self, opt: StepOptimizer, scaling: Scaling, after: dict[str, Any]) -> bool:

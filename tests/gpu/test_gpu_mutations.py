@@ -75,7 +75,7 @@ UPDATES = {"sgd_step": ("Sgd", 1, "_momentum"), "adam_step": ("Adam", 3, "_amsgr
 def norms(g: list[Tensor], backend: str) -> list[Tensor]:
     """Of ordinary gradients, twice, since the ticket must be back for the second call; of some whose squares fp32 holds
     neither in one direction nor in the other; and of zeros."""
-    stats = torch.zeros(5, dtype=F64)
+    stats = torch.zeros(6, dtype=F64)
     return [
         ops.grad_norm([(t.float() * scale).to(t) for t in g], stats=stats, backend=backend)[0].clone()
         for scale in (1, 2, 1e-25, 1e25, 0)
@@ -97,7 +97,7 @@ def run_op(op: str, backend: str) -> list[Tensor]:
         if op == "grad_norm":
             written += norms(g, backend)
         elif op == "perturb":
-            stats = torch.tensor([1.0, 1.0, 0, 0, 0], dtype=F64)
+            stats = torch.tensor([1.0, 1.0, 0, 0, 0, 1.0], dtype=F64)
             ops.perturb_(p, g, b, stats, rho=RATES, backend=backend, **GROUPS)
         elif op == "restore":
             ops.restore_(p, b, backend=backend)
