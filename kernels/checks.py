@@ -52,6 +52,11 @@ def _check_groups(op: str, group_sizes: Sequence[int], count: int) -> None:
     require(total == count, op, f"group_sizes sum to {total}, expected the number of parameters, {count}")
 
 
+def are_shards(shards: Sequence[int], count: int) -> bool:
+    """Whether these are offset, run and stride of so many tensors, or none for whole ones."""
+    return not shards or (len(shards) == 3 * count and min(shards) >= 0)
+
+
 # --- memory layout --------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Operand:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .checks import SIXTEEN_BIT, STATS, Operand, check_scalars, require
+from .checks import SIXTEEN_BIT, STATS, Operand, are_shards, check_scalars, require
 from .device_cache import on_device
 from .launch_groups import LaunchGroup, launches, validated_groups
 from .launcher import run_all
@@ -148,7 +148,7 @@ def perturb_(
     check_scalars(op, "rng", rng, torch.int64, 2)
     check_scalars(op, "rho", rho, torch.float64, len(group_sizes))
     require(
-        not shards or (len(shards) == 3 * len(params) and min(shards) >= 0), op,
+        are_shards(shards, len(params)), op,
         f"shards has {len(shards)} numbers, expected none, or three numbers >= 0 for each of {len(params)} parameters",
     )  # fmt: skip
     source = Operand("masters", masters, dtype=torch.float32) if masters else Operand("params", params)

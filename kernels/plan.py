@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import adam_step, device_cache, lion_step, perturb, restore, sgd_step, update
-from .checks import TRITON_DTYPE, Operand
+from .checks import TRITON_DTYPE, Operand, are_shards
 from .grad_norm import finish_starter, grad_norm_kernel
 from .grad_norm import variant as norm_variant
 from .launch_groups import LaunchGroup, TensorGuards, groups_of, starter_for, table_of
@@ -55,6 +55,8 @@ class Plan(Match):
     def of(cls, *, active: list[Tensor], masters: list[Any], states: list[list[Tensor]], backups: list[Any],
            sizes: list[int], shards: Sequence[int] = (), **others: Any) -> "Plan | None":  # fmt: skip
         """None where a plan cannot serve these tensors."""
+        if not are_shards(shards, len(active)):
+            raise ValueError(f"shards={shards}: expected three numbers >= 0 for each of {len(active)} parameters")
         grads = list(map(grad_of, active))
         if TensorGuards is None or not all(t.dtype in TRITON_DTYPE for t in active) or not complete(grads):
             return None

@@ -79,7 +79,7 @@ def test_compile_time(report: list[dict[str, Any]]) -> None:
 
 @simulated
 def test_op_table(cache: str) -> None:
-    files = (TESTS / "ops/test_ops.py", SUPPORT / "triton_checks.py", TESTS / "ops/test_stochastic_rounding.py")
-    chosen = f"triton and {MIXED} or triton_checks or agree_bit_for_bit"
-    done = run_pytest("executed_ptx", *files, "-k", chosen, TRITON_CACHE_DIR=cache)
-    assert done.get("passed", 0) > 300 and set(done) == {"passed"}
+    of_ops = (TESTS / f"ops/test_{name}.py" for name in ("ops", "stochastic_rounding", "shards"))
+    chosen = f"triton and ({MIXED} or test_shards or known_bits) or triton_checks or agree_bit_for_bit"
+    done = run_pytest("executed_ptx", *of_ops, SUPPORT / "triton_checks.py", "-k", chosen, TRITON_CACHE_DIR=cache)
+    assert done.get("passed", 0) > 400 and set(done) == {"passed"}
