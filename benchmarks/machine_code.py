@@ -31,7 +31,7 @@ RESIDENT = {"80": 2048, "90": 2048, "100": 2048, "120": 1536}  # threads on a mu
 SIZES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2, "16": 2, "32": 4, "64": 8}
 # Kernel -> bytes that it moves for one element, from the size of the dtype and that of the state.
 TRAFFIC = {
-    "grad_norm": lambda b, s: b, "grad_norm_adaptive": lambda b, s: b + s,
+    "finish": lambda b, s: b, "grad_norm": lambda b, s: b, "grad_norm_adaptive": lambda b, s: b + s,
     "perturb": lambda b, s: 4 * b if s == b else 2 * b + s, "restore": lambda b, s: b + s, "mix": lambda b, s: 3 * b,
     "sgd": lambda b, s: 2 * b + 2 * s if s != b else 3 * b, "momentum": lambda b, s: 2 * s,
     "adam": lambda b, s: 2 * b + 6 * s if s != b else 7 * b, "lion": lambda b, s: 2 * b + 4 * s if s != b else 5 * b,

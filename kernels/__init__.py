@@ -13,12 +13,13 @@ except ImportError as error:
 
 from .adam_step import restore_adam_step_
 from .autotune import autotune
-from .grad_norm import grad_norm
+from .grad_norm import finish_norm, grad_norm
 from .lion_step import restore_lion_step_
 from .perturb import perturb_
 from .restore import restore_
 from .sgd_step import restore_sgd_step_
 
 __all__ = [
-    "autotune", "grad_norm", "perturb_", "restore_", "restore_adam_step_", "restore_lion_step_", "restore_sgd_step_",
+    "autotune", "finish_norm", "grad_norm", "perturb_", "restore_", "restore_adam_step_", "restore_lion_step_",
+    "restore_sgd_step_",
 ]  # fmt: skip

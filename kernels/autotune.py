@@ -39,12 +39,12 @@ def _calls(device: torch.device, dtype: torch.dtype, elements: int, masters: boo
     params, grads, buffers, squares = tensors(dtype), tensors(dtype), tensors(state), tensors(state)
     kept, backups = (tensors(state), []) if masters else ([], tensors(dtype))
     groups, rng = [_TENSORS], torch.tensor([1, 2], device=device)
-    stats, rho, gamma, steps = scalars(1, 1, 0, 0, 0), scalars(0.05), scalars(1), scalars(3)
+    stats, rho, gamma, steps = scalars(1, 1, 0, 0, 0, 1), scalars(0.05), scalars(1), scalars(3)
     sgd, adam = scalars(0.1, 0.9, 0, 0.01, 1), scalars(1e-3, 0.9, 0.999, 1e-8, 0.01, 1)
     lion = scalars(1e-4, 0.9, 0.99, 0.01, 1)
     return {
         "perturb_kernel": lambda: perturb_(
-            params, grads, backups, kept, stats, rho, groups, False, 0.0, True, rng, 0
+            params, grads, backups, kept, stats, rho, groups, False, 0.0, True, rng, 0, []
         ),
         "restore_kernel": lambda: restore_(params, backups, kept, [], [], gamma, groups),
         "sgd_step_kernel": lambda: restore_sgd_step_(

@@ -19,11 +19,12 @@ TRITON_DTYPE = {
     torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16,
     torch.complex64: tl.float32, torch.complex128: tl.float64,
 }  # fmt: skip
+STATS = 6  # numbers that grad_norm leaves behind, see rst_fused._schemas
 KEPT = "kept"  # dtype of weights: the parameter's, or float32 where they are the masters of a 16-bit parameter
 
 
 # --- lists and scalars ----------------------------------------------------------------------------------------------
-def _require(condition: bool, op: str, complaint: str) -> None:
+def require(condition: bool, op: str, complaint: str) -> None:
     if not condition:
         raise RuntimeError(f"rst_fused::{op}: {complaint}")
 
@@ -35,20 +36,25 @@ def check_scalars(
     if given.dtype != dtype or not given.is_contiguous() or (on is not None and given.device.type != on.type):
         where, got = "" if on is None else f" on {on.type}", f"got {given.dtype} on {given.device}"
         raise RuntimeError(f"rst_fused::{op}: {name} must be a contiguous tensor of dtype {dtype}{where}, {got}")
-    _require(given.numel() >= least, op, f"{name} has {given.numel()} elements, expected at least {least}")
+    require(given.numel() >= least, op, f"{name} has {given.numel()} elements, expected at least {least}")
 
 
 def runs_on(op: str, name: str, given: Tensor) -> None:
-    _require(
+    require(
         given.device.type != "cpu" or triton.knobs.runtime.interpret, op,
         f"{name} is on the CPU, where Triton does not run: move the tensors to a GPU, or use backend='cpu'",
     )  # fmt: skip
 
 
 def _check_groups(op: str, group_sizes: Sequence[int], count: int) -> None:
-    _require(all(size >= 0 for size in group_sizes), op, f"group_sizes holds {group_sizes}, expected counts >= 0")
+    require(all(size >= 0 for size in group_sizes), op, f"group_sizes holds {group_sizes}, expected counts >= 0")
     total = sum(group_sizes)
-    _require(total == count, op, f"group_sizes sum to {total}, expected the number of parameters, {count}")
+    require(total == count, op, f"group_sizes sum to {total}, expected the number of parameters, {count}")
+
+
+def are_shards(shards: Sequence[int], count: int) -> bool:
+    """Whether these are offset, run and stride of so many tensors, or none for whole ones."""
+    return not shards or (len(shards) == 3 * count and min(shards) >= 0)
 
 
 # --- memory layout --------------------------------------------------------------------------------------------------
@@ -96,11 +102,11 @@ _facts = attrgetter("dtype", "shape", "device", "layout")
 
 def _check_operand(op: str, operand: Operand, lead: Sequence[Tensor], facts: Sequence[Any]) -> None:
     count = len(operand.tensors)
-    _require(count == len(lead), op, f"{operand.name} has {count} entries, expected {len(lead)}, one per parameter")
+    require(count == len(lead), op, f"{operand.name} has {count} entries, expected {len(lead)}, one per parameter")
     own_facts = list(map(_facts, operand.tensors))
     if operand.dtype is not None or own_facts != facts:
         for i, ((dtype, shape, device, layout), (own, *like)) in enumerate(zip(own_facts, facts, strict=True)):
-            _require(
+            require(
                 operand.name != "masters" or own in SIXTEEN_BIT, op,
                 f"masters go with bfloat16 and float16 parameters, but parameter {i} has dtype {own}",
             )  # fmt: skip
@@ -112,7 +118,7 @@ def _check_operand(op: str, operand: Operand, lead: Sequence[Tensor], facts: Seq
                     f"rst_fused::{op}: {operand.name}[{i}] is {layout} of dtype {dtype} on {device}, expected "
                     f"{expected} on {like[1]}"
                 )
-            _require(shape == like[0], op, f"{operand.name}[{i}] does not have the shape of the parameter")
+            require(shape == like[0], op, f"{operand.name}[{i}] does not have the shape of the parameter")
     for i, t in enumerate(operand.tensors if operand.written else ()):
         if overlaps(t.shape, t.stride()):
             raise RuntimeError(

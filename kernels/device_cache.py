@@ -70,22 +70,26 @@ def _remembered(kept: OrderedDict[Any, Any], device: torch.device, what: Any, ma
 
 
 # --- addresses ------------------------------------------------------------------------------------------------------
-def make_table(lengths: Sequence[int], rows: Sequence[int], indices: Sequence[int], slots: Sequence[Any]) -> Tensor:
+def make_table(
+    lengths: Sequence[int], rows: Sequence[int], indices: Sequence[int], slots: Sequence[Any],
+    shards: Sequence[Any] = (),
+) -> Tensor:  # fmt: skip
     """One record per tensor, then the index of its tensor for every chunk; see .multi_tensor_apply."""
     length, row, index, addresses = (torch.tensor(x, device="cpu") for x in (lengths, rows, indices, slots))
     chunks = (length + (CHUNK.value - 1)) // CHUNK.value
     aligned = (addresses % _ALIGNMENT == 0).all(0)
     header = (length, length * aligned, row, index, chunks.cumsum(0) - chunks)
-    records = torch.stack([*header, *addresses], 1).flatten()
+    places = torch.tensor(shards, device="cpu").unbind(1) if shards else ()
+    records = torch.stack([*header, *addresses, *places], 1).flatten()
     return torch.cat([records, torch.arange(len(lengths), device="cpu").repeat_interleave(chunks)])
 
 
 def table(device: torch.device, lengths: tuple[int, ...], rows: tuple[int, ...], indices: tuple[int, ...],
-          slots: tuple[tuple[int, ...], ...]) -> Tensor:  # fmt: skip
+          slots: tuple[tuple[int, ...], ...], shards: tuple[tuple[int, ...], ...] = ()) -> Tensor:  # fmt: skip
     """The table of these addresses on the device."""
     return _remembered(
-        _tables, device, (lengths, rows, indices, slots),
-        lambda: _upload(make_table(lengths, rows, indices, slots), device),
+        _tables, device, (lengths, rows, indices, slots, shards),
+        lambda: _upload(make_table(lengths, rows, indices, slots, shards), device),
     )  # fmt: skip
 
 

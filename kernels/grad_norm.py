@@ -4,7 +4,7 @@ Two stages, both in a fixed order, so that two runs are bit-identical: a float64
 finish adds those sums.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch_groups
-from .checks import KEPT, Operand, check_scalars, runs_on
+from .checks import KEPT, STATS, Operand, check_scalars, require, runs_on
 from .device_cache import on_device
 from .launch_config import BUILT_IN
 from .launch_groups import LaunchGroup, launches, validated_groups
@@ -25,6 +25,7 @@ from .sam_math import asam_scale, asam_squared_norm, squared_norm
 NORM_EPS = tl.constexpr(1e-12)
 _GRAD, _WEIGHT, _SLOTS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 _TICKET = tl.constexpr(4)  # in stats: how many programs are done, as a 32-bit number; 0 between launches
+_SQUARED_NORM = tl.constexpr(5)
 SUMS = 1024  # partial sums that the last stage reads at once
 
 
@@ -39,19 +40,26 @@ def _add(sum, grad, weight, at, count, eta, ADAPTIVE: tl.constexpr, COMPLEX: tl.
 
 
 @triton.jit
-def _finish(partials, count, stats, SUMS: tl.constexpr):
-    so_far = tl.load(stats + 3)  # before the sum, whose barrier separates it from the store
-    sum = tl.zeros([SUMS], tl.float64)
-    for at in range(0, count, SUMS):
-        offsets = at + tl.arange(0, SUMS)
-        sum += tl.load(partials + offsets, offsets < count, 0.0)
-    norm = tl.sqrt(tl.sum(sum, 0))
+def _write_stats(sum_of_squares, so_far, stats):
+    """so_far: how many norms were not finite, read before a barrier that separates it from the store."""
+    norm = tl.sqrt(sum_of_squares)
     finite = norm - norm == 0
     non_finite = tl.where(finite, 0.0, 1.0).to(tl.float64)
     tl.store(stats, norm)
     tl.store(stats + 1, tl.where(finite & (norm > 0), 1.0 / (norm + NORM_EPS), 0.0))
     tl.store(stats + 2, non_finite)
     tl.store(stats + 3, so_far + non_finite)
+    tl.store(stats + _SQUARED_NORM, sum_of_squares)
+
+
+@triton.jit
+def _finish(partials, count, stats, SUMS: tl.constexpr):
+    so_far = tl.load(stats + 3)
+    sum = tl.zeros([SUMS], tl.float64)
+    for at in range(0, count, SUMS):
+        offsets = at + tl.arange(0, SUMS)
+        sum += tl.load(partials + offsets, offsets < count, 0.0)
+    _write_stats(tl.sum(sum, 0), so_far, stats)
 
 
 @kernel
@@ -82,14 +90,30 @@ def finish_kernel(partials, count, stats, SUMS: tl.constexpr):
     _finish(partials, count, stats, SUMS)
 
 
+@kernel
+def finish_norm_kernel(squares, count, stats):
+    """The norm over parts, whose sums of squares are added in their order."""
+    so_far = tl.load(stats + 3)
+    sum = tl.full([], 0, tl.float64)
+    for i in range(count):
+        sum += tl.load(squares + i)
+    tl.debug_barrier()
+    _write_stats(sum, so_far, stats)
+
+
 def variant(group: LaunchGroup, adaptive: bool, finish: bool) -> dict[str, Any]:
     return {"ADAPTIVE": adaptive, "COMPLEX": group.dtype.is_complex, "FINISH": finish, "SUMS": SUMS}
+
+
+def finish_starter(device: torch.device) -> Callable[..., None]:
+    """Of the kernel that adds partial sums, of which there may be none."""
+    return launch_groups.starter(finish_kernel, device, {"SUMS": SUMS}, BUILT_IN.warps)
 
 
 @torch.no_grad()
 def grad_norm(stats: Tensor, grads: Sequence[Tensor], params: Sequence[Tensor], adaptive: bool, eta: float) -> None:
     op = "grad_norm"
-    check_scalars(op, "stats", stats, torch.float64, 5, on=grads[0].device if grads else None)
+    check_scalars(op, "stats", stats, torch.float64, STATS, on=grads[0].device if grads else None)
     runs_on(op, "stats", stats)
     weights = Operand("params", params if adaptive else [], dtype=KEPT, optional=not adaptive)
     works = [w for w in validated_groups(op, [Operand("grads", grads), weights], [len(grads)]) if w.group.chunks]
@@ -106,5 +130,16 @@ def grad_norm(stats: Tensor, grads: Sequence[Tensor], params: Sequence[Tensor], 
         if not together:
             sums[begin:end].copy_(here[begin:end], non_blocking=True)
     if not together:  # on several devices, or nothing to add
-        start = launch_groups.starter(finish_kernel, stats.device, {"SUMS": SUMS}, BUILT_IN.warps)
+        start = finish_starter(stats.device)
         run_all([Launch(start, 1, (sums, len(sums), stats))])
+
+
+@torch.no_grad()
+def finish_norm(stats: Tensor, squares: Tensor) -> None:
+    op = "finish_norm"
+    check_scalars(op, "stats", stats, torch.float64, STATS, on=squares.device)
+    check_scalars(op, "squares", squares, torch.float64, 0)
+    require(squares.dim() == 1, op, f"squares has {squares.dim()} dimensions, expected 1")
+    runs_on(op, "stats", stats)
+    start = launch_groups.starter(finish_norm_kernel, stats.device, {}, BUILT_IN.warps)
+    run_all([Launch(start, 1, (squares, len(squares), stats))])

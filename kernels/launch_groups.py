@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import device_cache
-from .checks import TRITON_DTYPE, Operand, check_lists, dense, runs_on
+from .checks import SIXTEEN_BIT, TRITON_DTYPE, Operand, check_lists, dense, runs_on
 from .launch_config import config_for, lanes_of
 from .launcher import Launch, Launcher
 from .multi_tensor_apply import CHUNK
@@ -22,6 +22,7 @@ from .multi_tensor_apply import CHUNK
 _guards: Any = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
 TensorGuards: Any = getattr(_guards, "TensorGuards", None)
 
+_ENDLESS = 2**62  # elements of a run
 _MOST_CALLS = 16  # remembered calls; a training step makes about three
 
 
@@ -38,6 +39,7 @@ class LaunchGroup:
     rows: tuple[int, ...]
     indices: tuple[int, ...]
     in_place: bool  # whether all tensors can be worked on where they are
+    shards: tuple[tuple[int, int, int], ...] = ()  # offset, run and stride of each; none where all are whole tensors
 
     @cached_property
     def chunks(self) -> int:
@@ -88,7 +90,7 @@ class Work:
 
 
 def validated_groups(
-    op: str, operands: Sequence[Operand], group_sizes: Sequence[int], first_index: int = 0
+    op: str, operands: Sequence[Operand], group_sizes: Sequence[int], first_index: int = 0, shards: Sequence[int] = ()
 ) -> Iterator[Work]:
     """The launches of a call. The first operand leads.
 
@@ -99,13 +101,14 @@ def validated_groups(
     if lead:
         runs_on(op, f"{operands[0].name}[0]", lead[0])
     call = (
-        op, first_index, tuple(group_sizes), tuple((s.name, len(s.tensors), s.tensors is lead) for s in operands)
+        op, first_index, tuple(group_sizes), tuple(shards),
+        tuple((s.name, len(s.tensors), s.tensors is lead) for s in operands),
     )  # fmt: skip
     known = next((known for known in _validated if known.matches(call, operands)), None)
     if known is None:
         check_lists(op, operands, group_sizes)
         guards = [_guard(s, operands[0]) for s in operands] if TensorGuards else []
-        known = ValidatedCall(call, guards, groups_of(operands, group_sizes, first_index))
+        known = ValidatedCall(call, guards, groups_of(operands, group_sizes, first_index, shards))
     if TensorGuards and known is not next(iter(_validated), None):
         _validated[:] = [known, *(other for other in _validated if other is not known)][:_MOST_CALLS]
     for group in known.groups:
@@ -116,7 +119,9 @@ def validated_groups(
         yield Work(group, table_of(group, used), used, after)
 
 
-def groups_of(operands: Sequence[Operand], group_sizes: Sequence[int], first_index: int) -> list[LaunchGroup]:
+def groups_of(
+    operands: Sequence[Operand], group_sizes: Sequence[int], first_index: int, shards: Sequence[int] = ()
+) -> list[LaunchGroup]:
     """The launches that these lists take. The first operand leads."""
     lead = operands[0].tensors
     rows = [row for row, size in enumerate(group_sizes) for _ in range(size)]
@@ -133,9 +138,19 @@ def groups_of(operands: Sequence[Operand], group_sizes: Sequence[int], first_ind
             rows=tuple(rows[i] for i in members),
             indices=tuple(first_index + i for i in members),
             in_place=all(_has_layout(s.tensors[i], wanted[i]) for s in operands if s.tensors for i in members),
+            shards=_shards(shards, [(i, lead[i].numel()) for i in members]) if dtype in SIXTEEN_BIT else (),
         )
         for (device, dtype, state), members in members_of.items()
     ]  # fmt: skip
+
+
+def _shards(shards: Sequence[int], members: Sequence[tuple[int, int]]) -> tuple[tuple[int, int, int], ...]:
+    """Of the ``members``, by their index and length: all of which run for ever where they are of one run."""
+    if not shards:
+        return ()
+    given = [(length, *shards[3 * i : 3 * i + 3]) for i, length in members]
+    found = tuple((first, run if 0 < run < length else _ENDLESS, stride) for length, first, run, stride in given)
+    return () if all(shard[:2] == (0, _ENDLESS) for shard in found) else found
 
 
 def _has_layout(t: Tensor, wanted: tuple[int, ...]) -> bool:
@@ -168,7 +183,7 @@ def _prepare(
 
 def table_of(group: LaunchGroup, used: Sequence[Sequence[Tensor]]) -> Tensor:
     """With the addresses in each list."""
-    return device_cache.table(group.device, group.lengths, group.rows, group.indices, _slots(used))
+    return device_cache.table(group.device, group.lengths, group.rows, group.indices, _slots(used), group.shards)
 
 
 def _slots(used: Sequence[Sequence[Tensor]]) -> tuple[tuple[int, ...], ...]:

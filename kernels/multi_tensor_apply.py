@@ -15,7 +15,8 @@ import triton.language as tl
 from .sam_math import sqrt
 
 CHUNK = tl.constexpr(8192)  # scalars per program; fixes the order of summation. A power of two
-# A record: length, how much of it needs no mask, row of hyperparameters, index for random bits, first chunk, addresses.
+# A record: length, how much of it needs no mask, row of hyperparameters, index for random bits, first chunk, addresses,
+# and for the random bits of shards their places.
 LENGTH, UNMASKED, ROW, INDEX, FIRST, HEADER = (tl.constexpr(i) for i in range(6))
 
 

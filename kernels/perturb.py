@@ -11,33 +11,50 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .checks import SIXTEEN_BIT, Operand, check_scalars
+from .checks import SIXTEEN_BIT, STATS, Operand, are_shards, check_scalars, require
 from .device_cache import on_device
 from .launch_groups import LaunchGroup, launches, validated_groups
 from .launcher import run_all
-from .multi_tensor_apply import INDEX, ROW, address, kernel, load, locate, magnitude, store
-from .sam_math import asam_perturb, asam_scale, perturb, random_bits, random_key, random_pair, to_bfloat16, to_float16
+from .multi_tensor_apply import HEADER, INDEX, ROW, address, kernel, load, locate, magnitude, store
+from .sam_math import (
+    asam_perturb,
+    asam_scale,
+    key_in_block,
+    perturb,
+    random_bits,
+    random_key,
+    random_pair,
+    shard_position,
+    to_bfloat16,
+    to_float16,
+)  # fmt: skip
 
 _PARAM, _SOURCE, _GRAD, _BACKUP, _SLOTS = (tl.constexpr(i) for i in range(5))
+# Of shards the addresses are followed by their offset, run and stride.
+_OFFSET, _RUN, _STRIDE, _SHARD_SLOTS = (tl.constexpr(i) for i in range(4, 8))
+_BLOCK_OF_POSITIONS = tl.constexpr(2**32)  # which share a key
 
 
 @triton.jit
-def _stochastic(x, key, first, T: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr):
-    """x rounded to a value of type T; the block begins at element ``first``, which is even."""
+def _random(key, first, WHOLE: tl.constexpr, BLOCK: tl.constexpr):
+    """Of a block that begins at element ``first``, which is even."""
     if WHOLE:
         bits = random_pair(key, (first >> 1) + tl.arange(0, BLOCK // 2).to(tl.uint32))
-        random = tl.interleave(bits & 0xFFFF, bits >> 16)
+        return tl.interleave(bits & 0xFFFF, bits >> 16)
     else:
-        random = random_bits(key, first + tl.arange(0, BLOCK).to(tl.uint32))
-    if tl.bfloat16 == T:
-        return to_bfloat16(x, random)
-    else:
-        return to_float16(x, random)
+        return random_bits(key, first + tl.arange(0, BLOCK).to(tl.uint32))
+
+
+@triton.jit
+def _random_of_shard(key, begin, shard, BLOCK: tl.constexpr):
+    """Of a block that begins at element ``begin`` of a shard."""
+    position = shard_position(begin + tl.arange(0, BLOCK), shard[0], shard[1], shard[2])
+    return random_bits(key_in_block(key, position // _BLOCK_OF_POSITIONS), position.to(tl.uint32))
 
 
 @triton.jit
 def _move(
-    param, source, grad, backup, at, count, scale, eta, moving, key, first, T: tl.constexpr, STATE: tl.constexpr,
+    param, source, grad, backup, at, count, scale, eta, moving, key, first, shard, T: tl.constexpr, STATE: tl.constexpr,
     V: tl.constexpr, ADAPTIVE: tl.constexpr, COMPLEX: tl.constexpr, STOCHASTIC: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -51,17 +68,38 @@ def _move(
     if T == STATE:  # otherwise the source is a master, which stays
         store(backup, offsets, count, kept, WHOLE)
     if STOCHASTIC:
-        moved = _stochastic(moved, key, (first + at).to(tl.uint32), T, WHOLE, BLOCK)
+        if len(shard) == 0:
+            random = _random(key, (first + at).to(tl.uint32), WHOLE, BLOCK)
+        else:
+            random = _random_of_shard(key, first + at, shard, BLOCK)
+        moved = to_bfloat16(moved, random) if tl.bfloat16 == T else to_float16(moved, random)
     if moving:
         store(param, offsets, count, moved.to(T), WHOLE)
+
+
+@triton.jit
+def _move_chunk(
+    param, source, grad, backup, whole, count, scale, eta, moving, key, first, shard, T: tl.constexpr,
+    STATE: tl.constexpr, V: tl.constexpr, ADAPTIVE: tl.constexpr, COMPLEX: tl.constexpr, STOCHASTIC: tl.constexpr,
+    BLOCK: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """``first``: the position of the first element, from which on all follow one another in one block of positions; or
+    where there is a ``shard``, its index in that."""
+    for at in range(0, whole, BLOCK):
+        _move(param, source, grad, backup, at, count, scale, eta, moving, key, first, shard, T, STATE, V, ADAPTIVE,
+              COMPLEX, STOCHASTIC, True, BLOCK)  # fmt: skip
+    for at in range(whole, count, TAIL):
+        _move(param, source, grad, backup, at, count, scale, eta, moving, key, first, shard, T, STATE, V, ADAPTIVE,
+              COMPLEX, STOCHASTIC, False, TAIL)  # fmt: skip
 
 
 @kernel
 def perturb_kernel(
     table, tensors, stats, rho, eta, rng, T: tl.constexpr, STATE: tl.constexpr, V: tl.constexpr,
-    ADAPTIVE: tl.constexpr, COMPLEX: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
+    ADAPTIVE: tl.constexpr, COMPLEX: tl.constexpr, STOCHASTIC: tl.constexpr, SHARDS: tl.constexpr,
+    BLOCK: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    record, begin, count, whole = locate(table, tensors, _SLOTS, BLOCK)
+    record, begin, count, whole = locate(table, tensors, _SHARD_SLOTS if SHARDS else _SLOTS, BLOCK)
     param, source = address(record, _PARAM, begin, T), address(record, _SOURCE, begin, STATE)
     grad, backup = address(record, _GRAD, begin, T), address(record, _BACKUP, begin, T)
     inverse = tl.load(stats + 1)
@@ -70,20 +108,32 @@ def perturb_kernel(
     eta = tl.load(eta).to(V)
     key = tl.full([], 0, tl.uint32)
     if STOCHASTIC:
-        # A chunk never straddles a multiple of 2^32 elements: both are powers of two.
-        key = random_key(tl.load(rng), tl.load(rng + 1), tl.load(record + INDEX), begin >> 32)
-    for at in range(0, whole, BLOCK):
-        _move(param, source, grad, backup, at, count, scale, eta, moving, key, begin, T, STATE, V, ADAPTIVE,
-              COMPLEX, STOCHASTIC, True, BLOCK)  # fmt: skip
-    for at in range(whole, count, TAIL):
-        _move(param, source, grad, backup, at, count, scale, eta, moving, key, begin, T, STATE, V, ADAPTIVE,
-              COMPLEX, STOCHASTIC, False, TAIL)  # fmt: skip
+        key = random_key(tl.load(rng), tl.load(rng + 1), tl.load(record + INDEX))
+    if SHARDS:
+        offset, run, stride = (tl.load(record + HEADER + _OFFSET), tl.load(record + HEADER + _RUN),
+                               tl.load(record + HEADER + _STRIDE))  # fmt: skip
+        first = shard_position(begin, offset, run, stride)
+        together = tl.minimum(run - begin % run, _BLOCK_OF_POSITIONS - first % _BLOCK_OF_POSITIONS)
+        if (first % 2 == 0) & (together >= count):
+            key = key_in_block(key, first // _BLOCK_OF_POSITIONS)
+            _move_chunk(param, source, grad, backup, whole, count, scale, eta, moving, key, first, (), T, STATE, V,
+                        ADAPTIVE, COMPLEX, STOCHASTIC, BLOCK, TAIL)  # fmt: skip
+        else:
+            _move_chunk(param, source, grad, backup, whole, count, scale, eta, moving, key, begin,
+                        (offset, run, stride), T, STATE, V, ADAPTIVE, COMPLEX, STOCHASTIC, BLOCK, TAIL)  # fmt: skip
+    else:
+        if STOCHASTIC:
+            # A chunk never straddles a multiple of 2^32 elements: both are powers of two.
+            key = key_in_block(key, begin // _BLOCK_OF_POSITIONS)
+        _move_chunk(param, source, grad, backup, whole, count, scale, eta, moving, key, begin, (), T, STATE, V,
+                    ADAPTIVE, COMPLEX, STOCHASTIC, BLOCK, TAIL)  # fmt: skip
 
 
 def variant(group: LaunchGroup, adaptive: bool, stochastic: bool) -> dict[str, Any]:
+    rounds = stochastic and group.dtype in SIXTEEN_BIT
     return {
-        "V": group.arithmetic, "ADAPTIVE": adaptive, "COMPLEX": group.dtype.is_complex,
-        "STOCHASTIC": stochastic and group.dtype in SIXTEEN_BIT,
+        "V": group.arithmetic, "ADAPTIVE": adaptive, "COMPLEX": group.dtype.is_complex, "STOCHASTIC": rounds,
+        "SHARDS": rounds and bool(group.shards),
     }  # fmt: skip
 
 
@@ -91,12 +141,16 @@ def variant(group: LaunchGroup, adaptive: bool, stochastic: bool) -> dict[str, A
 def perturb_(
     params: Sequence[Tensor], grads: Sequence[Tensor], backups: Sequence[Tensor], masters: Sequence[Tensor],
     stats: Tensor, rho: Tensor, group_sizes: Sequence[int], adaptive: bool, eta: float, stochastic: bool, rng: Tensor,
-    first_index: int,
+    first_index: int, shards: Sequence[int],
 ) -> None:  # fmt: skip
     op = "perturb_"
-    check_scalars(op, "stats", stats, torch.float64, 5)
+    check_scalars(op, "stats", stats, torch.float64, STATS)
     check_scalars(op, "rng", rng, torch.int64, 2)
     check_scalars(op, "rho", rho, torch.float64, len(group_sizes))
+    require(
+        are_shards(shards, len(params)), op,
+        f"shards has {len(shards)} numbers, expected none, or three numbers >= 0 for each of {len(params)} parameters",
+    )  # fmt: skip
     source = Operand("masters", masters, dtype=torch.float32) if masters else Operand("params", params)
     operands = [
         Operand("params", params, written=True, read=False), source, Operand("grads", grads),
@@ -104,7 +158,7 @@ def perturb_(
     ]  # fmt: skip
     etas = torch.tensor([eta], dtype=torch.float64, device="cpu")
     calls: list[Callable[[], Any]] = []
-    for work in validated_groups(op, operands, group_sizes, first_index):
+    for work in validated_groups(op, operands, group_sizes, first_index, shards if stochastic else ()):
         scalars = on_device(work.group.device, stats, rho, etas, rng)
         calls += launches(perturb_kernel, work, *scalars, **variant(work.group, adaptive, stochastic))
     run_all(calls)

@@ -7,190 +7,95 @@ layout. ``matcher`` is a plan in C++, where there is one: it compares in a tenth
 
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import chain, repeat
-from operator import attrgetter, is_, is_not, itemgetter
+from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import adam_step, device_cache, lion_step, perturb, restore, sgd_step, update
-from .checks import TRITON_DTYPE, Operand
-from .grad_norm import grad_norm_kernel
+from .checks import TRITON_DTYPE, Operand, are_shards
+from .grad_norm import finish_starter, grad_norm_kernel
 from .grad_norm import variant as norm_variant
 from .launch_groups import LaunchGroup, TensorGuards, groups_of, starter_for, table_of
 from .launcher import Launch, run_all
+from .plan_match import Match, addresses_of, complete, grad_of, has_memory
 
 RULES = (sgd_step.RULE, adam_step.RULE, lion_step.RULE)  # in the order of csrc/math/rules/all.h
 _MOST_TABLES = 16  # of a plan: gradients come to a few sets of addresses, in each of both passes
-_END = object()
-_CONSTANT = (type(None), bool, float, int, str)
 
-_grad_of = attrgetter("grad")
 _set_grad: Any = vars(torch._C.TensorBase)["grad"].__set__
-_params_of = itemgetter("params")
 
 Calls = list[Callable[[], Any]]
 
 
-def _addresses(tensors: Iterable[Tensor]) -> tuple[int, ...]:
-    return tuple(map(Tensor.data_ptr, tensors))
-
-
-def _same(found: Iterable[Any], known: Sequence[Any]) -> bool:
-    """Whether these are the same objects; ``known`` has _END as its last one."""
-    return all(map(is_, chain(found, (_END,)), known))
-
-
-def _has_memory(t: Tensor) -> bool:
-    """Whether all elements of a dense tensor are in its storage."""
-    end = (t.storage_offset() + t.numel()) * t.element_size()
-    return t.numel() == 0 or (t.data_ptr() != 0 and end <= t.untyped_storage().nbytes())
-
-
-def _is_constant(x: Any) -> bool:
-    return type(x) in _CONSTANT or (type(x) is tuple and all(map(_is_constant, x)))
-
-
-class Plan:
+class Plan(Match):
     def __init__(
         self, group: LaunchGroup, grads: Sequence[Tensor], *, groups: list[Any], everything: list[Tensor],
         active: list[Tensor], idle: list[Tensor], sizes: list[int], masters: list[Any], states: list[list[Tensor]],
         backups: list[Any], steps: list[Tensor], row_groups: list[int], rule: int, option: bool, maximize: bool,
-        state: dict[Any, Any], step_state: Any, matcher: Any = None,
+        state: dict[Any, Any], step_state: Any, parts: Sequence[int] = (), matcher: Any = None,
     ) -> None:  # fmt: skip
-        self._group, self._groups, self._everything = group, [*groups, _END], [*everything, _END]
-        self._active, self._idle, self._sizes = active, idle, sizes
-        self._masters = _complete(masters)
-        self._backups = _complete(backups)
-        self._states, self._steps, self._row_groups = states, steps, row_groups
+        super().__init__(grads, groups, everything, active, idle, masters, states, backups, steps, state, matcher)
+        self._group, self._with_shards = replace(group, shards=()), group
+        self._parts = _parts_of(self._group, parts)
+        self._sizes, self._states, self._steps, self._row_groups = sizes, states, steps, row_groups
         self._rule, self._option, self._maximize = RULES[rule], option, maximize
-        self._state, self._step_state, self._matcher = state, step_state, matcher
-        self._state_dicts = [*state.values(), _END]
-        self._state_tensors = [*chain.from_iterable(d.values() for d in state.values()), _END]
+        self._step_state = step_state
         self._kept = self._masters or self._backups
-        self._own = [*active, *self._masters]  # what both phases compare with the plan, beside gradients and backups
-        self._companions = [t for column in states for t in column]
-        self._perturb_guard = _guard(*grads, *self._own)
-        self._update_guard = _guard(*grads, *self._own, *self._companions, *steps)
-        self._first_guard = _guard(*grads)
-        self._restore_guard = _guard(*self._own)
-        self._own_addresses, self._backup_addresses = _addresses(self._own), _addresses(self._backups)
-        self._companion_addresses = _addresses([*self._companions, *steps])
         self._tables: OrderedDict[Any, list[Tensor]] = OrderedDict()
         self._starts: dict[Any, Any] = {}
         self._scalars: dict[str, tuple[int, Any, list[Tensor]]] = {}
         self._partials = torch.empty(group.chunks, dtype=torch.float64, device=group.device)
-        self._held: list[Tensor] = []  # gradients, while kernels are started
-        self._hyperparams: list[tuple[list[Any], list[Any]]] | None = None
-        self._version = 0
 
     @classmethod
     def of(cls, *, active: list[Tensor], masters: list[Any], states: list[list[Tensor]], backups: list[Any],
-           sizes: list[int], **others: Any) -> "Plan | None":  # fmt: skip
+           sizes: list[int], shards: Sequence[int] = (), **others: Any) -> "Plan | None":  # fmt: skip
         """None where a plan cannot serve these tensors."""
-        grads = list(map(_grad_of, active))
-        if TensorGuards is None or not all(t.dtype in TRITON_DTYPE for t in active) or not _complete(grads):
+        if not are_shards(shards, len(active)):
+            raise ValueError(f"shards={shards}: expected three numbers >= 0 for each of {len(active)} parameters")
+        grads = list(map(grad_of, active))
+        if TensorGuards is None or not all(t.dtype in TRITON_DTYPE for t in active) or not complete(grads):
             return None
-        if not _complete(masters) and any(m is not None for m in masters):
+        if not complete(masters) and any(m is not None for m in masters):
             return None
-        own = Operand("masters", _complete(masters), dtype=torch.float32)
-        lists = [active, grads, _complete(backups), *states]
-        groups = groups_of([*(Operand("", tensors) for tensors in lists), own], sizes, 0)
-        if len(groups) != 1 or not groups[0].in_place or groups[0].chunks == 0 or not all(map(_has_memory, grads)):
+        own = Operand("masters", complete(masters), dtype=torch.float32)
+        lists = [active, grads, complete(backups), *states]
+        groups = groups_of([*(Operand("", tensors) for tensors in lists), own], sizes, 0, shards)
+        if len(groups) != 1 or not groups[0].in_place or groups[0].chunks == 0 or not all(map(has_memory, grads)):
             return None
         return cls(
             groups[0], grads, active=active, masters=masters, states=states, backups=backups, sizes=sizes, **others
         )
 
-    # --- whether everything is as it was ----------------------------------------------------------------------------
-    def poll(self, groups: list[Any]) -> int:
-        """Bit 0: whether these are the plan's groups, with its parameters; from bit 1 on a number that changes whenever
-        a hyperparameter may have changed."""
-        if self._matcher is not None:
-            return self._matcher.poll(groups)
-        seen = self._hyperparams
-        if seen is None or not (
-            len(seen) == len(groups)
-            and all(
-                list(group) == names and _same(group.values(), values)
-                for group, (names, values) in zip(groups, seen, strict=True)
-            )
-        ):
-            self._version += 1
-            constant = all(
-                _is_constant(value) or (type(value) is list and name in ("params", "param_names"))
-                for group in groups for name, value in group.items()
-            ) and all(type(group) is dict for group in groups)  # fmt: skip
-            self._hyperparams = [(list(group), [*group.values(), _END]) for group in groups] if constant else None
-        same = _same(groups, self._groups) and _same(chain.from_iterable(map(_params_of, groups)), self._everything)
-        return self._version << 1 | same
-
-    def _grads(self) -> list[Tensor] | None:
-        if any(map(is_not, map(_grad_of, self._idle), repeat(None))):
-            return None
-        return list(map(_grad_of, self._active))
-
-    def _in_place(self, backups: bool) -> bool:
-        return self._own_addresses == _addresses(self._own) and (
-            not backups or self._backup_addresses == _addresses(self._backups)
-        )
-
-    def _same_state(self) -> bool:
-        """Whether the optimizer's state holds the same tensors."""
-        try:
-            found = chain.from_iterable(map(dict.values, self._state.values()))
-            return _same(self._state.values(), self._state_dicts) and _same(found, self._state_tensors)
-        except TypeError:  # an entry is no dict
-            return False
-
-    def _match(self, updating: bool, restores: bool) -> Any:
-        """The addresses of the gradients, which are held until _release(); None if anything is not as it was."""
-        if self._matcher is not None:
-            return self._matcher.match(updating, restores)
-        grads = self._grads()
-        if grads is None or not self._in_place(restores or not updating):
-            return None
-        if not (self._update_guard(*grads, *self._own, *self._companions, *self._steps) if updating
-                else self._perturb_guard(*grads, *self._own)):  # fmt: skip
-            return None
-        if (updating or self._masters) and not self._same_state():
-            return None
-        if updating and self._companion_addresses != _addresses([*self._companions, *self._steps]):
-            return None
-        self._held = grads
-        return _addresses(grads)
-
-    def _release(self) -> None:
-        self._held = []
-        if self._matcher is not None:
-            self._matcher.release()
-
     # --- the phases: whether they were served -----------------------------------------------------------------------
     def perturb(
         self, stats: Tensor, rho: list[float], adaptive: bool, eta: float, stochastic: bool, seed: int, step: int,
-        keep: bool, after: dict[str, Any],
+        keep: bool, measured: bool, after: dict[str, Any],
     ) -> bool:  # fmt: skip
-        """Norm and perturbation with the current gradients, which are taken out of p.grad, and kept if ``keep``."""
+        """Norm and perturbation with the current gradients, which are taken out of p.grad, and kept if ``keep``.
+        ``measured``: the norm is in the stats already."""
         try:
             addresses = self._match(False, True)
             return addresses is not None and self._perturb(
-                addresses, stats, rho, adaptive, eta, stochastic, seed, step, keep, after
+                addresses, stats, rho, adaptive, eta, stochastic, seed, step, keep, measured, after
             )
         finally:
             self._release()
 
     def _perturb(
         self, addresses: Any, stats: Tensor, rho: list[float], adaptive: bool, eta: float, stochastic: bool, seed: int,
-        step: int, keep: bool, after: dict[str, Any],
+        step: int, keep: bool, measured: bool, after: dict[str, Any],
     ) -> bool:  # fmt: skip
-        group, stream = self._group, self._stream()
-        norm_table, table = self._tables_for((stream, "perturb", adaptive, addresses), lambda: [
-            [self._grads_now(), self._masters or self._active if adaptive else []],
-            [self._active, self._masters or self._active, self._grads_now(), self._backups],
-        ], self._grads_now) or (None, None)  # fmt: skip
-        if table is None:
+        group, stream = self._with_shards if stochastic else self._group, self._stream()
+        tables = self._tables_for((stream, "perturb", adaptive, stochastic, measured, addresses), lambda: [
+            table_of(group, [self._active, self._masters or self._active, self._grads_now(), self._backups]),
+            *([] if measured else [table_of(self._group, self._norm_lists(adaptive))]),
+        ], self._grads_now)  # fmt: skip
+        if tables is None:
             return False
         rhos, etas = self._sent("rho", stream, (rho, eta), lambda: [_doubles(rho), _doubles([eta])])
         norm, move, rounds = self._starts_for(
@@ -201,15 +106,45 @@ class Plan:
         else:
             (rng,) = self._sent("rng", stream, (), lambda: [torch.zeros(2, dtype=torch.int64, device="cpu")])
         count = len(self._active)
-        Launch(norm, group.chunks, (norm_table, count, self._partials, 0, group.chunks, stats, etas))()
+        if not measured:
+            Launch(norm, group.chunks, (tables[1], count, self._partials, 0, group.chunks, stats, etas))()
         if keep:
             after = {**after, "first_grads": dict(zip(self._active, self._grads_now(), strict=True))}
         clear: Callable[[], Any] = partial(deque, map(_set_grad, self._active, repeat(None)), 0)
         if self._matcher is not None:
             clear = self._matcher.clear_grads
         run_all([
-            Launch(move, group.chunks, (table, count, stats, rhos, etas, rng)), *self._notes(after), clear,
+            Launch(move, group.chunks, (tables[0], count, stats, rhos, etas, rng)), *self._notes(after), clear,
         ])  # fmt: skip
+        return True
+
+    def grad_norm(self, stats: Tensor, part: int, adaptive: bool, eta: float) -> bool:
+        """The norm of one part, of the current gradients of either pass, into ``stats``."""
+        if part < 0:
+            raise IndexError(f"part={part}: expected a number >= 0")
+        try:
+            addresses = self._match_norm()
+            return addresses is not None and self._grad_norm(addresses, stats, part, adaptive, eta)
+        finally:
+            self._release()
+
+    def _grad_norm(self, addresses: Any, stats: Tensor, part: int, adaptive: bool, eta: float) -> bool:
+        group = self._parts[part] if part < len(self._parts) else None
+        if group is None or not group.chunks:
+            (start,) = self._starts_for("nothing", lambda: [finish_starter(self._group.device)])
+            run_all([Launch(start, 1, (self._partials, 0, stats))])
+            return True
+        stream = self._stream()
+        tables = self._tables_for((stream, "norm", part, adaptive, addresses), lambda: [
+            table_of(group, [[tensors[i] for i in group.members] if tensors else []
+                             for tensors in self._norm_lists(adaptive)])
+        ], self._grads_now)  # fmt: skip
+        if tables is None:
+            return False
+        (etas,) = self._sent("eta", stream, (eta,), lambda: [_doubles([eta])])
+        (start,) = self._starts_for(("norm", adaptive), lambda: [self._norm_start(adaptive)])
+        args = (tables[0], len(group.members), self._partials, 0, group.chunks, stats, etas)
+        run_all([Launch(start, group.chunks, args)])
         return True
 
     def update(
@@ -238,12 +173,12 @@ class Plan:
             firsts = [by_parameter[p] for p in self._active if p in by_parameter]
             if len(firsts) < len(self._active) or not self._first_guard(*firsts):
                 return False
-        first_addresses = _addresses(firsts)
-        if mixing and any(a == b != 0 for a, b in zip(first_addresses, _addresses(self._grads_now()), strict=True)):
+        first_addresses = addresses_of(firsts)
+        if mixing and any(a == b != 0 for a, b in zip(first_addresses, addresses_of(self._grads_now()), strict=True)):
             return False  # a gradient was written over the first one
         source = self._masters or (self._backups if restores else self._active)
         tables = self._tables_for((stream, restores, addresses, first_addresses), lambda: [
-            [self._active, source, self._grads_now(), firsts, *self._states]
+            table_of(group, [self._active, source, self._grads_now(), firsts, *self._states])
         ], lambda: chain(self._grads_now(), firsts))  # fmt: skip
         hyper = self._rows(rows, stream)
         if tables is None or hyper is None:
@@ -264,7 +199,9 @@ class Plan:
         if self._masters and not self._same_state():
             return False
         group, stream = self._group, self._stream()
-        tables = self._tables_for((stream, "restore"), lambda: [[self._active, self._kept, [], []]])
+        tables = self._tables_for((stream, "restore"), lambda: [
+            table_of(group, [self._active, self._kept, [], []])
+        ])  # fmt: skip
         (gammas,) = self._sent("gamma", stream, (), lambda: [_doubles([1.0] * len(self._sizes))])
         (start,) = self._starts_for("restore", lambda: [
             starter_for(restore.restore_kernel, group, V=group.arithmetic, MIXING=False)
@@ -298,27 +235,29 @@ class Plan:
 
     def _perturb_starts(self, adaptive: bool, stochastic: bool) -> tuple[Any, Any, bool]:
         """Of the norm and of the perturbation, and whether that one needs random numbers."""
-        variant = perturb.variant(self._group, adaptive, stochastic)
-        norm = starter_for(grad_norm_kernel, self._group, **norm_variant(self._group, adaptive, finish=True))
-        return norm, starter_for(perturb.perturb_kernel, self._group, **variant), variant["STOCHASTIC"]
+        variant = perturb.variant(self._with_shards, adaptive, stochastic)
+        move = starter_for(perturb.perturb_kernel, self._group, **variant)
+        return self._norm_start(adaptive), move, variant["STOCHASTIC"]
+
+    def _norm_start(self, adaptive: bool) -> Any:
+        return starter_for(grad_norm_kernel, self._group, **norm_variant(self._group, adaptive, finish=True))
+
+    def _norm_lists(self, adaptive: bool) -> list[list[Tensor]]:
+        return [self._grads_now(), self._masters or self._active if adaptive else []]
 
     def _update_starts(self, mixing: bool) -> tuple[Any]:
         variant = update.variant(self._rule, self._group, self._option, len(self._states), mixing)
         return (starter_for(update.update_kernel, self._group, **variant),)
 
-    def _grads_now(self) -> list[Tensor]:
-        """While they are held."""
-        return self._held or list(map(_grad_of, self._active))
-
     def _tables_for(
-        self, key: Any, lists: Callable[[], list[Any]], grads: Callable[[], Iterable[Tensor]] = tuple
+        self, key: Any, make: Callable[[], list[Tensor]], grads: Callable[[], Iterable[Tensor]] = tuple
     ) -> list[Tensor] | None:
         """Those of these addresses. None if one of ``grads``, known by its address alone, lacks memory."""
         tables = self._tables.get(key)
         if tables is None:
-            if not all(map(_has_memory, grads())):
+            if not all(map(has_memory, grads())):
                 return None
-            self._tables[key] = tables = [table_of(self._group, used) for used in lists()]
+            self._tables[key] = tables = make()
             if len(self._tables) > _MOST_TABLES:
                 self._tables.popitem(last=False)
         self._tables.move_to_end(key)
@@ -349,14 +288,18 @@ class Plan:
         return device_cache.on_device(self._group.device, hyper)[0]
 
 
-def _complete(tensors: list[Any]) -> list[Tensor]:
-    """Nothing where one is missing."""
-    return [] if any(t is None for t in tensors) else tensors
-
-
-def _guard(*tensors: Tensor) -> Callable[..., bool]:
-    """Compares tensors with these, but for their addresses, without keeping them."""
-    return TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+def _parts_of(group: LaunchGroup, parts: Sequence[int]) -> list[LaunchGroup]:
+    """The parameters of each part of the norm; their members are places in the list of active parameters."""
+    numbers = list(parts) or [0] * len(group.members)
+    if len(numbers) != len(group.members) or min(numbers) < 0:
+        raise ValueError(f"parts={numbers}: expected a number >= 0 for each of {len(group.members)} parameters")
+    found = []
+    for part in range(max(numbers) + 1):
+        members = [i for i, number in enumerate(numbers) if number == part]
+        columns = (group.lengths, group.rows, group.indices)
+        lengths, rows, indices = (tuple(column[i] for i in members) for column in columns)
+        found.append(replace(group, members=members, lengths=lengths, rows=rows, indices=indices))
+    return found
 
 
 def _doubles(numbers: Sequence[Any]) -> Tensor:

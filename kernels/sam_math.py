@@ -95,11 +95,22 @@ def folded(h, x):
 
 
 @triton.jit
-def random_key(seed, step, tensor, block):
-    """The random bits are a pure function of (seed, step), the tensor's index and the element's; block is the element's
-    index divided by 2^32."""
+def shard_position(element, offset, run, stride):
+    """Where an element of a shard is in the whole tensor: in runs of consecutive elements, a stride apart."""
+    return offset + element // run * stride + element % run
+
+
+@triton.jit
+def random_key(seed, step, tensor):
+    """The random bits are a pure function of (seed, step), the tensor's index and the element's."""
     zero = tl.full([], 0, tl.uint32)
-    return folded(folded(folded(folded(zero, seed), step), tensor), block)
+    return folded(folded(folded(zero, seed), step), tensor)
+
+
+@triton.jit
+def key_in_block(key, block):
+    """block is the element's index divided by 2^32."""
+    return folded(key, block)
 
 
 @triton.jit

@@ -5,12 +5,18 @@ Conventions shared by all ops
                 parameter that was not perturbed is its own backup, and without a first gradient its gradient is both.
     hyper       hyperparameters are float64 tensors with one row per group of consecutive parameters; ``group_sizes``
                 says how many parameters each row covers.
-    stats       float64 ``[norm, inverse, non_finite, non_finite_count, ticket]``: the gradient norm, ``1 / (norm +
-                1e-12)`` or 0 where there is no direction, whether the norm was not finite, how often that happened so
-                far, and 0: a counter for the blocks of GPU kernels, which reset it to 0.
+    stats       float64 ``[norm, inverse, non_finite, non_finite_count, ticket, squared_norm]``: the gradient norm,
+                ``1 / (norm + 1e-12)`` or 0 where there is no direction, whether the norm was not finite, how often that
+                happened so far, 0 (a counter for the blocks of GPU kernels, which reset it to 0), and the sum of
+                squares of which the norm is the root.
+    squares     float64: sums of squares, the squared_norm of several stats, which finish_norm adds in their order.
     masters     fp32 copies of bfloat16/float16 parameters; where given, they take the place of backups. An update
                 without either starts from the parameters: a step without a perturbation.
     rng         int64 ``[seed, step]``: stochastic rounding is a pure function of both and of the element's position.
+    shards      where the elements of each parameter are in a whole tensor of which it is a shard, so that random bits
+                are those of the whole: empty for whole tensors, or ``offset, run, stride`` per parameter, numbers >= 0.
+                Element i, in the order of the parameter's strides, is at ``offset + i // run * stride + i % run``; a
+                run of 0 stands for all elements, at ``offset + i``.
     state       what the base optimizer keeps; an empty momentum_buffers is SGD without momentum, a non-empty
                 max_exp_avg_sqs is AMSGrad.
     first_grads the gradients of the first pass, for G-RST; empty for RST, which uses the second pass alone.
@@ -26,15 +32,17 @@ NAMESPACE = "rst_fused"
 SGD_HYPER = ("lr", "momentum", "dampening", "weight_decay", "gamma")
 ADAM_HYPER = ("lr", "beta1", "beta2", "eps", "weight_decay", "gamma")
 LION_HYPER = ("lr", "beta1", "beta2", "weight_decay", "gamma")
-STATS = ("norm", "inverse", "non_finite", "non_finite_count", "ticket")
+STATS = ("norm", "inverse", "non_finite", "non_finite_count", "ticket", "squared_norm")
 
 _UPDATE = "(Tensor(a!)[] params, Tensor[] grads, Tensor[] backups, Tensor[] first_grads, "
 _AMP = "bool maximize, Tensor? grad_scale, Tensor? found_inf) -> ()"
 
 SCHEMAS = {
     "grad_norm": "(Tensor(a!) stats, Tensor[] grads, Tensor[] params, bool adaptive, float eta) -> ()",
+    "finish_norm": "(Tensor(a!) stats, Tensor squares) -> ()",
     "perturb_": "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] backups, Tensor[] masters, Tensor stats, "
-    "Tensor rho, int[] group_sizes, bool adaptive, float eta, bool stochastic, Tensor rng, int first_index) -> ()",
+    "Tensor rho, int[] group_sizes, bool adaptive, float eta, bool stochastic, Tensor rng, int first_index, "
+    "int[] shards) -> ()",
     "restore_": "(Tensor(a!)[] params, Tensor[] backups, Tensor[] masters, Tensor(b!)[] grads, Tensor[] first_grads, "
     "Tensor gamma, int[] group_sizes) -> ()",
     "restore_sgd_step_": _UPDATE + "Tensor(b!)[] momentum_buffers, Tensor(c!)[] masters, Tensor hyper, "

@@ -39,11 +39,12 @@ def grad_norm(
     """The norm over all gradients: ||g|| (SAM, Foret et al. 2021, eq. 2), or ||T g|| with T = |w| + eta when adaptive
     (ASAM, Kwon et al. 2021).
 
-    Returns ``stats``, float64 of shape (5,): the norm, 1 / (norm + 1e-12) or 0 where the norm is zero or not finite,
-    whether it was not finite (0 or 1), the count of such calls on this tensor, and 0, which kernels use. Sums are in
-    fp64 and in a fixed order: two runs are bit-identical for any number of threads. Of numbers of up to four bytes,
-    backend "cpu" first adds eight squares in fp32 (a relative error of at most 2^-22), and "cuda" 16 or 32 (at most
-    10 * 2^-24), unless that leaves the range of fp32. ``params`` is needed only when adaptive. Traffic: 4 (8).
+    Returns ``stats``, float64 of shape (6,): the norm, 1 / (norm + 1e-12) or 0 where the norm is zero or not finite,
+    whether it was not finite (0 or 1), the count of such calls on this tensor, 0, which kernels use, and the sum of
+    squares, of which the norm is the root. Sums are in fp64 and in a fixed order: two runs are bit-identical for any
+    number of threads. Of numbers of up to four bytes, backend "cpu" first adds eight squares in fp32 (a relative error
+    of at most 2^-22), and "cuda" 16 or 32 (at most 10 * 2^-24), unless that leaves the range of fp32. ``params`` is
+    needed only when adaptive. Traffic: 4 (8).
     """
     if adaptive and params is None:
         raise ValueError("params=None with adaptive=True: ASAM scales gradients by |w|, pass the parameters")
@@ -57,10 +58,34 @@ def grad_norm(
 
 
 @torch.no_grad()
+def finish_norm(squares: Tensor, *, stats: Tensor | None = None, backend: str = "auto") -> Tensor:
+    """The norm over parts whose sums of squares are known: ||g|| = sqrt(sum of ||g_k||^2 over the parts k).
+
+    ``squares`` is float64, contiguous, of one dimension and any length: what grad_norm left in ``stats[5]`` for each
+    part, summed over the processes that share it. They are added in their order, so that every backend finds the same
+    bits. Returns ``stats``, on the device of ``squares``, as grad_norm does. Errors: ValueError for other ``squares``,
+    or ``stats`` elsewhere. Traffic: 8 bytes for each part, and those of ``stats``.
+    """
+    if not isinstance(squares, Tensor):
+        raise TypeError(f"squares is {type(squares).__name__}: expected a tensor")
+    if squares.dtype != torch.float64 or squares.dim() != 1 or not squares.is_contiguous():
+        raise ValueError(
+            f"squares is {tuple(squares.shape)} {squares.dtype}: expected a contiguous float64 tensor of one dimension"
+        )
+    if stats is None:
+        stats = torch.zeros(len(STATS), dtype=torch.float64, device=squares.device)
+    if stats.device != squares.device:
+        raise ValueError(f"stats is on {stats.device}, expected {squares.device}, where squares is")
+    _ops(backend, [squares]).finish_norm(stats, squares)
+    return stats
+
+
+@torch.no_grad()
 def perturb_(
     params: Tensors, grads: Tensors, backups: Tensors | None, stats: Tensor, *, rho: Number,
     masters: Tensors | None = None, group_sizes: Sequence[int] | None = None, adaptive: bool = False, eta: float = 0.0,
-    stochastic_rounding: bool = True, seed: int = 0, step: int = 0, first_index: int = 0, backend: str = "auto",
+    stochastic_rounding: bool = True, seed: int = 0, step: int = 0, first_index: int = 0,
+    shards: Sequence[Sequence[int]] | None = None, backend: str = "auto",
 ) -> None:  # fmt: skip
     """backup <- w; w <- w + e, e = rho g / ||g|| (SAM), or rho T^2 g / ||T g|| when adaptive (ASAM).
 
@@ -68,7 +93,11 @@ def perturb_(
     With ``masters`` (float32, beside bfloat16/float16 parameters) w is read there and no backup is written; ``backups``
     is then None. bfloat16 and float16 results are rounded stochastically, by bits that are a pure function of (seed,
     step, first_index + position in the list, position of the element). rho may be negative: against the gradient.
-    Traffic: 16; bfloat16 with masters 8.
+    Where parameters are shards, ``shards`` has (offset, run, stride) for each, integers >= 0: element i, in the order
+    of the shard's strides, has position ``offset + i // run * stride + i % run``, so that it is rounded as the whole
+    tensor would be, however that is cut. A run of 0 stands for all elements: (0, 0, 0) is a whole tensor,
+    (k * width, 0, 0) its rows from k on, and (k, n, width) its n columns from k on. Traffic: 16; bfloat16 with masters
+    8.
     """
     masters = _listed("masters", masters)
     backups = [] if masters else _needed("backups", backups)
@@ -81,7 +110,7 @@ def perturb_(
     rng = torch.tensor(counters, dtype=torch.int64, device="cpu")
     _ops(backend, params).perturb_(
         list(params), list(grads), backups, masters, stats, _rows(sizes, rho=rho).flatten(), sizes, adaptive, eta,
-        stochastic_rounding, rng, first_index,
+        stochastic_rounding, rng, first_index, _shards(params, shards),
     )  # fmt: skip
     bump_versions(params, backups)
 
@@ -329,6 +358,14 @@ def _sizes(params: Tensors, group_sizes: Sequence[int] | None) -> list[int]:
     if any(size < 0 for size in sizes) or sum(sizes) != len(params):
         raise ValueError(f"group_sizes={sizes}: expected counts >= 0 with the sum {len(params)}, one per parameter")
     return sizes
+
+
+def _shards(params: Tensors, shards: Sequence[Sequence[int]] | None) -> list[int]:
+    """The numbers of all shards, one after another."""
+    given = [list(shard) for shard in shards or ()]
+    if shards is not None and [len(shard) for shard in given] != [3] * len(params):
+        raise ValueError(f"shards={shards!r}: expected (offset, run, stride) for each of {len(params)} parameters")
+    return [as_integer(f"shards[{i}]", number, 0, 2**62) for i, shard in enumerate(given) for number in shard]
 
 
 def _each(value: Number) -> list[float | Tensor]:

@@ -368,7 +368,7 @@ class RST(StepOptimizer):
             self._reset(StepState(*counts))
             self._adopt()
             self._set_devices([])
-            self._devices[0].stats.copy_(stats)
+            self._devices[0].stats[: len(stats)].copy_(stats)  # older ones have fewer numbers
 
     def __repr__(self) -> str:
         base = self.rule.name if self.rule is not None else repr(self.base)

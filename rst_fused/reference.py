@@ -121,6 +121,12 @@ def random_bits(rng: Tensor, tensor_index: int, element: Tensor) -> Tensor:
     return (mixed(((pair * 0x9E3779B9) & _MASK32) ^ key) >> 16 * (element & 1)) & 0xFFFF
 
 
+def shard_position(element: Tensor, offset: int, run: int, stride: int) -> Tensor:
+    """Where an element of a shard is in the whole tensor: in runs of consecutive elements, a stride apart; a run of 0
+    stands for all elements."""
+    return offset + (element // run * stride + element % run if run > 0 else element)
+
+
 def stochastic_round(x: Tensor, random: Tensor, dtype: torch.dtype) -> Tensor:
     """float32 ``x`` rounded to bfloat16 or float16, away from zero with probability equal to the fraction cut off."""
     shift = torch.zeros_like(x)
@@ -189,22 +195,28 @@ def grad_norm(stats: Tensor, grads: Tensors, params: Tensors, adaptive: bool, et
         else:
             terms = squared_norm(g)
         total = total + terms.sum().to(stats.device)
-    finish_norm(stats, total.sqrt())
+    finish_norm(stats, total.reshape(1))
 
 
-def finish_norm(stats: Tensor, norm: Tensor) -> None:
-    """Fills stats, as rst_fused._schemas has it, for a norm that was found."""
+@torch.no_grad()
+def finish_norm(stats: Tensor, squares: Tensor) -> None:
+    total = torch.zeros((), dtype=torch.float64, device=stats.device)
+    for square in squares.unbind():
+        total = total + square
+    norm = total.sqrt()
     finite = norm.isfinite()
     stats[0] = norm
     stats[1] = torch.where(finite & (norm > 0), 1 / (norm + NORM_EPS), 0)
     stats[2] = torch.where(finite, 0.0, 1.0)
     stats[3] += stats[2]
+    stats[5] = total
 
 
 @torch.no_grad()
 def perturb_(
     params: Tensors, grads: Tensors, backups: Tensors, masters: Tensors, stats: Tensor, rho: Tensor,
     group_sizes: Sequence[int], adaptive: bool, eta: float, stochastic: bool, rng: Tensor, first_index: int,
+    shards: Sequence[int],
 ) -> None:  # fmt: skip
     for i, row in enumerate(_rows(group_sizes)):
         p = params[i]
@@ -218,7 +230,10 @@ def perturb_(
         else:
             moved = perturb(w, g, scale)
         if stochastic and p.dtype in (torch.bfloat16, torch.float16):
-            moved = stochastic_round(moved.float(), random_bits(rng, first_index + i, element_positions(p)), p.dtype)
+            positions = element_positions(p)
+            if shards:
+                positions = shard_position(positions, *shards[3 * i : 3 * i + 3])
+            moved = stochastic_round(moved.float(), random_bits(rng, first_index + i, positions), p.dtype)
         _write([_result(p, moved, p, scale == 0)])  # 0 * inf would be NaN
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rst_fused import ops
-from rst_fused._schemas import SCHEMAS
+from rst_fused._schemas import SCHEMAS, STATS
 
 from .device import available_backends, device_of
 from .stages import write_part
@@ -30,7 +30,7 @@ SGD: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
 ADAM: dict[str, Any] = {"lr": 0.1, "step": 3, "weight_decay": 0.01, "decoupled": True}
 # With beta1 = 0.9 some bfloat16 numbers cancel but for their rounding, on which the sign, and so the update, depends.
 LION: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.01, "beta1": 0.5}
-WITH_NORM = ("grad_norm", "perturb_")
+WITH_NORM = ("grad_norm", "finish_norm", "perturb_")
 AMSGRAD = " (amsgrad)"
 CALLS = (
     *SCHEMAS, "sgd_step_", "adam_step_", "lion_step_", f"adam_step_{AMSGRAD}", f"restore_adam_step_{AMSGRAD}",
@@ -95,9 +95,11 @@ def run_op(call: str, lists: Lists, backend: str, adaptive: bool) -> list[Tensor
         calls[op]()
         return changed
     scaled: dict[str, Any] = {"adaptive": adaptive, "eta": 0.01}
-    stats = torch.zeros(5, dtype=torch.float64).to(device)
+    stats = torch.zeros(len(STATS), dtype=torch.float64).to(device)
     ops.grad_norm(grads, params, stats=stats, backend=backend, **scaled)
-    if op == "perturb_":
+    if op == "finish_norm":
+        ops.finish_norm(stats[-1:].repeat(3), stats=stats, backend=backend)
+    elif op == "perturb_":
         ops.perturb_(params, grads, lists["backups"], stats, rho=0.05, seed=1, step=2, **scaled, **own)
     return [*changed, stats]
 

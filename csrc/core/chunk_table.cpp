@@ -77,6 +77,18 @@ void set_layout(Tensor& tensor, const View (&views)[kOperands]) {
   }
 }
 
+bool set_shards(Table& table, const std::vector<int64_t>& numbers) {
+  if (numbers.empty()) return true;
+  if (numbers.size() != 3 * table.tensors.size()) return false;
+  if (std::any_of(numbers.begin(), numbers.end(), [](int64_t number) { return number < 0; })) return false;
+  const int64_t* next = numbers.data();
+  for (Tensor& tensor : table.tensors) {
+    tensor.shard = {next[0], next[1] == 0 ? Shard::kEndless : next[1], next[2]};
+    next += 3;
+  }
+  return true;
+}
+
 int64_t first_chunk(const Table& table, int k, int n) {
   int64_t wanted = static_cast<int64_t>(static_cast<double>(table.bytes.back()) * k / n);
   if (k >= n) return static_cast<int64_t>(table.chunks.size());

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "core/dtypes.h"
+#include "math/shard.h"
 
 namespace rst {
 
@@ -22,6 +23,7 @@ struct Tensor {
   bool complex = false;
   int row = 0;        // which row of hyperparameters
   int64_t index = 0;  // position among all parameters of the model: picks the random bits
+  Shard shard;        // likewise
   void* data[kOperands] = {};
   // Empty unless the companions differ in memory layout. Then `sizes` in elements, and the `strides` in elements of
   // each operand, one operand after another. Elements are then visited in row-major order.
@@ -61,6 +63,10 @@ struct View {
 // Sets data, numel, sizes and strides of `tensor` from one view per operand (data null: absent; all of one shape).
 // Elements are visited in the order of the parameter's strides, largest first, whatever the companions' strides are.
 void set_layout(Tensor& tensor, const View (&views)[kOperands]);
+
+// Sets the shards of all tensors from offset, run and stride of each; a run of 0 is the whole tensor. Without numbers
+// nothing is a shard. False, with nothing set, if their number is wrong, or one is negative.
+bool set_shards(Table& table, const std::vector<int64_t>& numbers);
 
 // True if two or more indices may reach the same address.
 bool may_overlap(int ndim, const int64_t* sizes, const int64_t* strides);

@@ -9,8 +9,8 @@
 namespace rst {
 
 // What grad_norm leaves behind, as doubles: the norm, 1 / (norm + eps) or 0, whether the norm was not finite, how many
-// calls so far had such a norm, and room for GPU kernels to count their blocks in.
-enum Stat : int { kNorm, kInverse, kNonFinite, kNonFiniteCount, kTicket, kStats };
+// calls so far had such a norm, room for GPU kernels to count their blocks in, and the sum of squares.
+enum Stat : int { kNorm, kInverse, kNonFinite, kNonFiniteCount, kTicket, kSquaredNorm, kStats };
 
 RST_HD void write_stats(double sum_of_squares, double* stats) {
   const NormFinish finish = NormFinish::of(sum_of_squares);
@@ -18,6 +18,14 @@ RST_HD void write_stats(double sum_of_squares, double* stats) {
   stats[kInverse] = finish.inverse;
   stats[kNonFinite] = finish.non_finite;
   stats[kNonFiniteCount] += finish.non_finite;
+  stats[kSquaredNorm] = sum_of_squares;
+}
+
+// The norm over parts, whose sums of squares are added in their order.
+RST_HD void finish_norm(const double* squares, int64_t count, double* stats) {
+  double sum = 0;
+  for (int64_t i = 0; i < count; ++i) sum += squares[i];
+  write_stats(sum, stats);
 }
 
 // Parameters of an op that are in device memory; what is null is taken from the OpParams.

@@ -26,8 +26,14 @@ RST_INLINE Twin stochastic_round(Twin v, UintV bits) {
   }
 }
 
-template <class T, bool Adaptive, bool Master, bool Stochastic>
-RST_INLINE void perturb_each(const ChunkArgs& c) {
+// StochasticFromOdd: the first element is at an odd position, so that neighbours here are not those that share bits.
+enum class Rounding { Nearest, Stochastic, StochasticFromOdd };
+
+// `random` and `position`: of the first element, and all that follow it in its block.
+template <class T, bool Adaptive, bool Master, Rounding rounding>
+RST_INLINE void perturb_each(const ChunkArgs& c, [[maybe_unused]] RandomBits random = {0},
+                             [[maybe_unused]] uint64_t position = 0) {
+  constexpr bool kStochastic = rounding != Rounding::Nearest;
   using V = Arithmetic<T>;
   using W = State<T, Master>;  // where w is read
   const Perturb<V> sam{as<V>(c.params->rhos[c.tensor->row] * c.params->stats[kInverse])};
@@ -39,13 +45,9 @@ RST_INLINE void perturb_each(const ChunkArgs& c) {
   void* const backup = c.data[kBackup];
   const void* const source = c.data[Master ? kMaster : kParam];
   const void* const grad = c.data[kGrad];
-  [[maybe_unused]] RandomBits random{0};
   [[maybe_unused]] UintV place{};  // of the pairs that come next
-  if constexpr (Stochastic) {
-    // A chunk never straddles a multiple of 2^32 elements: both are powers of two.
-    random = RandomBits::of(c.params->seed, c.params->step, static_cast<uint64_t>(c.tensor->index),
-                            static_cast<uint64_t>(c.begin) >> 32);
-    for (int k = 0; k < kFloatLanes; ++k) place[k] = static_cast<uint32_t>(c.begin) / 2 + k;
+  if constexpr (kStochastic) {
+    for (int k = 0; k < kFloatLanes; ++k) place[k] = static_cast<uint32_t>(position) / 2 + k;
     place = RandomBits::place(place);
   }
 
@@ -58,13 +60,16 @@ RST_INLINE void perturb_each(const ChunkArgs& c) {
       moved = sam(w, g);
     }
     if constexpr (!Master) at.template copy<T>(backup, param);
-    if constexpr (Stochastic) {
-      const UintV bits = random.at(place);
+    if constexpr (kStochastic) {
+      UintV bits = random.at(place);
+      if constexpr (rounding == Rounding::StochasticFromOdd) {
+        bits = bits >> 16 | random.at(place + RandomBits::place(1u)) << 16;
+      }
       // for_each_vector begins at even elements, one vector after another.
       place += RandomBits::place(static_cast<uint32_t>(at.lanes / 2));
       moved = stochastic_round<T, !Master>(moved, bits);
     }
-    constexpr Values computed = Stochastic ? Values::Exact : Master ? Values::Any : Values::Own;
+    constexpr Values computed = kStochastic ? Values::Exact : Master ? Values::Any : Values::Own;
     if constexpr (Master) {
       at.template store_only<T, computed>(param, moved);
     } else {
@@ -73,12 +78,35 @@ RST_INLINE void perturb_each(const ChunkArgs& c) {
   });
 }
 
+// One stretch of elements after another that follow one another in the whole tensor.
+template <class T, bool Adaptive, bool Master>
+void perturb_stochastically(const ChunkArgs& c) {
+  const Shard& shard = c.tensor->shard;
+  const uint32_t key = RandomBits::key_of(c.params->seed, c.params->step, static_cast<uint64_t>(c.tensor->index));
+  ChunkArgs piece = c;
+  for (int64_t done = 0; done < c.count; done += piece.count) {
+    const uint64_t position = shard.position(c.begin + done);
+    const int64_t together = shard.together(c.begin + done), left = c.count - done;
+    piece.count = together < left ? together : left;
+    for (int s : {kParam, kGrad, kBackup, kMaster}) {
+      if (c.data[s] == nullptr) continue;
+      piece.data[s] = static_cast<char*>(c.data[s]) + done * size_of(c.tensor->dtype_of(s));
+    }
+    const RandomBits random = RandomBits::of(key, position >> 32);
+    if (position % 2 == 0) {
+      perturb_each<T, Adaptive, Master, Rounding::Stochastic>(piece, random, position);
+    } else {
+      perturb_each<T, Adaptive, Master, Rounding::StochasticFromOdd>(piece, random, position);
+    }
+  }
+}
+
 template <class T, bool Adaptive, bool Master>
 void perturb_chunk(const ChunkArgs& c) {
   if constexpr (sizeof(T) == 2) {
-    if (c.params->stochastic) return perturb_each<T, Adaptive, Master, true>(c);
+    if (c.params->stochastic) return perturb_stochastically<T, Adaptive, Master>(c);
   }
-  perturb_each<T, Adaptive, Master, false>(c);
+  perturb_each<T, Adaptive, Master, Rounding::Nearest>(c);
 }
 
 // For a zero or non-finite norm: e = 0 whatever g is, so there is only the backup to write.

@@ -47,13 +47,14 @@ union UpdateRow {
 };
 struct NoRow {};
 
-// One launch over tensors with `Operands` operands each.
-template <int Operands_, class Row_>
+// One launch over tensors with `Operands` operands each. `More`: bytes for each tensor that a derived struct adds.
+template <int Operands_, class Row_, int More = 0>
 struct Args {
   using Row = Row_;
   static constexpr int kOperands = Operands_;
-  static constexpr int kTensors =
-      (kArgumentBytes - static_cast<int>(sizeof(LaunchParams) + kRows * sizeof(Row)) - 16) / (8 + 8 * kOperands + 10);
+  static constexpr int kTensors = (kArgumentBytes - static_cast<int>(sizeof(LaunchParams) + kRows * sizeof(Row)) - 16) /
+                                  (8 + 8 * kOperands + 10 + More);
+  static constexpr bool kShards = false;  // whether there is room for what is known of shards
   LaunchParams params;
   Row rows[kRows];
   int64_t numel[kTensors];  // scalars: a complex number counts as two
@@ -73,10 +74,21 @@ enum UpdateOperand : int { kUpdateParam, kUpdateGrad, kUpdateSource, kUpdateFirs
 
 using NormArgs = Args<kNormOperands, NoRow>;
 using PerturbArgs = Args<kPerturbOperands, double>;  // rho
+struct PerturbShardArgs : Args<kPerturbOperands, double, sizeof(Shard)> {
+  static constexpr bool kShards = true;
+  Shard shard[kTensors];
+};
 using RestoreArgs = Args<kRestoreOperands, NoRow>;
 using MixArgs = Args<kMixOperands, double>;  // gamma
 template <class Rule, int States>
 using UpdateArgs = Args<kUpdateState0 + States, UpdateRow<Rule>>;
+
+// Of finish_norm, which has no tensors of parameters.
+struct FinishArgs {
+  const double* squares;
+  int64_t count;
+  double* stats;
+};
 
 struct GpuKernel {
   const char* name;      // as in the PTX

@@ -15,12 +15,17 @@ namespace rst::cuda {
 
 RST_WITH_ASAM(RST_GRAD_NORM)
 
+RST_KERNEL(rst_finish_norm_float64, 1, FinishArgs) {
+  if (threadIdx.x == 0) rst::finish_norm(args.squares, args.count, args.stats);
+}
+
 #define RST_OF(name) RST_ENTRY(rst_grad_norm_##name, NormArgs)
 // Without ASAM masters are not read.
 // clang-format off
 #define RST_ROW(name, special) {{RST_OF(name), {}}, {RST_OF(name##_adaptive), RST_OF(name##_adaptive##special)}}
 // clang-format on
 
+const GpuKernel finish_norm_kernel = RST_ENTRY(rst_finish_norm_float64, FinishArgs);
 const GpuKernel grad_norm_kernels[kDTypes][2][2] = {RST_ROW(float32, _complex), RST_ROW(float64, _complex),
                                                     RST_ROW(bfloat16, _master), RST_ROW(float16, _master)};
 

@@ -99,7 +99,7 @@ __device__ __forceinline__ bool publish(const LaunchParams& c, double sum) {
   return c.last && take_ticket(c.stats + kTicket, gridDim.x - 1) == gridDim.x - 1;
 }
 
-__device__ __forceinline__ void finish_norm(const LaunchParams& c) {
+__device__ __forceinline__ void add_partials(const LaunchParams& c) {
   double sum = 0;
   for (int64_t i = threadIdx.x; i < c.all_partials; i += kThreads) sum += __ldcg(c.partials + i);
   sum = block_sum(sum, false).sum;
@@ -151,7 +151,7 @@ __device__ __forceinline__ void grad_norm(const NormArgs& args) {
       __syncthreads();
     }
   }
-  if (last) finish_norm(c);
+  if (last) add_partials(c);
 }
 
 }  // namespace rst::cuda

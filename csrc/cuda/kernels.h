@@ -10,8 +10,10 @@ namespace rst::cuda {
 // By dtype, then by the flags. A name of null: there is no such kernel. Only 16-bit dtypes have masters, and only
 // others can be complex.
 extern const GpuKernel grad_norm_kernels[kDTypes][2][2];  // adaptive, complex or master
-extern const GpuKernel perturb_kernels[kDTypes][2][2];    // adaptive, complex or master
-extern const GpuKernel restore_kernels[kDTypes][2];       // master
+extern const GpuKernel finish_norm_kernel;
+extern const GpuKernel perturb_kernels[kDTypes][2][2];        // adaptive, complex or master
+extern const GpuKernel perturb_shard_kernels[kDTypes][2][2];  // of 16-bit dtypes alone: adaptive, master
+extern const GpuKernel restore_kernels[kDTypes][2];           // master
 extern const GpuKernel mix_kernels[kDTypes];
 extern const GpuKernel update_kernels[kRuleVariants][kDTypes][2][2];  // mixing, master
 

@@ -106,12 +106,33 @@ void update_variant(int variant, const Table& table, const OpParams& params, con
       preparing<Rule>(params));
 }
 
+// Whose random bits are not those of its own positions. Other dtypes have none.
+bool is_shard(const Tensor& tensor) { return size_of(tensor.dtype) == 2 && !tensor.shard.whole(tensor.numel); }
+
+// The tensors of `table` that are shards, or those that are not.
+template <class A>
+void perturb_some(Launches<A>& launches, const Table& table, const OpParams& params, const Launcher& launcher) {
+  if (!launches.arranged()) {
+    launches.arrange(table, chunk_of(table), rows_in_launch(params.on_device.hyperparams), [&](const Tensor& t) {
+      const auto& kernels = A::kShards ? perturb_shard_kernels : perturb_kernels;
+      const bool special = t.has(kMaster) || (params.adaptive && t.complex);
+      return is_shard(t) == A::kShards ? present(kernels[dtype(t)][params.adaptive][special]) : nullptr;
+    });
+  }
+  launches.start(
+      table, launch_params_of(params), 1, launcher,
+      [](const Tensor& t) {
+        return std::array{t.data[kParam], t.data[kGrad], t.data[t.has(kMaster) ? kMaster : kBackup]};
+      },
+      copying(params.rhos));
+}
+
 // After a launch of perturb failed: brings back what launches before it have moved; only that has a backup. Returns
 // what went wrong, if anything did.
-std::string undo(const Table& table, const Launches<PerturbArgs>& launches, const Launcher& launcher) {
+std::string undo(std::vector<Tensor> started, const Launcher& launcher) {
   try {
     Table moved;
-    moved.tensors = launches.started(table);
+    moved.tensors = std::move(started);
     for (Tensor& tensor : moved.tensors) tensor.data[kFirstGrad] = nullptr;  // nothing to mix
     restore(moved, OpParams{}, launcher);
     return "";
@@ -147,24 +168,24 @@ void grad_norm(const Table& table, const OpParams& params, double* partials, con
       [](const Tensor& t) { return std::array{t.data[kGrad], t.data[t.has(kMaster) ? kMaster : kParam]}; }, kNoRows);
 }
 
+void finish_norm(const double* squares, int64_t count, double* stats, const Launcher& launcher) {
+  const FinishArgs args{squares, count, stats};
+  launcher.launch(finish_norm_kernel, 1, &args, launcher);
+}
+
 void perturb(const Table& table, const OpParams& params, const Launcher& launcher, LaunchCache* cache) {
-  std::unique_ptr<OpLaunches> own;
+  std::unique_ptr<OpLaunches> own, own_shards;
   auto& launches = launches_in<PerturbArgs>(cache, LaunchCache::kPerturb + params.adaptive, own);
-  const int most_rows = rows_in_launch(params.on_device.hyperparams);
-  if (!launches.arranged()) {
-    launches.arrange(table, chunk_of(table), most_rows, [&](const Tensor& t) {
-      return present(perturb_kernels[dtype(t)][params.adaptive][t.has(kMaster) || (params.adaptive && t.complex)]);
-    });
-  }
+  auto& shards = launches_in<PerturbShardArgs>(cache, LaunchCache::kPerturbShards + params.adaptive, own_shards);
+  bool at_shards = false;
   try {
-    launches.start(
-        table, launch_params_of(params), 1, launcher,
-        [](const Tensor& t) {
-          return std::array{t.data[kParam], t.data[kGrad], t.data[t.has(kMaster) ? kMaster : kBackup]};
-        },
-        copying(params.rhos));
+    perturb_some(launches, table, params, launcher);
+    at_shards = true;
+    perturb_some(shards, table, params, launcher);
   } catch (const std::exception& error) {
-    const std::string second = undo(table, launches, launcher);
+    std::vector<Tensor> started = launches.started(table);
+    for (Tensor& tensor : at_shards ? shards.started(table) : std::vector<Tensor>()) started.push_back(tensor);
+    const std::string second = undo(std::move(started), launcher);
     if (second.empty()) throw;
     throw std::runtime_error(std::string(error.what()) + " (then the weights that were moved before it could not be " +
                              "brought back: " + second + ")");

@@ -28,7 +28,13 @@ struct OpLaunches {
 // in all calls alike.
 class LaunchCache {
  public:
-  enum Op : int { kNorm, kPerturb = kNorm + 2, kUpdate = kPerturb + 2, kOps = kUpdate + 2 * kRuleVariants };
+  enum Op : int {
+    kNorm,
+    kPerturb = kNorm + 2,
+    kPerturbShards = kPerturb + 2,
+    kUpdate = kPerturbShards + 2,
+    kOps = kUpdate + 2 * kRuleVariants
+  };
   std::unique_ptr<OpLaunches>& of(int op) { return launches_[op]; }
 
  private:
@@ -42,6 +48,8 @@ int64_t norm_partials(const Table& table);
 // the memory layout of its companions. `cache` may be null.
 void grad_norm(const Table& table, const OpParams& params, double* partials, const Launcher& launcher,
                LaunchCache* cache = nullptr);
+// stats <- the norm over parts, from `count` sums of squares.
+void finish_norm(const double* squares, int64_t count, double* stats, const Launcher& launcher);
 void perturb(const Table& table, const OpParams& params, const Launcher& launcher, LaunchCache* cache = nullptr);
 void restore(const Table& table, const OpParams& params, const Launcher& launcher);
 void update(const Table& table, const OpParams& params, const Launcher& launcher, LaunchCache* cache = nullptr);

@@ -105,6 +105,7 @@ class Launches final : public OpLaunches {
       args->numel[i] = tensor.numel;
       args->first_chunk[i] = static_cast<int32_t>(blocks);
       args->index[i] = static_cast<int32_t>(tensor.index);
+      if constexpr (A::kShards) args->shard[i] = tensor.shard;
       args->row[i] = static_cast<uint16_t>(tensor.row - first_row);
       blocks += static_cast<unsigned>(chunks_in(tensor, chunk));
       args->first_chunk[i + 1] = static_cast<int32_t>(blocks);

@@ -11,6 +11,17 @@ RST_WITH_ASAM(RST_PERTURB)
 RST_PERTURB(bfloat16_master, BFloat16, false, false, true)
 RST_PERTURB(float16_master, Half, false, false, true)
 
+#define RST_PERTURB_SHARD(name, T, adaptive, master) \
+  RST_KERNEL(rst_perturb_##name##_shard, 2, PerturbShardArgs) { perturb<T, adaptive, false, master>(args); }
+#define RST_PERTURB_SHARDS(name, T)                  \
+  RST_PERTURB_SHARD(name, T, false, false)           \
+  RST_PERTURB_SHARD(name##_master, T, false, true)   \
+  RST_PERTURB_SHARD(name##_adaptive, T, true, false) \
+  RST_PERTURB_SHARD(name##_adaptive_master, T, true, true)
+
+RST_PERTURB_SHARDS(bfloat16, BFloat16)
+RST_PERTURB_SHARDS(float16, Half)
+
 #define RST_OF(name) RST_ENTRY(rst_perturb_##name, PerturbArgs)
 // clang-format off
 #define RST_WIDE_ROW(name) {{RST_OF(name), {}}, {RST_OF(name##_adaptive), RST_OF(name##_adaptive_complex)}}
@@ -20,5 +31,9 @@ RST_PERTURB(float16_master, Half, false, false, true)
 
 const GpuKernel perturb_kernels[kDTypes][2][2] = {RST_WIDE_ROW(float32), RST_WIDE_ROW(float64), RST_HALF_ROW(bfloat16),
                                                   RST_HALF_ROW(float16)};
+
+#undef RST_OF
+#define RST_OF(name) RST_ENTRY(rst_perturb_##name##_shard, PerturbShardArgs)
+const GpuKernel perturb_shard_kernels[kDTypes][2][2] = {{}, {}, RST_HALF_ROW(bfloat16), RST_HALF_ROW(float16)};
 
 }  // namespace rst::cuda

@@ -17,7 +17,50 @@ __device__ __forceinline__ T stochastic_round(float x, uint32_t random) {
   }
 }
 
-template <class T, bool Adaptive, bool Complex, bool Master>
+// The random bits of elements that follow one another in the whole tensor, the first of them at an even position.
+struct BitsOfRun {
+  RandomBits random;
+  uint32_t first;  // index of the piece's first element within its block of 2^32
+
+  // In the lower halves; packs start at even elements.
+  template <int N>
+  __device__ __forceinline__ void of_pack(int64_t i, uint32_t (&bits)[N]) const {
+    const uint32_t element = first + static_cast<uint32_t>(i);
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+      if constexpr (N == 1) {
+        bits[k] = random(element);
+      } else {
+        bits[k] = k % 2 == 0 ? random.pair((element + k) >> 1) : bits[k - 1] >> 16;
+      }
+    }
+  }
+};
+
+// Those of the elements of any shard.
+struct BitsOfShard {
+  uint32_t key;
+  Shard shard;
+  int64_t begin;  // of the piece
+
+  template <int N>
+  __device__ __forceinline__ void of_pack(int64_t i, uint32_t (&bits)[N]) const {
+    uint64_t position = shard.position(begin + i), block = position >> 32;
+    int64_t left = shard.run - (begin + i) % shard.run;
+    RandomBits random = RandomBits::of(key, block);
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+      if (position >> 32 != block) random = RandomBits::of(key, block = position >> 32);
+      bits[k] = random(static_cast<uint32_t>(position++));
+      if (--left == 0) {
+        left = shard.run;
+        position += static_cast<uint64_t>(shard.stride - shard.run);
+      }
+    }
+  }
+};
+
+template <class T, bool Adaptive, bool Complex, bool Master, class Bits>
 struct PerturbEach : NothingAtEndOfTurn {
   using A = Arithmetic<T>;
   using W = State<T, Master>;
@@ -27,8 +70,7 @@ struct PerturbEach : NothingAtEndOfTurn {
   AsamPerturb<A> asam;
   AsamScale<A> scale;
   bool stochastic;
-  RandomBits random;
-  uint32_t first;  // index of the piece's first element within its block of 2^32
+  Bits random_bits;
 
   template <int N>
   struct In {
@@ -53,18 +95,11 @@ struct PerturbEach : NothingAtEndOfTurn {
     if constexpr (!Master) store<access>(copy, i, in.w);
     if constexpr (sizeof(T) == 2) {
       if (stochastic) {
-        const uint32_t element = first + static_cast<uint32_t>(i);
-        uint32_t bits = 0;
+        uint32_t bits[N];
+        random_bits.of_pack(i, bits);
         Pack<T, N> out;
 #pragma unroll
-        for (int k = 0; k < N; ++k) {
-          if constexpr (N == 1) {
-            bits = random(element);
-          } else {  // packs start at even elements
-            bits = k % 2 == 0 ? random.pair((element + k) >> 1) : bits >> 16;
-          }
-          out.at[k] = stochastic_round<T>(moved(in, k), bits & 0xffffu);
-        }
+        for (int k = 0; k < N; ++k) out.at[k] = stochastic_round<T>(moved(in, k), bits[k] & 0xffffu);
         store<access>(param, i, out);
         return;
       }
@@ -76,8 +111,8 @@ struct PerturbEach : NothingAtEndOfTurn {
   }
 };
 
-template <class T, bool Adaptive, bool Complex, bool Master>
-__device__ __forceinline__ void perturb(const PerturbArgs& args) {
+template <class T, bool Adaptive, bool Complex, bool Master, class Args>
+__device__ __forceinline__ void perturb(const Args& args) {
   using A = Arithmetic<T>;
   using W = State<T, Master>;
   const LaunchParams& c = args.params;
@@ -96,26 +131,42 @@ __device__ __forceinline__ void perturb(const PerturbArgs& args) {
     return;
   }
   const A factor = static_cast<A>(hyperparam(args, piece.tensor) * inverse);
-  RandomBits random{0};
+  uint32_t key = 0;
   if constexpr (sizeof(T) == 2) {
     if (c.stochastic) {
       const uint64_t seed = c.on_device.rng == nullptr ? c.seed : static_cast<uint64_t>(c.on_device.rng[0]);
       const uint64_t step = c.on_device.rng == nullptr ? c.step : static_cast<uint64_t>(c.on_device.rng[1]);
-      // A chunk never straddles a multiple of 2^32 elements: both are powers of two.
-      random = RandomBits::of(seed, step, static_cast<uint64_t>(args.index[piece.tensor]),
-                              static_cast<uint64_t>(piece.begin) >> 32);
+      key = RandomBits::key_of(seed, step, static_cast<uint64_t>(args.index[piece.tensor]));
     }
   }
-  PerturbEach<T, Adaptive, Complex, Master> op;
-  op.param = param;
-  op.copy = copy;
-  op.grad = grad;
-  op.sam = {factor};
-  op.asam = {factor};
-  op.scale = {static_cast<A>(c.eta)};
-  op.stochastic = c.stochastic;
-  op.random = random;
-  op.first = static_cast<uint32_t>(piece.begin);
+  const auto op_with = [&](const auto& bits) {
+    PerturbEach<T, Adaptive, Complex, Master, std::decay_t<decltype(bits)>> op;
+    op.param = param;
+    op.copy = copy;
+    op.grad = grad;
+    op.sam = {factor};
+    op.asam = {factor};
+    op.scale = {static_cast<A>(c.eta)};
+    op.stochastic = c.stochastic;
+    op.random_bits = bits;
+    return op;
+  };
+  // A chunk of a whole tensor never straddles a multiple of 2^32 elements: both are powers of two.
+  uint64_t first = static_cast<uint64_t>(piece.begin);
+  if constexpr (Args::kShards) {
+    const Shard shard = args.shard[piece.tensor];
+    first = shard.position(piece.begin);
+    if (c.stochastic && (first % 2 != 0 || shard.together(piece.begin) < piece.count)) {
+      auto op = op_with(BitsOfShard{key, shard, piece.begin});
+      for_each_pack_anywhere<T, 1>(piece.count, op);
+      return;
+    }
+  }
+  RandomBits random{0};
+  if constexpr (sizeof(T) == 2) {
+    if (c.stochastic) random = RandomBits::of(key, first >> 32);
+  }
+  auto op = op_with(BitsOfRun{random, static_cast<uint32_t>(first)});
   for_each_pack<T, Master ? 1 : 2, Complex ? 2 : 1>(packs, piece.count, op);
 }
 

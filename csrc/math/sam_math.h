@@ -141,10 +141,11 @@ struct RandomBits {
     h = mixed(h ^ static_cast<uint32_t>(x)) + 0x9e3779b9u;
     return mixed(h ^ static_cast<uint32_t>(x >> 32)) + 0x9e3779b9u;
   }
-  // `block` is the element index divided by 2^32, so that tensors beyond 2^32 elements never repeat.
-  static RST_HD RandomBits of(uint64_t seed, uint64_t step, uint64_t tensor, uint64_t block) {
-    return {folded(folded(folded(folded(0u, seed), step), tensor), block)};
+  static RST_HD uint32_t key_of(uint64_t seed, uint64_t step, uint64_t tensor) {
+    return folded(folded(folded(0u, seed), step), tensor);
   }
+  // `block` is the element index divided by 2^32, so that tensors beyond 2^32 elements never repeat.
+  static RST_HD RandomBits of(uint32_t key, uint64_t block) { return {folded(key, block)}; }
   // For elements 2 * index (the low 16 bits) and 2 * index + 1 (the high ones).
   template <class U>
   RST_HD U pair(U index) const {

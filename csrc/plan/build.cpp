@@ -36,7 +36,8 @@ TensorRef tensor_ref(const py::handle& tensor) {
 
 Plan::Plan(bool gpu, py::list groups, py::list everything, py::list active, py::list idle, std::vector<int64_t> sizes,
            py::list masters, std::vector<py::list> states, py::list backups, py::list steps,
-           std::vector<int64_t> row_groups, int rule, bool option, bool maximize, py::dict state, py::object step_state)
+           std::vector<int64_t> row_groups, int rule, bool option, bool maximize, py::dict state, py::object step_state,
+           std::vector<int64_t> parts, std::vector<int64_t> shards)
     : ops_(gpu && core().gpu != nullptr ? *core().gpu : core().cpu),  // without CUDA its ops are never called
       op_cache_(ops_.make_cache == nullptr ? nullptr : ops_.make_cache(), ops_.release_cache),
       gpu_(gpu),
@@ -63,6 +64,8 @@ Plan::Plan(bool gpu, py::list groups, py::list everything, py::list active, py::
   for (size_t i = 0; i < grad_strides_.size(); ++i) {
     if (views_[i][kMaster].data != nullptr) table_.tensors[i].state_dtype = DType::Float;
   }
+  add_parts(parts);
+  if (!set_shards(table_, shards)) throw py::value_error("shards are not three numbers >= 0 per active parameter");
   for (const py::handle& tensor : idle_) idle_tensors_.push_back(tensor_ref(tensor));
   hold_companions();
   words_.resize(tensors_.size());
@@ -120,6 +123,23 @@ void Plan::add(const py::list& tensors, Operand operand) {
   }
 }
 
+void Plan::add_parts(const std::vector<int64_t>& parts) {
+  nothing_.cut();
+  if (!parts.empty() && parts.size() != grad_strides_.size()) {
+    throw py::value_error("parts does not have a number for each active parameter");
+  }
+  constexpr int64_t kMostParts = 1 << 16;
+  for (int64_t part : parts) {
+    if (part < 0 || part >= kMostParts) throw py::index_error("parts holds a number that is negative, or too large");
+  }
+  const int64_t last = parts.empty() ? 0 : *std::max_element(parts.begin(), parts.end());
+  if (last == 0) return;  // the table serves as it is
+  for (int64_t part = 0; part <= last; ++part) {
+    parts_.push_back({{}, {}, {ops_.make_cache == nullptr ? nullptr : ops_.make_cache(), ops_.release_cache}});
+  }
+  for (size_t i = 0; i < parts.size(); ++i) parts_[parts[i]].members.push_back(i);
+}
+
 // Parameters may get another TensorImpl at any time, and torch.utils.swap_tensors asks that nobody but Python holds
 // them. All other tensors are held here: then the pointers to their TensorImpls are read from one place.
 void Plan::hold_companions() {
@@ -150,6 +170,7 @@ void Plan::clear() {
   idle_tensors_.clear();
   counters_end_ = masters_end_ = backups_end_ = 0;
   table_ = Table();
+  parts_.clear();
   first_ = nullptr;
   first_grads_kept_ = false;
   state_dicts_.clear();

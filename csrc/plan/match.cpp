@@ -36,6 +36,18 @@ void Plan::cut() {
   table_.cut();
   const auto& tensors = table_.tensors;
   same_layout_ = !gpu_ || std::none_of(tensors.begin(), tensors.end(), [](const Tensor& t) { return t.strided(); });
+  for (Part& part : parts_) {
+    part.table.tensors.clear();
+    for (size_t i : part.members) part.table.tensors.push_back(tensors[i]);
+    part.table.cut();
+  }
+}
+
+const Table& Plan::renewed(Part& part) {
+  for (size_t k = 0; k < part.members.size(); ++k) {
+    part.table.tensors[k].data[kGrad] = table_.tensors[part.members[k]].data[kGrad];
+  }
+  return part.table;
 }
 
 bool Plan::in_place(int64_t begin, int64_t end) {
@@ -100,6 +112,14 @@ bool Plan::collect(bool updating, bool restores, bool mixing) {
   if (updating && mixing != mixes_) set_mixing(mixing);
   if (mixing && !read_first_grads()) return false;
   if (table_.chunks.empty()) set_all_layouts(mixing);
+  return same_layout_;
+}
+
+bool Plan::collect_for_norm() {
+  if (!read_grads() || !in_place(counters_end_, masters_end_)) return false;
+  if (masters_end_ > counters_end_ && !same_state()) return false;
+  if (tensors().has_grads(idle_tensors_.data(), static_cast<int64_t>(idle_tensors_.size()))) return false;
+  if (table_.chunks.empty()) set_all_layouts(false);
   return same_layout_;
 }
 

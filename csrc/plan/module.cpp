@@ -98,16 +98,19 @@ PYBIND11_MODULE(_plan_ext, m) {
   py::class_<FirstGrads>(m, "FirstGrads").def("as_list", &FirstGrads::as_list).def("clear", &FirstGrads::clear);
   py::class_<Plan>(m, "Plan", py::custom_type_setup(collect_garbage))
       .def(py::init<bool, py::list, py::list, py::list, py::list, std::vector<int64_t>, py::list, std::vector<py::list>,
-                    py::list, py::list, std::vector<int64_t>, int, bool, bool, py::dict, py::object>(),
+                    py::list, py::list, std::vector<int64_t>, int, bool, bool, py::dict, py::object,
+                    std::vector<int64_t>, std::vector<int64_t>>(),
            py::arg("gpu"), py::arg("groups"), py::arg("everything"), py::arg("active"), py::arg("idle"),
            py::arg("sizes"), py::arg("masters"), py::arg("states"), py::arg("backups"), py::arg("steps"),
            py::arg("row_groups"), py::arg("rule"), py::arg("option"), py::arg("maximize"), py::arg("state"),
-           py::arg("step_state"))
+           py::arg("step_state"), py::arg("parts") = std::vector<int64_t>(), py::arg("shards") = std::vector<int64_t>())
       .def("poll", &Plan::poll)
       .def("perturb", &Plan::perturb)
       .def("update", &Plan::update)
+      .def("grad_norm", &Plan::grad_norm)
       .def("restore", &Plan::restore)
       .def("match", &Plan::match)
+      .def("match_norm", &Plan::match_norm)
       .def("release", &Plan::release)
       .def("clear_grads", &Plan::clear_grads)
       .def("bump_versions", &Plan::bump_versions)

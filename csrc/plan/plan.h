@@ -44,10 +44,12 @@ class Plan {
   // hyperparameters. masters, states, backups: the companions of the active parameters, or None. steps: the step
   // counter of each row, where the rule counts steps: a number in float32 on the CPU; row_groups: the group of each
   // row, by number. state: the optimizer's state, in which an update must find the same tensors. step_state: its
-  // StepState. gpu: which kernels run. rule, option, maximize: of an update.
+  // StepState. gpu: which kernels run. rule, option, maximize: of an update. parts: for each active parameter the
+  // number of the part whose norm it belongs to, all in part 0 where it is empty. shards: as those of perturb_.
   Plan(bool gpu, py::list groups, py::list everything, py::list active, py::list idle, std::vector<int64_t> sizes,
        py::list masters, std::vector<py::list> states, py::list backups, py::list steps,
-       std::vector<int64_t> row_groups, int rule, bool option, bool maximize, py::dict state, py::object step_state);
+       std::vector<int64_t> row_groups, int rule, bool option, bool maximize, py::dict state, py::object step_state,
+       std::vector<int64_t> parts, std::vector<int64_t> shards);
 
   // Compares the parameter groups with the plan. Bit 0: whether they are its groups and still hold its parameters; from
   // bit 1 on a number that changes whenever a hyperparameter may have changed.
@@ -56,9 +58,10 @@ class Plan {
   // The three phases. False, with nothing changed, if anything is not as it was when the plan was made. `after`: the
   // fields of StepState that change, in the same call as the weights, so that no interrupt can fall between.
 
-  // Norm and perturbation with the current gradients, which are taken out of p.grad, and kept if `keep`.
+  // Norm and perturbation with the current gradients, which are taken out of p.grad, and kept if `keep`. `measured`:
+  // the norm is in the stats already.
   bool perturb(uintptr_t stats, std::vector<double> rho, bool adaptive, double eta, bool stochastic, uint64_t seed,
-               uint64_t step, bool keep, const py::dict& after);
+               uint64_t step, bool keep, bool measured, const py::dict& after);
   // One update of all parameters, counted in their step counters. rows: the hyperparameters, row after row. `restores`:
   // the parameters are perturbed. `mixing` uses the gradients that perturb kept. Gradients are divided by the scale of
   // AMP: `scale`, or on a GPU what is at the address `grad_scale` (0: none), with found_inf beside it.
@@ -66,10 +69,14 @@ class Plan {
               uintptr_t found_inf, const py::dict& after);
   bool restore(const py::dict& after);
 
-  // For kernels that are started in Python: what an update, or a perturbation, compares. The addresses of the gradients
-  // as bytes, while the gradients are held until `release`; None if anything is not as it was. First gradients are not
-  // compared. And what follows the kernels, each in one call.
-  py::object match(bool updating, bool restores);
+  // The norm of one part, of the current gradients of either pass, into `stats`; false, with nothing written, as above.
+  bool grad_norm(uintptr_t stats, int64_t part, bool adaptive, double eta);
+
+  // For kernels that are started in Python: what an update, or a perturbation, compares; and what a norm does. The
+  // addresses of the gradients as bytes, while the gradients are held until `release`; None if anything is not as it
+  // was. First gradients are not compared. And what follows the kernels, each in one call.
+  py::object match(bool updating, bool restores) { return collect(updating, restores, false) ? held() : py::none(); }
+  py::object match_norm() { return collect_for_norm() ? held() : py::none(); }
   void release();
   void clear_grads() { tensors().clear_grads(grad_handles_.data(), count()); }
   void bump_versions() { tensors().bump_versions(tensors_.data(), count()); }
@@ -82,6 +89,14 @@ class Plan {
   void clear();
 
  private:
+  // The parameters of one part of the norm.
+  struct Part {
+    std::vector<size_t> members;
+    Table table;
+    OpCache cache;
+  };
+  const Table& renewed(Part& part);  // its table, with the gradients of the last collection
+
   // Adds a tensor to tensors_ and layouts_.
   const TensorFacts& note(const py::handle& tensor);
   int64_t* copy(const int64_t* numbers, int count);
@@ -93,6 +108,9 @@ class Plan {
   // Reads and compares the gradients, and all other tensors of the call. No Python may run between this and the
   // kernels: another thread may drop a gradient.
   bool collect(bool updating, bool restores, bool mixing);
+  // The same of what a norm reads: parameters, masters, gradients.
+  bool collect_for_norm();
+  py::object held();  // holds the gradients that were collected, and returns their addresses
   bool same_parameters(const py::list& groups) const;
   // Whether every hyperparameter is the object it was at the last poll, and one that cannot change.
   bool same_hyperparams(const py::list& groups);
@@ -106,8 +124,9 @@ class Plan {
   // Of the steps of a row, once the counters were found in place.
   float& counter(size_t row) const { return *static_cast<float*>(layouts_[grad_strides_.size() + row].data); }
   void set_all_layouts(bool mixing);
-  // Cuts the table once every tensor has its layout.
+  // Cuts the table, and those of the parts, once every tensor has its layout.
   void cut();
+  void add_parts(const std::vector<int64_t>& parts);
   py::object first_grads_with(const AtenTensorHandle* handles);
   bool has_first_grads() const;
   // Frees those that nobody needs any more: a perturbation may have been abandoned without this plan.
@@ -115,8 +134,10 @@ class Plan {
   // Whether they are like the second ones, none of which was written over its first one. Puts them into the table.
   bool read_first_grads();
   void set_mixing(bool mixing);
+  // Runs kernels.
   template <class Run>
   void run(Run run);
+  void change_weights() { tensors().bump_versions(tensors_.data(), count()); }  // tells autograd
   void become(const py::dict& after);
 
   size_t row_count() const { return table_.tensors.empty() ? 0 : table_.tensors.back().row + 1; }
@@ -156,6 +177,8 @@ class Plan {
   bool first_grads_differ_ = false;  // in strides, from the second ones
   std::vector<std::array<View, kOperands>> views_;
   Table table_;
+  std::vector<Part> parts_;  // empty where the whole table is one
+  Table nothing_;            // of a part without parameters
   bool same_layout_ = true;  // false: tensors of a parameter differ in layout, which GPU kernels do not serve
 };
 

@@ -14,7 +14,6 @@ constexpr int64_t kBrief = 8 << 20;
 // drop them.
 template <class Run>
 void Plan::run(Run run) {
-  tensors().bump_versions(tensors_.data(), count());
   if (gpu_ || table_.bytes.back() < kBrief) {  // a launch is brief, and memory stays until the stream is done with it
     run();
     return;
@@ -45,7 +44,7 @@ static PyObject* name_of_first_grads() {
 }
 
 bool Plan::perturb(uintptr_t stats, std::vector<double> rho, bool adaptive, double eta, bool stochastic, uint64_t seed,
-                   uint64_t step, bool keep, const py::dict& after) {
+                   uint64_t step, bool keep, bool measured, const py::dict& after) {
   release_first_grads();
   if (!collect(false, false, false)) return false;
   if (rho.size() != row_count()) throw py::value_error("rho does not have a number for each row");
@@ -59,8 +58,9 @@ bool Plan::perturb(uintptr_t stats, std::vector<double> rho, bool adaptive, doub
   params.rhos = rho.data();
   py::object kept;
   if (keep) kept = first_grads_with(grad_handles_.data());
+  change_weights();
   run([&] {
-    ops_.grad_norm(table_, params, device_, op_cache_.get());
+    if (!measured) ops_.grad_norm(table_, params, device_, op_cache_.get());
     ops_.perturb(table_, params, device_, op_cache_.get());
   });
   become(after);
@@ -123,6 +123,7 @@ bool Plan::update(std::vector<double> rows, bool restores, bool mixing, double s
   params.restoring = restores;
   params.on_device.grad_scale = reinterpret_cast<const float*>(grad_scale);
   params.on_device.found_inf = reinterpret_cast<const float*>(found_inf);
+  change_weights();
   run([&] { ops_.update(table_, params, device_, op_cache_.get()); });
   for (size_t row = 0; row < counters(); ++row) counter(row) += 1;
   tensors().bump_versions(tensors_.data() + count(), static_cast<int64_t>(counters()));
@@ -143,7 +144,7 @@ bool Plan::restore(const py::dict& after) {
   cut();
   const bool served = same_layout_;
   if (served) {
-    tensors().bump_versions(tensors_.data(), count());
+    change_weights();
     ops_.restore(table_, OpParams{}, device_, nullptr);  // rare
     become(after);
     release_first_grads();
@@ -152,8 +153,21 @@ bool Plan::restore(const py::dict& after) {
   return served;
 }
 
-py::object Plan::match(bool updating, bool restores) {
-  if (!collect(updating, restores, false)) return py::none();
+bool Plan::grad_norm(uintptr_t stats, int64_t part, bool adaptive, double eta) {
+  if (part < 0) throw py::index_error("part is negative");
+  if (!collect_for_norm()) return false;
+  OpParams params;
+  params.adaptive = adaptive;
+  params.eta = eta;
+  params.stats = reinterpret_cast<double*>(stats);
+  const bool whole = parts_.empty() && part == 0, known = part < static_cast<int64_t>(parts_.size());
+  const Table& table = whole ? table_ : known ? renewed(parts_[part]) : nothing_;
+  void* const cache = whole ? op_cache_.get() : known ? parts_[part].cache.get() : nullptr;
+  run([&] { ops_.grad_norm(table, params, device_, cache); });
+  return true;
+}
+
+py::object Plan::held() {
   if (slots_ == nullptr) slots_.reset(tensors().make_slots(count()));
   tensors().fill_slots(slots_.get(), grad_handles_.data());
   py::bytes addresses(nullptr, static_cast<size_t>(count()) * sizeof(void*));

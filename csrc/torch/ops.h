@@ -93,9 +93,20 @@ void grad_norm(StableTensor stats, TensorList grads, TensorList params, bool ada
 }
 
 template <TargetOf target_of>
+void finish_norm(StableTensor stats, StableTensor squares) {
+  const char* op = "finish_norm";
+  const Target target = target_of(stats);
+  check_scalars(op, "stats", target.device, stats, ScalarType::Double, kStats);
+  check_scalars(op, "squares", target.device, squares, ScalarType::Double, 0);
+  STD_TORCH_CHECK(squares.dim() == 1, "rst_fused::", op, ": squares has ", squares.dim(), " dimensions, expected 1");
+  target.ops.finish_norm(static_cast<const double*>(squares.data_ptr()), squares.numel(),
+                         static_cast<double*>(stats.data_ptr()), target.index);
+}
+
+template <TargetOf target_of>
 void perturb_(TensorList params, TensorList grads, TensorList backups, TensorList masters, StableTensor stats,
               StableTensor rho, Sizes group_sizes, bool adaptive, double eta, bool stochastic, StableTensor rng,
-              int64_t first_index) {
+              int64_t first_index, Sizes shards) {
   const char* op = "perturb_";
   const Target target = target_of(stats);
   check_scalars(op, "stats", target.device, stats, ScalarType::Double, kStats);
@@ -105,6 +116,8 @@ void perturb_(TensorList params, TensorList grads, TensorList backups, TensorLis
                          {kMaster, "masters", masters, false}};
   Table table = build_chunk_table(op, target.device, params, lists, group_sizes);
   for (Tensor& tensor : table.tensors) tensor.index += first_index;
+  STD_TORCH_CHECK(set_shards(table, shards), "rst_fused::", op, ": shards has ", shards.size(),
+                  " numbers, expected none, or three numbers >= 0 for each of ", params.size(), " parameters");
   OpParams op_params;
   op_params.adaptive = adaptive;
   op_params.eta = eta;
@@ -185,6 +198,7 @@ void update(const StepArgs& args) {
 template <TargetOf target_of>
 void register_ops(torch::stable::detail::StableLibrary& library) {
   library.impl("grad_norm", TORCH_BOX((&grad_norm<target_of>)));
+  library.impl("finish_norm", TORCH_BOX((&finish_norm<target_of>)));
   library.impl("perturb_", TORCH_BOX((&perturb_<target_of>)));
   library.impl("restore_", TORCH_BOX((&restore_<target_of>)));
 #define RST_IMPL_STEP(Rule, name) library.impl(kRuleInfos[k##Rule].op, &step<k##Rule, &update<target_of>>);

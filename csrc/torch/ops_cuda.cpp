@@ -82,6 +82,9 @@ void on_stream(const Table& table, const OpParams& params, int32_t device, void*
 void restore(const Table& table, const OpParams& params, int32_t device, void*) {
   cuda::restore(table, params, launcher_for(device));
 }
+void finish_norm(const double* squares, int64_t count, double* stats, int32_t device) {
+  cuda::finish_norm(squares, count, stats, launcher_for(device));
+}
 
 }  // namespace
 
@@ -97,6 +100,7 @@ const CoreOps& cuda_ops() {
                            on_stream<cuda::perturb>,
                            restore,
                            on_stream<cuda::update>,
+                           finish_norm,
                            []() -> void* { return new Cache; },
                            [](void* cache) { delete static_cast<Cache*>(cache); }};
   return ops;

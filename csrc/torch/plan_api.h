@@ -71,6 +71,7 @@ using SeenGrad = bool(void* context, int64_t index, void* data, const TensorFact
 using Op = void(const Table& table, const OpParams& params, int32_t device, void* cache);
 struct CoreOps {
   Op *grad_norm, *perturb, *restore, *update;
+  void (*finish_norm)(const double* squares, int64_t count, double* stats, int32_t device);
   void* (*make_cache)();  // null where there is nothing to keep
   void (*release_cache)(void* cache);
 };

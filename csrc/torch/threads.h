@@ -22,6 +22,12 @@ void on_threads(const Table& table, const OpParams& params, int32_t, void*) {
 }
 
 constexpr CoreOps kCpuOps{
-    on_threads<grad_norm>, on_threads<perturb>, on_threads<restore>, on_threads<update>, nullptr, nullptr};
+    on_threads<grad_norm>,
+    on_threads<perturb>,
+    on_threads<restore>,
+    on_threads<update>,
+    [](const double* squares, int64_t count, double* stats, int32_t) { finish_norm(squares, count, stats); },
+    nullptr,
+    nullptr};
 
 }  // namespace rst

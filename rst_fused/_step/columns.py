@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rst_fused._checks import SIXTEEN_BIT
 from rst_fused._step.base import StepOptimizer
 from rst_fused._step.devices import DeviceState, device_of
 from rst_fused._step.rules import Flags, Group
-from rst_fused._step.sharding import local, waited
+from rst_fused._step.sharding import describe, local, positions_of, waited
 from rst_fused._step.validation import has_master, is_usable
 
 
@@ -82,11 +83,25 @@ def readable(p: Tensor) -> Tensor:
     return g.resolve_conj().resolve_neg() if p.is_complex() else g
 
 
+def shards_of(opt: StepOptimizer, params: list[Tensor]) -> list[int]:
+    """Where the elements on this rank are in the whole parameters, whose random bits a stochastic rounding takes."""
+    if not opt._sharding.dtensors or not opt.stochastic_rounding:
+        return []
+    found = [positions_of(p) if p.dtype in SIXTEEN_BIT else (0, 0, 0) for p in params]
+    if None in found:
+        p = params[found.index(None)]
+        raise RuntimeError(
+            f"stochastic rounding of a parameter that is {describe(p)}: its random bits are known where besides the "
+            "first dimension no more than one is sharded; pass stochastic_rounding=False"
+        )
+    return [number for numbers in found if numbers is not None for number in numbers]
+
+
 def init_group(
     opt: StepOptimizer, group: Group, updating: bool, masters_only: bool, device: str | None,
     params: list[Tensor], grads: list[Tensor], backups: list[Tensor], state0: list[Tensor], state1: list[Tensor],
     state2: list[Tensor], masters: list[Tensor], steps: list[Tensor], sizes: list[int], is_first_step: list[bool],
-    parts: list[int],
+    parts: list[int], shards: list[int],
 ) -> None:  # fmt: skip
     """Appends what the ops need for this group's parameters that have a gradient, one row per step count.
 
@@ -126,6 +141,7 @@ def init_group(
         is_first_step.append(new)
         params += members
         parts += [opt._sharding.part_of(p) for p in members]
+        shards += [] if updating else shards_of(opt, members)
         grads += [readable(p) for p in members]
         if masters_only:
             masters += [state["master"] for state in kept]
@@ -147,10 +163,10 @@ class Columns:
     """
 
     def __init__(self) -> None:
-        self.lists: list[list[Any]] = [[] for _ in range(11)]  # what init_group fills, in its order
+        self.lists: list[list[Any]] = [[] for _ in range(12)]  # what init_group fills, in its order
         (
             self.params, self.grads, self.backups, self.state0, self.state1, self.state2, self.masters, self.steps,
-            self.sizes, self.is_first_step, self.parts,
+            self.sizes, self.is_first_step, self.parts, self.shards,
         ) = self.lists  # fmt: skip
         self.rows: list[tuple[Group, bool]] = []  # the group of each row, and whether it is a first step
 

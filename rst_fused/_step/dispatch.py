@@ -61,9 +61,10 @@ def perturb(opt: StepOptimizer) -> None:
         after: dict[str, Any] = {"saved": saved}
         if state.mixing:
             after["first_grads"] = {**state.first_grads, **dict(zip(c.params, c.grads, strict=True))}
-        arguments = (
+        arguments: tuple[Any, ...] = (
             locals_of(c.params), locals_of(c.grads), [] if c.masters else c.backups, locals_of(c.masters),
             device.stats, rho, c.sizes, opt.adaptive, opt.eta, opt.stochastic_rounding, device.rng, first_index,
+            c.shards,
         )  # fmt: skip
         _perturb_and_note(opt, device.backend.ops.perturb_, arguments, c.params, after)
         first_index += len(c.params)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rst_fused import reference
+from rst_fused._schemas import STATS
 from rst_fused._step.base import StepOptimizer
 from rst_fused._step.devices import DeviceState
 from rst_fused._step.sharding import locals_of
@@ -45,8 +45,10 @@ def needs_finish(opt: StepOptimizer) -> bool:
 def finish(opt: StepOptimizer) -> None:
     """From the norms of all parts to that of the whole: ||g|| = sqrt(sum of their squares), over devices and ranks. One
     that is not finite anywhere is so everywhere. Copies numbers between devices, and waits for none."""
-    home, sharding = opt._devices[0].stats, opt._sharding
-    squares = torch.stack([d.part_stats[:, 0].square().to(home.device) for d in opt._devices]).sum(0)
-    reference.finish_norm(home, sharding.add_over_ranks(squares).sum().sqrt())
+    home, column = opt._devices[0], STATS.index("squared_norm")
+    squares = opt._devices[0].part_stats[:, column]
     for device in opt._devices[1:]:
-        device.stats.copy_(home)
+        squares = squares + device.part_stats[:, column].to(home.device)
+    home.backend.ops.finish_norm(home.stats, opt._sharding.add_over_ranks(squares.contiguous()))
+    for device in opt._devices[1:]:
+        device.stats.copy_(home.stats)

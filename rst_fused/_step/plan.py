@@ -8,6 +8,7 @@ rst_fused._step.dispatch.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +18,12 @@ from torch._C import _len_torch_dispatch_stack
 
 from rst_fused._backends import can_plan, new_plan
 from rst_fused._checks import PLAIN
-from rst_fused._step import columns, validation
+from rst_fused._step import columns, norm, validation
 from rst_fused._step.amp import Scaling
 from rst_fused._step.base import StepOptimizer
 from rst_fused._step.rules import Flags
+from rst_fused._step.sharding import local, locals_of
+from rst_fused._step.shards import Shards
 
 _FLOATS = {float}
 
@@ -50,6 +53,7 @@ class PlanCache:
         self._updates = False  # whether it knows the state that an update needs
         self._stats: Any = 0  # where a plan in C++ is given the address
         self._columns = columns.Columns()
+        self._shards: Shards | None = None  # where parameters are DTensors
         self._cached = _HyperparamCache()
 
     # --- the three phases: whether they were served ----------------------------------------------------------------
@@ -57,6 +61,15 @@ class PlanCache:
         """Norm and perturbation."""
         if not self._saved or not self._is_current(opt):
             return False
+        if self._shards is None:
+            return self._perturb(opt)
+        with self._shards.lent() as lent:
+            if not lent or not self._perturb(opt):
+                return False
+            self._shards.drop_grads()
+            return True
+
+    def _perturb(self, opt: StepOptimizer) -> bool:
         cached, state = self._cached, opt._step_state
         if cached.rho is None:
             validation.check_rho(opt)
@@ -64,10 +77,25 @@ class PlanCache:
             cached.rho = _floats([row[0] for row in columns.rho_rows(self._columns)])
             if cached.rho is None:
                 return False
-        return self._plan.perturb(
+        measured = norm.needs_finish(opt)
+        if measured and not self._grad_norm(opt):
+            return False
+        served = self._plan.perturb(
             self._stats, cached.rho, opt.adaptive, opt.eta, opt.stochastic_rounding, opt.seed, state.steps,
-            state.mixing, self._after_perturb,
+            state.mixing, measured, self._after_perturb,
         )  # fmt: skip
+        if measured and not served:  # another executor would ask the other ranks for a second norm
+            raise RuntimeError("a parameter or a gradient was replaced while perturb() ran: step from one thread alone")
+        return served
+
+    def _grad_norm(self, opt: StepOptimizer) -> bool:
+        """The norm over all parts, with the other ranks, where there is something to add up."""
+        stats = opt._devices[0].part_stats
+        rows = list(stats) if opt.backend.plans == "triton" else [row.data_ptr() for row in stats]
+        if not all([self._plan.grad_norm(row, part, opt.adaptive, opt.eta) for part, row in enumerate(rows)]):
+            return False
+        norm.finish(opt)
+        return True
 
     def update(self, opt: StepOptimizer, scaling: Scaling, after: dict[str, Any]) -> bool:
         """Restore, mixing and base step; the step state becomes ``after`` in the same call."""
@@ -87,11 +115,16 @@ class PlanCache:
             if found is None:
                 return False
             cached.rows = gamma, found
-        return self._plan.update(cached.rows[1], restores, mixing, *numbers, after)
+        if self._shards is None:
+            return self._plan.update(cached.rows[1], restores, mixing, *numbers, after)
+        with self._shards.lent() as lent:
+            return lent and self._plan.update(cached.rows[1], restores, mixing, *numbers, after)
 
     def restore(self, opt: StepOptimizer, after: dict[str, Any]) -> bool:
         """Undoes a perturbation; the step state becomes ``after`` in the same call."""
         if self._plan is None or not self._saved or opt._step_state.saved is not self._saved:
+            return False
+        if self._shards is not None and not self._shards.are_current():
             return False
         return self._plan.restore(after)
 
@@ -117,7 +150,7 @@ class PlanCache:
             self._cached.checked = True
 
     def drop(self) -> None:
-        self._plan, self._saved, self._updates = None, {}, False
+        self._plan, self._saved, self._updates, self._shards = None, {}, False, None
 
     def renew(self, opt: StepOptimizer, for_update: bool) -> bool:
         """Makes a new plan, if one can serve the present tensors, all of which were validated. ``for_update``: then it
@@ -144,23 +177,26 @@ class PlanCache:
         backups = [columns.backup_of(opt, p) if backed and not columns.has_master(opt, p) else None for p in c.params]
         kept = [m if b is None else b for m, b in zip(masters, backups, strict=True)]
         saved = {p: w for p, w in zip(c.params, kept, strict=True) if w is not None}
-        companions = [*masters, *backups, *c.steps, *(t for column in c.states for t in column)]
-        if not all(t is None or type(t) in PLAIN for t in companions):
+        companions = [t for t in (*masters, *backups, *c.steps, *(t for s in c.states for t in s)) if t is not None]
+        if not all(type(t) in PLAIN for t in locals_of(companions)):
             return False
         if state.saved and {p: id(w) for p, w in saved.items()} != {p: id(w) for p, w in state.saved.items()}:
             return False  # some parameters have only one of both gradients
         if state.mixing and len(saved) < len(c.params):
             return False  # some have no first one
         flags = _flags_of(opt)  # which agree among the groups
-        plan = new_plan(
-            opt.backend.plans, groups=list(opt.param_groups), everything=params, active=c.params,
-            idle=[p for p in params if p.grad is None], sizes=c.sizes, masters=masters, states=c.states,
-            backups=backups, steps=c.steps, row_groups=[id(group) for group, _ in c.rows],
-            rule=0 if rule is None else rule.index, option=flags[0].option if flags else False,
-            maximize=flags[0].maximize if flags else False,
-            state={} if rule is None else opt.state,  # that of an optimizer instance is its own affair
-            step_state=state,
-        )  # fmt: skip
+        shards = Shards(c.params, companions) if opt._sharding.dtensors else None
+        with nullcontext(True) if shards is None else shards.lent() as lent:
+            plan = None if not lent else new_plan(
+                opt.backend.plans, groups=list(opt.param_groups), everything=params, active=locals_of(c.params),
+                idle=[p for p in params if p.grad is None], sizes=c.sizes,
+                masters=[m if m is None else local(m) for m in masters], states=[locals_of(s) for s in c.states],
+                backups=backups, steps=c.steps, row_groups=[id(group) for group, _ in c.rows],
+                rule=0 if rule is None else rule.index, option=flags[0].option if flags else False,
+                maximize=flags[0].maximize if flags else False,
+                state={} if rule is None else opt.state,  # that of an optimizer instance is its own affair
+                step_state=state, parts=c.parts, shards=columns.shards_of(opt, c.params),
+            )  # fmt: skip
         if plan is None:
             return False
         c.grads.clear()  # a kept gradient would be memory that zero_grad cannot free
@@ -169,7 +205,7 @@ class PlanCache:
             state.take_first_grads()
             state.saved = saved  # before the first gradients, which go by its order
             if state.mixing:
-                state.first_grads = plan.first_grads_of(state.first_grads)
+                state.first_grads = plan.first_grads_of({local(p): local(g) for p, g in state.first_grads.items()})
         self._columns, self._flags = c, flags
         self._state, self._state_size = opt.state, len(opt.state)
         stats = opt._devices[0].stats
@@ -177,6 +213,7 @@ class PlanCache:
         self._updates = updating and rule is not None
         self._saved = saved if backed else {}
         self._after_perturb = {"saved": self._saved}
+        self._shards = shards
         self._plan = plan  # last: an interrupt before leaves no plan, rather than one beside notes of another
         return True
 
@@ -194,7 +231,8 @@ def _serves(opt: StepOptimizer) -> bool:
         and can_plan(opt.backend.plans)
         and _len_torch_dispatch_stack() == 0
         and len(columns.partition(opt)) == 1
-        and all(type(p) in PLAIN and not p.is_complex() for group in opt.param_groups for p in group["params"])
+        and all(type(local(p)) in PLAIN and not p.is_complex() for group in opt.param_groups for p in group["params"])
+        and (not opt._sharding.dtensors or Shards.can_read())
         and not any(group.get("capturable") for group in opt.param_groups)
         and not (opt.rule is not None and any(opt.rule.splits_first_step(group) for group in opt.param_groups))
     )

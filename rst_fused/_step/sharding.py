@@ -171,14 +171,14 @@ def _is(a: Any, b: Any) -> bool:
 
 
 def positions_of(p: Any) -> tuple[int, int, int] | None:
-    """(offset, run, stride): element i of the local tensor, in the order of its strides, is element
-    ``offset + (i // run) * stride + i % run`` of the whole one. None where no such numbers are.
+    """(offset, run, stride), as rst_fused._schemas has them: where elements of the local tensor are in the whole one.
+    None where no such numbers are.
 
     Dimensions are taken from the outermost to the innermost. Behind the last one that is cut all are whole, so its
     elements are in runs; and runs follow one another regularly if no other but the outermost dimension is cut.
     """
     if not is_dtensor(p):
-        return 0, p.numel(), p.numel()
+        return 0, 0, 0
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     shape, offsets = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
@@ -192,9 +192,9 @@ def positions_of(p: Any) -> tuple[int, int, int] | None:
         offset += offsets[order[d]] * step
         step *= whole[d]
     cut = [d for d in range(len(order)) if sizes[d] != whole[d]]
-    if not cut:
-        return 0, p.numel(), p.numel()
-    last = cut[-1]
+    last = cut[-1] if cut else 0
+    if last == 0:
+        return offset, 0, 0
     if any(d not in (0, last) for d in cut):
         return None
     inner = 1

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rst_fused._checks import as_flag, as_integer, check_number
+from rst_fused._schemas import STATS
 from rst_fused._step.base import StepOptimizer
 from rst_fused._step.columns import has_master
 from rst_fused._step.rules import RULES, check_current
@@ -51,8 +52,9 @@ def take_counters(opt: StepOptimizer) -> StepState:
     state = StepState(counters.get("rst_steps", 0), counters.get("rst_sam_steps", 0))
     for device in opt._devices:
         device.rng.copy_(torch.tensor([opt.seed, state.steps], dtype=torch.int64, device="cpu"))
-        stats = [math.nan, 0, 0, counters.get("rst_non_finite_norms", 0), 0]
-        device.stats.copy_(torch.tensor(stats, dtype=torch.float64, device="cpu"))
+        stats = {"norm": math.nan, "non_finite_count": counters.get("rst_non_finite_norms", 0)}
+        numbers = [stats.get(name, 0.0) for name in STATS]
+        device.stats.copy_(torch.tensor(numbers, dtype=torch.float64, device="cpu"))
     return state
 
 

@@ -55,7 +55,8 @@ def test_loops_of_a_disassembly() -> None:
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("rst_grad_norm_bfloat16", 2), ("rst_grad_norm_float16_adaptive_master", 6), ("rst_perturb_float32", 16),
+        ("rst_finish_norm_float64", 8), ("rst_grad_norm_bfloat16", 2), ("rst_grad_norm_float16_adaptive_master", 6),
+        ("rst_perturb_float32", 16), ("rst_perturb_bfloat16_master_shard", 8),
         ("rst_perturb_bfloat16_master", 8), ("rst_restore_16_bits", 4), ("rst_restore_bfloat16_master", 6),
         ("rst_mix_float64", 24), ("rst_sgd_step_float32", 12), ("rst_sgd_step_float32_momentum_mixing", 24),
         ("rst_sgd_step_bfloat16_master_momentum", 20), ("rst_adam_step_float32_amsgrad", 36),

@@ -136,7 +136,7 @@ def test_updates_within_two_ulp_of_the_cpu_kernels(dtype: torch.dtype, backend: 
     for device, name in (("cuda", backend), ("cpu", "auto")):
         p, g, g2 = (gradients(parameters(dtype, device), seed) for seed in range(3))  # type: ignore[arg-type]
         backups, m = [t.clone() for t in p], [torch.zeros_like(t) for t in p]
-        stats = torch.tensor([2.0, 0.5, 0, 0, 0], dtype=F64, device=device)
+        stats = torch.tensor([2.0, 0.5, 0, 0, 0, 4.0], dtype=F64, device=device)
         ops.perturb_(p, g, backups, stats, rho=0.1, seed=1, step=2, backend=name)
         moved = [t.clone() for t in p]
         ops.restore_sgd_step_(

@@ -52,7 +52,15 @@ FAULTS = [
     ("halves change places", "cuda/pack.cuh", '"f"(high), "f"(low)', '"f"(low), "f"(high)', "sgd_step"),
     ("climbs down", "math/sam_math.h", "return fma(scale, g, w); }", "return fma(-scale, g, w); }", "perturb"),
     ("no backup", "cuda/perturb.cuh", "if constexpr (!Master) store<access>(copy, i, in.w);", "", "perturb"),
-    ("neighbours share random bits", "cuda/perturb.cuh", ": bits >> 16;", ": bits;", "perturb"),
+    ("neighbours share random bits", "cuda/perturb.cuh", ": bits[k - 1] >> 16;", ": bits[k - 1];", "perturb"),
+    ("shards thought even", "cuda/perturb.cuh", "first % 2 != 0 || ", "", "perturb"),
+    ("runs thought endless", "cuda/perturb.cuh", " || shard.together(piece.begin) < piece.count", "", "perturb"),
+    ("runs that follow one another", "cuda/perturb.cuh", "shard.stride - shard.run", "0 * shard.run", "perturb"),
+    ("a run too long", "cuda/perturb.cuh", "if (--left == 0)", "if (left-- == 0)", "perturb"),
+    ("key of the first block", "cuda/perturb.cuh", "if (position >> 32 != block)", "if (false)", "perturb"),
+    ("one block for all", "math/shard.h", "in_run < in_block ? in_run : in_block", "in_run", "perturb"),
+    ("stride forgotten", "math/shard.h", "static_cast<uint64_t>(stride)", "static_cast<uint64_t>(run)", "perturb"),
+    ("one part for all", "core/params.h", "sum += squares[i]", "sum = squares[i]", "grad_norm"),
     ("momentum forgotten", "cuda/update.cuh", "store<access>(state[s], i, narrow_all<S>(kept[s]));", "", "sgd_step"),
     ("largest second moment forgotten", "math/rules/adam.h", "maximum(state[2], v)", "v", "adam_step"),
     ("beta1 for beta2", "math/rules/lion.h", "fma(one_minus_beta2, g - m", "fma(one_minus_beta1, g - m", "lion_step"),
@@ -65,6 +73,10 @@ FAULTS = [
 ]  # fmt: skip
 SIZES = (7, 20_001, 3, *[5] * 9)
 GROUPS: dict[str, Any] = {"group_sizes": [1] * len(SIZES)}
+# One run, at an even and at an odd place, and across a multiple of 2^32; runs of odd, even and any lengths.
+SHARDS = [
+    (4, 0, 0), (5, 0, 0), (2**32 - 1000, 0, 0), (2**32 - 999, 0, 0), (2, 35, 71), (6, 4096, 10_000), (0, 3, 2**30),
+]  # fmt: skip
 RATES = [0.1 * (i + 1) for i in range(len(SIZES))]
 # Elements of these dtypes, so many after a multiple of 16 bytes.
 PLACES = ((torch.float32, 0), (BF16, 0), (torch.float32, 1), (BF16, 1), (BF16, 2))
@@ -74,9 +86,10 @@ UPDATES = {"sgd_step": ("Sgd", 1, "_momentum"), "adam_step": ("Adam", 3, "_amsgr
 
 def norms(g: list[Tensor], backend: str) -> list[Tensor]:
     """Of ordinary gradients, twice, since the ticket must be back for the second call; of some whose squares fp32 holds
-    neither in one direction nor in the other; and of zeros."""
-    stats = torch.zeros(5, dtype=F64)
-    return [
+    neither in one direction nor in the other; and of zeros. Before these the norm over parts."""
+    stats = torch.zeros(6, dtype=F64)
+    parts = ops.finish_norm(torch.tensor([4.0, 9.0, 3.0], dtype=F64), backend=backend)[0]
+    return [parts] + [
         ops.grad_norm([(t.float() * scale).to(t) for t in g], stats=stats, backend=backend)[0].clone()
         for scale in (1, 2, 1e-25, 1e25, 0)
     ]
@@ -97,8 +110,12 @@ def run_op(op: str, backend: str) -> list[Tensor]:
         if op == "grad_norm":
             written += norms(g, backend)
         elif op == "perturb":
-            stats = torch.tensor([1.0, 1.0, 0, 0, 0], dtype=F64)
+            stats = torch.tensor([1.0, 1.0, 0, 0, 0, 1.0], dtype=F64)
             ops.perturb_(p, g, b, stats, rho=RATES, backend=backend, **GROUPS)
+            if dtype == BF16:
+                for shard in SHARDS:
+                    written.append(p[1].clone())
+                    ops.perturb_(p, g, b, stats, rho=RATES, shards=[shard] * len(p), backend=backend, **GROUPS)
         elif op == "restore":
             ops.restore_(p, b, backend=backend)
         elif op == "sgd_step":

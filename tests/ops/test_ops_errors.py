@@ -24,9 +24,11 @@ SGD, ADAM, LION = ((f"{rule}_step_", f"restore_{rule}_step_") for rule in ("sgd"
 STEPS = (*SGD, *ADAM, *LION)
 RESTORING_STEPS = tuple(op for op in STEPS if op.startswith("restore_"))
 RESTORING = ("restore_", *RESTORING_STEPS)
-WITH_PARAMS = tuple(op for op in OPS if op != "grad_norm")
+WITH_PARAMS = tuple(op for op in OPS if "params" in OPS[op].lists)
 WITH_GRADS = tuple(op for op in OPS if "grads" in OPS[op].lists)
 WITH_GROUPS = tuple(op for op in OPS if "group_sizes" in OPS[op].arguments)
+
+FINISH = ("finish_norm",)
 
 Change = Callable[[Sample], Any]
 
@@ -208,10 +210,24 @@ ERRORS = [
             ("first_grads", RESTORING, ("grads", "first_grads")),
         )
     ),
+    Wrong("squares_float32", FINISH, option(squares=torch.zeros(2)), r"squares is \(2,\) torch.float32: expected"),
+    Wrong("squares_gaps", FINISH, option(squares=torch.zeros(4).double()[::2]), r"squares is \(2,\) torch.float64"),
+    Wrong("squares_table", FINISH, option(squares=torch.zeros(1, 1).double()), r"squares is \(1, 1\) torch.float64"),
+    Wrong("squares_list", FINISH, option(squares=[1.0]), "squares is list: expected a tensor", TypeError),
+    Wrong("stats_elsewhere", FINISH, option(stats=torch.zeros(6, device="meta")), "stats is on meta, expected cpu"),
+    *(
+        Wrong(f"shards_{what}", ("perturb_",), option(shards=value), match, error)
+        for what, value, match, error in (
+            ("few", [(0, 0, 0)], "shards=.*expected .offset, run, stride. for each of 2 parameters", ValueError),
+            ("short", [(0, 0), (0, 0)], "shards=.*expected .offset, run, stride. for each of 2", ValueError),
+            ("negative", [(0, 0, 0), (0, -1, 0)], r"shards\[1\]=-1: expected an integer", ValueError),
+            ("fraction", [(0.5, 0, 0), (0, 0, 0)], r"shards\[0\]=0.5: expected an integer", ValueError),
+        )
+    ),
     Wrong("backend", ALL, option(), r"backend='gpu': expected 'auto' or one of \['cuda', 'cpu', 'triton', 'reference'"),
-    Wrong("stats_short", ("grad_norm", "perturb_"), option(stats=torch.zeros(3, dtype=torch.float64)), "stats",
+    Wrong("stats_short", ("grad_norm", "perturb_", *FINISH), option(stats=torch.zeros(5, dtype=torch.float64)), "stats",
           RuntimeError),
-    Wrong("stats_float32", ("grad_norm", "perturb_"), option(stats=torch.zeros(4)), "stats", RuntimeError),
+    Wrong("stats_float32", ("grad_norm", "perturb_", *FINISH), option(stats=torch.zeros(6)), "stats", RuntimeError),
     Wrong("found_inf_integer", STEPS, option(found_inf=torch.zeros(1, dtype=torch.int64)), "found_inf", RuntimeError),
     Wrong("grad_scale_float64", STEPS, option(grad_scale=torch.ones(1).double()), "grad_scale", RuntimeError),
 ]  # fmt: skip
@@ -264,7 +280,7 @@ def test_right_sample_and_expanded_outputs(op: str, name: str, backend: str, dev
 def test_tensors_without_addresses_are_not_taken_for_one() -> None:
     """Meta tensors, and those that torch.func wraps."""
     meta = [[torch.ones(3, device="meta")] for _ in range(3)]
-    stats = torch.zeros(5, dtype=torch.float64, device="meta")
+    stats = torch.zeros(6, dtype=torch.float64, device="meta")
     ops.perturb_(*meta, stats, rho=0.1, backend="reference")
 
     def step(w: Tensor, g: Tensor) -> Tensor:
@@ -294,7 +310,7 @@ def test_calls_without_tensors() -> None:
     """A backend for GPUs has nothing to refuse then; an unknown or missing one is an error all the same."""
     triton = next(b for b in _backends.backends() if b.name == "triton")
     if triton.available:
-        assert ops.grad_norm([], backend="triton").tolist() == [0] * 5
+        assert ops.grad_norm([], backend="triton").tolist() == [0] * 6
         ops.sgd_step_([], [], lr=0.1, backend="triton")
     with pytest.raises(ValueError, match="backend='gpu': expected 'auto' or one of"):
         ops.grad_norm([], backend="gpu")
@@ -308,8 +324,9 @@ def test_cpu_backend_refuses_other_devices() -> None:
 
 # --- the registered ops themselves ----------------------------------------------------------------------------------
 W, H, B = (lambda: [torch.ones(3), torch.ones(2)]), torch.bfloat16, (lambda: [torch.ones(3), torch.ones(3)])
-D5, D6, D1, STATS = (torch.zeros(n, dtype=torch.float64) for n in (5, 6, 1, 5))
+D5, D6, D1, STATS = (torch.zeros(n, dtype=torch.float64) for n in (5, 6, 1, 6))
 RNG = torch.zeros(2, dtype=torch.int64)
+RANDOM: tuple[Any, ...] = (True, RNG, 0, [])  # the last arguments of perturb_
 AMP: tuple[Any, ...] = (None, None)
 RESTORE: tuple[Any, ...] = (W(), W(), [], [])  # neither backups nor first gradients
 RAW: list[tuple[str, tuple[Any, ...], str]] = [
@@ -319,14 +336,21 @@ RAW: list[tuple[str, tuple[Any, ...], str]] = [
     ("grad_norm", (STATS, W(), [], True, 0.0), "params has 0 entries, expected 2"),
     ("grad_norm", (STATS, W(), B(), True, 0.0), r"params\[1\] does not have the shape"),
     ("grad_norm", (STATS, [torch.ones(3, dtype=torch.int32)], [], False, 0.0), "has dtype"),
-    ("perturb_", (W(), W()[:1], W(), [], STATS, D1, [2], False, 0.0, True, RNG, 0), "grads has 1 entries, expected 2"),
-    ("perturb_", (W(), W(), [], [], STATS, D1, [2], False, 0.0, True, RNG, 0), "backups has 0 entries"),
-    ("perturb_", (W(), B(), W(), [], STATS, D1, [2], False, 0.0, True, RNG, 0), r"grads\[1\] does not have the shape"),
-    ("perturb_", (W(), W(), W(), [], STATS, D1, [1, 1], False, 0.0, True, RNG, 0), "rho has 1 elements, expected at"),
-    ("perturb_", (W(), W(), W(), [], STATS, D1, [3], False, 0.0, True, RNG, 0), "group_sizes sum to 3"),
-    ("perturb_", (W(), W(), W(), [], STATS, D5, [3, -1], False, 0.0, True, RNG, 0), "group_sizes holds -1"),
-    ("perturb_", (W(), W(), W(), [], STATS, D1, [2], False, 0.0, True, RNG[:1], 0), "rng has 1 elements"),
-    ("perturb_", (W(), W(), [], W(), STATS, D1, [2], False, 0.0, True, RNG, 0), "masters go with bfloat16 and float16"),
+    ("perturb_", (W(), W()[:1], W(), [], STATS, D1, [2], False, 0.0, *RANDOM), "grads has 1 entries, expected 2"),
+    ("perturb_", (W(), W(), [], [], STATS, D1, [2], False, 0.0, *RANDOM), "backups has 0 entries"),
+    ("perturb_", (W(), B(), W(), [], STATS, D1, [2], False, 0.0, *RANDOM), r"grads\[1\] does not have the shape"),
+    ("perturb_", (W(), W(), W(), [], STATS, D1, [1, 1], False, 0.0, *RANDOM), "rho has 1 elements, expected at"),
+    ("perturb_", (W(), W(), W(), [], STATS, D1, [3], False, 0.0, *RANDOM), "group_sizes sum to 3"),
+    ("perturb_", (W(), W(), W(), [], STATS, D5, [3, -1], False, 0.0, *RANDOM), "group_sizes holds -1"),
+    ("perturb_", (W(), W(), W(), [], STATS, D1, [2], False, 0.0, True, RNG[:1], 0, []), "rng has 1 elements"),
+    ("perturb_", (W(), W(), [], W(), STATS, D1, [2], False, 0.0, *RANDOM), "masters go with bfloat16 and float16"),
+    ("perturb_", (W(), W(), W(), [], STATS[:5], D1, [2], False, 0.0, *RANDOM), "stats has 5 elements"),
+    ("perturb_", (W(), W(), W(), [], STATS, D1, [2], False, 0.0, True, RNG, 0, [0] * 5), "shards has 5 numbers, expec"),
+    ("perturb_", (W(), W(), W(), [], STATS, D1, [2], False, 0.0, True, RNG, 0, [0, 1, -1] * 2), "shards has 6 numbers"),
+    ("finish_norm", (STATS[:5], D1), "stats has 5 elements"),
+    ("finish_norm", (STATS, D1.float()), "squares must be a contiguous tensor of dtype"),
+    ("finish_norm", (STATS, D6[::2]), "squares must be a contiguous tensor of dtype"),
+    ("finish_norm", (STATS, D6.view(2, 3)), "squares has 2 dimensions, expected 1"),
     ("restore_", (W(), W()[:1], [], [], [], D1, [2]), "backups has 1 entries"),
     ("restore_", (W(), B(), [], [], [], D1, [2]), r"backups\[1\] does not have the shape"),
     ("restore_", (W(), W(), [], [], W(), D1, [2]), "grads has 0 entries"),

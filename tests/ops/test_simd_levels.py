@@ -144,7 +144,8 @@ def cache_bytes() -> int:
 # Op, lists, dtype, numbers, and the least number of streams that the op moves.
 _BUFFER, _MOMENTS = ("momentum_buffers",), ("exp_avgs", "exp_avg_sqs")
 # Random bits depend on the position within the tensor, so pieces can only be rounded to nearest.
-_DIRECT = {"stats": torch.tensor([1.0, 1.0, 0, 0, 0], dtype=torch.float64), "rho": 10.0, "stochastic_rounding": False}
+_STATS = torch.tensor([1.0, 1.0, 0, 0, 0, 1.0], dtype=torch.float64)
+_DIRECT = {"stats": _STATS, "rho": 10.0, "stochastic_rounding": False}
 _MOMENTUM = {"lr": 0.1, "momentum": 0.9}
 STREAMED: list[tuple[str, tuple[str, ...], torch.dtype, dict[str, Any], int]] = [
     ("perturb_", ("backups",), torch.float32, _DIRECT, 4),

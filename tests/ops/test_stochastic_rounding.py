@@ -25,7 +25,7 @@ FORMATS = {torch.bfloat16: (8, -133, 16), torch.float16: (11, -24, 13)}
 def rounded(x: Tensor, dtype: torch.dtype, backend: str, **options: Any) -> Tensor:
     """float32 ``x`` as perturb_ rounds it: the master copy is x and e is -0.0, so that nothing else is rounded."""
     p, zero = torch.zeros_like(x, dtype=dtype), torch.full_like(x, -0.0, dtype=dtype)
-    stats = torch.tensor([1.0, 1.0, 0.0, 0.0, 0.0], dtype=torch.float64, device=x.device)
+    stats = torch.tensor([1.0, 1.0, 0.0, 0.0, 0.0, 1.0], dtype=torch.float64, device=x.device)
     ops.perturb_([p], [zero], None, stats, rho=1.0, masters=[x], backend=backend, **options)
     return p
 
@@ -123,12 +123,13 @@ def random_bits(seed: int, step: int, tensor: int, elements: np.ndarray) -> np.n
         x = (x ^ (x >> 13)) * 0xC2B2AE35 & 0xFFFFFFFF
         return x ^ (x >> 16)
 
-    key = 0
-    for word in (seed, step, tensor, 0):
+    elements = elements.astype(np.uint64)
+    key = np.zeros_like(elements)
+    for word in (seed, step, tensor, elements >> 32):
         for part in (word & 0xFFFFFFFF, word >> 32):
             key = (mixed(key ^ part) + 0x9E3779B9) & 0xFFFFFFFF
-    pairs = elements.astype(np.uint64) // np.uint64(2)
-    both = mixed((pairs * np.uint64(0x9E3779B9) & np.uint64(0xFFFFFFFF)) ^ np.uint64(key))
+    pairs = (elements & 0xFFFFFFFF) // 2
+    both = mixed((pairs * 0x9E3779B9 & 0xFFFFFFFF) ^ key)
     return np.where(elements % 2 == 1, both >> np.uint64(16), both & np.uint64(0xFFFF))
 
 
@@ -139,14 +140,40 @@ def random_bits(seed: int, step: int, tensor: int, elements: np.ndarray) -> np.n
 )
 def test_known_bits(seed: int, step: int, index: int, dtype: torch.dtype, backend: str, device: str) -> None:
     """Recorded runs depend on these bits: they may never change, nor differ between backends."""
+    x = normal_values(dtype)
+    expected = rounded_with(random_bits(seed, step, index, np.arange(len(x))), x, dtype).to(device)
+    result = rounded(x.to(device), dtype, backend, seed=seed, step=step, first_index=index)
+    assert op_db.same_bits(result, expected)
+
+
+def normal_values(dtype: torch.dtype) -> Tensor:
     x = values(dtype, 5000)
-    x = x[(x.abs() >= torch.finfo(dtype).smallest_normal) & (x.abs() <= torch.finfo(dtype).max)]
+    return x[(x.abs() >= torch.finfo(dtype).smallest_normal) & (x.abs() <= torch.finfo(dtype).max)]
+
+
+def rounded_with(random: np.ndarray, x: Tensor, dtype: torch.dtype) -> Tensor:
     cut = FORMATS[dtype][2]
     pattern = x.numpy().view(np.uint32).astype(np.uint64)
-    added = pattern + (random_bits(seed, step, index, np.arange(len(x))) & np.uint64(2**cut - 1))
-    expected = (added >> np.uint64(cut) << np.uint64(cut)).astype(np.uint32).view(np.float32)
-    result = rounded(x.to(device), dtype, backend, seed=seed, step=step, first_index=index)
-    assert op_db.same_bits(result, torch.from_numpy(expected).to(device).to(dtype))
+    added = pattern + (random & np.uint64(2**cut - 1))
+    return torch.from_numpy((added >> np.uint64(cut) << np.uint64(cut)).astype(np.uint32).view(np.float32)).to(dtype)
+
+
+@on_backends
+@of_halves
+@pytest.mark.parametrize(
+    "shard",
+    [(0, 0, 0), (5, 0, 0), (2**32 - 700, 0, 0), (2**32 - 701, 0, 0), (2**40 + 3, 0, 0), (4, 64, 128), (7, 63, 129),
+     (2**32 - 99, 1, 2), (2, 3, 2**31 - 1), (6, 1000, 2**32 - 1500), (2**62, 2048, 2**32)],
+    ids=str,
+)  # fmt: skip
+def test_known_bits_of_shards(shard: tuple[int, int, int], dtype: torch.dtype, backend: str, device: str) -> None:
+    """Element i is rounded as that at its position in the whole tensor, across the blocks of 2^32 that share a key."""
+    x, (offset, run, stride) = normal_values(dtype), shard
+    positions = [offset + (i // run * stride + i % run if run else i) for i in range(len(x))]
+    expected = rounded_with(random_bits(9, 8, 7, np.array(positions, dtype=np.uint64)), x, dtype).to(device)
+    assert op_db.same_bits(
+        rounded(x.to(device), dtype, backend, seed=9, step=8, first_index=7, shards=[shard]), expected
+    )
 
 
 def test_first_bits() -> None:
@@ -193,7 +220,7 @@ def test_bits_follow_memory(
     flat = rounded(x, dtype, backend, seed=9)
     p = torch.zeros(840, dtype=dtype, device=device).as_strided(place.size, place.stride)
     g = torch.zeros((8, 3, 5, 7), dtype=dtype, device=device) if turn_gradient else torch.zeros_like(p)
-    stats = torch.tensor([1.0, 1.0, 0.0, 0.0, 0.0], dtype=torch.float64, device=device)
+    stats = torch.tensor([1.0, 1.0, 0.0, 0.0, 0.0, 1.0], dtype=torch.float64, device=device)
     masters = [x.as_strided(place.size, place.stride)]
     ops.perturb_([p], [g], None, stats, rho=1.0, masters=masters, seed=9, backend=backend)
     assert op_db.same_bits(op_db.whole(p), flat)

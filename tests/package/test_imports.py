@@ -35,7 +35,7 @@ LAYERS = (
 # The same within rst_fused._step: the step above its two executors, these above what they read.
 STEP_LAYERS = (
     ("__init__", "rules", "state", "devices", "sharding", "hooks", "outside_of_graphs"),
-    ("base",),
+    ("base", "shards"),
     ("amp", "validation", "norm", "copies"),
     ("columns",),
     ("plan", "dispatch", "state_dict"),

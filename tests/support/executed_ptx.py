@@ -109,7 +109,7 @@ def starter(kernel: Any, device: torch.device, constants: dict[str, Any], warps:
         loaded, shared = module(kernel, tuple(sorted(constants.items())), warps)
         (name,) = loaded.names()
         parameters = len(loaded.info(name)["params"])
-        summing = kernel.__name__ in ("grad_norm_kernel", "finish_kernel")
+        summing = kernel.__name__ in ("grad_norm_kernel", "finish_kernel", "finish_norm_kernel")
         writable = ("partials", "stats") if summing else ()
         own = [
             (arg, label in writable)

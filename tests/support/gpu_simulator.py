@@ -23,17 +23,18 @@ import pytest
 import torch
 
 from rst_fused import _backends
-from rst_fused._schemas import ADAM_HYPER, LION_HYPER, SCHEMAS, SGD_HYPER
+from rst_fused._schemas import ADAM_HYPER, LION_HYPER, SCHEMAS, SGD_HYPER, STATS
 
 ROOT = Path(__file__).parents[2]
 NAMESPACE = "rst_fused_gpu"  # the GPU ops, for tensors of any device: see csrc/torch/ops_cuda.cpp
 VARIABLE = "RST_FUSED_PTXSIM"
 ROWS, ARGUMENT_BYTES, THREADS = 64, 32764, 512  # csrc/cuda/args.h
+STATS_BYTES = 8 * len(STATS)
 SIZES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2, "16": 2, "32": 4, "64": 8}
 # Operands of each kernel, in order: r read, w written, s state (fp32 beside a master), c copy (the backup or master).
 # Those of an update are followed by its states.
 OPERANDS = {
-    "grad_norm": ("r", "rs"), "perturb": ("w", "r", "c"), "restore": ("w", "rs"), "mix": ("w", "r"),
+    "grad_norm": ("r", "rs"), "finish_norm": (), "perturb": ("w", "r", "c"), "restore": ("w", "rs"), "mix": ("w", "r"),
     "sgd_step": ("w", "r", "ws", "r"), "adam_step": ("w", "r", "ws", "r"), "lion_step": ("w", "r", "ws", "r"),
 }  # fmt: skip
 STATES = {"momentum": 1, "adam": 2, "amsgrad": 1, "lion": 1}  # by the words in the name of an update
@@ -61,6 +62,14 @@ def missing() -> str | None:
 needed = pytest.mark.skipif(missing() is not None, reason=f"GPU kernels cannot be simulated: {missing()}")
 
 
+class FinishArgs(ctypes.Structure):
+    _fields_ = [("squares", ctypes.c_void_p), ("count", ctypes.c_int64), ("stats", ctypes.c_void_p)]
+
+
+class Shard(ctypes.Structure):
+    _fields_ = [("offset", ctypes.c_int64), ("run", ctypes.c_int64), ("stride", ctypes.c_int64)]
+
+
 class LaunchParams(ctypes.Structure):
     _fields_ = [
         ("device_hyperparams", ctypes.c_void_p), ("device_steps", ctypes.c_void_p), ("rng", ctypes.c_void_p),
@@ -86,14 +95,18 @@ def operands_of(kernel: str) -> tuple[str, ...]:
 @cache
 def args_type(kernel: str) -> Any:
     """struct Args of csrc/cuda/args.h, as this kernel takes it."""
+    if op_of(kernel) == "finish_norm":
+        return FinishArgs
     operands, row_bytes = len(operands_of(kernel)), ROW_BYTES.get(op_of(kernel), 1)
-    n = (ARGUMENT_BYTES - ctypes.sizeof(LaunchParams) - ROWS * row_bytes - 16) // (8 + 8 * operands + 10)
+    more = [("shard", Shard)] if kernel.endswith("_shard") else []
+    of_tensor = 8 + 8 * operands + 10 + sum(ctypes.sizeof(kind) for _, kind in more)
+    n = (ARGUMENT_BYTES - ctypes.sizeof(LaunchParams) - ROWS * row_bytes - 16) // of_tensor
 
     class Args(ctypes.Structure):
         _fields_ = [
             ("params", LaunchParams), ("rows", ctypes.c_uint8 * row_bytes * ROWS), ("numel", ctypes.c_int64 * n),
             ("data", (ctypes.c_uint64 * n) * operands), ("first_chunk", ctypes.c_int32 * (n + 1)),
-            ("index", ctypes.c_int32 * n), ("row", ctypes.c_uint16 * n),
+            ("index", ctypes.c_int32 * n), ("row", ctypes.c_uint16 * n), *((name, kind * n) for name, kind in more),
         ]  # fmt: skip
 
     return Args
@@ -154,6 +167,8 @@ class Simulator:
     def _memory(kernel: str, args: Any) -> list[tuple[np.ndarray, bool]]:
         """Every byte that the launch may touch, and whether it may write there."""
         op, operands = op_of(kernel), operands_of(kernel)
+        if op == "finish_norm":
+            return [(_bytes_at(args.squares, 8 * args.count), False), (_bytes_at(args.stats, STATS_BYTES), True)]
         size = next(SIZES[part] for part in kernel.removeprefix(f"rst_{op}_").split("_") if part in SIZES)
         master = "master" in kernel
         params = args.params
@@ -173,14 +188,17 @@ class Simulator:
         allow(params.device_hyperparams, rows * COLUMNS.get(op, 1) * 8, False)
         allow(params.device_steps, rows * 8, False)
         allow(params.rng, 16, False)
-        allow(params.stats, 40, op == "grad_norm")
+        allow(params.stats, STATS_BYTES, op == "grad_norm")
         allow(params.partials, params.all_partials * 8, True)
         allow(params.grad_scale, 4, False)
         allow(params.found_inf, 4, False)
-        return [
-            (np.ctypeslib.as_array((ctypes.c_uint8 * length).from_address(address)), written)
-            for address, (length, written) in found.items()
-        ]
+        return [(_bytes_at(address, length), written) for address, (length, written) in found.items()]
+
+
+def _bytes_at(address: int | None, length: int) -> np.ndarray:
+    if not address:
+        return np.empty(0, np.uint8)
+    return np.ctypeslib.as_array((ctypes.c_uint8 * length).from_address(address))
 
 
 _libraries: list[torch.library.Library] = []

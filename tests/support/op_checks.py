@@ -15,6 +15,13 @@ CASES = [
 ]  # fmt: skip
 
 
+def check_stats(stats: Tensor, norm: float, error: float, count: int = 0) -> None:
+    """``error``: of the norm, relatively. Its square may be off by twice that."""
+    *expected, square = oracle.stats_of(norm, count)
+    assert stats[:-1].tolist() == pytest.approx(expected, rel=error, abs=0)
+    assert float(stats[-1]) == pytest.approx(square, rel=2 * error, abs=0)
+
+
 def check_lists(op: op_db.OpInfo, before: Sample, after: Sample, expected: oracle.Results, stochastic: bool) -> None:
     """Written lists hold what is expected, and between their elements nothing changed; all others are untouched."""
     for name, tensors in after.lists.items():

@@ -152,10 +152,12 @@ class Spec:
     layout: str = "small"
     lists: tuple[str, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
+    only: str = ""  # a kind of tensors, where there are no others
 
     def kinds(self) -> list[str]:
         """Masters go with 16-bit dtypes alone."""
-        return [k for k in KINDS if k in ("bfloat16", "float16", "mixed") or "masters" not in self.lists]
+        halves = ("bfloat16", "float16", "mixed")
+        return [self.only] if self.only else [k for k in KINDS if k in halves or "masters" not in self.lists]
 
 
 def build(op: OpInfo, spec: Spec, kind: str, device: str = "cpu") -> Sample:
@@ -170,7 +172,7 @@ def build(op: OpInfo, spec: Spec, kind: str, device: str = "cpu") -> Sample:
             for i, place in enumerate(LAYOUTS[spec.layout](name))
         ]
     options = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in {**op.options, **spec.options}.items()}
-    lead = next(iter(lists.values()))
+    lead = next(iter(lists.values()), [])
     if any(isinstance(value, list) for value in options.values()):
         options["group_sizes"] = [len(lead) // 3, 0, len(lead) - len(lead) // 3]
     if op.name == "perturb_":
@@ -195,6 +197,7 @@ class OpInfo:
     options: dict[str, Any] = field(default_factory=dict)
     oracle: Callable[..., oracle.Results] | None = None  # None: the result is not in the lists
     restores: bool = False  # reads backups or masters and never the parameters
+    norm: Callable[..., float] | None = None  # of an op whose result is the stats of this norm
 
     @property
     def arguments(self) -> tuple[str, ...]:
@@ -322,6 +325,14 @@ _GRAD_NORM = (
     Spec("asam", lists=("params",), options={"adaptive": True}),
     Spec("params_unused", lists=("params",)),
 )
+_SQUARES = torch.tensor([0.1, 1e-3, 7.0, 2e5, 0.3], dtype=torch.float64)
+_FINISH_NORM = tuple(
+    Spec(name, options={"squares": torch.tensor(squares, dtype=torch.float64)}, only="float64")
+    for name, squares in {
+        "one": [4.0], "none": [], "zeros": [0.0, 0.0], "several": _SQUARES.tolist(), "infinite": [1.0, math.inf],
+        "many": [1 / (k + 1) for k in range(1000)], "tiny": [1e-300, 3e-300], "huge": [1e300, 1e-300],
+    }.items()
+)  # fmt: skip
 _RESTORE = (
     *_everywhere(),
     Spec("masters", "sizes", _MASTERS),
@@ -341,7 +352,8 @@ _LR, _STEP = {"lr": 0.1}, {"lr": 0.01, "step": 5}
 OPS = {
     op.name: op
     for op in (
-        OpInfo("grad_norm", ("grads",), (), _GRAD_NORM),
+        OpInfo("grad_norm", ("grads",), (), _GRAD_NORM, norm=oracle.grad_norm),
+        OpInfo("finish_norm", (), (), _FINISH_NORM, {"squares": _SQUARES}, norm=oracle.finish_norm),
         OpInfo("perturb_", ("params", "grads", "backups"), _MOVED, _PERTURB, {"rho": 0.1}, oracle.perturb_),
         OpInfo("restore_", ("params", "backups"), ("params", "grads"), _RESTORE, {}, oracle.restore_, True),
         OpInfo("sgd_step_", _SGD_LISTS, _SGD_WRITTEN, _SGD, _LR, oracle.sgd_step_),

@@ -59,11 +59,16 @@ def grad_norm(grads: Any, params: Any = None, adaptive: bool = False, eta: float
     return math.sqrt(sum(np.sum(t, dtype=np.longdouble) for t in terms))
 
 
+def finish_norm(squares: Any) -> float:
+    """The norm over parts, from the squares of theirs."""
+    return math.sqrt(math.fsum(squares.tolist()))
+
+
 def stats_of(norm: float, count: int = 0) -> list[float]:
-    """[norm, inverse, non_finite, count, ticket], where ``count`` calls were not finite before."""
+    """[norm, inverse, non_finite, count, ticket, squared_norm], where ``count`` calls were not finite before."""
     finite = math.isfinite(norm)
     inverse = 1 / (norm + NORM_EPS) if finite and norm > 0 else 0.0
-    return [norm, inverse, float(not finite), float(count + (not finite)), 0.0]
+    return [norm, inverse, float(not finite), float(count + (not finite)), 0.0, norm * norm]
 
 
 def perturb_(

@@ -23,7 +23,7 @@ from triton.compiler import ASTSource
 
 import rst_fused  # noqa: F401  (makes rst_fused.kernels importable in a checkout)
 from rst_fused.kernels import adam_step, lion_step, sgd_step
-from rst_fused.kernels.grad_norm import SUMS, finish_kernel, grad_norm_kernel
+from rst_fused.kernels.grad_norm import SUMS, finish_kernel, finish_norm_kernel, grad_norm_kernel
 from rst_fused.kernels.launch_config import BUILT_IN, WIDE_STATE
 from rst_fused.kernels.launcher import OPTIONS
 from rst_fused.kernels.perturb import perturb_kernel
@@ -37,8 +37,8 @@ TARGETS = {
 }
 ARGUMENTS = {
     "table": "*i64", "tensors": "i32", "partials": "*fp64", "first": "i32", "count": "i32", "stats": "*fp64",
-    "rho": "*fp64", "eta": "*fp64", "rng": "*i64", "gammas": "*fp64", "hyperparams": "*fp64", "maximize_sign": "i32",
-    "grad_scale": "*fp32", "found_inf": "*fp32",
+    "squares": "*fp64", "rho": "*fp64", "eta": "*fp64", "rng": "*i64", "gammas": "*fp64", "hyperparams": "*fp64",
+    "maximize_sign": "i32", "grad_scale": "*fp32", "found_inf": "*fp32",
 }  # fmt: skip
 
 
@@ -61,8 +61,10 @@ def _types(t: Any, state: Any = None, arithmetic: bool = True) -> dict[str, Any]
     return {"T": t, "STATE": state or t, **wide, "config": BUILT_IN}
 
 
-def _perturb(t: Any, state: Any = None, adaptive: bool = False, is_complex: bool = False) -> dict[str, Any]:
-    flags = {"ADAPTIVE": adaptive, "COMPLEX": is_complex, "STOCHASTIC": t in (BF16, F16)}
+def _perturb(
+    t: Any, state: Any = None, adaptive: bool = False, is_complex: bool = False, shards: bool = False
+) -> dict[str, Any]:
+    flags = {"ADAPTIVE": adaptive, "COMPLEX": is_complex, "STOCHASTIC": t in (BF16, F16), "SHARDS": shards}
     return _types(t, state) | flags
 
 
@@ -89,8 +91,11 @@ VARIANTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "grad_norm fp32": (grad_norm_kernel, _norm(F32)),
     "grad_norm asam complex64": (grad_norm_kernel, _norm(F32, True, True)),
     "grad_norm finish": (finish_kernel, {"SUMS": SUMS}),
+    "finish_norm": (finish_norm_kernel, {}),
     "perturb fp32": (perturb_kernel, _perturb(F32)),
     "perturb bf16": (perturb_kernel, _perturb(BF16)),
+    "perturb bf16 shards": (perturb_kernel, _perturb(BF16, shards=True)),
+    "perturb fp16 master shards": (perturb_kernel, _perturb(F16, F32, shards=True)),
     "perturb fp16 master": (perturb_kernel, _perturb(F16, F32)),
     "perturb asam complex64": (perturb_kernel, _perturb(F32, None, True, True)),
     "restore bf16 master": (restore_kernel, _types(BF16, F32) | {"MIXING": False}),

@@ -62,7 +62,7 @@ def sam_step(w: list[Any], g: list[Any], backups: list[Any], buffers: list[Any],
     triton = torch.ops.rst_fused_triton
     triton.grad_norm(numbers["stats"], g, [], False, 0.0)
     triton.perturb_(
-        w, g, backups, [], numbers["stats"], numbers["rho"], [len(w)], False, 0.0, True, numbers["rng"], 0
+        w, g, backups, [], numbers["stats"], numbers["rho"], [len(w)], False, 0.0, True, numbers["rng"], 0, []
     )
     triton.restore_sgd_step_(
         w, g, backups, [], buffers, [], numbers["hyper"], [len(w)], False, False, None, numbers["found_inf"]
@@ -80,7 +80,7 @@ def test_graph_replay_is_the_eager_step(warm: bool) -> None:
     w, g, backups, buffers = (fresh() for _ in range(4))
     kept = [t.clone() for t in (*w, *buffers)]
     numbers = {
-        "stats": torch.zeros(5, dtype=torch.float64), "rho": torch.tensor([0.1], dtype=torch.float64),
+        "stats": torch.zeros(6, dtype=torch.float64), "rho": torch.tensor([0.1], dtype=torch.float64),
         "rng": torch.tensor([3, 1]), "hyper": torch.tensor([[0.1, 0.9, 0.0, 0.01, 1.0]], dtype=torch.float64),
         "found_inf": torch.zeros(1),
     }  # fmt: skip
@@ -109,12 +109,12 @@ def test_graph_replay_is_the_eager_step(warm: bool) -> None:
 def test_no_host_sync() -> None:
     g = [torch.ones(1000, device="cuda")]
     ops.grad_norm(g, backend="triton")
-    rho, stats = torch.tensor([0.1], dtype=torch.float64), torch.zeros(5, dtype=torch.float64, device="cuda")
+    rho, stats = torch.tensor([0.1], dtype=torch.float64), torch.zeros(6, dtype=torch.float64, device="cuda")
     w, backups, rng = [torch.ones(1000, device="cuda")], [torch.ones(1000, device="cuda")], torch.tensor([0, 1])
     torch.cuda.set_sync_debug_mode("error")
     try:
         torch.ops.rst_fused_triton.grad_norm(stats, g, [], False, 0.0)
-        torch.ops.rst_fused_triton.perturb_(w, g, backups, [], stats, rho, [1], False, 0.0, True, rng, 0)
+        torch.ops.rst_fused_triton.perturb_(w, g, backups, [], stats, rho, [1], False, 0.0, True, rng, 0, [])
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert w[0].sum() > 1000

@@ -10,7 +10,8 @@ from triton_processes import FLOAT32, MISSING, TESTS, run_pytest
 
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 
-ERRORS = "wrong_argument and (perturb_ or grad_norm)"
+ERRORS = "wrong_argument and (perturb_ or _norm)"
+SHARDS = "test_shards and not long"
 # (file, formula, the same formula broken, a test that sees it)
 BROKEN = [
     ("sam_math.py", "tl.fma(scale, g, w)", "tl.fma(-scale, g, w)", "perturb_-negative_rho-float32-triton"),
@@ -20,13 +21,17 @@ BROKEN = [
     ("adam_step.py", "maximum(state[2], v)", "state[2]", "adam_step_-amsgrad_small-float32-triton"),
     ("lion_step.py", "sign(c), decay * w", "sign(c), w", "lion_step_-groups-float32-triton"),
     ("multi_tensor_apply.py", "offsets < count, 0.0", "offsets < count - 1, 0.0", "grad_norm-small-float32-triton"),
+    ("grad_norm.py", "sum += tl.load(squares + i)", "sum += tl.load(squares)", "finish_norm-several-float64-triton"),
+    ("sam_math.py", "element // run * stride", "element // run * run", "SHARDS[columns-False-False-bfloat16-triton]"),
+    ("perturb.py", "(first % 2 == 0) & ", "", "SHARDS[uneven rows-False-False-bfloat16-triton]"),
 ]
+SHARD_TEST = "tests/ops/test_shards.py::test_a_shard_is_a_slice_of_the_whole"
 
 
 def test_op_table_and_errors() -> None:
-    """In float32 only; all dtypes, and mixed ones, run from PTX."""
-    files = (TESTS / "ops/test_ops.py", TESTS / "ops/test_ops_errors.py")
-    done = run_pytest("interpreted", *files, "-k", f"triton and ({FLOAT32} or {ERRORS})")
+    """In float32 only, but for shards; all dtypes, and mixed ones, run from PTX."""
+    files = (TESTS / "ops/test_ops.py", TESTS / "ops/test_ops_errors.py", TESTS / "ops/test_shards.py")
+    done = run_pytest("interpreted", *files, "-k", f"triton and ({FLOAT32} or {ERRORS} or {SHARDS})")
     assert done.get("passed", 0) > 200 and set(done) == {"passed"}
 
 
@@ -46,6 +51,10 @@ def broken_copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_broken_formulas_are_caught(broken_copy: Path) -> None:
-    ids = [f"tests/ops/test_ops.py::test_against_oracle[{test}]" for *_, test in BROKEN]
+    oracle_test = "tests/ops/test_ops.py::test_against_oracle"
+    ids = [
+        f"{SHARD_TEST}{test.removeprefix('SHARDS')}" if test.startswith("SHARDS") else f"{oracle_test}[{test}]"
+        for *_, test in BROKEN
+    ]  # fmt: skip
     done = run_pytest("interpreted", *ids, folder=broken_copy)
     assert done == {"failed": len(BROKEN)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
-from triton_processes import MISSING, PURE_PYTHON, SIMULATOR, SUPPORT, run_pytest
+from triton_processes import MISSING, PURE_PYTHON, SIMULATOR, SUPPORT, TESTS, run_pytest
 
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 NO_SIMULATOR = None if os.environ.get(SIMULATOR) else f"{SIMULATOR} does not name the folder of a PTX interpreter"
@@ -21,5 +21,6 @@ NO_SIMULATOR = None if os.environ.get(SIMULATOR) else f"{SIMULATOR} does not nam
 )
 def test_plans(plugin: str, pure_python: str) -> None:
     checks = SUPPORT / "triton_plan_checks.py", SUPPORT / "triton_interrupt_checks.py"
-    done = run_pytest(plugin, *checks, **{PURE_PYTHON: pure_python})
-    assert done.get("passed", 0) > 80 and set(done) <= {"passed", "skipped"} and done.get("skipped", 0) <= 6
+    parts = TESTS / "optim/test_plan_parts.py"
+    done = run_pytest(plugin, *checks, parts, "-k", "triton", **{PURE_PYTHON: pure_python})
+    assert done.get("passed", 0) > 110 and set(done) <= {"passed", "skipped"} and done.get("skipped", 0) <= 6

@@ -14,6 +14,7 @@ from triton_processes import MISSING, MIXED, SIMULATOR, SUPPORT, TESTS, run_pyte
 NO_SIMULATOR = None if os.environ.get(SIMULATOR) else f"{SIMULATOR} does not name the folder of a PTX interpreter"
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 simulated = pytest.mark.skipif(NO_SIMULATOR is not None, reason=str(NO_SIMULATOR))
+NUMBERS_ALONE = ("grad_norm finish", "finish_norm")  # kernels that work on no parameters
 MOST_REGISTERS = 128  # with 128 threads, 4 programs and 64 KiB of loads are in flight on a multiprocessor
 MOST_SECONDS = 20.0  # per kernel; 0.2 to 0.7 on an idle machine
 
@@ -54,14 +55,14 @@ def test_every_architecture_compiles_without_spills(report: list[dict[str, Any]]
 
 
 def test_all_operands_have_16_byte_accesses(report: list[dict[str, Any]]) -> None:
-    rows = [row for row in report if row["kernel"] != "grad_norm finish"]
+    rows = [row for row in report if row["kernel"] not in NUMBERS_ALONE]
     assert [row for row in rows if 16 not in row["ld"]] == []
     assert [row for row in rows if 16 not in row["st"] and not row["kernel"].startswith("grad_norm")] == []
 
 
 def test_whole_blocks_on_amd_have_no_narrow_accesses(report: list[dict[str, Any]]) -> None:
     """Beside float32 masters the least is 4 numbers of 16 bits. On NVIDIA triton_checks counts the bytes."""
-    rows = [row for row in report if row["target"].startswith("gfx") and row["kernel"] != "grad_norm finish"]
+    rows = [row for row in report if row["target"].startswith("gfx") and row["kernel"] not in NUMBERS_ALONE]
     assert len({row["target"] for row in rows}) == 2
     kinds = [(row["kernel"], row["target"], row["buffer"]) for row in rows]
     assert [row for row in kinds if row[2] not in ([16], [8, 16] if "master mixing" in row[0] else [16])] == []
@@ -78,7 +79,7 @@ def test_compile_time(report: list[dict[str, Any]]) -> None:
 
 @simulated
 def test_op_table(cache: str) -> None:
-    files = (TESTS / "ops/test_ops.py", SUPPORT / "triton_checks.py", TESTS / "ops/test_stochastic_rounding.py")
-    chosen = f"triton and {MIXED} or triton_checks or agree_bit_for_bit"
-    done = run_pytest("executed_ptx", *files, "-k", chosen, TRITON_CACHE_DIR=cache)
-    assert done.get("passed", 0) > 300 and set(done) == {"passed"}
+    of_ops = (TESTS / f"ops/test_{name}.py" for name in ("ops", "stochastic_rounding", "shards"))
+    chosen = f"triton and ({MIXED} or test_shards or known_bits) or triton_checks or agree_bit_for_bit"
+    done = run_pytest("executed_ptx", *of_ops, SUPPORT / "triton_checks.py", "-k", chosen, TRITON_CACHE_DIR=cache)
+    assert done.get("passed", 0) > 400 and set(done) == {"passed"}
