@@ -232,7 +232,6 @@ def _serves(opt: StepOptimizer) -> bool:
         and _len_torch_dispatch_stack() == 0
         and len(columns.partition(opt)) == 1
         and all(type(local(p)) in PLAIN and not p.is_complex() for group in opt.param_groups for p in group["params"])
-        and (not opt._sharding.dtensors or Shards.can_read())
         and not any(group.get("capturable") for group in opt.param_groups)
         and not (opt.rule is not None and any(opt.rule.splits_first_step(group) for group in opt.param_groups))
     )

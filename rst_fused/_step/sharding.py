@@ -37,7 +37,7 @@ def waited(t: Tensor) -> Tensor:
 def local(t: Tensor) -> Tensor:
     """What kernels are given of a tensor: of a DTensor the part on this rank, any other one itself."""
     if is_dtensor(t):
-        t = t.to_local()  # type: ignore[attr-defined]
+        t = t._local_tensor  # type: ignore[attr-defined]  # of which to_local() would make a new view each time
     return waited(t)
 
 
@@ -182,7 +182,7 @@ def positions_of(p: Any) -> tuple[int, int, int] | None:
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     shape, offsets = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
-    mine = p.to_local()
+    mine = local(p)
     if mine.numel() == 0:
         return 0, 0, 0
     order = sorted(range(p.dim()), key=lambda d: -mine.stride(d) if mine.shape[d] > 1 else 0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from rst_fused._step.sharding import is_dtensor, settle_grad, waited
 
-# Reading these two attributes costs a tenth of what the methods do that give the same.
+# Reading attributes costs a tenth of what the methods do that give the same.
 _local_of, _spec_of = attrgetter("_local_tensor"), attrgetter("_spec")
 _grad_of = attrgetter("grad")
 _set_grad: Any = vars(torch._C.TensorBase)["grad"].__set__
@@ -35,11 +34,6 @@ class Shards:
         self._tensors = list(map(_local_of, self._dtensors))
         self._shards: list[Tensor] = self._tensors[: len(self._params)]
         self._specs: list[Any] = []  # of the gradients that were last seen to be sharded as their parameters
-
-    @staticmethod
-    def can_read() -> bool:
-        dtensor = vars(sys.modules["torch.distributed.tensor"].DTensor)
-        return "_local_tensor" in dtensor and "_spec" in dtensor
 
     def are_current(self) -> bool:
         """Whether every DTensor has the local tensor that the plan knows."""

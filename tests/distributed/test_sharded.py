@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import ranks
 import sharded
+from paths import needs_plans
 from sharded import RECIPES, alone, difference
 
 STEPS = 60
@@ -32,3 +33,15 @@ def test_trains_as_one_process(how: str, size: int, recipe: str):
         assert result["norm"] == pytest.approx(expected["norm"], rel=1e-5)
         assert difference(result["weights"], results[0]["weights"]) == 0  # no drift between ranks
         assert result["norm"] == results[0]["norm"]
+
+
+@needs_plans
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(("how", "size"), [("fsdp, some plain", 2), ("fsdp + tp", 4)])
+def test_plans_and_ops_agree(how: str, size: int, recipe: str):
+    planned = ranks.run(size, sharded.on_ranks, how, RECIPES[recipe], 12)
+    through_ops = ranks.run(size, sharded.on_ranks, how, RECIPES[recipe], 12, plans=False)
+    for a, b in zip(planned, through_ops, strict=True):
+        assert a["planned"] and not b["planned"]
+        assert difference(a["weights"], b["weights"]) == 0
+        assert a["norm"] == b["norm"] and a["sam_steps"] == b["sam_steps"]
