@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from rst_fused._backends import backend_for
 from rst_fused._checks import as_flag, as_integer, check_number, required_params
-from rst_fused._step import amp, columns, outside_of_graphs, step, validation
+from rst_fused._step import amp, columns, outside_of_graphs, placeholders, step, validation, without_draw
 from rst_fused._step import state_dict as saving
 from rst_fused._step.base import StepOptimizer
 from rst_fused._step.devices import DeviceState, device_of, device_states_for
@@ -103,7 +103,7 @@ class RST(StepOptimizer):
         self._devices: list[DeviceState] = []  # at least one; that of the first parameter leads
         self._constructed = False  # whether groups that are added are compared with those that are there
         if self.rule is not None:
-            super().__init__(required_params(params), {**self._hyper(hyper), "rho": rho})
+            super().__init__(required_params(params), {**self._hyper(hyper), "rho": rho, **saving.NO_COUNTERS})
             validation.check_apart(validation.tensors_of(self.param_groups), [])
         else:
             self._share(params, hyper, rho)
@@ -138,6 +138,7 @@ class RST(StepOptimizer):
         self.param_groups, self.state = self.base.param_groups, self.base.state
         for group in self.param_groups:
             group.setdefault("rho", self.defaults["rho"])
+            saving.reserve_counters(group)
 
     def _reset(self, step_state: StepState) -> None:
         """Nothing of a step under way is ever saved: neither backups nor launch plans."""
@@ -242,6 +243,8 @@ class RST(StepOptimizer):
         if closure is not None:
             self._refuse_while_perturbed("step(closure)")
             amp.check_closure(self)
+        elif without_draw.only_creates_state(self):
+            return None
         state = self._step_state
         if state.perturbed and state.captured != self.capturing:
             raise RuntimeError("perturb() and step() must both be inside the capture of a CUDA graph, or both outside")
@@ -347,6 +350,7 @@ class RST(StepOptimizer):
         for group, rho in zip(self.param_groups, rhos, strict=True):
             group.setdefault("rho", rho)
         self._reset(saving.take_counters(self))
+        placeholders.note_zeros(self)
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_while_perturbed("pickling or copying")
@@ -360,6 +364,7 @@ class RST(StepOptimizer):
             self._adopt()
             self._set_devices([])
             self._devices[0].stats.copy_(stats)
+            placeholders.note_zeros(self)
 
     def __repr__(self) -> str:
         base = self.rule.name if self.rule is not None else repr(self.base)
