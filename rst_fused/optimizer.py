@@ -15,7 +15,16 @@ from torch.optim import Optimizer
 
 from rst_fused._backends import backend_for
 from rst_fused._checks import as_flag, as_integer, check_number, required_params
-from rst_fused._step import amp, columns, outside_of_graphs, placeholders, step, validation, without_draw
+from rst_fused._step import (
+    amp,
+    columns,
+    earlier_gradients,
+    outside_of_graphs,
+    placeholders,
+    step,
+    validation,
+    without_draw,
+)
 from rst_fused._step import state_dict as saving
 from rst_fused._step.base import StepOptimizer
 from rst_fused._step.devices import DeviceState, device_of, device_states_for
@@ -269,8 +278,7 @@ class RST(StepOptimizer):
         state.become(state.after_step())
 
     def _passes(self, closure: Callable[[], Any]) -> Any:
-        with torch.enable_grad():
-            loss = closure()
+        loss = earlier_gradients.first_pass(self, closure)
         if self.perturb():
             with torch.enable_grad(), self.second_pass():
                 closure()

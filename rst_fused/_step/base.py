@@ -36,6 +36,7 @@ class StepOptimizer(Optimizer):
     _gamma: float | Callable[[int], float]
     _gamma_follows_schedule: bool  # it was given as "match"
     _warned_of_silent_step = False
+    _closure_covers_window = False  # see rst_fused._step.earlier_gradients
 
     def _init_group(self, group: Group, *args: Any) -> None:
         """Dynamo looks for this name; see rst_fused._step.columns.init_group."""

@@ -1,8 +1,8 @@
 """State that was created without a step: zeros where the first step is going to put its own.
 
-torch.distributed.checkpoint asks for such state, to know what to load. Most of it is what a first step would start from.
-What is not must be gone when that step is taken: SGD's momentum buffer, whose first step knows no dampening; master
-copies, since weights may be loaded alone; and everything of an optimizer instance. What was written or replaced
+torch.distributed.checkpoint asks for such state, to know what to load. Most of it is what a first step would start
+from. What is not must be gone when that step is taken: SGD's momentum buffer, whose first step knows no dampening;
+master copies, since weights may be loaded alone; and everything of an optimizer instance. What was written or replaced
 meanwhile (loaded, say) is state like any other.
 """
 

@@ -28,10 +28,10 @@ def only_creates_state(opt: StepOptimizer) -> bool:
     if not opt._warned_of_silent_step and opt.schedule(t) > 0:
         opt._warned_of_silent_step = True
         warnings.warn(
-            f"{type(opt).__name__}.step() without a closure and without perturb(): a base step, whatever p(t) is, which "
-            f"is {opt.schedule(t):.3g} at step {t}. For SAM steps write step(closure), or after the first backward: "
-            "if opt.perturb(): (with opt.second_pass(model): forward and backward again); opt.step(). Where a "
-            "framework calls step(), see rst_fused.integrations; perturb(fire=False) asks for a base step",
+            f"{type(opt).__name__}.step() without a closure and without perturb(): a base step, whatever p(t) is, "
+            f"which is {opt.schedule(t):.3g} at step {t}. For SAM steps write step(closure), or after the first "
+            "backward: if opt.perturb(): (with opt.second_pass(model): forward and backward again); opt.step(). Where "
+            "a framework calls step(), see rst_fused.integrations; perturb(fire=False) asks for a base step",
             RuntimeWarning,
             stacklevel=4,
         )

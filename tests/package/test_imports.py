@@ -36,7 +36,7 @@ LAYERS = (
 STEP_LAYERS = (
     ("__init__", "rules", "state", "devices", "hooks", "outside_of_graphs", "placeholders"),
     ("base", "norm"),
-    ("amp", "validation"),
+    ("amp", "validation", "earlier_gradients"),
     ("columns",),
     ("plan", "dispatch", "state_dict", "without_draw"),
     ("step",),
