@@ -1,8 +1,8 @@
 """Closures that add to gradients of before: of the micro-batches before the last one, say.
 
 A SAM step runs its closure twice and uses up the gradients in between: the second time such a closure would give those
-of the last micro-batch alone. So the first run watches one gradient that exists at its start: whether it is still there,
-and unchanged, when the first one arrives that autograd would add to it.
+of the last micro-batch alone. So the first run watches one gradient that exists at its start: whether it is still
+there, and unchanged, when the first one arrives that autograd would add to it.
 """
 
 from __future__ import annotations
