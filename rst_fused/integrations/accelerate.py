@@ -21,7 +21,7 @@ class RSTLoop:
     """The body of a training loop: ``loss = loop.step(batch)`` for every micro-batch.
 
     Arguments:
-        accelerator, model, optimizer: an Accelerator, and what its prepare() has returned, with an RST in the optimizer.
+        accelerator, model, optimizer: an Accelerator, and what its prepare() has made of a model and an RST.
         loss_of: (model, batch) -> loss of one micro-batch. Called again in a SAM step, over all micro-batches.
         max_grad_norm: the gradients of each pass are clipped to it. With a scaler (fp16) only those that are applied:
             the direction of the perturbation does not depend on it.
@@ -52,7 +52,7 @@ class RSTLoop:
     def step(self, batch: Any) -> Tensor:
         """Forward and backward of a micro-batch; with the last one of a window, the step. Returns the loss.
 
-        An exception brings the weights back, and the window starts anew with the next batch.
+        An exception brings the weights back and drops what the window has so far, gradients and micro-batches.
         """
         self._window.append(batch)
         try:
@@ -64,6 +64,7 @@ class RSTLoop:
         except BaseException:
             self._window = []
             self.rst.restore()
+            self.rst.zero_grad()
             raise
         return loss
 
@@ -73,17 +74,21 @@ class RSTLoop:
         return loss.detach()
 
     def _step(self) -> None:
-        clip_before_perturb(self.accelerator, self.rst, self.model, self.max_grad_norm)
+        if not self.rst.draw() or self.accelerator.scaler is None:
+            self._clip()
         if self.rst.perturb():
             with self.rst.second_pass(self.accelerator.unwrap_model(self.model)):
                 for batch in self._window[:-1]:
                     with self.accelerator.no_sync(self.model):
                         self._backward(batch)
                 self._backward(self._window[-1])
-            if self.max_grad_norm:
-                self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+            self._clip()
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+    def _clip(self) -> None:
+        if self.max_grad_norm:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
 
 
 def rst_in(optimizer: Any) -> RST | None:
@@ -107,9 +112,3 @@ def check_supported(accelerator: Any, rst: RST, max_grad_norm: float | None) -> 
             "which a scaler does once in a step, but gamma != 1 mixes the gradients of both passes; expected "
             "gamma=1, bf16, or no clipping"
         )
-
-
-def clip_before_perturb(accelerator: Any, rst: RST, model: Any, max_grad_norm: float | None) -> None:
-    """Clips the gradients of the first pass, unless a scaler would unscale them and then not those of the second."""
-    if max_grad_norm and (accelerator.scaler is None or not rst.draw()):
-        accelerator.clip_grad_norm_(model.parameters(), max_grad_norm)

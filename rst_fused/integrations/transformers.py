@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from rst_fused.integrations.accelerate import check_supported, clip_before_perturb, rst_in
+from rst_fused.integrations.accelerate import check_supported, rst_in
 
 
 class RSTMixin:
@@ -46,7 +46,8 @@ class RSTMixin:
             if not accelerator.sync_gradients:
                 return loss
             self._rst_window = None
-            clip_before_perturb(accelerator, rst, model, max_grad_norm)
+            if rst.draw() and max_grad_norm and accelerator.scaler is None:  # what is applied the Trainer clips itself
+                accelerator.clip_grad_norm_(model.parameters(), max_grad_norm)
             if rst.perturb():
                 with rst.second_pass(accelerator.unwrap_model(model)):
                     for batch in window[:-1]:

@@ -157,8 +157,8 @@ def test_a_closure_over_the_last_micro_batch_is_refused():
 
 
 def test_a_closure_without_accumulation_works_as_it_is():
-    accelerator, model, optimizer, data = prepared()
-    other, opt = plain()
+    accelerator, (model, _), other, opt = Accelerator(cpu=True), make(), *plain()
+    model, optimizer, data = accelerator.prepare(model, RST(model.parameters(), **OPTIONS, model=model), loader())
     for x in data:
 
         def closure(x: torch.Tensor = x) -> torch.Tensor:
@@ -167,7 +167,6 @@ def test_a_closure_without_accumulation_works_as_it_is():
             accelerator.backward(loss)
             return loss
 
-        optimizer.optimizer._model = model
         optimizer.step(closure)
     assert optimizer.optimizer.sam_steps == opt.sam_steps
     assert bits(list(model.parameters())) == bits(list(other.parameters()))
@@ -188,6 +187,7 @@ def test_an_exception_in_the_second_pass_brings_the_weights_back():
     with pytest.raises(KeyError, match="not today"):
         train(loop, data)
     assert bits(list(model.parameters())) == before and loop.rst.steps == 0 and loop._window == []
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_a_scheduler_steps_once_a_window():

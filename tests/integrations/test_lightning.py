@@ -237,24 +237,28 @@ def test_a_checkpoint_continues_the_draws(tmp_path, kind, per_step):
     assert_same(second, resumed, whole, rst_of(trainer))
 
 
-def _on_a_rank(kind: str, per_step: int, gamma: float) -> Any:
-    import torch.distributed as dist
+def _on_a_rank(cases: list[tuple[str, int, float]]) -> list[Any]:
+    rank, found = torch.distributed.get_rank(), []
+    for kind, per_step, gamma in cases:
+        model = (Mixed if kind == "mixed" else Plain)(gamma=gamma)
+        trainer = fit(
+            model, devices=2, strategy=DDPStrategy(process_group_backend="gloo"), data=batches()[rank::2],
+            accumulate_grad_batches=per_step, use_distributed_sampler=False,
+        )  # fmt: skip
+        mine = rst_of(trainer)
+        found.append((bits([*model.parameters()]), mine.steps, mine.sam_steps, list(model.parameters())))
+    return found
 
-    rank, data = dist.get_rank(), batches()
-    model = (Mixed if kind == "mixed" else Plain)(gamma=gamma)
-    trainer = fit(
-        model, devices=2, strategy=DDPStrategy(process_group_backend="gloo"), data=data[rank::2],
-        accumulate_grad_batches=per_step, use_distributed_sampler=False,
-    )  # fmt: skip
-    mine = rst_of(trainer)
-    return bits([*model.parameters()]), mine.steps, mine.sam_steps, model
+
+def test_two_processes_are_one_with_the_mean_of_their_gradients():
+    cases = [("plain", 1, 1.0), ("mixed", 3, 2.0)]
+    first, second = ranks.run(2, _on_a_rank, cases)
+    for case, mine, theirs in zip(cases, first, second, strict=True):
+        assert mine[:3] == theirs[:3]
+        check_against_one_process(*case[1:], *mine[1:])
 
 
-@pytest.mark.parametrize(("kind", "per_step", "gamma"), [("plain", 1, 1.0), ("mixed", 3, 2.0)])
-def test_two_processes_are_one_with_the_mean_of_their_gradients(kind, per_step, gamma):
-    found = ranks.run(2, _on_a_rank, kind, per_step, gamma)
-    assert found[0][:3] == found[1][:3]
-    _, steps, sam_steps, model = found[0]
+def check_against_one_process(per_step: int, gamma: float, steps: int, sam_steps: int, params: Any) -> None:
     replicas = [Plain(gamma=gamma), Plain(gamma=gamma)]
     replicas[1] = copy.deepcopy(replicas[0])
     opt = RST(replicas[0].parameters(), **replicas[0].options)
@@ -276,6 +280,6 @@ def test_two_processes_are_one_with_the_mean_of_their_gradients(kind, per_step, 
         if opt.perturb():
             one_pass(range(start, start + per_step))
         opt.step()
-    assert (steps, sam_steps) == (opt.steps, opt.sam_steps) and 0 < sam_steps
-    for p, q in zip(model.parameters(), replicas[0].parameters(), strict=True):
+    assert (steps, sam_steps) == (opt.steps, opt.sam_steps) and sam_steps > 0
+    for p, q in zip(params, replicas[0].parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)  # sums over ranks in another order
