@@ -124,6 +124,20 @@ def test_every_parameter_with_a_gradient_gets_state(name):
         }
 
 
+@pytest.mark.parametrize("name", ["amsgrad", "instance of AdamW"])
+def test_an_optimizer_that_was_loaded_loads_the_flattened_form_again(name):
+    options = FORMS["flattened"]
+    model, opt = make(name)
+    train(model, opt, range(5))
+    opt.load_state_dict(opt.state_dict())
+    saved, weights = deepcopy(get_optimizer_state_dict(model, opt, options=options)), deepcopy(model.state_dict())
+    sam_steps = opt.sam_steps
+    train(model, opt, range(5, 9))
+    model.load_state_dict(weights)
+    set_optimizer_state_dict(model, opt, saved, options=options)
+    assert (opt.steps, opt.sam_steps) == (5, sam_steps)
+
+
 def test_stateless_sgd_resumes_too():
     for options in (FORMS["nested"], FORMS["flattened"]):  # torch asks for a tensor in the full form
         model, opt = make("sgd")
