@@ -249,12 +249,12 @@ class RST(StepOptimizer):
         after a perturb() that returned True. An exception, an interrupt too, leaves weights, state and counters all as
         before the update or all as after it.
         """
+        state = self._step_state
         if closure is not None:
             self._refuse_while_perturbed("step(closure)")
             amp.check_closure(self)
-        elif without_draw.only_creates_state(self):
+        elif not state.perturbed and without_draw.only_creates_state(self):
             return None
-        state = self._step_state
         if state.perturbed and state.captured != self.capturing:
             raise RuntimeError("perturb() and step() must both be inside the capture of a CUDA graph, or both outside")
         try:  # around everything: an interrupt may strike anywhere

@@ -15,10 +15,13 @@ from rst_fused._step.columns import init_state
 
 
 def only_creates_state(opt: StepOptimizer) -> bool:
-    """Whether this step() was one that only creates state: it is done then. Warns of a silent base step."""
+    """Whether this step(), of weights that are not perturbed, was one that only creates state: it is done then.
+
+    Warns of a silent base step.
+    """
     state = opt._step_state
     t = state.steps + state.finished
-    if state.drawn_at == t or state.perturbed or opt.capturing or _len_torch_dispatch_stack() > 0:
+    if state.drawn_at == t or opt.capturing or _len_torch_dispatch_stack() > 0:
         return False
     if _asks_for_state(opt):
         _create_state(opt)

@@ -160,6 +160,13 @@ def test_masters_follow_weights_that_are_loaded_alone():
     assert seen(model, opt) == seen(other, fresh)
 
 
+def test_a_learning_rate_that_is_a_tensor():
+    model = torch.nn.Linear(3, 2)
+    opt = RST(model.parameters(), "adamw", lr=torch.tensor(0.1))
+    get_optimizer_state_dict(model, opt)
+    assert opt.steps == 0 and float(opt.param_groups[0]["lr"]) == pytest.approx(0.1)
+
+
 def test_a_step_count_starts_at_0():
     for name in ("adamw", "instance of AdamW"):
         model, opt = make(name)

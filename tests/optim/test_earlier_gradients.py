@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 
 import pytest
+import ranks
 import torch
 from oracle_optimizer import bits
 from paths import observed
@@ -224,3 +225,32 @@ def test_a_covered_closure_may_add():
     assert runs == [1, 1] and bits(list(model.parameters())) == bits(list(other.parameters()))
     with pytest.raises(RuntimeError, match="adds to gradients"):
         opt.step(closure)
+
+
+def _of_sharded_gradients() -> dict[str, bool]:
+    from torch.distributed.fsdp import fully_shard
+
+    model = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Linear(5, 3))
+    fully_shard(model)
+
+    def watched(zero, backward=True) -> bool:
+        p = next(model.parameters())
+        watch = earlier_gradients.Watch(p, p.grad)
+        zero()
+        if backward:
+            model(torch.ones(4, 3)).sum().backward()
+        return watch.stop()
+
+    model(torch.ones(4, 3)).sum().backward()
+    return {
+        "added": watched(lambda: None),
+        "unchanged": watched(lambda: None, backward=False),
+        "zeroed": watched(model.zero_grad),
+        "zeroed in place": watched(lambda: model.zero_grad(set_to_none=False)),
+    }
+
+
+def test_sharded_gradients():
+    """FSDP adds to them itself, past the node of the parameter, and without a change of version."""
+    expected = {"added": True, "unchanged": True, "zeroed": False, "zeroed in place": False}
+    assert ranks.run(2, _of_sharded_gradients) == [expected] * 2
