@@ -44,7 +44,7 @@ class RSTLoop:
             raise TypeError(f"optimizer is {type(optimizer).__name__} without an RST in it: expected prepare(RST(...))")
         if max_grad_norm is not None:
             check_number("max_grad_norm", max_grad_norm, 0)
-        check_supported(accelerator, rst, max_grad_norm)
+        check_supported(accelerator, rst, f"max_grad_norm={max_grad_norm!r}" if max_grad_norm else None)
         self.accelerator, self.model, self.optimizer, self.rst = accelerator, model, optimizer, rst
         self.loss_of, self.max_grad_norm = loss_of, max_grad_norm
         self._window: list[Any] = []  # the micro-batches since the last step
@@ -98,17 +98,16 @@ def rst_in(optimizer: Any) -> RST | None:
     return optimizer
 
 
-def check_supported(accelerator: Any, rst: RST, max_grad_norm: float | None) -> None:
-    """Raises for what would go wrong in silence."""
+def check_supported(accelerator: Any, rst: RST, unscales: str | None) -> None:
+    """Raises for what cannot work. ``unscales``: what unscales the gradients before step(), if anything does."""
     kind = getattr(accelerator.distributed_type, "name", str(accelerator.distributed_type))
     if kind in _OWN_STEPS:
         raise RuntimeError(
             f"accelerate's distributed_type is {kind}, whose engine takes the step itself, without perturb(): use "
             "DistributedDataParallel, or a torch.optim optimizer"
         )
-    if accelerator.scaler is not None and max_grad_norm and rst.gamma != 1.0:
+    if accelerator.scaler is not None and unscales and rst.gamma != 1.0:
         raise ValueError(
-            f"max_grad_norm={max_grad_norm!r} with a loss scaler (fp16) and gamma={rst.gamma!r}: clipping unscales, "
-            "which a scaler does once in a step, but gamma != 1 mixes the gradients of both passes; expected "
-            "gamma=1, bf16, or no clipping"
+            f"{unscales} with a loss scaler (fp16) and gamma={rst.gamma!r}: it unscales the gradients, which a scaler "
+            "does once in a step, but gamma != 1 mixes those of both passes; expected gamma=1, or bf16"
         )

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
+
+import torch
 
 from rst_fused._step.earlier_gradients import covered
 from rst_fused.optimizer import RST
@@ -25,11 +27,12 @@ class RSTMixin:
     A module that has on_train_batch_start or optimizer_step itself calls that of super().
     """
 
+    trainer: Any  # of LightningModule
     _rst_window: list[tuple[Any, int]]  # the micro-batches since the last step, and their batch_idx
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
         """Keeps the batch, which stays in memory until the step."""
-        if batch_idx % self.trainer.accumulate_grad_batches == 0:  # type: ignore[attr-defined]
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:
             self._rst_window = []
         self._rst_window.append((batch, batch_idx))
         return super().on_train_batch_start(batch, batch_idx)  # type: ignore[misc]
@@ -41,7 +44,7 @@ class RSTMixin:
             super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)  # type: ignore[misc]
             return
         window = self._window_until(batch_idx)
-        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None  # type: ignore[attr-defined]
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
         runs = 0
 
         def closure() -> Any:
@@ -49,7 +52,7 @@ class RSTMixin:
             runs += 1
             loss = optimizer_closure() if runs == 1 else None
             if runs == 2 or (scaled and rst.perturb()):  # a scaler hands no closure to the optimizer
-                with rst.second_pass(self), _without_logging(self):  # type: ignore[arg-type]
+                with rst.second_pass(cast("torch.nn.Module", self)), _without_logging(self):
                     self._second_pass(rst, window)
             return loss
 
@@ -63,7 +66,7 @@ class RSTMixin:
 
     def _window_until(self, batch_idx: int) -> list[tuple[Any, int]]:
         window: list[tuple[Any, int]] = getattr(self, "_rst_window", [])
-        first = batch_idx - batch_idx % self.trainer.accumulate_grad_batches  # type: ignore[attr-defined]
+        first = batch_idx - batch_idx % self.trainer.accumulate_grad_batches
         if [index for _, index in window] != list(range(first, batch_idx + 1)):
             raise RuntimeError(
                 f"{type(self).__name__}: RSTMixin has seen the batches {[index for _, index in window]} of this step, "
@@ -73,7 +76,7 @@ class RSTMixin:
         return window
 
     def _second_pass(self, rst: RST, window: list[tuple[Any, int]]) -> None:
-        trainer = self.trainer  # type: ignore[attr-defined]
+        trainer = self.trainer
         for batch, batch_idx in window:
             is_last = batch_idx == window[-1][1]
             with nullcontext() if is_last else _no_sync(trainer.strategy):

@@ -17,9 +17,12 @@ class RSTMixin:
     grad_norm that of the second. max_grad_norm clips the gradients of each pass; with a scaler (fp16) only those that
     are applied. on_pre_optimizer_step callbacks see the perturbed weights. Any exception brings the weights back.
 
-    Errors: ValueError for max_grad_norm with a scaler and gamma != 1, RuntimeError for DeepSpeed.
+    Errors: ValueError for a scaler with gamma != 1, RuntimeError for DeepSpeed.
     """
 
+    optimizer: Any  # of Trainer, as the next two
+    accelerator: Any
+    args: Any
     _rst_window: list[dict[str, Any]] | None = None  # the micro-batches since the last step
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -28,18 +31,18 @@ class RSTMixin:
         try:
             return super().train(*args, **kwargs)  # type: ignore[misc]
         except BaseException:
-            rst = rst_in(self.optimizer)  # type: ignore[attr-defined]
+            rst = rst_in(self.optimizer)
             if rst is not None:
                 rst.restore()
             raise
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """The first pass of a micro-batch; with the last one of a step that is drawn, the second pass of all."""
-        rst, accelerator = rst_in(self.optimizer), self.accelerator  # type: ignore[attr-defined]
+        rst, accelerator = rst_in(self.optimizer), self.accelerator
         if rst is None:
             return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
-        max_grad_norm = self.args.max_grad_norm  # type: ignore[attr-defined]
-        check_supported(accelerator, rst, max_grad_norm)
+        max_grad_norm = self.args.max_grad_norm
+        check_supported(accelerator, rst, "Trainer, which takes the gradients' norm whether or not it clips them,")
         window = self._rst_window = [*(self._rst_window or []), {**inputs}]  # a step may take entries out of inputs
         try:
             loss = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]

@@ -84,7 +84,7 @@ def trainer_for(
 
 def plain(
     model: Any, per_step: int = 2, steps: int = 6, clip: float = 0.0, dtype: torch.dtype | None = None,
-    epochs: int = 1, **options: Any,
+    epochs: int = 1, scaler: Any = None, **options: Any,
 ) -> RST:  # fmt: skip
     """The same training, written out: the loss is that of all rows of a step, divided by their number."""
     opt = RST(model.parameters(), **{**OPTIONS, **options})
@@ -97,7 +97,11 @@ def plain(
                     loss = model(**batch)["loss"] / len(window)
                 else:
                     loss = model(**batch, num_items_in_batch=torch.tensor(4 * len(window)))["loss"]
-            loss.backward()
+            (loss if scaler is None else scaler.scale(loss)).backward()
+
+    def clipped() -> None:
+        if clip and scaler is not None:
+            scaler.unscale_(opt)
         if clip:
             torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
 
@@ -106,10 +110,17 @@ def plain(
     for window in windows[:steps]:
         opt.zero_grad()
         one_pass(window)
+        if scaler is None or not opt.draw():
+            clipped()
         if opt.perturb():
             with opt.second_pass(model):
                 one_pass(window)
-        opt.step()
+            clipped()
+        if scaler is None:
+            opt.step()
+        else:
+            scaler.step(opt)
+            scaler.update()
     return opt
 
 
@@ -213,10 +224,23 @@ def test_an_exception_brings_the_weights_back(tmp_path, where):
     assert bits(list(model.parameters())) == before and rst_of(trainer).steps == 0
 
 
+@pytest.mark.parametrize("clip", [0.0, 0.05])
+def test_a_loss_scaler(tmp_path, monkeypatch, clip):
+    """The Trainer makes one on a GPU only: here it is given one."""
+    trainer = trainer_for(tmp_path, WithoutItems(), arguments={"max_grad_norm": clip})
+    monkeypatch.setitem(trainer.accelerator.state.__dict__, "_mixed_precision", "fp16")
+    trainer.accelerator.scaler, trainer.accelerator.native_amp = torch.amp.GradScaler("cpu"), True
+    trainer.train()
+    model, scaler = WithoutItems(), torch.amp.GradScaler("cpu")
+    opt = plain(model, clip=clip, dtype=torch.float16, scaler=scaler)
+    assert scaler.get_scale() == trainer.accelerator.scaler.get_scale()
+    assert_same(trainer, model, opt)
+
+
 def test_what_is_refused(tmp_path):
-    trainer = trainer_for(tmp_path, Model(), gamma=2.0, arguments={"max_grad_norm": 1.0})
+    trainer = trainer_for(tmp_path, Model(), gamma=2.0)
     trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
-    with pytest.raises(ValueError, match=r"max_grad_norm=1.0 with a loss scaler \(fp16\) and gamma=2.0"):
+    with pytest.raises(ValueError, match=r"Trainer, which .* with a loss scaler \(fp16\) and gamma=2.0"):
         trainer.train()
 
 
