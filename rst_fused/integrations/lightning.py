@@ -28,13 +28,12 @@ class RSTMixin:
     """
 
     trainer: Any  # of LightningModule
-    _rst_window: list[tuple[Any, int]]  # the micro-batches since the last step, and their batch_idx
+    _rst_window: tuple[tuple[Any, int], ...] = ()  # the micro-batches since the last step, and their batch_idx
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
         """Keeps the batch, which stays in memory until the step."""
-        if batch_idx % self.trainer.accumulate_grad_batches == 0:
-            self._rst_window = []
-        self._rst_window.append((batch, batch_idx))
+        starts = batch_idx % self.trainer.accumulate_grad_batches == 0
+        self._rst_window = (*(() if starts else self._rst_window), (batch, batch_idx))
         return super().on_train_batch_start(batch, batch_idx)  # type: ignore[misc]
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
@@ -62,20 +61,21 @@ class RSTMixin:
         except BaseException:
             rst.restore()  # with a scaler, hooks of others run while the weights are perturbed
             raise
-        self._rst_window = []
+        self._rst_window = ()
 
-    def _window_until(self, batch_idx: int) -> list[tuple[Any, int]]:
-        window: list[tuple[Any, int]] = getattr(self, "_rst_window", [])
-        first = batch_idx - batch_idx % self.trainer.accumulate_grad_batches
-        if [index for _, index in window] != list(range(first, batch_idx + 1)):
+    def _window_until(self, batch_idx: int) -> tuple[tuple[Any, int], ...]:
+        """A run that is resumed within a window has gradients of the later micro-batches only."""
+        seen = [index for _, index in self._rst_window]
+        if not seen or seen != list(range(seen[0], batch_idx + 1)):
+            first = batch_idx - batch_idx % self.trainer.accumulate_grad_batches
             raise RuntimeError(
-                f"{type(self).__name__}: RSTMixin has seen the batches {[index for _, index in window]} of this step, "
-                f"expected {first} to {batch_idx}: let on_train_batch_start(self, batch, batch_idx) call that of "
-                "super(), and name RSTMixin before LightningModule"
+                f"{type(self).__name__}: RSTMixin has seen the batches {seen} of this step, expected {first} to "
+                f"{batch_idx}: let on_train_batch_start(self, batch, batch_idx) call that of super(), and name "
+                "RSTMixin before LightningModule"
             )
-        return window
+        return self._rst_window
 
-    def _second_pass(self, rst: RST, window: list[tuple[Any, int]]) -> None:
+    def _second_pass(self, rst: RST, window: tuple[tuple[Any, int], ...]) -> None:
         trainer = self.trainer
         for batch, batch_idx in window:
             is_last = batch_idx == window[-1][1]
