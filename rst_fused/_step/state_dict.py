@@ -82,11 +82,11 @@ def check(opt: StepOptimizer, saved: dict[str, Any]) -> None:
         where = f"state_dict: param_groups[{i}]"
         if "rho" in group:
             check_current(i, group, ("rho",), 0.0, "state_dict: ")
-        counts = {
-            name: as_integer(f"{where}[{name!r}]", group[name], 0, most)
-            for name, most in _LIMITS.items()
-            if group.get(name) is not None
-        }
+        # All of them None, as in a live group: saved by the base optimizer alone.
+        saved_counts = {name: group[name] for name in _LIMITS if name in group}
+        if saved_counts == NO_COUNTERS:
+            saved_counts = {}
+        counts = {name: as_integer(f"{where}[{name!r}]", n, 0, _LIMITS[name]) for name, n in saved_counts.items()}
         if counts.get("rst_sam_steps", 0) > counts.get("rst_steps", 0):
             raise ValueError(
                 f"{where}['rst_sam_steps']={counts['rst_sam_steps']}: expected no more than rst_steps, which is "

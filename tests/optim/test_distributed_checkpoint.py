@@ -228,6 +228,14 @@ def test_a_base_that_fails_meanwhile_changes_no_weights():
     assert p.tolist() == [1.0] * 3 and opt.steps == 0
 
 
+def test_what_a_base_instance_saves_itself_has_no_counters():
+    model, opt = make("instance of AdamW")
+    train(model, opt, range(3))
+    opt.load_state_dict(opt.base.state_dict())
+    assert (opt.steps, opt.seed) == (0, 7)
+    assert float(opt.state[next(model.parameters())]["step"]) == 3.0
+
+
 def test_counters_are_no_part_of_what_is_shown():
     _, opt = make("momentum")
     assert "rst_steps" in opt.param_groups[0] and "rst_" not in repr(opt).replace("rst_fused", "")
