@@ -15,7 +15,16 @@ from torch.optim import Optimizer
 
 from rst_fused._backends import backend_for
 from rst_fused._checks import as_flag, as_integer, check_number, required_params
-from rst_fused._step import amp, columns, outside_of_graphs, step, validation
+from rst_fused._step import (
+    amp,
+    columns,
+    earlier_gradients,
+    outside_of_graphs,
+    placeholders,
+    step,
+    validation,
+    without_draw,
+)
 from rst_fused._step import state_dict as saving
 from rst_fused._step.base import StepOptimizer
 from rst_fused._step.copies import drop_copies
@@ -105,7 +114,7 @@ class RST(StepOptimizer):
         self._devices: list[DeviceState] = []  # at least one; that of the first parameter leads
         self._constructed = False  # whether groups that are added are compared with those that are there
         if self.rule is not None:
-            super().__init__(required_params(params), {**self._hyper(hyper), "rho": rho})
+            super().__init__(required_params(params), {**self._hyper(hyper), "rho": rho, **saving.NO_COUNTERS})
             validation.check_apart(validation.tensors_of(self.param_groups), [])
         else:
             self._share(params, hyper, rho)
@@ -140,6 +149,7 @@ class RST(StepOptimizer):
         self.param_groups, self.state = self.base.param_groups, self.base.state
         for group in self.param_groups:
             group.setdefault("rho", self.defaults["rho"])
+            saving.reserve_counters(group)
 
     def _reset(self, step_state: StepState) -> None:
         """Nothing of a step under way is ever saved: neither backups nor launch plans."""
@@ -247,10 +257,12 @@ class RST(StepOptimizer):
         after a perturb() that returned True. An exception, an interrupt too, leaves weights, state and counters all as
         before the update or all as after it.
         """
+        state = self._step_state
         if closure is not None:
             self._refuse_while_perturbed("step(closure)")
             amp.check_closure(self)
-        state = self._step_state
+        elif not state.perturbed and without_draw.only_creates_state(self):
+            return None
         if state.perturbed and state.captured != self.capturing:
             raise RuntimeError("perturb() and step() must both be inside the capture of a CUDA graph, or both outside")
         try:  # around everything: an interrupt may strike anywhere
@@ -274,8 +286,7 @@ class RST(StepOptimizer):
         state.become(state.after_step())
 
     def _passes(self, closure: Callable[[], Any]) -> Any:
-        with torch.enable_grad():
-            loss = closure()
+        loss = earlier_gradients.first_pass(self, closure)
         if self.perturb():
             with torch.enable_grad(), self.second_pass():
                 closure()
@@ -356,6 +367,7 @@ class RST(StepOptimizer):
         for group, rho in zip(self.param_groups, rhos, strict=True):
             group.setdefault("rho", rho)
         self._reset(saving.take_counters(self))
+        placeholders.note_zeros(self)
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_while_perturbed("pickling or copying")
@@ -369,6 +381,7 @@ class RST(StepOptimizer):
             self._adopt()
             self._set_devices([])
             self._devices[0].stats[: len(stats)].copy_(stats)  # older ones have fewer numbers
+            placeholders.note_zeros(self)
 
     def __repr__(self) -> str:
         base = self.rule.name if self.rule is not None else repr(self.base)

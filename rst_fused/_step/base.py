@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from rst_fused._backends import Backend
 from rst_fused._checks import check_number
 from rst_fused._draws import draw_at
+from rst_fused._step import placeholders
 from rst_fused._step.devices import DeviceState
 from rst_fused._step.rules import Group, Rule
 from rst_fused._step.sharding import Sharding
@@ -36,9 +37,15 @@ class StepOptimizer(Optimizer):
     _schedule: Schedule
     _gamma: float | Callable[[int], float]
     _gamma_follows_schedule: bool  # it was given as "match"
+    _warned_of_silent_step = False
+    _closure_covers_window = False  # see rst_fused._step.earlier_gradients
 
     def _init_group(self, group: Group, *args: Any) -> None:
         """Dynamo looks for this name; see rst_fused._step.columns.init_group."""
+        raise NotImplementedError
+
+    def _adopt(self) -> None:
+        """Follows the base optimizer, whose groups and state are replaced when it loads a state_dict."""
         raise NotImplementedError
 
     @property
@@ -107,6 +114,8 @@ class StepOptimizer(Optimizer):
         state.count()
         t = state.steps
         if state.drawn_at != t:
+            if state.placeholders:
+                placeholders.discard(self)
             state.drawn = draw_at(self.seed, t, self.schedule(t))
             gamma = self.gamma
             if callable(gamma):
@@ -133,3 +142,6 @@ class StepOptimizer(Optimizer):
         """Mean forward-backward pairs per step so far: 1 + sam_steps / steps."""
         return 1.0 + (self.sam_steps / self.steps if self.steps else 0.0)
 
+    def __repr__(self) -> str:
+        """Without the places that the groups hold for the counters of a state_dict."""
+        return "\n".join(line for line in super().__repr__().split("\n") if not line.lstrip().startswith("rst_"))

@@ -185,7 +185,7 @@ def positions_of(p: Any) -> tuple[int, int, int] | None:
     mine = local(p)
     if mine.numel() == 0:
         return 0, 0, 0
-    order = sorted(range(p.dim()), key=lambda d: -mine.stride(d) if mine.shape[d] > 1 else 0)
+    order = sorted(range(p.dim()), key=lambda d: -mine.stride()[d] if mine.shape[d] > 1 else 0)
     sizes, whole = [shape[d] for d in order], [p.shape[d] for d in order]
     offset, step = 0, 1
     for d in reversed(range(len(order))):

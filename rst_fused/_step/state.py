@@ -40,6 +40,7 @@ class StepState:
         self.first_grads: Any = {}  # by parameter; or those that a launch plan keeps, in the order of `saved`
         # --- kept from step to step
         self.backups: dict[Tensor, Tensor] = {}
+        self.placeholders: dict[int, Any] = {}  # see rst_fused._step.placeholders
         self.apart: list[int] = []  # addresses of parameters that were seen to share no memory
 
     def count(self) -> None:

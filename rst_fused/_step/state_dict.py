@@ -18,6 +18,15 @@ from rst_fused._step.state import StepState
 
 _STATE_NAMES = tuple(dict.fromkeys(name for rule in RULES.values() for name in rule.states))
 _LIMITS = {"rst_steps": 2**63 - 1, "rst_sam_steps": 2**63 - 1, "rst_seed": 2**63 - 1, "rst_non_finite_norms": 2**53}
+# What stands in the groups of an optimizer: torch.distributed.checkpoint loads no names from a flattened state_dict but
+# those that it finds there. The numbers are put in when a state_dict is made, and taken out when one is loaded.
+NO_COUNTERS = dict.fromkeys(_LIMITS)
+
+
+def reserve_counters(group: dict[str, Any]) -> None:
+    """In a group that somebody else has made."""
+    for name in NO_COUNTERS:
+        group.setdefault(name)
 
 
 def completed(opt: StepOptimizer, saved: dict[str, Any]) -> dict[str, Any]:
@@ -47,7 +56,8 @@ def take_counters(opt: StepOptimizer) -> StepState:
     """Moves the counters that were loaded out of the groups; without any, a run of torch.optim goes on, at step 0."""
     counters: dict[str, int] = {}
     for group in opt.param_groups:
-        counters.update({name: int(group.pop(name)) for name in list(group) if name.startswith("rst_")})
+        counters.update({name: int(group[name]) for name in _LIMITS if group.get(name) is not None})
+        group.update(NO_COUNTERS)
     opt.seed = counters.get("rst_seed", opt.seed)
     state = StepState(counters.get("rst_steps", 0), counters.get("rst_sam_steps", 0))
     for device in opt._devices:
@@ -74,11 +84,11 @@ def check(opt: StepOptimizer, saved: dict[str, Any]) -> None:
         where = f"state_dict: param_groups[{i}]"
         if "rho" in group:
             check_current(i, group, ("rho",), 0.0, "state_dict: ")
-        counts = {
-            name: as_integer(f"{where}[{name!r}]", group[name], 0, most)
-            for name, most in _LIMITS.items()
-            if name in group
-        }
+        # All of them None, as in a live group: saved by the base optimizer alone.
+        saved_counts = {name: group[name] for name in _LIMITS if name in group}
+        if saved_counts == NO_COUNTERS:
+            saved_counts = {}
+        counts = {name: as_integer(f"{where}[{name!r}]", n, 0, _LIMITS[name]) for name, n in saved_counts.items()}
         if counts.get("rst_sam_steps", 0) > counts.get("rst_steps", 0):
             raise ValueError(
                 f"{where}['rst_sam_steps']={counts['rst_sam_steps']}: expected no more than rst_steps, which is "

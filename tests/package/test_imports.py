@@ -34,11 +34,11 @@ LAYERS = (
 )
 # The same within rst_fused._step: the step above its two executors, these above what they read.
 STEP_LAYERS = (
-    ("__init__", "rules", "state", "devices", "sharding", "hooks", "outside_of_graphs"),
+    ("__init__", "rules", "state", "devices", "sharding", "hooks", "outside_of_graphs", "placeholders"),
     ("base", "shards"),
-    ("amp", "validation", "norm", "copies"),
+    ("amp", "validation", "norm", "copies", "earlier_gradients"),
     ("columns",),
-    ("plan", "dispatch", "state_dict"),
+    ("plan", "dispatch", "state_dict", "without_draw"),
     ("step",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
