@@ -14,6 +14,7 @@ from rst_fused._schemas import STATS
 from rst_fused._step.base import StepOptimizer
 from rst_fused._step.columns import has_master
 from rst_fused._step.rules import RULES, check_current
+from rst_fused._step.sharding import describe, same_layout
 from rst_fused._step.state import StepState
 
 _STATE_NAMES = tuple(dict.fromkeys(name for rule in RULES.values() for name in rule.states))
@@ -129,6 +130,11 @@ def check(opt: StepOptimizer, saved: dict[str, Any]) -> None:
                 raise ValueError(
                     f"state_dict has {name} of parameter {i} in shape {tuple(value.shape)}, but the parameter is "
                     f"{tuple(p.shape)}: it was saved from another model"
+                )
+            if not same_layout(value, p):
+                raise ValueError(
+                    f"state_dict has {name} of parameter {i} as {describe(value)}, but the parameter is {describe(p)}: "
+                    "load it by torch.distributed.checkpoint.state_dict.set_optimizer_state_dict, which shards it"
                 )
         step = state.get("step", 0) if rule.counts_steps else 0
         if not isinstance(step, Tensor) or step.is_cpu or step.numel() != 1:  # nobody waits for a GPU

@@ -1,0 +1,82 @@
+"""Training on several ranks that is saved by torch.distributed.checkpoint, and goes on from what was saved."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch.distributed.checkpoint as dcp
+from sharded import batches, result, sharded_model, steps_of
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+
+from rst_fused import RST
+
+FORMS = {
+    "nested": StateDictOptions(),
+    "flattened": StateDictOptions(flatten_optimizer_state_dict=True),
+    "full": StateDictOptions(full_state_dict=True),
+}
+
+
+def go_on(
+    how: str, recipe: dict[str, Any], form: str, first: int, last: int, total: int, load: str, save: str,
+    asynchronous: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """Steps ``first`` to ``last`` of ``total``, from the checkpoint at ``load`` and to that at ``save``, if any."""
+    model, mine = sharded_model(how)
+    opt = RST(model.parameters(), **recipe)
+    options = FORMS[form]
+    if load:
+        weights, state = get_state_dict(model, opt, options=options)
+        dcp.load({"model": weights, "optim": state}, checkpoint_id=load)
+        set_state_dict(model, opt, model_state_dict=weights, optim_state_dict=state, options=options)
+        assert opt.steps == first
+    steps_of(opt, model, batches(total)[first:last], mine)
+    if save:
+        weights, state = get_state_dict(model, opt, options=options)
+        whole = {"model": weights, "optim": state}
+        if asynchronous:
+            dcp.async_save(whole, checkpoint_id=save).result()
+        else:
+            dcp.save(whole, checkpoint_id=save)
+    return result(opt, model)
+
+
+def refuses_to_save_while_perturbed() -> list[str]:
+    model, mine = sharded_model("fsdp")
+    opt = RST(model.parameters(), schedule=1.0, lr=0.1)
+    (x, y) = batches(1)[0]
+    before = [p.full_tensor().clone() for p in model.parameters()]
+    (model(mine(x)) - mine(y)).square().mean().backward()
+    opt.perturb()
+    with pytest.raises(RuntimeError, match="state_dict while the weights are perturbed") as caught:
+        get_optimizer_state_dict(model, opt)
+    opt.restore()
+    get_optimizer_state_dict(model, opt)
+    assert all(a.equal(p.full_tensor()) for a, p in zip(before, model.parameters(), strict=True))
+    return [str(caught.value)]
+
+
+def refuses_state_of_another_layout() -> list[str]:
+    """Plain tensors, as of a run that was not sharded, and those of another model."""
+    model, mine = sharded_model("fsdp")
+    opt = RST(model.parameters(), lr=0.1, momentum=0.9)
+    steps_of(opt, model, batches(2), mine)
+    said = []
+    plain = opt.state_dict()
+    plain["state"] = {k: {n: v.full_tensor() for n, v in state.items()} for k, state in plain["state"].items()}
+    other = opt.state_dict()
+    other["state"] = dict(enumerate(reversed(list(other["state"].values()))))
+    for wrong in (plain, other):
+        before = result(opt, model)
+        with pytest.raises(ValueError) as caught:
+            opt.load_state_dict(wrong)
+        said.append(str(caught.value))
+        assert opt.steps == before["steps"] and all(type(p) is not nn.Parameter for p in opt.state)
+    return said
