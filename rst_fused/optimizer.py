@@ -70,6 +70,8 @@ class RST(StepOptimizer):
             statistics and all others) as the first pass left them.
         master_weights: keep fp32 copies of bfloat16/float16 parameters in the state and update those, with fp32 buffers
             and no backup. The next step overwrites what others write into such parameters.
+        max_grad_norm: clip the norm of the gradient that an update applies (mixed, unscaled, over all ranks), as
+            torch.nn.utils.clip_grad_norm_ does.
         stochastic_rounding: round w + e stochastically where w is bfloat16/float16: e is smaller than their spacing,
             and rounding to nearest would drop most of it.
 
@@ -96,6 +98,7 @@ class RST(StepOptimizer):
         model: torch.nn.Module | None = None,
         master_weights: bool = False,
         stochastic_rounding: bool = True,
+        max_grad_norm: float | None = None,
         **hyper: Any,
     ) -> None:
         self.base: Optimizer | None = base if isinstance(base, Optimizer) else None  # the instance given as base, or
@@ -105,6 +108,7 @@ class RST(StepOptimizer):
         self._reset(StepState())
         self._gamma_follows_schedule = False
         self.schedule, self.gamma = schedule, gamma
+        self.max_grad_norm = max_grad_norm
         self.adaptive, self.eta = as_flag("adaptive", adaptive), float(eta)
         self.seed = as_integer("seed", seed, 0, 2**63 - 1)
         self.master_weights = as_flag("master_weights", master_weights)

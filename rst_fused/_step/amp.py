@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rst_fused._step.base import StepOptimizer
+from rst_fused._step.sharding import local
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ class Scaling:
         numbers = [t for t in (self.grad_scale, self.found_inf) if t is not None]
         if all(t.is_cpu for t in numbers):
             return 1.0 if self.grad_scale is None else float(self.grad_scale), 0, 0
-        if counts_steps or any((t.device, t.dtype) != (device, torch.float32) for t in numbers):
+        waits = counts_steps and self.found_inf is not None and not self.found_inf.is_cpu
+        if waits or any((t.device, t.dtype) != (device, torch.float32) for t in numbers):
             return None
         given = (self.grad_scale, self.found_inf)
         scale, found_inf = (0 if t is None else t if as_tensors else t.data_ptr() for t in given)
@@ -96,4 +98,4 @@ def unscale_grads(opt: StepOptimizer, grad_scale: Tensor) -> None:
     for group in opt.param_groups:
         for p in group["params"]:
             if p.grad is not None:
-                p.grad.div_(grad_scale.to(p.grad.device))
+                local(p.grad).div_(grad_scale.to(p.grad.device))

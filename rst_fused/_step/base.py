@@ -37,6 +37,7 @@ class StepOptimizer(Optimizer):
     _schedule: Schedule
     _gamma: float | Callable[[int], float]
     _gamma_follows_schedule: bool  # it was given as "match"
+    _max_grad_norm: float | None
     _warned_of_silent_step = False
     _closure_covers_window = False  # see rst_fused._step.earlier_gradients
 
@@ -52,6 +53,12 @@ class StepOptimizer(Optimizer):
     def backend(self) -> Backend:
         """What serves the parameters; where they are on several devices, those on the device of the first one."""
         return self._devices[0].backend
+
+    @property
+    def last_update_norm(self) -> float:
+        """The norm of the last gradient that was applied, before max_grad_norm clipped it; NaN without that. Waits for
+        the device."""
+        return float(self._devices[0].update_stats[0])
 
     @property
     def non_finite_norms(self) -> int:
@@ -88,6 +95,17 @@ class StepOptimizer(Optimizer):
             self._gamma = given
         self._gamma_follows_schedule = isinstance(given, str)
         self._draw_again()
+
+    @property
+    def max_grad_norm(self) -> float | None:
+        """The norm to which the gradient of an update is clipped; None: it is not."""
+        return self._max_grad_norm
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, given: float | None) -> None:
+        if given is not None:
+            check_number("max_grad_norm", given, 0)
+        self._max_grad_norm = None if given is None else float(given)
 
     @property
     def capturing(self) -> bool:

@@ -22,23 +22,28 @@ class DeviceState:
     backend: Backend
     stats: Tensor  # float64
     rng: Tensor  # int64 [seed, step]
+    update_stats: Tensor  # as stats, of the gradient that an update applies, where it is clipped
     part_stats: Tensor = field(init=False)  # a row of stats for each part of a norm that no single call of an op finds
 
     def make_part_stats(self, parts: int) -> None:
-        self.part_stats = torch.zeros(parts, len(STATS), dtype=torch.float64, device=self.device)
-        torch._dynamo.mark_static_address(self.part_stats)
+        self.part_stats = _stats(self.device, parts)
 
     @classmethod
     def on(cls, device: torch.device, requested: str, seed: int) -> DeviceState:
         backend = backend_for(requested, device)
-        stats = torch.zeros(len(STATS), dtype=torch.float64, device=device)
-        stats[0] = math.nan
-        # To torch.compile parameters and state of an optimizer stay where they are; the stats must be named, or
-        # mode="reduce-overhead" makes no CUDA graph of a perturbation, which writes them.
-        torch._dynamo.mark_static_address(stats)
-        state = cls(device, backend, stats, torch.tensor([seed, 0], dtype=torch.int64, device=device))
+        stats, update_stats = _stats(device), _stats(device)
+        stats[0] = update_stats[0] = math.nan
+        state = cls(device, backend, stats, torch.tensor([seed, 0], dtype=torch.int64, device=device), update_stats)
         state.make_part_stats(1)
         return state
+
+
+def _stats(device: torch.device, *rows: int) -> Tensor:
+    stats = torch.zeros(*rows, len(STATS), dtype=torch.float64, device=device)
+    # To torch.compile parameters and state of an optimizer stay where they are; the stats must be named, or
+    # mode="reduce-overhead" makes no CUDA graph of a perturbation, which writes them.
+    torch._dynamo.mark_static_address(stats)
+    return stats
 
 
 def device_of(p: Tensor) -> torch.device:

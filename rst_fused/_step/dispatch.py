@@ -50,9 +50,12 @@ def perturb(opt: StepOptimizer) -> None:
         here = [columns.gather(opt, everything, False, kind, device) for kind in columns.master_kinds(opt)]
         if not later:
             device.rng[1] = state.steps
-        parts += _parts(opt, device, here)
+        parts += _parts(opt, device, here, opt.adaptive)
         calls += [(device, c) for c in here if c.params]
-    norm.grad_norm(opt, parts)
+    home = opt._devices[0]
+    norm.grad_norm(opt, parts, home.stats, opt.adaptive)
+    for device in opt._devices[1:]:
+        device.stats.copy_(home.stats)
     first_index = 0
     for device, c in calls:
         rho = hyperparam_tensor(columns.rho_rows(c), columns.graph_inputs(opt, c), c.params[0].device).flatten()
@@ -72,7 +75,20 @@ def perturb(opt: StepOptimizer) -> None:
             p.grad = None
 
 
-def _parts(opt: StepOptimizer, device: DeviceState, here: list[columns.Columns]) -> Iterator[norm.Part]:
+@torch.no_grad()
+def grad_norm(opt: StepOptimizer) -> None:
+    """||g|| of the gradients in p.grad, in the first device's update_stats."""
+    everything = range(len(opt.param_groups))
+    parts: list[norm.Part] = []
+    for device in opt._devices:
+        here = [columns.gather(opt, everything, False, kind, device) for kind in columns.master_kinds(opt)]
+        parts += _parts(opt, device, here, False)
+    norm.grad_norm(opt, parts, opt._devices[0].update_stats, False)
+
+
+def _parts(
+    opt: StepOptimizer, device: DeviceState, here: list[columns.Columns], adaptive: bool
+) -> Iterator[norm.Part]:
     """What the norm takes of the parameters on a device."""
     for number in range(opt._sharding.parts):
         grads: list[Tensor] = []
@@ -81,7 +97,7 @@ def _parts(opt: StepOptimizer, device: DeviceState, here: list[columns.Columns])
             mine = [i for i, part in enumerate(c.parts) if part == number]
             weights = c.masters or c.params
             grads += [c.grads[i] for i in mine]
-            sources += [weights[i] for i in mine] if opt.adaptive else []
+            sources += [weights[i] for i in mine] if adaptive else []
         yield norm.Part(device, number, grads, sources)
 
 

@@ -24,15 +24,15 @@ class Part(NamedTuple):
 
 
 @torch.no_grad()
-def grad_norm(opt: StepOptimizer, parts: Sequence[Part]) -> None:
-    """||g|| over all parts, in the stats of every device."""
+def grad_norm(opt: StepOptimizer, parts: Sequence[Part], stats: Tensor, adaptive: bool) -> None:
+    """||g|| over all parts, or ||T g||, in ``stats`` on the first device."""
     finishes = needs_finish(opt)
     for part in parts:
-        stats = part.device.part_stats[part.number] if finishes else part.device.stats
+        into = part.device.part_stats[part.number] if finishes else stats
         grads, sources = locals_of(part.grads), locals_of(part.sources)
-        part.device.backend.ops.grad_norm(stats, grads, sources, opt.adaptive, opt.eta)
+        part.device.backend.ops.grad_norm(into, grads, sources, adaptive, opt.eta)
     if finishes:
-        finish(opt)
+        finish(opt, stats)
 
 
 def needs_finish(opt: StepOptimizer) -> bool:
@@ -42,13 +42,11 @@ def needs_finish(opt: StepOptimizer) -> bool:
 
 
 @torch.no_grad()
-def finish(opt: StepOptimizer) -> None:
+def finish(opt: StepOptimizer, stats: Tensor) -> None:
     """From the norms of all parts to that of the whole: ||g|| = sqrt(sum of their squares), over devices and ranks. One
     that is not finite anywhere is so everywhere. Copies numbers between devices, and waits for none."""
     home, column = opt._devices[0], STATS.index("squared_norm")
     squares = opt._devices[0].part_stats[:, column]
     for device in opt._devices[1:]:
         squares = squares + device.part_stats[:, column].to(home.device)
-    home.backend.ops.finish_norm(home.stats, opt._sharding.add_over_ranks(squares.contiguous()))
-    for device in opt._devices[1:]:
-        device.stats.copy_(home.stats)
+    home.backend.ops.finish_norm(stats, opt._sharding.add_over_ranks(squares.contiguous()))

@@ -78,7 +78,7 @@ class PlanCache:
             if cached.rho is None:
                 return False
         measured = norm.needs_finish(opt)
-        if measured and not self._grad_norm(opt):
+        if measured and not self._grad_norm(opt, opt._devices[0].stats, opt.adaptive):
             return False
         served = self._plan.perturb(
             self._stats, cached.rho, opt.adaptive, opt.eta, opt.stochastic_rounding, opt.seed, state.steps,
@@ -88,13 +88,22 @@ class PlanCache:
             raise RuntimeError("a parameter or a gradient was replaced while perturb() ran: step from one thread alone")
         return served
 
-    def _grad_norm(self, opt: StepOptimizer) -> bool:
-        """The norm over all parts, with the other ranks, where there is something to add up."""
-        stats = opt._devices[0].part_stats
-        rows = list(stats) if opt.backend.plans == "triton" else [row.data_ptr() for row in stats]
-        if not all([self._plan.grad_norm(row, part, opt.adaptive, opt.eta) for part, row in enumerate(rows)]):
+    def grad_norm(self, opt: StepOptimizer) -> bool:
+        """||g|| of the gradients in p.grad, in the first device's update_stats."""
+        if self._plan is None or not self._is_current(opt):
             return False
-        norm.finish(opt)
+        with nullcontext(True) if self._shards is None else self._shards.lent() as lent:
+            return lent and self._grad_norm(opt, opt._devices[0].update_stats, False)
+
+    def _grad_norm(self, opt: StepOptimizer, stats: Tensor, adaptive: bool) -> bool:
+        """The norm over all parts, with the other ranks, where there is something to add up."""
+        finishes = norm.needs_finish(opt)
+        rows = list(opt._devices[0].part_stats) if finishes else [stats]
+        into = rows if opt.backend.plans == "triton" else [row.data_ptr() for row in rows]
+        if not all([self._plan.grad_norm(row, part, adaptive, opt.eta) for part, row in enumerate(into)]):
+            return False
+        if finishes:
+            norm.finish(opt, stats)
         return True
 
     def update(self, opt: StepOptimizer, scaling: Scaling, after: dict[str, Any]) -> bool:

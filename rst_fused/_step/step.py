@@ -8,6 +8,7 @@ from typing import Any
 
 from rst_fused._step import amp, dispatch, validation
 from rst_fused._step.base import StepOptimizer
+from rst_fused._step.clipping import NOTHING_KEPT, clipped
 from rst_fused._step.copies import drop_copies
 from rst_fused._step.state import AFTER_RESTORE
 
@@ -35,7 +36,8 @@ def update(opt: StepOptimizer, compiling: bool = False) -> None:
     if not compiling and state.finished:
         state.count()
     if compiling and opt.base is None:
-        dispatch.update(opt, amp.scaling(opt), state.after_step())
+        after = state.after_step()
+        dispatch.update(opt, clipped(opt, amp.scaling(opt)), after)
         return
     if opt.base is None:
         _update(opt)
@@ -55,6 +57,7 @@ def _update(opt: StepOptimizer) -> None:
             _restore(opt, after)
             return
         scaling = scaling.known_to_be_finite()
+    scaling = clipped(opt, scaling)
     if not capturing and opt._plans.update(opt, scaling, after):
         return
     validation.check_phase(opt, updating=True)
@@ -91,14 +94,14 @@ def _update_by_instance(opt: StepOptimizer) -> None:
         validation.check_grads_apart(opt)
     scaling = amp.scaling(opt)
     validation.check_saved(opt)
-    nothing_kept: dict[str, Any] = {"first_grads": {}, "saved": {}}
     if state.mixing:
-        dispatch.restore(opt, nothing_kept, mixing=True)
+        dispatch.restore(opt, NOTHING_KEPT, mixing=True)
     else:
-        _restore(opt, nothing_kept)
+        _restore(opt, NOTHING_KEPT)
     if scaling.found_inf is not None and bool(scaling.found_inf):
         state.become(after)
         return
+    scaling = clipped(opt, scaling)
     if scaling.grad_scale is not None:
         amp.unscale_grads(opt, scaling.grad_scale)
     # In one C call: an interrupt after the step of the base finds it counted.

@@ -39,6 +39,7 @@ STEP_LAYERS = (
     ("amp", "validation", "norm", "copies", "earlier_gradients"),
     ("columns",),
     ("plan", "dispatch", "state_dict", "without_draw"),
+    ("clipping",),
     ("step",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -1,0 +1,44 @@
+"""Clipping by the norm of the gradient that an update applies: of the mixed one for G-RST, over all ranks.
+
+As torch.nn.utils.clip_grad_norm_, which multiplies gradients by max_grad_norm / (norm + 1e-6) where that is below 1. An
+update divides by the scale of AMP anyway, of which this becomes a part: only the norm costs a pass over memory.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.compiler import is_compiling
+
+from rst_fused._step import dispatch, validation
+from rst_fused._step.amp import Scaling
+from rst_fused._step.base import StepOptimizer
+
+_EPS = 1e-6
+# Of StepState, once the weights are back and gradients are mixed, before an update.
+NOTHING_KEPT: dict[str, Any] = {"mixing": False, "first_grads": {}, "saved": {}}
+
+
+def clipped(opt: StepOptimizer, scaling: Scaling) -> Scaling:
+    """``scaling`` with the factor in it. Mixes first: then p.grad is what the update applies. The norm stays on the
+    device, in the first one's update_stats."""
+    if opt.max_grad_norm is None:
+        return scaling
+    if opt._step_state.mixing:
+        _check(opt)
+        dispatch.restore(opt, NOTHING_KEPT, mixing=True)
+    if is_compiling() or opt.capturing or not opt._plans.grad_norm(opt):
+        _check(opt)
+        dispatch.grad_norm(opt)
+    norm, scale = opt._devices[0].update_stats[0], scaling.grad_scale
+    if scale is not None:
+        norm.div_(scale.to(norm))
+    factor = ((norm + _EPS) / opt.max_grad_norm).clamp(min=1.0)
+    if scale is not None:
+        factor = factor * scale.to(factor)
+    return Scaling(factor.float(), scaling.found_inf)
+
+
+def _check(opt: StepOptimizer) -> None:
+    if not is_compiling():
+        validation.check_phase(opt, updating=True)
