@@ -15,7 +15,7 @@ from .checks import SIXTEEN_BIT, STATS, Operand, are_shards, check_scalars, requ
 from .device_cache import on_device
 from .launch_groups import LaunchGroup, launches, validated_groups
 from .launcher import run_all
-from .multi_tensor_apply import HEADER, INDEX, ROW, address, kernel, load, locate, magnitude, store
+from .multi_tensor_apply import CHUNK, HEADER, INDEX, ROW, address, kernel, load, locate, magnitude, store
 from .sam_math import (
     asam_perturb,
     asam_scale,
@@ -46,9 +46,12 @@ def _random(key, first, WHOLE: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _random_of_shard(key, begin, shard, BLOCK: tl.constexpr):
-    """Of a block that begins at element ``begin`` of a shard."""
-    position = shard_position(begin + tl.arange(0, BLOCK), shard[0], shard[1], shard[2])
+def _random_of_shard(key, at, shard, BLOCK: tl.constexpr):
+    """Of a block that begins at element ``at`` of its chunk: shard_position, dividing by 32 bits. ``shard``: the first
+    position of the chunk; how many elements of it are in the same run; where the next run begins; run, stride."""
+    past = at + tl.arange(0, BLOCK) - shard[1]
+    beyond = shard[2] + (past // shard[3]).to(tl.int64) * shard[4] + past % shard[3]
+    position = tl.where(past < 0, shard[0] + shard[1] + past, beyond)
     return random_bits(key_in_block(key, position // _BLOCK_OF_POSITIONS), position.to(tl.uint32))
 
 
@@ -71,7 +74,7 @@ def _move(
         if len(shard) == 0:
             random = _random(key, (first + at).to(tl.uint32), WHOLE, BLOCK)
         else:
-            random = _random_of_shard(key, first + at, shard, BLOCK)
+            random = _random_of_shard(key, at, shard, BLOCK)
         moved = to_bfloat16(moved, random) if tl.bfloat16 == T else to_float16(moved, random)
     if moving:
         store(param, offsets, count, moved.to(T), WHOLE)
@@ -83,8 +86,8 @@ def _move_chunk(
     STATE: tl.constexpr, V: tl.constexpr, ADAPTIVE: tl.constexpr, COMPLEX: tl.constexpr, STOCHASTIC: tl.constexpr,
     BLOCK: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """``first``: the position of the first element, from which on all follow one another in one block of positions; or
-    where there is a ``shard``, its index in that."""
+    """``first``: the position of the first element, from which on all follow one another in one block of positions.
+    Otherwise there is a ``shard``."""
     for at in range(0, whole, BLOCK):
         _move(param, source, grad, backup, at, count, scale, eta, moving, key, first, shard, T, STATE, V, ADAPTIVE,
               COMPLEX, STOCHASTIC, True, BLOCK)  # fmt: skip
@@ -113,14 +116,18 @@ def perturb_kernel(
         offset, run, stride = (tl.load(record + HEADER + _OFFSET), tl.load(record + HEADER + _RUN),
                                tl.load(record + HEADER + _STRIDE))  # fmt: skip
         first = shard_position(begin, offset, run, stride)
-        together = tl.minimum(run - begin % run, _BLOCK_OF_POSITIONS - first % _BLOCK_OF_POSITIONS)
+        left = run - begin % run
+        together = tl.minimum(left, _BLOCK_OF_POSITIONS - first % _BLOCK_OF_POSITIONS)
         if (first % 2 == 0) & (together >= count):
             key = key_in_block(key, first // _BLOCK_OF_POSITIONS)
             _move_chunk(param, source, grad, backup, whole, count, scale, eta, moving, key, first, (), T, STATE, V,
                         ADAPTIVE, COMPLEX, STOCHASTIC, BLOCK, TAIL)  # fmt: skip
         else:
-            _move_chunk(param, source, grad, backup, whole, count, scale, eta, moving, key, begin,
-                        (offset, run, stride), T, STATE, V, ADAPTIVE, COMPLEX, STOCHASTIC, BLOCK, TAIL)  # fmt: skip
+            # A chunk has fewer elements than these.
+            shard = (first, tl.minimum(left, 2 * CHUNK).to(tl.int32), first + left - run + stride,
+                     tl.minimum(run, 2 * CHUNK).to(tl.int32), stride)  # fmt: skip
+            _move_chunk(param, source, grad, backup, whole, count, scale, eta, moving, key, first, shard, T, STATE, V,
+                        ADAPTIVE, COMPLEX, STOCHASTIC, BLOCK, TAIL)  # fmt: skip
     else:
         if STOCHASTIC:
             # A chunk never straddles a multiple of 2^32 elements: both are powers of two.

@@ -31,9 +31,10 @@ ADAM: dict[str, Any] = {"lr": 0.1, "step": 3, "weight_decay": 0.01, "decoupled":
 # With beta1 = 0.9 some bfloat16 numbers cancel but for their rounding, on which the sign, and so the update, depends.
 LION: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.01, "beta1": 0.5}
 WITH_NORM = ("grad_norm", "finish_norm", "perturb_")
-AMSGRAD = " (amsgrad)"
+AMSGRAD, SHARDS = " (amsgrad)", " (shards)"
 CALLS = (
     *SCHEMAS, "sgd_step_", "adam_step_", "lion_step_", f"adam_step_{AMSGRAD}", f"restore_adam_step_{AMSGRAD}",
+    f"perturb_{SHARDS}",
 )  # fmt: skip
 Lists = dict[str, list[Tensor]]
 
@@ -68,14 +69,14 @@ def moved(lists: Lists, device: str) -> Lists:
 
 def run_op(call: str, lists: Lists, backend: str, adaptive: bool) -> list[Tensor]:
     """Runs one of CALLS in place, after the norm that it needs; returns what may have changed."""
-    op = call.removesuffix(AMSGRAD)
+    op = call.partition(" ")[0]
     params, grads, masters = lists["params"], lists["grads"], lists.get("masters")
     device = params[0].device
     own: dict[str, Any] = {"backend": backend, "masters": masters}
     amp: dict[str, Any] = {"grad_scale": torch.full((1,), 2.0).to(device), "found_inf": torch.zeros(1).to(device)}
     mixing: dict[str, Any] = {"first_grads": lists["first_grads"], "gamma": 1.5}
     adam: dict[str, Any] = {"exp_avgs": lists["exp_avgs"], "exp_avg_sqs": lists["exp_avg_sqs"], **ADAM}
-    if call != op:
+    if call.endswith(AMSGRAD):
         adam["max_exp_avg_sqs"] = lists["max_exp_avg_sqs"]
     lion: dict[str, Any] = {"exp_avgs": lists["exp_avgs"], **LION}
     calls: dict[str, Callable[[], object]] = {
@@ -100,7 +101,9 @@ def run_op(call: str, lists: Lists, backend: str, adaptive: bool) -> list[Tensor
     if op == "finish_norm":
         ops.finish_norm(stats[-1:].repeat(3), stats=stats, backend=backend)
     elif op == "perturb_":
-        ops.perturb_(params, grads, lists["backups"], stats, rho=0.05, seed=1, step=2, **scaled, **own)
+        shards = [(5, 7, 11)] * len(params) if call.endswith(SHARDS) else None
+        more = {**scaled, **own, "shards": shards}
+        ops.perturb_(params, grads, lists["backups"], stats, rho=0.05, seed=1, step=2, **more)
     return [*changed, stats]
 
 
@@ -124,7 +127,7 @@ def exercise(backend: str, device: str) -> list[str]:
         print(f"{backend}: {call}", flush=True)  # so that a crash or a hang can be located
         for mode in MODES:
             for shift in (0, 1):
-                for adaptive in (False, True) if call in WITH_NORM else (False,):
+                for adaptive in (False, True) if call.startswith(WITH_NORM) else (False,):
                     message = compare(call, backend, device, mode, shift, adaptive)
                     found += [] if message is None else [message]
     return found

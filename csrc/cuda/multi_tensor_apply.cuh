@@ -98,6 +98,14 @@ __device__ __forceinline__ void for_each_pack_anywhere(int32_t count, Op& op) {
   single_elements<T, Least>(packs, count, op);
 }
 
+// One pack at a time, or where an operand is not on 16 bytes one element, for what needs many registers.
+template <class T, int Least, class Op>
+__device__ __forceinline__ void for_each_pack_or_element(bool aligned, int32_t count, Op& op) {
+  const int32_t packs = aligned ? count / static_cast<int32_t>(16 / sizeof(T)) : 0;
+  whole_packs<T, Access::kAligned, 1, 1>(packs, op);
+  single_elements<T, Least>(packs, count, op);
+}
+
 // What most ops do at the end of a turn.
 struct NothingAtEndOfTurn {
   __device__ __forceinline__ void end_turn() const {}

@@ -22,41 +22,60 @@ struct BitsOfRun {
   RandomBits random;
   uint32_t first;  // index of the piece's first element within its block of 2^32
 
-  // In the lower halves; packs start at even elements.
+  // In the lower halves, one element after another; packs of N start at even ones.
   template <int N>
-  __device__ __forceinline__ void of_pack(int64_t i, uint32_t (&bits)[N]) const {
-    const uint32_t element = first + static_cast<uint32_t>(i);
-#pragma unroll
-    for (int k = 0; k < N; ++k) {
+  struct OfPack {
+    RandomBits random;
+    uint32_t element, bits;
+
+    __device__ __forceinline__ uint32_t next(int k) {
       if constexpr (N == 1) {
-        bits[k] = random(element);
+        bits = random(element);
       } else {
-        bits[k] = k % 2 == 0 ? random.pair((element + k) >> 1) : bits[k - 1] >> 16;
+        bits = k % 2 == 0 ? random.pair((element + k) >> 1) : bits >> 16;
       }
+      return bits;
     }
+  };
+  template <int N>
+  __device__ __forceinline__ OfPack<N> of_pack(int64_t i) const {
+    return {random, first + static_cast<uint32_t>(i), 0};
   }
 };
 
 // Those of the elements of any shard.
 struct BitsOfShard {
   uint32_t key;
-  Shard shard;
+  const Shard& shard;
   int64_t begin;  // of the piece
 
-  template <int N>
-  __device__ __forceinline__ void of_pack(int64_t i, uint32_t (&bits)[N]) const {
-    uint64_t position = shard.position(begin + i), block = position >> 32;
-    int64_t left = shard.run - (begin + i) % shard.run;
-    RandomBits random = RandomBits::of(key, block);
-#pragma unroll
-    for (int k = 0; k < N; ++k) {
-      if (position >> 32 != block) random = RandomBits::of(key, block = position >> 32);
-      bits[k] = random(static_cast<uint32_t>(position++));
-      if (--left == 0) {
-        left = shard.run;
+  struct OfPack {
+    const Shard& shard;
+    uint32_t key;
+    uint64_t position;
+    int32_t left;  // in the run; no pack reaches the end of a longer one
+    uint32_t block;
+    RandomBits random;
+
+    static __device__ __forceinline__ int32_t clipped(int64_t count) {
+      return count < INT32_MAX ? static_cast<int32_t>(count) : INT32_MAX;
+    }
+    __device__ __forceinline__ uint32_t next(int) {
+      if (left == 0) {
+        left = clipped(shard.run);
         position += static_cast<uint64_t>(shard.stride - shard.run);
       }
+      if (position >> 32 != block) random = RandomBits::of(key, block = static_cast<uint32_t>(position >> 32));
+      --left;
+      return random(static_cast<uint32_t>(position++));
     }
+  };
+  template <int N>
+  __device__ __forceinline__ OfPack of_pack(int64_t i) const {
+    const uint64_t position = shard.position(begin + i);
+    const auto block = static_cast<uint32_t>(position >> 32);
+    return {
+        shard, key, position, OfPack::clipped(shard.run - (begin + i) % shard.run), block, RandomBits::of(key, block)};
   }
 };
 
@@ -95,11 +114,10 @@ struct PerturbEach : NothingAtEndOfTurn {
     if constexpr (!Master) store<access>(copy, i, in.w);
     if constexpr (sizeof(T) == 2) {
       if (stochastic) {
-        uint32_t bits[N];
-        random_bits.of_pack(i, bits);
+        auto bits = random_bits.template of_pack<N>(i);
         Pack<T, N> out;
 #pragma unroll
-        for (int k = 0; k < N; ++k) out.at[k] = stochastic_round<T>(moved(in, k), bits[k] & 0xffffu);
+        for (int k = 0; k < N; ++k) out.at[k] = stochastic_round<T>(moved(in, k), bits.next(k) & 0xffffu);
         store<access>(param, i, out);
         return;
       }
@@ -140,25 +158,17 @@ __device__ __forceinline__ void perturb(const Args& args) {
     }
   }
   const auto op_with = [&](const auto& bits) {
-    PerturbEach<T, Adaptive, Complex, Master, std::decay_t<decltype(bits)>> op;
-    op.param = param;
-    op.copy = copy;
-    op.grad = grad;
-    op.sam = {factor};
-    op.asam = {factor};
-    op.scale = {static_cast<A>(c.eta)};
-    op.stochastic = c.stochastic;
-    op.random_bits = bits;
-    return op;
+    return PerturbEach<T, Adaptive, Complex, Master, std::decay_t<decltype(bits)>>{
+        {}, param, copy, grad, {factor}, {factor}, {static_cast<A>(c.eta)}, c.stochastic, bits};
   };
   // A chunk of a whole tensor never straddles a multiple of 2^32 elements: both are powers of two.
   uint64_t first = static_cast<uint64_t>(piece.begin);
   if constexpr (Args::kShards) {
-    const Shard shard = args.shard[piece.tensor];
+    const Shard& shard = args.shard[piece.tensor];
     first = shard.position(piece.begin);
     if (c.stochastic && (first % 2 != 0 || shard.together(piece.begin) < piece.count)) {
       auto op = op_with(BitsOfShard{key, shard, piece.begin});
-      for_each_pack_anywhere<T, 1>(piece.count, op);
+      for_each_pack_or_element<T, 1>(packs, piece.count, op);
       return;
     }
   }

@@ -367,11 +367,25 @@ void test_half() {
   }
 }
 
+// Stretches of elements that follow one another in the whole tensor: as long as they can be, within one block.
+void test_shards() {
+  constexpr auto kBlock = static_cast<int64_t>(Shard::kBlock);
+  for (const Shard shard : {Shard{}, {5, 7, 11}, {0, 4, 4}, {kBlock - 50, Shard::kEndless, 0}, {kBlock - 9, 6, 64}}) {
+    for (int64_t i = 0; i < 200; ++i) {
+      const uint64_t place = shard.position(i), next = shard.position(i + 1);
+      const bool ends = (i + 1) % shard.run == 0 || next / Shard::kBlock != place / Shard::kBlock;
+      EXPECT(ends == (shard.together(i) == 1) && (ends || next == place + 1));
+      EXPECT(shard.together(i) == 1 || shard.together(i + 1) == shard.together(i) - 1);
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
   test_table();
   test_half();
+  test_shards();
   test_strided();
   test_strided_norm();
   test_sgd_value();

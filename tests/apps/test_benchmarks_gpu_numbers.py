@@ -351,7 +351,7 @@ def test_backends_that_are_missing_are_noted() -> None:
 
 
 def test_every_op_is_exercised_and_a_wrong_one_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert {call.removesuffix(exercise.AMSGRAD) for call in exercise.CALLS} == op_db.FUNCTIONS
+    assert {call.partition(" ")[0] for call in exercise.CALLS} == op_db.FUNCTIONS
     for call in exercise.CALLS:
         assert exercise.compare(call, "reference", "cpu", "fp32", 0, False) is None
     assert exercise.compare("restore_sgd_step_", "reference", "cpu", "bf16, fp32 masters", 1, False) is None

@@ -122,6 +122,18 @@ def test_non_finite_norms_and_last_norm_after_resuming(backend: str) -> None:
     assert pickle.loads(pickle.dumps(opt)).non_finite_norms == 1
 
 
+def test_a_pickle_from_before_stats_had_a_squared_norm() -> None:
+    params, opt = make("sgd", "reference")
+    PROBLEM.backward(params, 0)
+    opt.perturb(fire=True)
+    opt.restore()
+    state = copy.deepcopy(opt.__getstate__())
+    state["_saved_stats"] = state["_saved_stats"][:5].clone()
+    other = RST.__new__(RST)
+    other.__setstate__(state)
+    assert other.last_grad_norm == opt.last_grad_norm and len(other._devices[0].stats) == 6
+
+
 @every_case
 def test_loading_twice_and_into_a_used_optimizer(case: str) -> None:
     params, opt = make(case, "auto")
