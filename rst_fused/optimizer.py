@@ -254,11 +254,11 @@ class RST(StepOptimizer):
         if closure is not None:
             self._refuse_while_perturbed("step(closure)")
             amp.check_closure(self)
-        elif not state.perturbed and without_draw.only_creates_state(self):
-            return None
         if state.perturbed and state.captured != self.capturing:
             raise RuntimeError("perturb() and step() must both be inside the capture of a CUDA graph, or both outside")
         try:  # around everything: an interrupt may strike anywhere
+            if closure is None and not state.perturbed and without_draw.only_creates_state(self):
+                return None
             loss = None if closure is None else self._passes(closure)
             if self.base is not None:
                 self._adopt()
