@@ -257,19 +257,20 @@ class RST(StepOptimizer):
         """Restores the weights if they are perturbed, and applies the base optimizer to them, in one pass.
 
         closure: zeroes gradients, runs forward and backward and returns the loss; called once, or twice when the draw
-        fires. The first loss is returned. Without a closure the gradients in p.grad are used: those of the second pass
-        after a perturb() that returned True. An exception, an interrupt too, leaves weights, state and counters all as
-        before the update or all as after it.
+        fires. The first loss is returned. One that adds to gradients of before raises RuntimeError in a SAM step.
+        Without a closure the gradients in p.grad are used: those of the second pass after a perturb() that returned
+        True; where nothing was drawn, a warning says once that these are base steps. An exception, an interrupt too,
+        leaves weights, state and counters all as before the update or all as after it.
         """
         state = self._step_state
         if closure is not None:
             self._refuse_while_perturbed("step(closure)")
             amp.check_closure(self)
-        elif not state.perturbed and without_draw.only_creates_state(self):
-            return None
         if state.perturbed and state.captured != self.capturing:
             raise RuntimeError("perturb() and step() must both be inside the capture of a CUDA graph, or both outside")
         try:  # around everything: an interrupt may strike anywhere
+            if closure is None and not state.perturbed and without_draw.only_creates_state(self):
+                return None
             loss = None if closure is None else self._passes(closure)
             if self.base is not None:
                 self._adopt()
