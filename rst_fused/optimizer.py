@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from rst_fused._backends import backend_for
 from rst_fused._checks import as_flag, as_integer, check_number, required_params
 from rst_fused._step import amp, columns, outside_of_graphs, step, validation
+from rst_fused._step import m_sharpness as local
 from rst_fused._step import state_dict as saving
 from rst_fused._step.base import StepOptimizer
 from rst_fused._step.devices import DeviceState, device_of, device_states_for
@@ -37,7 +38,7 @@ class RST(StepOptimizer):
 
     gamma = 1 is RST, anything else G-RST (Zhao, Zhang, Hu 2022, arXiv 2203.09962, sections 3 and 4); p = 1 and
     gamma = 1 is SAM (Foret et al. 2021). The draw is a pure function of (seed, step): equal on every rank, and resumed
-    from the step count.
+    from the step count. docs/distributed.md: several ranks.
 
     Arguments:
         params: parameters or groups as for torch.optim; a group may set its own rho, lr and so on. May be None when
@@ -61,6 +62,9 @@ class RST(StepOptimizer):
             and no backup. The next step overwrites what others write into such parameters.
         stochastic_rounding: round w + e stochastically where w is bfloat16/float16: e is smaller than their spacing,
             and rounding to nearest would drop most of it.
+        process_group: the ranks that take the same steps, which they check: "auto" (all, where torch.distributed runs
+            at the first draw), a ProcessGroup, or None (this process alone).
+        m_sharpness: under DistributedDataParallel (``model``) each rank perturbs by its own gradient; see first_pass().
 
     Errors: ValueError or TypeError names the argument, what was given and what was expected, before anything changes.
 
@@ -85,6 +89,8 @@ class RST(StepOptimizer):
         model: torch.nn.Module | None = None,
         master_weights: bool = False,
         stochastic_rounding: bool = True,
+        process_group: Any = "auto",
+        m_sharpness: bool = False,
         **hyper: Any,
     ) -> None:
         self.base: Optimizer | None = base if isinstance(base, Optimizer) else None  # the instance given as base, or
@@ -93,6 +99,7 @@ class RST(StepOptimizer):
         check_number("eta", eta, 0)
         self._reset(StepState())
         self._gamma_follows_schedule = False
+        self.process_group, self.m_sharpness = process_group, as_flag("m_sharpness", m_sharpness)
         self.schedule, self.gamma = schedule, gamma
         self.adaptive, self.eta = as_flag("adaptive", adaptive), float(eta)
         self.seed = as_integer("seed", seed, 0, 2**63 - 1)
@@ -108,6 +115,8 @@ class RST(StepOptimizer):
         else:
             self._share(params, hyper, rho)
         self._constructed = True
+        if self.m_sharpness:
+            local.check_params(self)
         outside_of_graphs.prepare(step=inspect.unwrap(RST.step), perturb=RST.perturb)
 
     # --- construction -----------------------------------------------------------------------------------------------
@@ -205,6 +214,8 @@ class RST(StepOptimizer):
             self._adopt()
         drawn = self._draw()
         fire = drawn if fire is None else bool(fire)
+        if self.m_sharpness:
+            local.check_perturb(self, fire)
         if not fire:
             return False
         try:
@@ -266,7 +277,7 @@ class RST(StepOptimizer):
         state.become(state.after_step())
 
     def _passes(self, closure: Callable[[], Any]) -> Any:
-        with torch.enable_grad():
+        with torch.enable_grad(), local.within_closure(self):
             loss = closure()
         if self.perturb():
             with torch.enable_grad(), self.second_pass():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.optim import Optimizer
 from rst_fused._backends import Backend
 from rst_fused._checks import check_number
 from rst_fused._draws import draw_at
+from rst_fused._step import agreement, m_sharpness
 from rst_fused._step.devices import DeviceState
 from rst_fused._step.rules import Group, Rule
 from rst_fused._step.state import StepState
@@ -27,6 +29,9 @@ class StepOptimizer(Optimizer):
     seed: int
     master_weights: bool
     stochastic_rounding: bool
+    _model: torch.nn.Module | None
+    _process_group: Any = "auto"
+    m_sharpness: bool = False
     _plans: Any  # rst_fused._step.plan.PlanCache
     _devices: list[DeviceState]
     _on_gpu: bool  # whether any of them is one: asked at every step
@@ -69,6 +74,8 @@ class StepOptimizer(Optimizer):
 
     @gamma.setter
     def gamma(self, given: float | Callable[[int], float] | str) -> None:
+        if self.m_sharpness:
+            m_sharpness.check_gamma("gamma", given)
         if isinstance(given, str):
             if given != "match":
                 raise ValueError(f"gamma={given!r}: expected a number, a callable step -> gamma, or 'match'")
@@ -79,6 +86,17 @@ class StepOptimizer(Optimizer):
             self._gamma = given
         self._gamma_follows_schedule = isinstance(given, str)
         self._draw_again()
+
+    @property
+    def process_group(self) -> Any:
+        """The ranks that take the same steps: "auto", a ProcessGroup or None. Another one counts from the next draw on,
+        at which they are compared."""
+        return self._process_group
+
+    @process_group.setter
+    def process_group(self, given: Any) -> None:
+        self._process_group = agreement.check_group(given)
+        self._step_state.agreement, self._step_state.check_at = None, 0
 
     @property
     def capturing(self) -> bool:
@@ -97,15 +115,28 @@ class StepOptimizer(Optimizer):
         state.count()
         t = state.steps
         if state.drawn_at != t:
-            state.drawn = draw_at(self.seed, t, self.schedule(t))
-            gamma = self.gamma
+            p, gamma = self.schedule(t), self.gamma
             if callable(gamma):
                 gamma = gamma(t)
                 check_number(f"gamma({t})", gamma, 0)
-            state.gamma = float(gamma)
+                if self.m_sharpness:
+                    m_sharpness.check_gamma(f"gamma({t})", gamma)
+            gamma = float(gamma)
+            if t >= state.check_at:
+                agreement.check(self, t, p, gamma)
+            state.drawn = draw_at(self.seed, t, p)
+            state.gamma = gamma
             state.mixes = state.gamma != 1.0
             state.drawn_at = -1 if self.capturing else t
         return state.drawn
+
+    def first_pass(self, model: torch.nn.Module | None = None) -> AbstractContextManager[None]:
+        """Around the first forward and backward, where m_sharpness=True: those of a SAM step run without the all-reduce
+        of DistributedDataParallel, in its no_sync(). Draws first. With m_sharpness=False it does nothing else.
+
+        model: the DistributedDataParallel; without one, that given to the constructor. Zero gradients before it.
+        """
+        return m_sharpness.first_pass(self, self._model if model is None else model)
 
     # --- what it cost -----------------------------------------------------------------------------------------------
     @property
@@ -122,4 +153,3 @@ class StepOptimizer(Optimizer):
     def cost(self) -> float:
         """Mean forward-backward pairs per step so far: 1 + sam_steps / steps."""
         return 1.0 + (self.sam_steps / self.steps if self.steps else 0.0)
-

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rst_fused._step import amp, dispatch, validation
+from rst_fused._step import agreement, amp, dispatch, first_grads, m_sharpness, validation
 from rst_fused._step.base import StepOptimizer
 from rst_fused._step.state import AFTER_RESTORE
 
@@ -16,6 +16,9 @@ def perturb(opt: StepOptimizer, compiling: bool = False) -> None:
     state = opt._step_state
     state.perturbed = True
     state.mixing = state.mixes
+    state.local_grads = False
+    if state.mixing:
+        first_grads.keep_apart(opt, compiling)
     if compiling:
         dispatch.perturb(opt)
         return
@@ -32,8 +35,13 @@ def perturb(opt: StepOptimizer, compiling: bool = False) -> None:
 def update(opt: StepOptimizer, compiling: bool = False) -> None:
     """Brings the weights back if they are perturbed, and applies the base optimizer to them."""
     state = opt._step_state
-    if not compiling and state.finished:
-        state.count()
+    if not compiling:
+        if state.finished:
+            state.count()
+        if state.local_grads:
+            m_sharpness.refuse_update()
+        if state.mixing and state.norm_unseen:
+            agreement.check_norm(opt)
     if opt.base is not None:
         _update_by_instance(opt)
         return

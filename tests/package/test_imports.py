@@ -34,9 +34,9 @@ LAYERS = (
 )
 # The same within rst_fused._step: the step above its two executors, these above what they read.
 STEP_LAYERS = (
-    ("__init__", "rules", "state", "devices", "hooks", "outside_of_graphs"),
+    ("__init__", "rules", "state", "devices", "hooks", "outside_of_graphs", "agreement", "m_sharpness"),
     ("base", "norm"),
-    ("amp", "validation"),
+    ("amp", "validation", "first_grads"),
     ("columns",),
     ("plan", "dispatch", "state_dict"),
     ("step",),
