@@ -26,7 +26,7 @@ TIMEOUT = 60.0  # seconds for the others to come to their first step, or half of
 EVERY = 50  # steps from one look at the first rank to the next
 _SHOWN = 4  # values in a message
 _REMEDY = (
-    "Every rank draws its steps by itself and has to draw the same ones: give all ranks the same arguments and the same "
+    "Every rank draws its steps by itself and has to draw the same ones: give all of them the same arguments and "
     "state_dict (a seed that depends on the rank belongs in the data loader), or, to an optimizer that not all ranks "
     "share, process_group: the group of those that do, or None for this process alone"
 )
@@ -124,10 +124,8 @@ class Agreement:
         self.key = f"rst_fused/{name}/{_checks[name]}"
         self.timeout = min(TIMEOUT, self.store.timeout.total_seconds() / 2)
         self.compared = 0  # times that all ranks were waited for
-        self.absent: list[int] = []  # those that had not come then, whose first record
-        self.awaited: tuple[str, dict[str, Any]] | None = (
-            None  # is looked for below this key, to be compared with this one
-        )
+        self.absent: list[int] = []  # those that had not come then
+        self.awaited: tuple[str, dict[str, Any]] | None = None  # the key of their first record, and mine at that time
         self.agreed_at = 0  # the last step at which this rank knows that it stood where the first one did
         self.pending: tuple[int, str] | None = None  # a window that is not compared yet, and where this rank stood
         self.missed = 0  # windows of the first rank that were not there
@@ -262,8 +260,8 @@ class Agreement:
     def _warn_of(self, late: Sequence[int]) -> None:
         warnings.warn(
             f"{self._names(late)} took no step with this optimizer within {self.timeout:g} s of "
-            f"{self._names([self.me])}, so that nobody knows whether all ranks take the same ones; this one goes on. For a "
-            f"rank without data, in join(), that is right. {_REMEDY}",
+            f"{self._names([self.me])}, so that nobody knows whether all ranks take the same ones; this one goes on. "
+            f"For a rank without data, in join(), that is right. {_REMEDY}",
             RuntimeWarning,
             stacklevel=2,
         )

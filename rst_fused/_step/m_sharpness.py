@@ -54,7 +54,7 @@ def _check_graph(model: Any) -> None:
     if model.static_graph and not getattr(model, "_static_graph_delay_allreduce_enqueued", True):
         raise RuntimeError(
             "m_sharpness=True and DistributedDataParallel(static_graph=True), whose first backward has to run with its "
-            "all-reduce: let the first step be a base step, as schedule=rst_fused.schedule.warmup(schedule, 1) does, or "
+            "all-reduce: make the first step a base step, as schedule=rst_fused.schedule.warmup(schedule, 1) does, or "
             "pass static_graph=False"
         )
 
@@ -111,6 +111,6 @@ def check_perturb(opt: Any, fire: bool) -> None:
 def refuse_update() -> None:
     raise RuntimeError(
         "the gradients are those of this rank alone, since they were made in first_pass() of a SAM step: an update "
-        "would move the replicas apart; call perturb() after first_pass() and leave the decision to its draw, or zero_grad() "
-        "and run the backward again"
+        "would move the replicas apart; call perturb() after first_pass() and leave the decision to its draw, or "
+        "zero_grad() and run the backward again"
     )
