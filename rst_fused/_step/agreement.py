@@ -15,7 +15,7 @@ import math
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -30,6 +30,7 @@ _REMEDY = (
     "state_dict (a seed that depends on the rank belongs in the data loader), or, to an optimizer that not all ranks "
     "share, process_group: the group of those that do, or None for this process alone"
 )
+_Differing = dict[int, dict[str, list[Any]]]  # by rank and name: the value of the first rank and its own
 _checks: dict[str, int] = {}  # in this process so far, by group: all of its ranks count the same ones
 
 
@@ -113,7 +114,7 @@ class Agreement:
         self.ranks: list[int] = dist.get_process_group_ranks(group)
         self.me = dist.get_rank(group)  # in the group
         try:
-            self.store: Any = _get_process_group_store(group)
+            self.store = cast(Any, _get_process_group_store(group))
         except KeyError:
             raise RuntimeError(
                 "process_group was destroyed: set opt.process_group to one that exists, to 'auto', or to None"
@@ -124,41 +125,50 @@ class Agreement:
         self.key = f"rst_fused/{name}/{_checks[name]}"
         self.timeout = min(TIMEOUT, self.store.timeout.total_seconds() / 2)
         self.compared = 0  # times that all ranks were waited for
-        self.absent: list[int] = []  # those that had not come then
+        self.absent: list[int] = []  # those that had not come then, or have no data
         self.awaited: tuple[str, dict[str, Any]] | None = None  # the key of their first record, and mine at that time
         self.agreed_at = 0  # the last step at which this rank knows that it stood where the first one did
         self.pending: tuple[int, str] | None = None  # a window that is not compared yet, and where this rank stood
         self.missed = 0  # windows of the first rank that were not there
 
-    def compare(self, record: dict[str, Any], remedy: str) -> None:
+    def compare(self, record: dict[str, Any], remedy: str, missing: str, has_data: bool = True) -> None:
         """Raises RuntimeError on every rank if a record differs from the first rank's. Warns of ranks that are not
-        there after the timeout. A few accesses to the store for each rank."""
+        there after the timeout. A few accesses to the store for each rank.
+
+        missing: what a rank that is not there did not do. has_data: whether this one goes on.
+        """
         self.compared += 1
         stem = f"{self.key}/{self.compared}"
-        self.store.set(f"{stem}/{self.me}", json.dumps(record))
-        differing = self._judge(stem, record) if self.me == 0 else self._ask(stem, record)
+        self.store.set(f"{stem}/{self.me}", json.dumps([record, has_data]))
+        if self.me == 0:
+            differing, late = self._judge(stem, record, has_data)
+        else:
+            differing, late = self._ask(stem, record)
+        if late:
+            self.absent += late
+            self._warn_of(late, missing)
         if differing:
             raise RuntimeError(f"{self._words(differing)}. {remedy}")
 
-    def _judge(self, stem: str, record: dict[str, Any]) -> dict[int, dict[str, list[Any]]]:
-        """On the first rank: reads all records, and writes down which ones differ."""
+    def _judge(self, stem: str, record: dict[str, Any], has_data: bool) -> tuple[_Differing, list[int]]:
+        """On the first rank: reads all records, and writes down which ones differ, and who is missing."""
         expected = [rank for rank in range(1, len(self.ranks)) if rank not in self.absent]
         came = self._wait([f"{stem}/{rank}" for rank in expected])
         late = [] if came else [rank for rank in expected if not self.store.check([f"{stem}/{rank}"])]
-        differing: dict[int, dict[str, list[Any]]] = {}
+        differing: _Differing = {}
         there = [rank for rank in expected if rank not in late]
         keys = [f"{stem}/{rank}" for rank in there]
         for rank, key, written in zip(there, keys, self.store.multi_get(keys) if keys else [], strict=True):
-            found = _differences(record, json.loads(written))
-            if found:
+            theirs, takes_steps = json.loads(written)
+            if not takes_steps:
+                self.absent.append(rank)
+            if found := _differences(record, theirs):
                 differing[rank] = found
             self.store.delete_key(key)
-        self.store.set(f"{stem}/verdict", json.dumps([list(differing.items()), late]))
+        self.store.set(f"{stem}/verdict", json.dumps([list(differing.items()), late, has_data]))
         if late:
-            self.absent += late
             self.awaited = self.awaited or (stem, record)
-            self._warn_of(late)
-        return differing
+        return differing, late
 
     def _look_for_late_ones(self) -> None:
         """On the first rank, without waiting: those that have come since."""
@@ -167,21 +177,21 @@ class Agreement:
         stem, record = self.awaited
         for rank in [rank for rank in self.absent if self.store.check([f"{stem}/{rank}"])]:
             self.absent.remove(rank)
-            found = _differences(record, json.loads(self.store.get(f"{stem}/{rank}")))
-            if found:
+            if found := _differences(record, json.loads(self.store.get(f"{stem}/{rank}"))[0]):
                 raise RuntimeError(f"{self._words({rank: found})}. {_REMEDY}")
 
-    def _ask(self, stem: str, record: dict[str, Any]) -> dict[int, dict[str, list[Any]]]:
+    def _ask(self, stem: str, record: dict[str, Any]) -> tuple[_Differing, list[int]]:
         """On the others: what the first rank found."""
         if not self._wait([f"{stem}/0"]):
-            self._warn_of([0])
-            return {}
-        mine = _differences(json.loads(self.store.get(f"{stem}/0")), record)
+            return {}, [0]
+        mine = _differences(json.loads(self.store.get(f"{stem}/0"))[0], record)
         if not self._wait([f"{stem}/verdict"], extra=5.0):  # the first rank may be waiting for one that does not come
-            return {self.me: mine} if mine else {}
-        differing, late = json.loads(self.store.get(f"{stem}/verdict"))
+            return {self.me: mine} if mine else {}, []
+        differing, late, has_data = json.loads(self.store.get(f"{stem}/verdict"))
+        if not has_data:
+            self.absent.append(0)
         found = {rank: differences for rank, differences in differing}
-        return {**found, self.me: mine} if mine and self.me in late else found
+        return {**found, self.me: mine} if mine and self.me in late else found, []
 
     def _wait(self, keys: list[str], extra: float = 0.0) -> bool:
         """Whether all keys came in time. Asks ever less often, and an interrupt gets through."""
@@ -244,22 +254,22 @@ class Agreement:
         names = ", ".join(str(a) if a == b else f"{a}{'-' if b > a + 1 else ', '}{b}" for a, b in spans)
         return f"rank{'s' if len(ranks) > 1 else ''} {names}"
 
-    def _words(self, differing: dict[int, dict[str, list[Any]]]) -> str:
+    def _words(self, differing: _Differing) -> str:
         first = self._names([0])
         return f"{self._names([*differing])} and {first}, the first of the process group, do not agree: " + "; ".join(
             self._values(differing, first)
         )
 
-    def _values(self, differing: dict[int, dict[str, list[Any]]], first: str) -> Iterator[str]:
+    def _values(self, differing: _Differing, first: str) -> Iterator[str]:
         for name in dict.fromkeys(name for found in differing.values() for name in found):
             pairs = [(rank, found[name]) for rank, found in differing.items() if name in found]
             others = ", ".join(f"{theirs!r} on {self._names([rank])}" for rank, (_, theirs) in pairs[:_SHOWN])
             more = f" and others on {len(pairs) - _SHOWN} more" if len(pairs) > _SHOWN else ""
             yield f"{name} is {pairs[0][1][0]!r} on {first}, {others}{more}"
 
-    def _warn_of(self, late: Sequence[int]) -> None:
+    def _warn_of(self, late: Sequence[int], missing: str) -> None:
         warnings.warn(
-            f"{self._names(late)} took no step with this optimizer within {self.timeout:g} s of "
+            f"{self._names(late)} {missing} within {self.timeout:g} s of "
             f"{self._names([self.me])}, so that nobody knows whether all ranks take the same ones; this one goes on. "
             f"For a rank without data, in join(), that is right. {_REMEDY}",
             RuntimeWarning,
@@ -268,7 +278,7 @@ class Agreement:
 
 
 # --- when -------------------------------------------------------------------------------------------------------------
-def check(opt: Any, t: int, p: float, gamma: float) -> None:
+def check(opt: Any, t: int, p: float, gamma: float, has_data: bool = True) -> None:
     """At a draw, from StepState.check_at on. Raises RuntimeError, before anything changes, unless the ranks agree."""
     state = opt._step_state
     if state.agreement is None:
@@ -277,9 +287,10 @@ def check(opt: Any, t: int, p: float, gamma: float) -> None:
             state.check_at = math.inf
             return
         agreement = Agreement(group)
-        agreement.compare(_record(opt, t, p, gamma), _REMEDY)
+        agreement.compare(_record(opt, t, p, gamma), _REMEDY, "took no step with this optimizer", has_data)
         agreement.agreed_at = t
-        state.agreement, state.norm_unseen, state.check_at = agreement, True, agreement.due_after(t)
+        state.agreement, state.check_at = agreement, agreement.due_after(t)
+        state.norm_unseen = has_data and 0 not in agreement.absent  # who would compare?
         return
     try:
         state.agreement.follow(opt, t, p, gamma)
@@ -298,5 +309,6 @@ def check_norm(opt: Any) -> None:
         "With gamma != 1 the update takes in the gradients of both passes, so that both need the all-reduce: run the "
         "first backward outside of no_sync() too (of micro-batches the last one). To perturb every rank by its own "
         "gradient take gamma=1 and m_sharpness=True",
+        "took no step that mixes gradients (gamma != 1)",
     )
     state.norm_unseen = False

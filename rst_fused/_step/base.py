@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from rst_fused._backends import Backend
 from rst_fused._checks import check_number
 from rst_fused._draws import draw_at
-from rst_fused._step import agreement, m_sharpness
+from rst_fused._step import agreement, join, m_sharpness
 from rst_fused._step.devices import DeviceState
 from rst_fused._step.rules import Group, Rule
 from rst_fused._step.state import StepState
@@ -110,18 +110,22 @@ class StepOptimizer(Optimizer):
             state.drawn_at = -1
             self._draw()
 
+    def _numbers(self, t: int) -> tuple[float, float]:
+        """p(t) and gamma(t)."""
+        gamma = self.gamma
+        if callable(gamma):
+            gamma = gamma(t)
+            check_number(f"gamma({t})", gamma, 0)
+            if self.m_sharpness:
+                m_sharpness.check_gamma(f"gamma({t})", gamma)
+        return self.schedule(t), float(gamma)
+
     def _draw(self) -> bool:
         state = self._step_state
         state.count()
         t = state.steps
         if state.drawn_at != t:
-            p, gamma = self.schedule(t), self.gamma
-            if callable(gamma):
-                gamma = gamma(t)
-                check_number(f"gamma({t})", gamma, 0)
-                if self.m_sharpness:
-                    m_sharpness.check_gamma(f"gamma({t})", gamma)
-            gamma = float(gamma)
+            p, gamma = self._numbers(t)
             if t >= state.check_at:
                 agreement.check(self, t, p, gamma)
             state.drawn = draw_at(self.seed, t, p)
@@ -137,6 +141,25 @@ class StepOptimizer(Optimizer):
         model: the DistributedDataParallel; without one, that given to the constructor. Zero gradients before it.
         """
         return m_sharpness.first_pass(self, self._model if model is None else model)
+
+    # --- uneven data: see rst_fused._step.join ---------------------------------------------------------------------
+    def join_hook(self, **kwargs: Any) -> join.Hook:
+        """For torch.distributed.algorithms.Join([model, optimizer]): afterwards all ranks stand at the same step."""
+        return join.Hook(self)
+
+    @property
+    def join_device(self) -> torch.device:
+        return self._devices[0].device
+
+    @property
+    def join_process_group(self) -> Any:
+        return join.group_of(self)
+
+    def _compare_without_data(self) -> None:
+        """Takes part in the comparison of the ranks, in the place of a draw."""
+        self._step_state.count()
+        t = self._step_state.steps
+        agreement.check(self, t, *self._numbers(t), has_data=False)
 
     # --- what it cost -----------------------------------------------------------------------------------------------
     @property

@@ -1,4 +1,4 @@
-"""DistributedDataParallel: every set-up trains as one process would on the whole batch, and replicas stay the same bits."""
+"""DistributedDataParallel: every set-up trains as one process on the whole batch, and replicas stay equal."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ LAYERS = (
 )
 # The same within rst_fused._step: the step above its two executors, these above what they read.
 STEP_LAYERS = (
-    ("__init__", "rules", "state", "devices", "hooks", "outside_of_graphs", "agreement", "m_sharpness"),
+    ("__init__", "rules", "state", "devices", "hooks", "outside_of_graphs", "agreement", "join", "m_sharpness"),
     ("base", "norm"),
     ("amp", "validation", "first_grads"),
     ("columns",),

@@ -1,4 +1,4 @@
-"""What tests of DistributedDataParallel share: one small problem, trained on ranks and, as what is right, in one process."""
+"""What tests of DistributedDataParallel share: a small problem, trained on ranks and in one process."""
 
 from __future__ import annotations
 
