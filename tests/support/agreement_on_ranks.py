@@ -1,4 +1,4 @@
-"""What the tests of agreement run on ranks: optimizers of two tensors, gradients by hand, so no collectives.
+"""What the tests of agreement run on ranks: optimizers of two tensors, gradients by hand, so no collectives."""
 
 from __future__ import annotations
 
