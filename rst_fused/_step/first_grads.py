@@ -16,24 +16,23 @@ from rst_fused._step.base import StepOptimizer
 _ALONE = 2  # references to a storage: its one tensor's, and that of the object which asks
 
 
-def keep_apart(opt: StepOptimizer, compiling: bool) -> None:
-    """Gives each first gradient memory of its own if another tensor shares it; nothing without torch.distributed.
-
-    A graph cannot ask who else holds a storage: where there are several ranks, it copies all of them.
-    """
-    if not (dist.is_available() and dist.is_initialized()):
-        return
-    if compiling:
-        if dist.get_world_size() == 1:
-            return
-    elif _len_torch_dispatch_stack():
+def keep_apart(opt: StepOptimizer) -> None:
+    """Gives each first gradient memory of its own if another tensor shares it; nothing without torch.distributed."""
+    if not (dist.is_available() and dist.is_initialized()) or _len_torch_dispatch_stack():
         return
     with torch.no_grad():
         for group in opt.param_groups:
             for p in group["params"]:
                 g = p.grad
-                if type(g) is Tensor and g.layout == torch.strided and (compiling or _is_shared(g)):
+                if type(g) is Tensor and g.layout == torch.strided and _is_shared(g):
                     p.grad = g.clone(memory_format=torch.preserve_format)
+
+
+def in_graph(grads: list[Tensor]) -> list[Tensor]:
+    """First gradients as a graph keeps them: it cannot ask who else holds a storage, so several ranks copy all."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        return [g.clone(memory_format=torch.preserve_format) for g in grads]
+    return grads
 
 
 def _is_shared(g: Tensor) -> bool:

@@ -17,11 +17,11 @@ def perturb(opt: StepOptimizer, compiling: bool = False) -> None:
     state.perturbed = True
     state.mixing = state.mixes
     state.local_grads = False
-    if state.mixing:
-        first_grads.keep_apart(opt, compiling)
     if compiling:
         dispatch.perturb(opt)
         return
+    if state.mixing:
+        first_grads.keep_apart(opt)
     state.captured = capturing = opt.capturing
     # In a graph, random bits and hyperparameters on the GPU must stay there, which those of a plan do not.
     if not capturing and opt._plans.perturb(opt):

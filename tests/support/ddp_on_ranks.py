@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import copy
-import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from oracle_optimizer import bits
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -44,7 +41,7 @@ def loss_of(model: nn.Module, data: tuple[Tensor, Tensor]) -> Tensor:
     return (model(x) - y).square().mean()
 
 
-def optimizer(model: nn.Module, base: str, **options: Any) -> RST:
+def optimizer(model: nn.Module, base: str, /, **options: Any) -> RST:
     options = {"schedule": 0.5, "rho": 0.05, "seed": 3, **options}
     if base == "instance":
         return RST(base=torch.optim.SGD(model.parameters(), **BASES[base]), **options)
@@ -105,12 +102,11 @@ def alone(world: int, base: str, form: str, options: dict[str, Any], micros: int
 
 def train(
     base: str, form: str, options: dict[str, Any], ddp: dict[str, Any], micros: int = 1, unused: bool = False,
-    steps: int = STEPS, compiled: bool = False,
+    steps: int = STEPS,
 ) -> tuple[list[Tensor], list[bool], float]:  # fmt: skip
     """On one rank: the weights, the draws, and how far the replicas are apart."""
     model = model_of(seed=dist.get_rank(), unused=unused)  # DDP takes those of rank 0
     wrapped = DistributedDataParallel(model, **ddp)
-    called: Any = torch.compile(wrapped, backend="aot_eager") if compiled else wrapped
     opt = optimizer(model, base, **options)
     draws = []
     for t in range(steps):
@@ -118,16 +114,57 @@ def train(
         def backward(t: int = t) -> None:
             for micro in range(micros):
                 with wrapped.no_sync() if micro < micros - 1 else nullcontext():
-                    (loss_of(called, batch(t, dist.get_rank(), micro)) / micros).backward()
+                    (loss_of(wrapped, batch(t, dist.get_rank(), micro)) / micros).backward()
 
         passes(opt, form, backward, wrapped)
         draws.append(opt._step_state.was_sam)
     return weights(model), draws, drift(model)
 
 
+def train_all(cases: list[tuple[Any, ...]]) -> list[tuple[list[Tensor], list[bool], float]]:
+    """One training after another, each with the arguments of ``train``."""
+    return [train(*case[:4], **case[4]) for case in cases]
+
+
+def first_gradients(base: str, views: bool, executor: str) -> tuple[int, int, int]:
+    """Of a SAM step that mixes: the parameters, and the first gradients that were copied, with and without a plan."""
+    wrapped = DistributedDataParallel(model_of(), gradient_as_bucket_view=views)
+    opt = optimizer(wrapped, base, gamma=2.0, schedule=1.0, backend=executor)
+    copied = []
+    for t in range(3):  # from the second step on a plan has all state
+        opt.zero_grad()
+        loss_of(wrapped, batch(t, dist.get_rank())).backward()
+        before = {p.grad.data_ptr() for p in wrapped.parameters() if p.grad is not None}
+        opt.perturb()
+        kept = opt._step_state.first_grads
+        first = list(kept.values()) if isinstance(kept, dict) else kept.as_list()
+        copied.append(sum(g.data_ptr() not in before for g in first))
+        loss_of(wrapped, batch(t, dist.get_rank())).backward()
+        opt.step()
+    return len(first), copied[0], copied[-1]
+
+
+def compiled_steps(views: bool, gamma: float, whole: bool) -> tuple[list[Tensor], float, int, int]:
+    """A compiled model, with an eager optimizer or a compiled one; frames compiled in 20 steps, and in 60."""
+    torch._dynamo.reset()
+    model = model_of(dist.get_rank())
+    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=views)
+    called = torch.compile(wrapped, backend="aot_eager")
+    opt = optimizer(model, "sgd", gamma=gamma)
+    perturb, update = opt.perturb, opt.step
+    if whole:
+        perturb = torch.compile(opt.perturb, backend="aot_eager", fullgraph=True)
+        update = torch.compile(lambda: opt.step(), backend="aot_eager", fullgraph=True)
+    seen = []
+    for t in range(STEPS):
+        opt.zero_grad()
+        loss_of(called, batch(t, dist.get_rank())).backward()
+        if perturb(opt.draw()):
+            loss_of(called, batch(t, dist.get_rank())).backward()
+        update()
+        seen.append(torch._dynamo.utils.counters["frames"]["total"])
+    return weights(model), drift(model), seen[19], seen[-1]
+
+
 def difference(one: list[Tensor], other: list[Tensor]) -> float:
     return max(float((a - b).abs().max()) for a, b in zip(one, other, strict=True))
-
-
-__all__ = ["STEPS", "alone", "batch", "bits", "copy", "difference", "drift", "loss_of", "model_of", "optimizer",
-           "passes", "train", "warnings", "weights"]  # fmt: skip

@@ -68,6 +68,7 @@ def count_reductions(wrapped: Any) -> dict[str, int]:
         work = dist.all_reduce(bucket.buffer().div_(dist.get_world_size()), async_op=True)
         return work.get_future().then(lambda done: done.value()[0])
 
+    hook.__annotations__ = {"bucket": dist.GradBucket, "return": torch.futures.Future[Tensor]}  # DDP reads no strings
     wrapped.register_comm_hook(None, hook)
     return counted
 
