@@ -23,7 +23,8 @@ import torch.distributed as dist
 from rst_fused import schedule as schedules
 
 TIMEOUT = 60.0  # seconds for the others to come to their first step, or half of the store's own timeout
-EVERY = 50  # steps from one look at the first rank to the next
+EVERY = 100  # steps from one look at the first rank to the next
+_KEPT = 4  # windows of the first rank in the store, for ranks that are behind
 _SHOWN = 4  # values in a message
 _REMEDY = (
     "Every rank draws its steps by itself and has to draw the same ones: give all of them the same arguments and "
@@ -129,7 +130,7 @@ class Agreement:
         self.awaited: tuple[str, dict[str, Any]] | None = None  # the key of their first record, and mine at that time
         self.agreed_at = 0  # the last step at which this rank knows that it stood where the first one did
         self.pending: tuple[int, str] | None = None  # a window that is not compared yet, and where this rank stood
-        self.missed = 0  # windows of the first rank that were not there
+        self.pending_since, self.looks = 0.0, 0  # when, and how often it was looked for in vain
 
     def compare(self, record: dict[str, Any], remedy: str, missing: str, has_data: bool = True) -> None:
         """Raises RuntimeError on every rank if a record differs from the first rank's. Warns of ranks that are not
@@ -210,36 +211,37 @@ class Agreement:
             written = json.dumps(record)
             if self.me == 0:
                 self.store.set(f"{self.key}/at/{window}", written)
-                if window >= 2:
-                    self.store.delete_key(f"{self.key}/at/{window - 2}")
+                if window >= _KEPT:
+                    self.store.delete_key(f"{self.key}/at/{window - _KEPT}")
                 self._look_for_late_ones()
             else:
-                self.pending = window, written
+                self.pending, self.pending_since, self.looks = (window, written), time.monotonic(), 0
             return
         window, mine = self.pending
-        self.pending = None
         key = f"{self.key}/at/{window}"
-        if not self.store.check([key]):
-            self.missed += 1
-            if self.missed == 2:
+        if not self.store.check([key]):  # the first rank may be behind, where nothing keeps it and this one together
+            self.looks += 1
+            if time.monotonic() - self.pending_since > self.timeout:
+                self.pending = None
                 warnings.warn(
                     f"{self._names([0])} has not said where it stands since step {self.agreed_at}, so that nobody "
-                    f"knows whether {self._names([self.me])} still takes the same steps as it does. {_REMEDY}",
+                    f"knows whether {self._names([self.me])} still takes the same steps. Where it has no data left, in "
+                    f"join(), that is right. {_REMEDY}",
                     RuntimeWarning,
                     stacklevel=2,
                 )
             return
+        self.pending = None
         first = self.store.get(key).decode()
-        if first != mine:
-            differing = {self.me: _differences(json.loads(first), json.loads(mine))}
-            raise RuntimeError(f"{self._words(differing)}. It came about after step {self.agreed_at}. {_REMEDY}")
-        self.missed, self.agreed_at = 0, json.loads(mine)["steps"]
+        if first != mine and (found := _differences(json.loads(first), json.loads(mine))):
+            raise RuntimeError(f"{self._words({self.me: found})}. It came about after step {self.agreed_at}. {_REMEDY}")
+        self.agreed_at = json.loads(mine)["steps"]
 
     def due_after(self, t: int) -> int:
         """The next step at which ``follow`` has something to do. The ranks take turns to look, each in its own step."""
         if self.pending is None:
             return (t // EVERY + 1) * EVERY
-        return self.pending[0] * EVERY + 2 + self.me % (EVERY - 2)
+        return (self.pending[0] + self.looks) * EVERY + 2 + self.me % (EVERY - 2)
 
     # --- words --------------------------------------------------------------------------------------------------------
     def _names(self, members: Sequence[int]) -> str:

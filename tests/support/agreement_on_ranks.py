@@ -172,7 +172,7 @@ def in_subgroups() -> list[str]:
     halves = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     mine = halves[rank // 2]
     opt = RST(params_of(), **OPTIONS, seed=rank // 2, process_group=mine)
-    errors.append(error_of(lambda: [step(opt) for _ in range(60)]))
+    errors.append(error_of(lambda: [step(opt) for _ in range(110)]))
     opt = RST(params_of(), **OPTIONS, seed=rank, process_group=mine)
     errors.append(error_of(lambda: step(opt)))
     return errors
@@ -189,7 +189,7 @@ def started_again(kind: str, path: str) -> list[str]:
         given = dist.PrefixStore(f"again {life}", store) if kind == "tcp" else dist.FileStore(f"{path}/{life}", world)
         dist.init_process_group("gloo", store=given, rank=rank, world_size=world, timeout=timedelta(seconds=30))
         opt = RST(params_of(), **OPTIONS, seed=rank if life == 1 else life)
-        errors.append(error_of(lambda opt=opt: [step(opt) for _ in range(60)]))  # type: ignore[misc]
+        errors.append(error_of(lambda opt=opt: [step(opt) for _ in range(110)]))  # type: ignore[misc]
     return errors
 
 
@@ -237,3 +237,23 @@ def copies() -> list[str]:
 
 def temporary() -> str:
     return str(Path(tempfile.mkdtemp()))
+
+
+def out_of_step(timeout: float) -> tuple[list[str], str, int]:
+    """Without collectives one rank runs ahead, and waits at last: nothing is wrong with that."""
+    opt = made("seed", False)
+    step(opt)
+    opt._step_state.agreement.timeout = timeout
+    store = dist.distributed_c10d._get_default_store()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if dist.get_rank() == 0:
+            store.wait(["ahead"], timedelta(seconds=30))
+        said = error_of(lambda: [step(opt) for _ in range(350)])
+        if dist.get_rank() == 1:
+            store.set("ahead", "")
+            store.wait(["behind"], timedelta(seconds=30))
+            said = said or error_of(lambda: [step(opt) for _ in range(150)])
+        store.set("behind", "")
+    agreed = opt._step_state.agreement.agreed_at
+    return [str(w.message) for w in caught if w.category is RuntimeWarning], said, agreed
