@@ -20,24 +20,22 @@ from rst_fused._step import (
     columns,
     earlier_gradients,
     outside_of_graphs,
-    placeholders,
     step,
     validation,
     without_draw,
 )
-from rst_fused._step import state_dict as saving
-from rst_fused._step.base import StepOptimizer
+from rst_fused._step import m_sharpness as local
 from rst_fused._step.copies import drop_copies
-from rst_fused._step.devices import DeviceState, device_of, device_states_for
+from rst_fused._step.devices import DeviceState, device_of
 from rst_fused._step.hooks import with_hooks
-from rst_fused._step.plan import PlanCache
 from rst_fused._step.rules import Group, Rule, rule_for
-from rst_fused._step.sharding import Sharding
+from rst_fused._step.saved import SavedOptimizer
 from rst_fused._step.state import StepState
+from rst_fused._step.state_dict import NO_COUNTERS
 from rst_fused.batch_norm import check_model, freeze_batch_norm, keep_buffers
 
 
-class RST(StepOptimizer):
+class RST(SavedOptimizer):
     """Randomized Sharpness-Aware Training around SGD, Adam, AdamW or any torch optimizer.
 
     At step t a trial with probability p(t) decides between a base step and a SAM step::
@@ -48,7 +46,7 @@ class RST(StepOptimizer):
 
     gamma = 1 is RST, anything else G-RST (Zhao, Zhang, Hu 2022, arXiv 2203.09962, sections 3 and 4); p = 1 and
     gamma = 1 is SAM (Foret et al. 2021). The draw is a pure function of (seed, step): equal on every rank, and resumed
-    from the step count.
+    from the step count. docs/distributed.md: several ranks.
 
     Arguments:
         params: parameters or groups as for torch.optim; a group may set its own rho, lr and so on. May be None when
@@ -74,6 +72,9 @@ class RST(StepOptimizer):
             torch.nn.utils.clip_grad_norm_ does.
         stochastic_rounding: round w + e stochastically where w is bfloat16/float16: e is smaller than their spacing,
             and rounding to nearest would drop most of it.
+        process_group: the ranks that take the same steps, which they check: "auto" (all, where torch.distributed runs
+            at the first draw), a ProcessGroup, or None (this process alone).
+        m_sharpness: under DistributedDataParallel (``model``) each rank perturbs by its own gradient; see first_pass().
 
     Errors: ValueError or TypeError names the argument, what was given and what was expected, before anything changes.
 
@@ -99,6 +100,8 @@ class RST(StepOptimizer):
         master_weights: bool = False,
         stochastic_rounding: bool = True,
         max_grad_norm: float | None = None,
+        process_group: Any = "auto",
+        m_sharpness: bool = False,
         **hyper: Any,
     ) -> None:
         self.base: Optimizer | None = base if isinstance(base, Optimizer) else None  # the instance given as base, or
@@ -107,6 +110,7 @@ class RST(StepOptimizer):
         check_number("eta", eta, 0)
         self._reset(StepState())
         self._gamma_follows_schedule = False
+        self.process_group, self.m_sharpness = process_group, as_flag("m_sharpness", m_sharpness)
         self.schedule, self.gamma = schedule, gamma
         self.max_grad_norm = max_grad_norm
         self.adaptive, self.eta = as_flag("adaptive", adaptive), float(eta)
@@ -118,11 +122,13 @@ class RST(StepOptimizer):
         self._devices: list[DeviceState] = []  # at least one; that of the first parameter leads
         self._constructed = False  # whether groups that are added are compared with those that are there
         if self.rule is not None:
-            super().__init__(required_params(params), {**self._hyper(hyper), "rho": rho, **saving.NO_COUNTERS})
+            super().__init__(required_params(params), {**self._hyper(hyper), "rho": rho, **NO_COUNTERS})
             validation.check_apart(validation.tensors_of(self.param_groups), [])
         else:
             self._share(params, hyper, rho)
         self._constructed = True
+        if self.m_sharpness:
+            local.check_params(self)
         outside_of_graphs.prepare(step=inspect.unwrap(RST.step), perturb=RST.perturb)
 
     # --- construction -----------------------------------------------------------------------------------------------
@@ -145,26 +151,6 @@ class RST(StepOptimizer):
         # Copies, so that an error leaves the groups of the base as they are.
         super().__init__([{**group} for group in self.base.param_groups], {**self.base.defaults, "rho": rho})
         self._adopt()
-
-    def _adopt(self) -> None:
-        """Follows the base optimizer, whose groups and state are replaced when it loads a state_dict."""
-        if self.base is None:
-            return
-        self.param_groups, self.state = self.base.param_groups, self.base.state
-        for group in self.param_groups:
-            group.setdefault("rho", self.defaults["rho"])
-            saving.reserve_counters(group)
-
-    def _reset(self, step_state: StepState) -> None:
-        """Nothing of a step under way is ever saved: neither backups nor launch plans."""
-        self._step_state = step_state
-        self._plans = PlanCache()
-
-    def _set_devices(self, known: list[DeviceState]) -> None:
-        self._devices = device_states_for(known, self.param_groups, self.requested_backend, self.seed)
-        self._on_gpu = any(state.device.type == "cuda" for state in self._devices)
-        self._sharding = Sharding(())
-        self._find_sharding()
 
     def add_param_group(self, param_group: Group) -> None:
         """Adds a group as torch.optim does; checks its hyperparameters, dtypes and layouts first."""
@@ -225,6 +211,8 @@ class RST(StepOptimizer):
             self._adopt()
         drawn = self._draw()
         fire = drawn if fire is None else bool(fire)
+        if self.m_sharpness:
+            local.check_perturb(self, fire)
         if not fire:
             return False
         try:
@@ -291,7 +279,8 @@ class RST(StepOptimizer):
         state.become(state.after_step())
 
     def _passes(self, closure: Callable[[], Any]) -> Any:
-        loss = earlier_gradients.first_pass(self, closure)
+        with local.within_closure(self):
+            loss = earlier_gradients.first_pass(self, closure)
         if self.perturb():
             with torch.enable_grad(), self.second_pass():
                 closure()
@@ -329,64 +318,11 @@ class RST(StepOptimizer):
         """Dynamo looks for this name; see rst_fused._step.columns.init_group."""
         columns.init_group(self, group, *args)
 
-    def _refuse_while_perturbed(self, what: str) -> None:
-        if self._step_state.perturbed:
-            raise RuntimeError(
-                f"{what} while the weights are perturbed: call step() after the second backward, or restore() to undo"
-            )
-
     # --- where it stands --------------------------------------------------------------------------------------------
     @property
     def last_grad_norm(self) -> float:
         """||g1|| (ASAM: ||T g1||) of the last SAM step, NaN before the first. Waits for the device."""
         return float(self._devices[0].stats[0])
-
-    # --- saving -----------------------------------------------------------------------------------------------------
-    def state_dict(self) -> dict[str, Any]:
-        """As torch.optim; the counters travel in the param_groups. Raises RuntimeError while perturbed."""
-        self._refuse_while_perturbed("state_dict")
-        self._adopt()
-        return saving.completed(self, super().state_dict())
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resumes bit-exactly. Also takes the state of the torch.optim optimizer that the base is named after."""
-        self._refuse_while_perturbed("load_state_dict")
-        self._adopt()
-        rhos = [group["rho"] for group in self.param_groups]
-        given: list[dict[str, Any]] = []  # what the pre-hooks make of state_dict
-
-        def receive(_: Optimizer, state: dict[str, Any]) -> None:
-            saving.check(self, state)
-            given.append(state)
-
-        handle = self.register_load_state_dict_pre_hook(receive)
-        try:
-            super().load_state_dict(state_dict)
-            if self.base is not None:
-                self.base.load_state_dict(given[0])
-        finally:
-            handle.remove()
-            self._adopt()  # the groups and the state of the base, whether it took the new ones or not
-        if self.rule is not None:
-            saving.adapt(self, given[0])
-        for group, rho in zip(self.param_groups, rhos, strict=True):
-            group.setdefault("rho", rho)
-        self._reset(saving.take_counters(self))
-        placeholders.note_zeros(self)
-
-    def __getstate__(self) -> dict[str, Any]:
-        self._refuse_while_perturbed("pickling or copying")
-        return saving.for_pickle(self)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        if "requested_backend" in state:  # unpickled or copied, rather than loading a state_dict
-            stats, counts = vars(self).pop("_saved_stats"), vars(self).pop("_saved_counts")
-            self._reset(StepState(*counts))
-            self._adopt()
-            self._set_devices([])
-            self._devices[0].stats[: len(stats)].copy_(stats)  # older ones have fewer numbers
-            placeholders.note_zeros(self)
 
     def __repr__(self) -> str:
         base = self.rule.name if self.rule is not None else repr(self.base)

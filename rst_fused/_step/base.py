@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch.optim import Optimizer
 from rst_fused._backends import Backend
 from rst_fused._checks import check_number
 from rst_fused._draws import draw_at
-from rst_fused._step import placeholders
+from rst_fused._step import agreement, join, m_sharpness, placeholders
 from rst_fused._step.devices import DeviceState
 from rst_fused._step.rules import Group, Rule
 from rst_fused._step.sharding import Sharding
@@ -29,6 +30,9 @@ class StepOptimizer(Optimizer):
     seed: int
     master_weights: bool
     stochastic_rounding: bool
+    _model: torch.nn.Module | None
+    _process_group: Any = "auto"
+    m_sharpness: bool = False
     _plans: Any  # rst_fused._step.plan.PlanCache
     _devices: list[DeviceState]
     _sharding: Sharding
@@ -85,6 +89,8 @@ class StepOptimizer(Optimizer):
 
     @gamma.setter
     def gamma(self, given: float | Callable[[int], float] | str) -> None:
+        if self.m_sharpness:
+            m_sharpness.check_gamma("gamma", given)
         if isinstance(given, str):
             if given != "match":
                 raise ValueError(f"gamma={given!r}: expected a number, a callable step -> gamma, or 'match'")
@@ -108,6 +114,17 @@ class StepOptimizer(Optimizer):
         self._max_grad_norm = None if given is None else float(given)
 
     @property
+    def process_group(self) -> Any:
+        """The ranks that take the same steps: "auto", a ProcessGroup or None. Another one counts from the next draw on,
+        at which they are compared."""
+        return self._process_group
+
+    @process_group.setter
+    def process_group(self, given: Any) -> None:
+        self._process_group = agreement.check_group(given)
+        self._step_state.agreement, self._step_state.check_at = None, 0
+
+    @property
     def capturing(self) -> bool:
         """Whether a CUDA graph is being captured, to which calls only add kernels."""
         return self._on_gpu and torch.cuda.is_current_stream_capturing()
@@ -127,6 +144,16 @@ class StepOptimizer(Optimizer):
             state.drawn_at = -1
             self._draw()
 
+    def _numbers(self, t: int) -> tuple[float, float]:
+        """p(t) and gamma(t)."""
+        gamma = self.gamma
+        if callable(gamma):
+            gamma = gamma(t)
+            check_number(f"gamma({t})", gamma, 0)
+            if self.m_sharpness:
+                m_sharpness.check_gamma(f"gamma({t})", gamma)
+        return self.schedule(t), float(gamma)
+
     def _draw(self) -> bool:
         state = self._step_state
         state.count()
@@ -134,15 +161,41 @@ class StepOptimizer(Optimizer):
         if state.drawn_at != t:
             if state.placeholders:
                 placeholders.discard(self)
-            state.drawn = draw_at(self.seed, t, self.schedule(t))
-            gamma = self.gamma
-            if callable(gamma):
-                gamma = gamma(t)
-                check_number(f"gamma({t})", gamma, 0)
-            state.gamma = float(gamma)
+            p, gamma = self._numbers(t)
+            if t >= state.check_at:
+                agreement.check(self, t, p, gamma)
+            state.drawn = draw_at(self.seed, t, p)
+            state.gamma = gamma
             state.mixes = state.gamma != 1.0
             state.drawn_at = -1 if self.capturing else t
         return state.drawn
+
+    def first_pass(self, model: torch.nn.Module | None = None) -> AbstractContextManager[None]:
+        """Around the first forward and backward, where m_sharpness=True: those of a SAM step run without the all-reduce
+        of DistributedDataParallel, in its no_sync(). Draws first. With m_sharpness=False it does nothing else.
+
+        model: the DistributedDataParallel; without one, that given to the constructor. Zero gradients before it.
+        """
+        return m_sharpness.first_pass(self, self._model if model is None else model)
+
+    # --- uneven data: see rst_fused._step.join ---------------------------------------------------------------------
+    def join_hook(self, **kwargs: Any) -> join.Hook:
+        """For torch.distributed.algorithms.Join([model, optimizer]): afterwards all ranks stand at the same step."""
+        return join.Hook(self)
+
+    @property
+    def join_device(self) -> torch.device:
+        return self._devices[0].device
+
+    @property
+    def join_process_group(self) -> Any:
+        return join.group_of(self)
+
+    def _compare_without_data(self) -> None:
+        """Takes part in the comparison of the ranks, in the place of a draw."""
+        self._step_state.count()
+        t = self._step_state.steps
+        agreement.check(self, t, *self._numbers(t), has_data=False)
 
     # --- what it cost -----------------------------------------------------------------------------------------------
     @property

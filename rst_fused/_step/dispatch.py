@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from rst_fused._backends import bump_versions
-from rst_fused._step import columns, norm
+from rst_fused._step import columns, first_grads, norm
 from rst_fused._step.amp import Scaling
 from rst_fused._step.base import StepOptimizer
 from rst_fused._step.devices import DeviceState, device_of
@@ -63,7 +63,8 @@ def perturb(opt: StepOptimizer) -> None:
         saved = {**state.saved, **dict(zip(c.params, kept, strict=True))}
         after: dict[str, Any] = {"saved": saved}
         if state.mixing:
-            after["first_grads"] = {**state.first_grads, **dict(zip(c.params, c.grads, strict=True))}
+            kept_grads = first_grads.in_graph(c.grads) if is_compiling() else c.grads
+            after["first_grads"] = {**state.first_grads, **dict(zip(c.params, kept_grads, strict=True))}
         arguments: tuple[Any, ...] = (
             locals_of(c.params), locals_of(c.grads), [] if c.masters else c.backups, locals_of(c.masters),
             device.stats, rho, c.sizes, opt.adaptive, opt.eta, opt.stochastic_rounding, device.rng, first_index,

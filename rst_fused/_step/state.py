@@ -32,6 +32,11 @@ class StepState:
         self.drawn = False
         self.gamma = 1.0
         self.mixes = False  # gamma != 1, found outside of a compiled perturb, which must not depend on gamma itself
+        # --- the other ranks (rst_fused._step.agreement, m_sharpness)
+        self.check_at: float = 0  # the step from which on a look at them is due
+        self.agreement: Any = None  # what was compared; None: nothing yet, or this process is alone
+        self.norm_unseen = False  # they have not compared ||g1||, as a step that mixes wants
+        self.local_grads = False  # p.grad is that of this rank alone: perturb may use it, and an update may not
         # --- between perturb and step
         self.perturbed = False
         self.mixing = False  # and gamma != 1, so the first gradients are kept

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rst_fused._step import amp, dispatch, validation
+from rst_fused._step import agreement, amp, dispatch, first_grads, m_sharpness, validation
 from rst_fused._step.base import StepOptimizer
 from rst_fused._step.clipping import NOTHING_KEPT, clipped
 from rst_fused._step.copies import drop_copies
@@ -18,9 +18,12 @@ def perturb(opt: StepOptimizer, compiling: bool = False) -> None:
     state = opt._step_state
     state.perturbed = True
     state.mixing = state.mixes
+    state.local_grads = False
     if compiling:
         dispatch.perturb(opt)
         return
+    if state.mixing:
+        first_grads.keep_apart(opt)
     state.captured = capturing = opt.capturing
     # In a graph, random bits and hyperparameters on the GPU must stay there, which those of a plan do not.
     if capturing or not opt._plans.perturb(opt):
@@ -33,8 +36,13 @@ def perturb(opt: StepOptimizer, compiling: bool = False) -> None:
 def update(opt: StepOptimizer, compiling: bool = False) -> None:
     """Brings the weights back if they are perturbed, and applies the base optimizer to them."""
     state = opt._step_state
-    if not compiling and state.finished:
-        state.count()
+    if not compiling:
+        if state.finished:
+            state.count()
+        if state.local_grads:
+            m_sharpness.refuse_update()
+        if state.mixing and state.norm_unseen:
+            agreement.check_norm(opt)
     if compiling and opt.base is None:
         after = state.after_step()
         dispatch.update(opt, clipped(opt, amp.scaling(opt)), after)

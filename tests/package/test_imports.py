@@ -34,12 +34,13 @@ LAYERS = (
 )
 # The same within rst_fused._step: the step above its two executors, these above what they read.
 STEP_LAYERS = (
-    ("__init__", "rules", "state", "devices", "sharding", "hooks", "outside_of_graphs", "placeholders"),
+    ("__init__", "rules", "state", "devices", "sharding", "hooks", "outside_of_graphs", "placeholders")
+    + ("agreement", "join", "m_sharpness"),
     ("base", "shards"),
-    ("amp", "validation", "norm", "copies", "earlier_gradients"),
+    ("amp", "validation", "norm", "copies", "earlier_gradients", "first_grads"),
     ("columns",),
     ("plan", "dispatch", "state_dict", "without_draw"),
-    ("clipping",),
+    ("clipping", "saved"),
     ("step",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
