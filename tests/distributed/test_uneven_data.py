@@ -29,6 +29,14 @@ def test_uneven_data(base: str, gamma: float, form: str) -> None:
         assert ddp.difference(weights, right) <= MOST
 
 
+def test_uneven_data_with_m_sharpness() -> None:
+    """A rank without data follows only the passes that reduce."""
+    for form in ("closure", "phases"):
+        results = ranks.run(2, workers.uneven, [[20, 13], [7, 20]], "sgd", 1.0, form, 20.0, True)
+        for _, drifts, steps, sam_steps, said in results:
+            assert drifts == [0.0] * 2 and steps == 40 and 5 < sam_steps < 35 and said == []
+
+
 @pytest.mark.parametrize("batches", [[[12, 12, 0, 12]], [[0, 12, 12, 12]], [[0, 3, 12, 7], [12, 12, 12, 12]]])
 def test_a_rank_without_any_data(batches: list[list[int]]) -> None:
     """It says so to the others, who neither wait for it nor wonder; also where it is the first rank."""
