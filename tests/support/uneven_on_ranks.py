@@ -6,6 +6,7 @@ import os
 import signal
 import warnings
 from contextlib import nullcontext
+from datetime import timedelta
 from typing import Any
 
 import ddp_on_ranks as ddp
@@ -248,7 +249,8 @@ def failing(where: str, gamma: float, form: str) -> tuple[str, bool, int]:
     """Rank 1 fails at step 2, in pass 1, 2 or between them; what it says, and whether its weights are whole."""
     rank = dist.get_rank()
     model = ddp.model_of()
-    wrapped = DistributedDataParallel(model)
+    group = dist.new_group(timeout=timedelta(seconds=3))  # so long the other rank waits for the one that failed
+    wrapped = DistributedDataParallel(model, process_group=group)
     opt = ddp.optimizer(model, "sgd", gamma=gamma, schedule=1.0)
     before: list[bytes] = []
 
