@@ -6,13 +6,14 @@ import os
 import signal
 import warnings
 from contextlib import nullcontext
+from datetime import timedelta
 from typing import Any
 
 import ddp_on_ranks as ddp
 import torch
 import torch.distributed as dist
 from oracle_optimizer import bits
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.algorithms import Join
 from torch.nn.parallel import DistributedDataParallel
 
@@ -171,13 +172,15 @@ def no_sync_by_hand(gamma: float, base: str) -> tuple[str, bool, int, float]:
 
 
 # --- uneven data ------------------------------------------------------------------------------------------------------
-def uneven(batches: list[list[int]], base: str, gamma: float, form: str, timeout: float) -> tuple[Any, ...]:
+def uneven(
+    batches: list[list[int]], base: str, gamma: float, form: str, timeout: float, local: bool = False
+) -> tuple[Any, ...]:
     """Epochs in which rank r has batches[epoch][r] batches."""
     agreement.TIMEOUT = timeout
     rank = dist.get_rank()
     model = ddp.model_of(rank)
     wrapped = DistributedDataParallel(model)
-    opt = ddp.optimizer(model, base, gamma=gamma)
+    opt = ddp.optimizer(model, base, gamma=gamma, m_sharpness=local, model=wrapped)
     t = 0
     drifts = []
     with warnings.catch_warnings(record=True) as caught:
@@ -246,7 +249,8 @@ def failing(where: str, gamma: float, form: str) -> tuple[str, bool, int]:
     """Rank 1 fails at step 2, in pass 1, 2 or between them; what it says, and whether its weights are whole."""
     rank = dist.get_rank()
     model = ddp.model_of()
-    wrapped = DistributedDataParallel(model)
+    group = dist.new_group(timeout=timedelta(seconds=3))  # so long the other rank waits for the one that failed
+    wrapped = DistributedDataParallel(model, process_group=group)
     opt = ddp.optimizer(model, "sgd", gamma=gamma, schedule=1.0)
     before: list[bytes] = []
 
@@ -309,9 +313,3 @@ def checkpointing(path: str, until: int, killed_at: int | None) -> tuple[Any, ..
             torch.save({"model": model.state_dict(), "opt": opt.state_dict()}, file + ".new")
             os.replace(file + ".new", file)
     return ddp.weights(model), opt.steps, ddp.drift(model)
-
-
-def sync_batch_norm(form: str) -> str:
-    """Whether SyncBatchNorm runs here at all."""
-    model = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4)))
-    return error_of(lambda: DistributedDataParallel(model)(torch.ones(3, 6)).sum().backward())
