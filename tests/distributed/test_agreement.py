@@ -12,7 +12,7 @@ import ranks
 import torch
 import torch.distributed as dist
 
-from rst_fused import RST
+from rst_fused import RST, SAM
 
 pytestmark = [
     pytest.mark.skipif(not dist.is_available(), reason="this torch has no distributed package"),
@@ -137,6 +137,13 @@ def test_old_keys_are_deleted() -> None:
 def test_copies() -> None:
     for given, auto, said in ranks.run(2, workers.copies, seconds=60):
         assert given == "None" and auto == "'auto'" and said == ""
+
+
+def test_sam_takes_the_arguments() -> None:
+    opt = SAM(workers.params_of(), torch.optim.SGD, lr=0.1, process_group=None, m_sharpness=True)
+    assert opt.process_group is None and opt.m_sharpness and opt.rule is not None
+    with pytest.raises(TypeError, match="a parameter group sets .*'process_group'"):
+        SAM([{"params": workers.params_of(), "process_group": None}])
 
 
 def test_alone_nothing_is_compared() -> None:

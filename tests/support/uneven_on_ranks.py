@@ -13,8 +13,10 @@ import ddp_on_ranks as ddp
 import torch
 import torch.distributed as dist
 from oracle_optimizer import bits
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.algorithms import Join
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from rst_fused import RST, schedule
@@ -137,6 +139,11 @@ def m_sharpness_refused() -> dict[str, str]:
         again = DistributedDataParallel(wrapped.module, static_graph=True)
         made(model=again).step(lambda: ddp.loss_of(again, ddp.batch(0, 0)).backward())
 
+    def sharded() -> None:
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        RST([nn.Parameter(distribute_tensor(torch.ones(4), mesh, [Shard(0)]))], m_sharpness=True)
+
+    said["sharded"] = error_of(sharded)
     said["no first_pass"] = error_of(without_first_pass)
     said["fire=False"] = error_of(lambda: fire(1.0, False))
     said["fire=True"] = error_of(lambda: fire(0.0, True))
