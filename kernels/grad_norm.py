@@ -42,6 +42,7 @@ def _add(sum, grad, weight, at, count, eta, ADAPTIVE: tl.constexpr, COMPLEX: tl.
 @triton.jit
 def _write_stats(sum_of_squares, so_far, stats):
     """so_far: how many norms were not finite, read before a barrier that separates it from the store."""
+    tl.store(stats + _SQUARED_NORM, sum_of_squares)
     norm = tl.sqrt(sum_of_squares)
     finite = norm - norm == 0
     non_finite = tl.where(finite, 0.0, 1.0).to(tl.float64)
@@ -49,7 +50,6 @@ def _write_stats(sum_of_squares, so_far, stats):
     tl.store(stats + 1, tl.where(finite & (norm > 0), 1.0 / (norm + NORM_EPS), 0.0))
     tl.store(stats + 2, non_finite)
     tl.store(stats + 3, so_far + non_finite)
-    tl.store(stats + _SQUARED_NORM, sum_of_squares)
 
 
 @triton.jit
