@@ -39,7 +39,7 @@ class SharedBatchNorm2d(nn.BatchNorm2d):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
             return super().forward(input)
-        images = input.float()
+        images = input.to(torch.promote_types(input.dtype, torch.float32))  # in autocast it is bfloat16
         dims = (0, 2, 3)
         # In float64: the difference of the two means below then loses nothing that counts in float32.
         sums = images.sum(dims, dtype=torch.float64), images.square().sum(dims, dtype=torch.float64)
@@ -50,11 +50,11 @@ class SharedBatchNorm2d(nn.BatchNorm2d):
         if self.track_running_stats:
             with torch.no_grad():
                 self.num_batches_tracked.add_(1)
-                self.running_mean.lerp_(mean.float(), self.momentum)
-                self.running_var.lerp_((variance * counts / (counts - 1)).float(), self.momentum)
-        scale = torch.rsqrt(variance + self.eps).float() * self.weight
+                self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
+                self.running_var.lerp_((variance * counts / (counts - 1)).to(self.running_var), self.momentum)
+        scale = torch.rsqrt(variance + self.eps).to(images) * self.weight
         shape = (1, -1, 1, 1)
-        return ((images - mean.float().view(shape)) * scale.view(shape) + self.bias.view(shape)).to(input.dtype)
+        return ((images - mean.to(images).view(shape)) * scale.view(shape) + self.bias.view(shape)).to(input.dtype)
 
 
 def share_statistics(model: nn.Module) -> None:
@@ -64,4 +64,4 @@ def share_statistics(model: nn.Module) -> None:
             if type(child) is nn.BatchNorm2d:
                 shared = SharedBatchNorm2d(child.num_features, child.eps, child.momentum)
                 shared.load_state_dict(child.state_dict())
-                setattr(module, name, shared.to(child.weight.device))
+                setattr(module, name, shared.to(child.weight))
