@@ -27,7 +27,9 @@ from rst_fused.train.config import Config  # noqa: E402
 
 METHODS = ("base", "sam", "rst", "g-rst")
 # 29 images are not the same number on both processes. The draws of RST and G-RST give steps of both kinds.
-QUICK = "--subset 60 --batch-size 29 --epochs 3 --threads 1 --seeds 1 --label-noise 0.3".split()
+QUICK = [
+    "--subset", "60", "--batch-size", "29", "--epochs", "3", "--threads", "1", "--seeds", "1", "--label-noise", "0.3",
+]  # fmt: skip
 ROOT = Path(__file__).resolve().parents[2]
 
 
