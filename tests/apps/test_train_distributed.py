@@ -148,6 +148,13 @@ def compare(expected, results, tolerance):
             )
 
 
+def test_the_first_process_alone_shows_progress_and_all_end_a_diverged_run():
+    options = [*QUICK, "--methods", "rst", "--lr", "1e30", "--shard", "ddp"]
+    (runs, shown), (others, hidden) = ranks.run(2, on_ranks.compared, *options)
+    assert [run.diverged for run in runs] == [True] and others == []
+    assert "3/3" in shown and ": diverged" in shown and hidden == ""
+
+
 @pytest.mark.parametrize("tracking", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_batch_norm_over_two_processes_is_that_of_the_whole_batch(dtype, tracking):

@@ -56,6 +56,19 @@ def trained(*options: str, double: bool = False) -> dict[str, tuple[dict[str, Te
     return found
 
 
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def compared(*options: str) -> tuple[list[runner.Run], str]:
+    """All runs, and what is shown on a terminal meanwhile."""
+    config = Config.from_arguments(arguments(*options), processes().size)
+    with contextlib.redirect_stderr(Terminal()) as stderr:
+        runs = runner.run_all(runner.plan(config, data.load_digits(config.subset), processes()))
+    return runs, stderr.getvalue()
+
+
 def planned(options: dict[int, list[str]]) -> tuple[bool, str]:
     """Whether the options of this rank are taken, and what it writes to stderr."""
     with contextlib.redirect_stderr(io.StringIO()) as stderr:
