@@ -1,7 +1,7 @@
 """``rst-fused train``: SGD (or AdamW), SAM, RST and G-RST on real data, with cost and sharpness side by side.
 
 Needs the extra ``train``. Modules: config (options), data, models, runner (one training run), sharpness,
-report (table, picture, JSON).
+report (table, picture, JSON); processes, shard, batch_norm (several processes).
 """
 
 from __future__ import annotations
@@ -10,10 +10,15 @@ import argparse
 import importlib
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rst_fused.schedule import FAMILIES
-from rst_fused.train.config import BASES, METHODS, Config, fraction, gamma_value, non_negative, positive_int
+from rst_fused.train.config import BASES, METHODS, SHARDS, Config, fraction, gamma_value, non_negative, positive_int
 from rst_fused.train.models import MODELS
+
+if TYPE_CHECKING:
+    from rst_fused.train.processes import Processes
+    from rst_fused.train.runner import Plan
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,6 +55,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", default="cpu", help="cpu, cuda, cuda:1, ... (cpu)")
     add("--amp", action="store_true", help="bfloat16 autocast in the forward passes")
     add("--threads", type=positive_int, metavar="N", help="CPU threads (default: 1 for digits, else torch's choice)")
+    add("--shard", choices=SHARDS,
+        help="under torchrun (torchrun --nproc-per-node N -m rst_fused train --shard ddp ...): share each batch "
+        "among the processes, as DistributedDataParallel or FSDP2; BatchNorm takes the whole batch, and the result is "
+        "that of one process but for rounding")
     add("--output", type=Path, metavar="DIR", help="default: runs/ and a name made of the options")
 
 
@@ -60,24 +69,60 @@ def run(args: argparse.Namespace) -> int:
     """
     for package in ("numpy", "tqdm", "matplotlib", *(["sklearn"] if args.data is None else [])):
         importlib.import_module(package)
-    from rst_fused.train import data, report, runner
+    from rst_fused.train import processes
 
     try:
-        config = Config.from_arguments(args)
+        processes.check_launch(args.shard)
+    except ValueError as error:
+        # From each process, none of which knows the others yet: torchrun may end the first one before it gets here.
+        print(f"rst-fused train: {error}", file=sys.stderr)
+        return 2
+    if args.shard is None:
+        return _run(args)
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    # torchrun's last words are then the exception of the process that failed first.
+    return record(_run)(args) or 0
+
+
+def _run(args: argparse.Namespace) -> int:
+    from rst_fused.train import processes, report, runner
+
+    with processes.join(args.shard, args.device) as joined:
+        plan = _plan(args, joined)
+        if plan is None:
+            return 2
+        runs = runner.run_all(plan)
+        if joined.first:
+            output = Path(plan.config.output)
+            rows = report.summarise(plan, runs)
+            print(report.table(plan, rows))
+            report.write_json(plan, runs, rows, output / "results.json")
+            report.draw(plan, rows, output / "accuracy.png")
+            print(f"\nwrote {output / 'results.json'} and {output / 'accuracy.png'}")
+    return 0
+
+
+def _plan(args: argparse.Namespace, joined: Processes) -> Plan | None:
+    """What the options ask for, and the folder for it. None where they are wrong, as the first process then says."""
+    from rst_fused.train import data, processes, runner
+
+    plan, complaint = None, None
+    try:
+        config = Config.from_arguments(args, joined.size)
+        if config.shard is not None:
+            processes.check_device(config.shard, config.device)
         if config.data is None:
             loaded = data.load_digits(config.subset)
         else:
             loaded = data.load_cifar10(Path(config.data), config.subset)
-        plan = runner.plan(config, loaded)
-        output = Path(config.output)
-        output.mkdir(parents=True, exist_ok=True)
+        plan = runner.plan(config, loaded, joined)
+        if joined.first:
+            Path(config.output).mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
-        print(f"rst-fused train: {error}", file=sys.stderr)
-        return 2
-    runs = runner.run_all(plan)
-    rows = report.summarise(plan, runs)
-    print(report.table(plan, rows))
-    report.write_json(plan, runs, rows, output / "results.json")
-    report.draw(plan, rows, output / "accuracy.png")
-    print(f"\nwrote {output / 'results.json'} and {output / 'accuracy.png'}")
-    return 0
+        complaint = str(error)
+    complaints = joined.gather(complaint)  # a GPU or a folder may be missing for one of them alone
+    if joined.first:
+        for text in dict.fromkeys(text for text in complaints if text is not None):
+            print(f"rst-fused train: {text}", file=sys.stderr)
+    return None if any(complaints) else plan

@@ -20,6 +20,7 @@ Number = TypeVar("Number", int, float)
 
 METHODS = ("base", "sam", "rst", "g-rst")
 BASES = ("sgd", "adamw")
+SHARDS = ("ddp", "fsdp")
 SCHEDULE_OPTIONS = ("p", "b", "every", "offset", "cost", "warmup")
 
 # Found on the data itself. Digits: this much weight decay keeps the weights small enough for rho = 0.1 to
@@ -84,10 +85,12 @@ class Config:
     device: str
     amp: bool
     threads: int | None
+    shard: str | None
+    processes: int
     output: str
 
     @classmethod
-    def from_arguments(cls, args: argparse.Namespace) -> Config:
+    def from_arguments(cls, args: argparse.Namespace, processes: int = 1) -> Config:
         """Fills in the defaults. Raises ValueError where options contradict each other."""
         if args.base != "sgd" and args.momentum is not None:
             raise ValueError(f"--momentum {args.momentum} with --base {args.base}: only sgd has a momentum")
@@ -96,7 +99,8 @@ class Config:
             options["p"] = 0.5
         of_data = _DEFAULTS["digits" if args.data is None else "cifar10"]
         defaults = {**of_data, **of_data[args.base]}
-        given = {field.name: getattr(args, field.name) for field in fields(cls) if field.name != "output"}
+        options_of_args = [field.name for field in fields(cls) if field.name not in ("processes", "output")]
+        given = {name: getattr(args, name) for name in options_of_args}
         values: dict[str, Any] = {name: defaults.get(name) if value is None else value for name, value in given.items()}
         values |= {
             "data": None if args.data is None else str(args.data),
@@ -104,6 +108,7 @@ class Config:
             "methods": tuple(name for name in METHODS if name in args.methods),
             "schedule": {"family": args.schedule, **options},
             "device": _checked_device(args.device),
+            "processes": processes,
         }
         return cls(**values, output=str(args.output or _output_name(values)))
 

@@ -107,6 +107,8 @@ def table(plan: Plan, rows: Sequence[Row]) -> str:
         f"{data.name}, {config.model}, {len(data.train_labels)} training images, {config.epochs} epochs, "
         f"{config.seeds} seed{'s' if config.seeds > 1 else ''}, rho {config.rho:g}"
     )
+    if config.shard is not None:
+        title += f", {config.processes} process{'es' if config.processes > 1 else ''} ({config.shard})"
     probed = min(SHARPNESS_IMAGES, len(data.train_labels))
     note = (
         "accuracy on the test set after the last epoch, mean ± std of seeds; pairs: forward-backward pairs\n"

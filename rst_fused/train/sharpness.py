@@ -47,7 +47,8 @@ def loss_rise(model: nn.Module, batches: Batches, rho: float) -> float:
 
     The weights are back bit for bit afterwards; gradients are dropped.
     """
-    probe = SAM(model.parameters(), base="sgd", lr=0.0, rho=rho)
+    # No process group: where several processes train, the whole model may be on this one alone.
+    probe = SAM(model.parameters(), base="sgd", lr=0.0, rho=rho, process_group=None)
     probe.zero_grad()
     before = 0.0
     with eval_mode(model):
