@@ -172,9 +172,9 @@ class Sharding:
             module = reference()
             if module is not None and _holds_unreduced(module):
                 raise RuntimeError(
-                    "perturb() with gradients that fully_shard has not reduced over ranks yet: the last backward of the "
-                    "first pass ran after set_requires_gradient_sync(False), or set_requires_all_reduce(False). Set True "
-                    "before the last micro-batch of each pass; nothing was perturbed"
+                    "perturb() with gradients that fully_shard has not reduced over ranks yet: the last backward of "
+                    "the first pass ran after set_requires_gradient_sync(False), or set_requires_all_reduce(False). "
+                    "Set True before the last micro-batch of each pass; nothing was perturbed"
                 )
 
     def is_current(self, params: Sequence[Tensor]) -> bool:

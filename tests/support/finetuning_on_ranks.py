@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from ddp_on_ranks import drift
-from sharded import weights
+from sharded import batches, difference, sharded_model, weights, whole
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from rst_fused import RST
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "finetuning.md"
 _alive: list[Any] = []  # gloo may wait for a thread of its own where a model, and with it the group, is freed
@@ -52,7 +55,6 @@ def _nbytes(tensors: Any) -> int:
 
 def run(*arguments: str) -> dict[str, Any]:
     """What a run of the script ends with, and what each of its steps did."""
-    dist.destroy_process_group()
     names = script()
     kinds: list[bool] = []
     collectives: list[dict[str, list[int]]] = []
@@ -88,16 +90,43 @@ def run(*arguments: str) -> dict[str, Any]:
         patch.setattr(dist, "all_reduce", watched_all_reduce)
         model, opt, held_out = names["main"](list(arguments))
     _alive.append(model)
-    params = list(model.parameters())
+    params = [p for group in opt.param_groups for p in group["params"]]
     return {
         "weights": weights(model), "drift": drift(model) if "ddp" in arguments else 0.0, "held_out": held_out,
         "steps": opt.steps, "sam_steps": opt.sam_steps, "p": [opt.schedule(t) for t in range(opt.steps)],
         "kinds": kinds, "collectives": collectives, "rates": rates, "kept": kept,
-        "local": _nbytes(p.data for p in params), "whole": sum(p.numel() * p.element_size() for p in params),
+        "local": _nbytes(p.detach() for p in params), "whole": 4 * sum(p.numel() for p in params),
         "norm": opt.last_update_norm, "said": said.getvalue(),
-        "state": [[weights_of(t) for t in opt.state[p].values()] for p in opt.state],
+        "state": [whole(t) for p in params for _, t in sorted(opt.state[p].items())],
     }  # fmt: skip
 
 
-def weights_of(t: torch.Tensor) -> torch.Tensor:
-    return t.full_tensor() if isinstance(t, DTensor) else t.detach().clone()
+def run_all(*runs: tuple[str, ...]) -> list[dict[str, Any]]:
+    """One after another, each with its arguments, in one process group."""
+    store, rank, size = dist.distributed_c10d._get_default_store(), dist.get_rank(), dist.get_world_size()
+    dist.destroy_process_group()
+    init = dist.init_process_group
+    results = []
+    with pytest.MonkeyPatch.context() as patch:
+        for i, arguments in enumerate(runs):
+            own = dist.PrefixStore(f"run {i}", store)
+            patch.setattr(dist, "init_process_group", partial(init, store=own, rank=rank, world_size=size))
+            results.append(run(*arguments))
+            dist.destroy_process_group()
+    return results
+
+
+def unreduced(mixed: bool) -> tuple[str, float, float]:
+    """A first pass that FSDP2 has not reduced: what is said, whether the weights moved, and a right step thereafter."""
+    model, mine = sharded_model("fsdp, mixed" if mixed else "fsdp")
+    opt = RST(model.parameters(), schedule=1.0, lr=0.1)
+    x, y = batches(1)[0]
+    model.set_requires_gradient_sync(False)
+    (model(mine(x)).float() - mine(y)).square().mean().backward()
+    before = weights(model)
+    with pytest.raises(RuntimeError) as caught:
+        opt.perturb()
+    moved = difference(before, weights(model))
+    model.set_requires_gradient_sync(True)
+    (model(mine(x)).float() - mine(y)).square().mean().backward()  # adds to the first one
+    return str(caught.value), moved, float(opt.perturb())
