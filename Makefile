@@ -14,7 +14,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 OLDEST := .venv-oldest-torch
 OLDEST_TESTS := $(addprefix ops/test_,ops ops_properties simd_levels) \
 	$(addprefix optim/test_,plan optimizer exceptions resume sam hyperparameter_changes peer_bugs compile \
-	compile_idioms first_gradients memory_safety mixed_paths)
+	compile_idioms first_gradients memory_safety mixed_paths clipping) \
+	distributed/test_sharded_cases
 
 DEPENDENCIES := $(BIN)/.dependencies
 EDITABLE := $(BIN)/.editable

@@ -14,7 +14,9 @@ from rst_fused._step.rules import RULES
 from rst_fused.optimizer import RST
 
 _FUSED = {getattr(torch.optim, rule.twin): rule for rule in RULES.values() if rule.twin is not None}
-_OWN = ("eta", "seed", "backend", "model", "master_weights", "stochastic_rounding")  # of RST, not of the base
+_OWN = (  # of RST, not of the base
+    "eta", "seed", "backend", "model", "master_weights", "stochastic_rounding", "process_group", "m_sharpness",
+)  # fmt: skip
 
 
 class SAM(RST):

@@ -13,8 +13,6 @@ from torch._C import _len_torch_dispatch_stack, _storage_Use_Count
 
 from rst_fused._step.base import StepOptimizer
 
-_ALONE = 2  # references to a storage: its one tensor's, and that of the object which asks
-
 
 def keep_apart(opt: StepOptimizer) -> None:
     """Gives each first gradient memory of its own if another tensor shares it; nothing without torch.distributed."""
@@ -35,8 +33,16 @@ def in_graph(grads: list[Tensor]) -> list[Tensor]:
     return grads
 
 
+def _references(t: Tensor) -> int:
+    """To its storage; that of the object which asks is one of them."""
+    return _storage_Use_Count(t.untyped_storage()._cdata)
+
+
+_ALONE = _references(torch.empty(0, device="cpu"))  # of a storage that only one tensor has
+
+
 def _is_shared(g: Tensor) -> bool:
     try:
-        return _storage_Use_Count(g.untyped_storage()._cdata) > _ALONE
+        return _references(g) > _ALONE
     except (RuntimeError, NotImplementedError):  # it has none: validation says what is wrong
         return False

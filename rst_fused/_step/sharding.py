@@ -210,10 +210,9 @@ def positions_of(p: Any) -> tuple[int, int, int] | None:
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     shape, offsets = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
-    mine = local(p)
-    if mine.numel() == 0:
+    if local(p).numel() == 0:
         return 0, 0, 0
-    order = sorted(range(p.dim()), key=lambda d: -mine.stride()[d] if mine.shape[d] > 1 else 0)
+    order = sorted(range(p.dim()), key=lambda d: -p.stride(d))  # of the whole: here a dimension may have one element
     sizes, whole = [shape[d] for d in order], [p.shape[d] for d in order]
     offset, step = 0, 1
     for d in reversed(range(len(order))):

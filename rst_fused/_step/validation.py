@@ -19,7 +19,10 @@ from rst_fused._step.devices import device_of
 from rst_fused._step.rules import Group, check_current
 from rst_fused._step.sharding import describe, is_dtensor, local, same_layout, settle_grad
 
-_COMMON = ("schedule", "gamma", "adaptive", "eta", "seed", "backend", "master_weights", "stochastic_rounding")
+_COMMON = (
+    "schedule", "gamma", "adaptive", "eta", "seed", "backend", "master_weights", "stochastic_rounding", "process_group",
+    "m_sharpness",
+)  # fmt: skip
 
 
 # --- at construction --------------------------------------------------------------------------------------------------

@@ -51,7 +51,13 @@ def _asks_for_state(opt: StepOptimizer) -> bool:
     if opt.state or "found_inf" in vars(opt) or not all(_is_zero(group.get("lr", 0.0)) for group in opt.param_groups):
         return False
     grads = [p.grad for group in opt.param_groups for p in group["params"] if p.grad is not None]
-    return bool(grads) and all(g.layout == torch.strided and not bool(g.any()) for g in grads)
+    return bool(grads) and all(g.layout == torch.strided and not _any(g) for g in grads)
+
+
+def _any(g: Tensor) -> bool:
+    """Whether an element is not 0; of a DTensor, in any shard, or ranks would disagree about what step() is."""
+    found = g.any()
+    return bool(found.full_tensor() if hasattr(found, "full_tensor") else found)
 
 
 def _is_zero(lr: Any) -> bool:

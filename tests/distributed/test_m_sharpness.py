@@ -52,6 +52,7 @@ REFUSED = {
     "fire=False": "RuntimeError: the gradients are those of this rank", "no perturb": "RuntimeError: the gradients are",
     "fire=True": "RuntimeError: .* the first backward ran with its all-reduce",
     "accumulating": r"RuntimeError: first_pass\(\) with gradients that are there already: call opt.zero_grad\(\)",
+    "sharded": "ValueError: m_sharpness=True with parameters that are DTensors",
     "static": "RuntimeError: .*static_graph=True.*warmup", "changed": "^$",
 }  # fmt: skip
 

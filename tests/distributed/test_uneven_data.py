@@ -29,6 +29,14 @@ def test_uneven_data(base: str, gamma: float, form: str) -> None:
         assert ddp.difference(weights, right) <= MOST
 
 
+def test_uneven_data_with_m_sharpness() -> None:
+    """A rank without data follows only the passes that reduce."""
+    for form in ("closure", "phases"):
+        results = ranks.run(2, workers.uneven, [[20, 13], [7, 20]], "sgd", 1.0, form, 20.0, True)
+        for _, drifts, steps, sam_steps, said in results:
+            assert drifts == [0.0] * 2 and steps == 40 and 5 < sam_steps < 35 and said == []
+
+
 @pytest.mark.parametrize("batches", [[[12, 12, 0, 12]], [[0, 12, 12, 12]], [[0, 3, 12, 7], [12, 12, 12, 12]]])
 def test_a_rank_without_any_data(batches: list[list[int]]) -> None:
     """It says so to the others, who neither wait for it nor wonder; also where it is the first rank."""
@@ -61,21 +69,16 @@ def test_an_overflow_on_one_rank(base: str, gamma: float, local: bool, which: in
         assert scale == (128.0 if which == 2 else 256.0)  # it looks at the gradients of the second pass
 
 
-@pytest.mark.parametrize("form", ["closure", "phases"])
-@pytest.mark.parametrize("where", ["pass 1", "between", "pass 2", "saving"])
+@pytest.mark.parametrize(
+    ("where", "form"),
+    [("pass 1", "closure"), ("pass 2", "closure"), *((w, "phases") for w in ("pass 1", "between", "pass 2", "saving"))],
+)
 def test_an_exception_on_one_rank(where: str, form: str) -> None:
     """Weights come back on the rank that fails, and on those whose collectives fail then: all are where they were."""
-    if form == "closure" and where in ("between", "saving"):
-        return
-    results, errors = ranks.outcomes(2, workers.failing, where, 1.5, form, seconds=8)
-    said, whole, steps = results[1]
-    assert whole and steps == 2
+    (other, whole, steps), (said, *rest) = ranks.run(2, workers.failing, where, 1.5, form, seconds=60)
     assert said.startswith("RuntimeError: state_dict while" if where == "saving" else "Stop: on purpose")
-    if 0 in results:
-        said, whole, steps = results[0]
-        assert said and whole and steps == 2
-    else:
-        assert "not done" not in errors[0]
+    assert rest == [True, 2]
+    assert other and (whole, steps) == (True, 2)
 
 
 def test_a_killed_rank_and_a_resumed_run(tmp_path: Path) -> None:

@@ -129,6 +129,9 @@ def test_a_loss_scaler(monkeypatch, clip):
     loop = RSTLoop(accelerator, model, optimizer, loss_of, max_grad_norm=clip)
     train(loop, data)
     assert_same(model, loop, *plain(2, clip=clip, scaler=torch.amp.GradScaler("cpu", init_scale=2.0**12)))
+    accelerator.backward(loss_of(model, batches()[:4]))
+    with pytest.raises(RuntimeError, match=r"step\(closure\) by a GradScaler"):
+        optimizer.step(lambda: None)
     loop.rst.gamma = 2.0
     if clip:
         with pytest.raises(ValueError, match=r"max_grad_norm=0.05 with a loss scaler \(fp16\) and gamma=2.0"):

@@ -6,9 +6,11 @@ import warnings
 from typing import Any
 
 import pytest
+import ranks
 import torch
 
 from rst_fused import RST
+from rst_fused._step import without_draw
 
 BASES = ("sgd", "adamw", "instance")
 
@@ -137,3 +139,16 @@ def test_steps_without_gradients_or_with_lr_0_are_steps():
     backward(model, opt)
     opt.step()
     assert opt.steps == 2
+
+
+def _of_shards() -> list[bool]:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (2,))
+    grads = [torch.zeros(4), torch.tensor([0.0, 0.0, 1.0, 0.0])]
+    return [without_draw._any(distribute_tensor(g, mesh, [Shard(0)])) for g in grads]
+
+
+def test_ranks_agree_whether_gradients_are_zero():
+    assert ranks.run(2, _of_shards) == [[False, True]] * 2

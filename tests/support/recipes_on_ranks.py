@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
+from sharded import whole
 
 _alive: list[Any] = []  # gloo may wait for a thread of its own where a model, and with it the group, is freed
 
@@ -15,6 +17,15 @@ def run(script: str, name: str) -> tuple[list[torch.Tensor], int]:
     dist.destroy_process_group()
     names: dict[str, Any] = {"__name__": "__main__"}
     _alive.append(names)
-    exec(compile(script, name, "exec"), names)
-    weights = [p.detach().clone() for p in names["model"].parameters()]
-    return [getattr(w, "full_tensor", lambda w=w: w)() for w in weights], names["opt"].steps
+    ended: list[tuple[list[torch.Tensor], int]] = []
+    destroy = dist.destroy_process_group
+
+    def end() -> None:
+        """While shards can still be gathered."""
+        ended.append(([whole(p) for p in names["model"].parameters()], names["opt"].steps))
+        destroy()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "destroy_process_group", end)
+        exec(compile(script, name, "exec"), names)
+    return ended[0]

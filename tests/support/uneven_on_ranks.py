@@ -6,6 +6,7 @@ import os
 import signal
 import warnings
 from contextlib import nullcontext
+from datetime import timedelta
 from typing import Any
 
 import ddp_on_ranks as ddp
@@ -14,6 +15,8 @@ import torch.distributed as dist
 from oracle_optimizer import bits
 from torch import Tensor, nn
 from torch.distributed.algorithms import Join
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from rst_fused import RST, schedule
@@ -136,6 +139,11 @@ def m_sharpness_refused() -> dict[str, str]:
         again = DistributedDataParallel(wrapped.module, static_graph=True)
         made(model=again).step(lambda: ddp.loss_of(again, ddp.batch(0, 0)).backward())
 
+    def sharded() -> None:
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        RST([nn.Parameter(distribute_tensor(torch.ones(4), mesh, [Shard(0)]))], m_sharpness=True)
+
+    said["sharded"] = error_of(sharded)
     said["no first_pass"] = error_of(without_first_pass)
     said["fire=False"] = error_of(lambda: fire(1.0, False))
     said["fire=True"] = error_of(lambda: fire(0.0, True))
@@ -171,13 +179,15 @@ def no_sync_by_hand(gamma: float, base: str) -> tuple[str, bool, int, float]:
 
 
 # --- uneven data ------------------------------------------------------------------------------------------------------
-def uneven(batches: list[list[int]], base: str, gamma: float, form: str, timeout: float) -> tuple[Any, ...]:
+def uneven(
+    batches: list[list[int]], base: str, gamma: float, form: str, timeout: float, local: bool = False
+) -> tuple[Any, ...]:
     """Epochs in which rank r has batches[epoch][r] batches."""
     agreement.TIMEOUT = timeout
     rank = dist.get_rank()
     model = ddp.model_of(rank)
     wrapped = DistributedDataParallel(model)
-    opt = ddp.optimizer(model, base, gamma=gamma)
+    opt = ddp.optimizer(model, base, gamma=gamma, m_sharpness=local, model=wrapped)
     t = 0
     drifts = []
     with warnings.catch_warnings(record=True) as caught:
@@ -246,7 +256,8 @@ def failing(where: str, gamma: float, form: str) -> tuple[str, bool, int]:
     """Rank 1 fails at step 2, in pass 1, 2 or between them; what it says, and whether its weights are whole."""
     rank = dist.get_rank()
     model = ddp.model_of()
-    wrapped = DistributedDataParallel(model)
+    group = dist.new_group(timeout=timedelta(seconds=3))  # so long the other rank waits for the one that failed
+    wrapped = DistributedDataParallel(model, process_group=group)
     opt = ddp.optimizer(model, "sgd", gamma=gamma, schedule=1.0)
     before: list[bytes] = []
 
@@ -309,9 +320,3 @@ def checkpointing(path: str, until: int, killed_at: int | None) -> tuple[Any, ..
             torch.save({"model": model.state_dict(), "opt": opt.state_dict()}, file + ".new")
             os.replace(file + ".new", file)
     return ddp.weights(model), opt.steps, ddp.drift(model)
-
-
-def sync_batch_norm(form: str) -> str:
-    """Whether SyncBatchNorm runs here at all."""
-    model = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4)))
-    return error_of(lambda: DistributedDataParallel(model)(torch.ones(3, 6)).sum().backward())
