@@ -85,6 +85,20 @@ def _fsdp_modules(params: Iterable[Tensor]) -> list[weakref.ref[Any]]:
     ]
 
 
+def _holds_unreduced(module: Any) -> bool:
+    """Asks what torch does not say in public; a torch that keeps it elsewhere holds none."""
+    state = module._get_fsdp_state()
+    for group in getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]:
+        if getattr(group, "_partial_reduce_output", None) is not None:
+            return True
+        for p in getattr(group, "fsdp_params", ()):
+            if getattr(p, "unsharded_accumulated_grad", None) is not None:
+                return True
+            if getattr(getattr(p, "_unsharded_param", None), "grad", None) is not None:
+                return True
+    return False
+
+
 class _MeshDim(NamedTuple):
     """A dimension of a device mesh, as all ranks can name it."""
 
@@ -148,6 +162,20 @@ class Sharding:
 
     def part_of(self, p: Tensor) -> int:
         return self._part_of.get(p, 0)
+
+    def refuse_unreduced(self) -> None:
+        """Before a perturbation: raises RuntimeError where FSDP2 still holds gradients that are not reduced over ranks.
+
+        There is no gradient to perturb by then, and the second pass would be added to the first one.
+        """
+        for reference in self.fsdp_modules:
+            module = reference()
+            if module is not None and _holds_unreduced(module):
+                raise RuntimeError(
+                    "perturb() with gradients that fully_shard has not reduced over ranks yet: the last backward of "
+                    "the first pass ran after set_requires_gradient_sync(False), or set_requires_all_reduce(False). "
+                    "Set True before the last micro-batch of each pass; nothing was perturbed"
+                )
 
     def is_current(self, params: Sequence[Tensor]) -> bool:
         return len(params) == len(self.params) and all(map(_is, params, self.params))

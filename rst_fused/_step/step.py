@@ -16,6 +16,8 @@ from rst_fused._step.state import AFTER_RESTORE
 def perturb(opt: StepOptimizer, compiling: bool = False) -> None:
     """Moves the weights to w + e, keeps them, and takes the gradients out of p.grad."""
     state = opt._step_state
+    if not compiling:
+        opt._sharding.refuse_unreduced()
     state.perturbed = True
     state.mixing = state.mixes
     state.local_grads = False

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_module
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
@@ -60,6 +60,8 @@ def _wrap(how: str, model: nn.Sequential) -> tuple[int, int]:
     rank, size = dist.get_rank(), dist.get_world_size()
     if how == "fsdp":
         fsdp(model)
+    elif how == "fsdp, mixed":
+        fsdp(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32))
     elif how == "fsdp, kept after forward":
         fsdp(model, reshard_after_forward=False)
     elif how == "fsdp, kept after backward":
