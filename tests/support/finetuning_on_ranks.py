@@ -101,7 +101,7 @@ def run(*arguments: str) -> dict[str, Any]:
 
 
 def run_all(*runs: tuple[str, ...]) -> list[dict[str, Any]]:
-    """One after another, each with its arguments, in the process group that is there: gloo may hang at the end of one."""
+    """One after another, each with its arguments, in the process group there is: gloo may hang at its end."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dist, "init_process_group", lambda backend: None)
         return [run(*arguments) for arguments in runs]
