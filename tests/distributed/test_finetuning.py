@@ -41,14 +41,14 @@ RUNS = {
 @functools.cache
 def on_ranks() -> dict[str, list[dict[str, Any]]]:
     """By run, the results of each rank."""
-    results = ranks.run(RANKS, finetuning.run_all, *RUNS.values(), seconds=240)
+    results = ranks.run(RANKS, finetuning.run_all, *RUNS.values(), seconds=100)
     return {name: [of_rank[i] for of_rank in results] for i, name in enumerate(RUNS)}
 
 
 @functools.cache
 def alone() -> dict[bool, dict[str, Any]]:
     """On one process; by whether it is a run with gamma."""
-    (results,) = ranks.run(1, finetuning.run_all, RUNS["ddp"], RUNS["ddp, gamma"], seconds=240)
+    (results,) = ranks.run(1, finetuning.run_all, RUNS["ddp"], RUNS["ddp, gamma"], seconds=100)
     return dict(zip((False, True), results, strict=True))
 
 
@@ -114,9 +114,9 @@ def test_resumes_in_the_middle(wrap: str, tmp_path: Path) -> None:
         (*common, "--wrap", wrap, "--checkpoints", str(tmp_path / "b"), "--stop-at", "4"),
         (*resume, "--wrap", wrap),
         (*resume, "--wrap", other),
-        seconds=240,
+        seconds=100,
     )
-    (alone,) = ranks.run(1, finetuning.run_all, (*resume, "--wrap", wrap), seconds=240)
+    (alone,) = ranks.run(1, finetuning.run_all, (*resume, "--wrap", wrap), seconds=100)
     for whole, half, resumed, by_other in results:
         assert half["steps"] == 4 and whole["steps"] == resumed["steps"] == 8
         assert any(whole["kinds"][:4]) and any(whole["kinds"][4:]) and not all(whole["kinds"][4:])
