@@ -306,6 +306,7 @@ class RST(SavedOptimizer):
     def _restore_after(self, error: BaseException) -> None:
         """restore(), while ``error`` is handled. That one is raised, whatever fails here, and says so."""
         try:
+            self._plans.take_back()
             self.restore()
         except Exception as second:
             validation.add_note(error, f"the weights could not be brought back: {second}")

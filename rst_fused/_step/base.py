@@ -135,7 +135,7 @@ class StepOptimizer(Optimizer):
         if not self._sharding.is_current(params):
             self._sharding = Sharding(params)
             for device in self._devices:
-                device.make_part_stats(self._sharding.parts)
+                device.make_part_stats(self._sharding.part_count)
 
     def _draw_again(self) -> None:
         """After a draw and before the perturbation, what was set since counts."""

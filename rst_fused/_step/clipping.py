@@ -6,29 +6,28 @@ update divides by the scale of AMP anyway, of which this becomes a part: only th
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch.compiler import is_compiling
 
 from rst_fused._step import dispatch, validation
 from rst_fused._step.amp import Scaling
 from rst_fused._step.base import StepOptimizer
+from rst_fused._step.state import NOTHING_KEPT
 
 _EPS = 1e-6
-# Of StepState, once the weights are back and gradients are mixed, before an update.
-NOTHING_KEPT: dict[str, Any] = {"mixing": False, "first_grads": {}, "saved": {}}
 
 
 def clipped(opt: StepOptimizer, scaling: Scaling) -> Scaling:
-    """``scaling`` with the factor in it. Mixes first: then p.grad is what the update applies. The norm stays on the
-    device, in the first one's update_stats."""
+    """``scaling`` with the factor in it. Mixes first, in place: then p.grad is what the update applies. The norm stays
+    on the device, in the first one's update_stats."""
     if opt.max_grad_norm is None:
         return scaling
     if opt._step_state.mixing:
-        _check(opt)
+        _check_update(opt)
+        if not is_compiling():
+            validation.check_grads_apart(opt)
         dispatch.restore(opt, NOTHING_KEPT, mixing=True)
     if is_compiling() or opt.capturing or not opt._plans.grad_norm(opt):
-        _check(opt)
+        _check_update(opt)
         dispatch.grad_norm(opt)
     norm, scale = opt._devices[0].update_stats[0], scaling.grad_scale
     if scale is not None:
@@ -39,6 +38,6 @@ def clipped(opt: StepOptimizer, scaling: Scaling) -> Scaling:
     return Scaling(factor.float(), scaling.found_inf)
 
 
-def _check(opt: StepOptimizer) -> None:
+def _check_update(opt: StepOptimizer) -> None:
     if not is_compiling():
         validation.check_phase(opt, updating=True)

@@ -13,7 +13,7 @@ from rst_fused._checks import SIXTEEN_BIT
 from rst_fused._step.base import StepOptimizer
 from rst_fused._step.devices import DeviceState, device_of
 from rst_fused._step.rules import Flags, Group
-from rst_fused._step.sharding import describe, local, positions_of, waited
+from rst_fused._step.sharding import describe, local, positions_of, settled, waited
 from rst_fused._step.validation import has_master, is_usable
 
 
@@ -199,6 +199,8 @@ def gather(
         c = Columns()
         # Dynamo fills the lists of a call to _init_group only if they are empty, so each group has its own.
         opt._init_group(group, updating, masters_only, only, *c.lists)
+        if opt._sharding.dtensors:  # settled already, unless this is a graph
+            c.grads[:] = [settled(p, g) for p, g in zip(c.params, c.grads, strict=True)]
         c.rows = [(group, new) for new in c.is_first_step]
         out.extend(c)
     return out

@@ -37,8 +37,8 @@ def setters(state: StepState, fields: dict[str, Any]) -> list[partial[None]]:
 
 
 @torch.no_grad()
-def perturb(opt: StepOptimizer) -> None:
-    """grad_norm and perturb_ over all groups."""
+def perturb(opt: StepOptimizer, measured: bool = False) -> None:
+    """grad_norm, unless it was ``measured``, and perturb_ over all groups."""
     state, everything = opt._step_state, range(len(opt.param_groups))
     later = is_compiling() or opt.capturing  # what is called now runs then
     if len(opt._devices) > 1 and opt.capturing:
@@ -53,7 +53,8 @@ def perturb(opt: StepOptimizer) -> None:
         parts += _parts(opt, device, here, opt.adaptive)
         calls += [(device, c) for c in here if c.params]
     home = opt._devices[0]
-    norm.grad_norm(opt, parts, home.stats, opt.adaptive)
+    if not measured:
+        norm.grad_norm(opt, parts, home.stats, opt.adaptive)
     for device in opt._devices[1:]:
         device.stats.copy_(home.stats)
     first_index = 0
@@ -91,7 +92,7 @@ def _parts(
     opt: StepOptimizer, device: DeviceState, here: list[columns.Columns], adaptive: bool
 ) -> Iterator[norm.Part]:
     """What the norm takes of the parameters on a device."""
-    for number in range(opt._sharding.parts):
+    for number in range(opt._sharding.part_count):
         grads: list[Tensor] = []
         sources: list[Tensor] = []
         for c in here:

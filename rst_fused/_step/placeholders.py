@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
+from rst_fused._step.sharding import local
+
 Placeholders = dict[int, tuple[Tensor, int]]  # by id: the tensor, and its version when it was created
 
 
@@ -30,7 +32,10 @@ def note(opt: Any, but: str = "") -> None:
 def note_zeros(opt: Any) -> None:
     """The same for state that was loaded, if all of it is zero and ``opt`` has taken no step. Waits for the device."""
     masters = "master" if opt.rule is not None else ""
-    if opt._step_state.steps == 0 and not any(bool(t.any()) for t in tensors_of(opt.state, masters)):
+    if opt._step_state.steps > 0 or not opt.state:
+        return
+    others = sum(bool(local(t).any()) for t in tensors_of(opt.state, masters))
+    if opt._sharding.counts_over_ranks(others) == [0]:  # all ranks do the same, also those without elements
         note(opt, masters)
 
 

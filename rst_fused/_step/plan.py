@@ -51,6 +51,7 @@ class PlanCache:
         self._saved: dict[Tensor, Tensor] = {}  # where the plan keeps weights; empty: it was made without backups
         self._after_perturb: dict[str, Any] = {}  # the fields of StepState that it changes
         self._updates = False  # whether it knows the state that an update needs
+        self.measured = False  # see perturb
         self._stats: Any = 0  # where a plan in C++ is given the address
         self._columns = columns.Columns()
         self._shards: Shards | None = None  # where parameters are DTensors
@@ -58,7 +59,9 @@ class PlanCache:
 
     # --- the three phases: whether they were served ----------------------------------------------------------------
     def perturb(self, opt: StepOptimizer) -> bool:
-        """Norm and perturbation."""
+        """Norm and perturbation. Where only the norm was served, ``measured`` is set: the other ranks have added to it,
+        and will not do so again."""
+        self.measured = False
         if not self._saved or not self._is_current(opt):
             return False
         if self._shards is None:
@@ -73,7 +76,7 @@ class PlanCache:
         cached, state = self._cached, opt._step_state
         if cached.rho is None:
             validation.check_rho(opt)
-            self._check(opt)
+            self._check_numbers(opt)
             cached.rho = _floats([row[0] for row in columns.rho_rows(self._columns)])
             if cached.rho is None:
                 return False
@@ -84,8 +87,7 @@ class PlanCache:
             self._stats, cached.rho, opt.adaptive, opt.eta, opt.stochastic_rounding, opt.seed, state.steps,
             state.mixing, measured, self._after_perturb,
         )  # fmt: skip
-        if measured and not served:  # another executor would ask the other ranks for a second norm
-            raise RuntimeError("a parameter or a gradient was replaced while perturb() ran: step from one thread alone")
+        self.measured = measured and not served  # a perturbation looks at more than a norm
         return served
 
     def grad_norm(self, opt: StepOptimizer) -> bool:
@@ -119,7 +121,7 @@ class PlanCache:
         mixing, cached = state.mixing, self._cached
         gamma = state.gamma if mixing else 1.0
         if cached.rows is None or cached.rows[0] != gamma:
-            self._check(opt)
+            self._check_numbers(opt)
             found = _floats([x for row in columns.hyperparam_rows(opt, self._columns) for x in row])
             if found is None:
                 return False
@@ -153,10 +155,15 @@ class PlanCache:
             and _len_torch_dispatch_stack() == 0
         )
 
-    def _check(self, opt: StepOptimizer) -> None:
+    def _check_numbers(self, opt: StepOptimizer) -> None:
         if not self._cached.checked:
             validation.check_hyperparams(opt)
             self._cached.checked = True
+
+    def take_back(self) -> None:
+        """After an interrupt: local tensors keep no gradient that they were lent."""
+        if self._shards is not None:
+            self._shards.take_back()
 
     def drop(self) -> None:
         self._plan, self._saved, self._updates, self._shards = None, {}, False, None
@@ -194,7 +201,7 @@ class PlanCache:
         if state.mixing and len(saved) < len(c.params):
             return False  # some have no first one
         flags = _flags_of(opt)  # which agree among the groups
-        shards = Shards(c.params, companions) if opt._sharding.dtensors else None
+        shards = Shards(c.params, companions, opt._sharding.dtensors) if opt._sharding.dtensors else None
         with nullcontext(True) if shards is None else shards.lent() as lent:
             plan = None if not lent else new_plan(
                 opt.backend.plans, groups=list(opt.param_groups), everything=params, active=locals_of(c.params),

@@ -9,12 +9,14 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Iterable, Sequence
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rst_fused._checks import PLAIN
+from rst_fused._step.fsdp2 import modules_of
 
 
 def is_dtensor(t: Any) -> bool:
@@ -64,39 +66,38 @@ def same_layout(a: Any, b: Any) -> bool:
     return a._spec is b._spec or (a.device_mesh == b.device_mesh and a.placements == b.placements)
 
 
+def check_layout(what: str, p: Any) -> None:
+    """Raises ValueError for a shard whose whole this rank cannot take part in."""
+    if getattr(p, "_fsdp_flattened", False):
+        raise ValueError(
+            f"{what} belongs to FullyShardedDataParallel, whose flat parameters do not say how they are sharded: shard "
+            "the model by torch.distributed.fsdp.fully_shard"
+        )
+    if not is_dtensor(p):
+        return
+    if any(placement.is_partial() for placement in p.placements):
+        raise ValueError(f"{what} is {describe(p)}: expected Shard and Replicate; redistribute it first")
+    if p.device_mesh.get_coordinate() is None:
+        raise ValueError(f"{what} is {describe(p)}, to which this rank does not belong: pass it on those ranks alone")
+
+
+def check_same_mesh(what: str, g: Any, p: Any) -> None:
+    """Raises RuntimeError for a gradient that cannot be brought into the layout of its parameter."""
+    if is_dtensor(p) and g.device_mesh != p.device_mesh:
+        raise RuntimeError(f"{what} is {describe(g)}, but the parameter is {describe(p)}: expected the same mesh")
+
+
 def settle_grad(p: Tensor) -> None:
     """Brings the gradient of a DTensor, which may be a Partial sum, into the layout of the parameter: by collectives,
     in which all ranks take part, since they have the same layouts."""
     g: Any = p.grad
-    if is_dtensor(p) and is_dtensor(g) and not same_layout(p, g):
-        p.grad = g.redistribute(p.device_mesh, p.placements)  # type: ignore[attr-defined]
+    if g is not None and is_dtensor(p) and is_dtensor(g) and not same_layout(p, g):
+        p.grad = settled(p, g)
 
 
-def _fsdp_modules(params: Iterable[Tensor]) -> list[weakref.ref[Any]]:
-    """The modules to which torch.distributed.fsdp.fully_shard was applied and that have any of these parameters."""
-    states, fsdp = (sys.modules.get(f"torch.distributed.{name}") for name in ("_composable_state", "fsdp"))
-    if states is None or fsdp is None:
-        return []
-    wanted = set(map(id, params))
-    return [
-        weakref.ref(module)
-        for module in list(states._module_state_mapping)
-        if isinstance(module, fsdp.FSDPModule) and any(id(p) in wanted for p in module.parameters())
-    ]
-
-
-def _holds_unreduced(module: Any) -> bool:
-    """Asks what torch does not say in public; a torch that keeps it elsewhere holds none."""
-    state = module._get_fsdp_state()
-    for group in getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]:
-        if getattr(group, "_partial_reduce_output", None) is not None:
-            return True
-        for p in getattr(group, "fsdp_params", ()):
-            if getattr(p, "unsharded_accumulated_grad", None) is not None:
-                return True
-            if getattr(getattr(p, "_unsharded_param", None), "grad", None) is not None:
-                return True
-    return False
+def settled(p: Any, g: Any) -> Any:
+    """A gradient in the layout of its parameter."""
+    return g if same_layout(p, g) else g.redistribute(p.device_mesh, p.placements)
 
 
 class _MeshDim(NamedTuple):
@@ -122,13 +123,14 @@ class Sharding:
     def __init__(self, params: Sequence[Tensor]) -> None:
         self.params = list(params)
         self.dtensors: list[Any] = [p for p in params if is_dtensor(p)]
+        self._specs = [p._spec for p in self.dtensors]
         self.reductions: list[_Reduction] = []
         self._part_of: dict[Tensor, int] = {}
-        self.parts = 1
+        self.part_count = 1
         self.fsdp_modules: list[weakref.ref[Any]] = []
         if self.dtensors:
             self._find_parts()
-            self.fsdp_modules = _fsdp_modules(self.dtensors)
+            self.fsdp_modules = modules_of(self.dtensors)
 
     def _find_parts(self) -> None:
         """Of all parameters, with a gradient or without: every rank has to come to the same all-reduces, in one order,
@@ -154,31 +156,29 @@ class Sharding:
             {none, *over.values()} if len(self.dtensors) < len(self.params) else set(over.values()),
             key=lambda part: [in_order.index(ranks) for ranks in in_order if ranks in part],
         )
-        self.parts = len(parts)
+        self.part_count = len(parts)
         self._part_of = {p: parts.index(over.get(p, none)) for p in self.params}
         for ranks in in_order:
             _, group, device = groups[ranks]
             self.reductions.append(_Reduction(group, device, [i for i, part in enumerate(parts) if ranks in part]))
 
     def part_of(self, p: Tensor) -> int:
-        return self._part_of.get(p, 0)
-
-    def refuse_unreduced(self) -> None:
-        """Before a perturbation: raises RuntimeError where FSDP2 still holds gradients that are not reduced over ranks.
-
-        There is no gradient to perturb by then, and the second pass would be added to the first one.
-        """
-        for reference in self.fsdp_modules:
-            module = reference()
-            if module is not None and _holds_unreduced(module):
-                raise RuntimeError(
-                    "perturb() with gradients that fully_shard has not reduced over ranks yet: the last backward of "
-                    "the first pass ran after set_requires_gradient_sync(False), or set_requires_all_reduce(False). "
-                    "Set True before the last micro-batch of each pass; nothing was perturbed"
-                )
+        return self._part_of[p] if self._part_of else 0
 
     def is_current(self, params: Sequence[Tensor]) -> bool:
-        return len(params) == len(self.params) and all(map(_is, params, self.params))
+        """Whether these are the parameters, in the layouts that they had: torch.utils.swap_tensors changes one."""
+        same = len(params) == len(self.params) and all(map(is_, params, self.params))
+        return same and all(p._spec is s or p._spec == s for p, s in zip(self.dtensors, self._specs, strict=True))
+
+    def counts_over_ranks(self, *counts: int) -> list[int]:
+        """Their sums over the ranks among which anything is sharded, all of which have to ask. They wait for each
+        other."""
+        total = torch.tensor(counts)
+        for group, device, _ in self.reductions:
+            on_device = total.to(device)
+            torch.distributed.all_reduce(on_device, group=group)
+            total = on_device.cpu()
+        return total.tolist()
 
     def add_over_ranks(self, squares: Tensor) -> Tensor:
         """The sums of squares of all parts, one number each, over all elements rather than those of this rank.
@@ -192,10 +192,6 @@ class Sharding:
             mine = mine.to(squares.device)
             squares = mine if everything else squares.index_copy(0, torch.tensor(positions, device=mine.device), mine)
         return squares
-
-
-def _is(a: Any, b: Any) -> bool:
-    return a is b
 
 
 def positions_of(p: Any) -> tuple[int, int, int] | None:

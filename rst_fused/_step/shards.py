@@ -27,8 +27,10 @@ def _set_grads(tensors: Iterable[Tensor], grads: Iterable[Tensor | None]) -> Non
 class Shards:
     """For the time of a call each local tensor has the local gradient as its own, where a plan looks for it."""
 
-    def __init__(self, params: Sequence[Tensor], companions: Sequence[Tensor]) -> None:
-        """params: those with a gradient; companions: state and masters."""
+    def __init__(self, params: Sequence[Tensor], companions: Sequence[Tensor], in_order: Sequence[Tensor]) -> None:
+        """params: those with a gradient; companions: state and masters; in_order: all DTensors, in the order in which
+        every rank settles gradients, whatever executor it takes."""
+        self._in_order = in_order
         self._params: list[Any] = [p for p in params if is_dtensor(p)]
         self._dtensors = [*self._params, *(t for t in companions if is_dtensor(t))]
         self._tensors = list(map(_local_of, self._dtensors))
@@ -50,7 +52,10 @@ class Shards:
             _set_grads(self._shards, grads)
             yield True
         finally:
-            _set_grads(self._shards, repeat(None))
+            self.take_back()
+
+    def take_back(self) -> None:
+        _set_grads(self._shards, repeat(None))
 
     def drop_grads(self) -> None:
         _set_grads(self._params, repeat(None))
@@ -63,7 +68,7 @@ class Shards:
         except AttributeError:
             return None
         if not (len(specs) == len(self._specs) and all(map(is_, specs, self._specs))):
-            for p in self._params:
+            for p in self._in_order:
                 settle_grad(p)
             grads = list(map(_grad_of, self._params))
             self._specs = specs if specs == list(map(_spec_of, grads)) else []

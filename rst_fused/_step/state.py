@@ -16,6 +16,8 @@ from torch import Tensor
 AFTER_RESTORE: dict[str, Any] = {
     "mixing": False, "perturbed": False, "captured": False, "first_grads": {}, "saved": {},
 }  # fmt: skip
+# Once the weights are back and gradients are mixed, before an update.
+NOTHING_KEPT: dict[str, Any] = {"mixing": False, "first_grads": {}, "saved": {}}
 _AFTER_SAM_STEP: dict[str, Any] = {**AFTER_RESTORE, "finished": True, "was_sam": True}
 # The same without the fields that only mixing or capturing sets: each one costs time at every step.
 _AFTER_PLAIN_SAM_STEP: dict[str, Any] = {"perturbed": False, "saved": {}, "finished": True, "was_sam": True}

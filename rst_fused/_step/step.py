@@ -8,16 +8,17 @@ from typing import Any
 
 from rst_fused._step import agreement, amp, dispatch, first_grads, m_sharpness, validation
 from rst_fused._step.base import StepOptimizer
-from rst_fused._step.clipping import NOTHING_KEPT, clipped
+from rst_fused._step.clipping import clipped
 from rst_fused._step.copies import drop_copies
-from rst_fused._step.state import AFTER_RESTORE
+from rst_fused._step.fsdp2 import refuse_unreduced
+from rst_fused._step.state import AFTER_RESTORE, NOTHING_KEPT
 
 
 def perturb(opt: StepOptimizer, compiling: bool = False) -> None:
     """Moves the weights to w + e, keeps them, and takes the gradients out of p.grad."""
     state = opt._step_state
     if not compiling:
-        opt._sharding.refuse_unreduced()
+        refuse_unreduced(opt._sharding.fsdp_modules)
     state.perturbed = True
     state.mixing = state.mixes
     state.local_grads = False
@@ -29,9 +30,12 @@ def perturb(opt: StepOptimizer, compiling: bool = False) -> None:
     state.captured = capturing = opt.capturing
     # In a graph, random bits and hyperparameters on the GPU must stay there, which those of a plan do not.
     if capturing or not opt._plans.perturb(opt):
+        measured = not capturing and opt._plans.measured
         validation.check_phase(opt, updating=False)
-        if capturing or not (opt._plans.renew(opt, for_update=False) and opt._plans.perturb(opt)):
-            dispatch.perturb(opt)
+        if measured:
+            opt._plans.drop()
+        if capturing or measured or not (opt._plans.renew(opt, for_update=False) and opt._plans.perturb(opt)):
+            dispatch.perturb(opt, measured or opt._plans.measured)
     drop_copies(opt)
 
 

@@ -17,7 +17,15 @@ from rst_fused._checks import DTYPES, PLAIN, SIXTEEN_BIT, address_of, first_over
 from rst_fused._step.base import StepOptimizer
 from rst_fused._step.devices import device_of
 from rst_fused._step.rules import Group, check_current
-from rst_fused._step.sharding import describe, is_dtensor, local, same_layout, settle_grad
+from rst_fused._step.sharding import (
+    check_layout,
+    check_same_mesh,
+    describe,
+    is_dtensor,
+    local,
+    same_layout,
+    settle_grad,
+)
 
 _COMMON = (
     "schedule", "gamma", "adaptive", "eta", "seed", "backend", "master_weights", "stochastic_rounding", "process_group",
@@ -69,21 +77,6 @@ def check_options(group: Group) -> None:
     common = [name for name in _COMMON if name in group]
     if common:
         raise TypeError(f"a parameter group sets {common}, which all groups share: pass it to the optimizer instead")
-
-
-def check_layout(what: str, p: Any) -> None:
-    """Raises ValueError for a shard whose whole this rank cannot take part in."""
-    if getattr(p, "_fsdp_flattened", False):
-        raise ValueError(
-            f"{what} belongs to FullyShardedDataParallel, whose flat parameters do not say how they are sharded: shard "
-            "the model by torch.distributed.fsdp.fully_shard"
-        )
-    if not is_dtensor(p):
-        return
-    if any(placement.is_partial() for placement in p.placements):
-        raise ValueError(f"{what} is {describe(p)}: expected Shard and Replicate; redistribute it first")
-    if p.device_mesh.get_coordinate() is None:
-        raise ValueError(f"{what} is {describe(p)}, to which this rank does not belong: pass it on those ranks alone")
 
 
 def check_apart(tensors: list[Any], others: list[Any]) -> None:
@@ -235,8 +228,12 @@ def check_grads(opt: StepOptimizer) -> None:
                 f"the gradient of {name} is {describe(g)}, but the parameter is {describe(p)}: expected both sharded "
                 "alike, as backward() leaves them"
             )
+        check_same_mesh(f"the gradient of {name}", g, p)
+    for name, p in _named(opt):
+        if p.grad is None:
+            continue
         settle_grad(p)
-        _check_readable(f"the gradient of {name}", local(p.grad if p.grad is not None else g))
+        _check_readable(f"the gradient of {name}", local(p.grad))
 
 
 def check_memory(opt: StepOptimizer) -> None:
@@ -305,14 +302,19 @@ def _check_entry(what: str, t: Any, p: Tensor, dtype: torch.dtype) -> None:
 
 
 def check_grads_apart(opt: StepOptimizer) -> None:
-    """Raises where gradients share memory: around an optimizer instance, G-RST mixes them in place, and once each."""
+    """Raises where gradients share memory: around an optimizer instance, and to clip, G-RST mixes them in place, and
+    once each. Those whose elements are computed or shared when they are read become tensors of their own."""
+    for _, p in _named(opt):
+        g = p.grad
+        if type(g) is Tensor and (g.is_conj() or g.is_neg() or may_overlap_itself(g)):
+            p.grad = g.resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
     named = [(name, local(p.grad)) for name, p in _named(opt) if p.grad is not None]
     shared = first_overlap([g for _, g in named])
     if shared is not None:
         one, other = (named[position][0] for position in shared)
         raise RuntimeError(
-            f"the gradients of {one} and {other} share memory, in which gamma != 1 with an "
-            "optimizer as base would mix twice: give each parameter a gradient of its own"
+            f"the gradients of {one} and {other} share memory, in which gamma != 1 with max_grad_norm, or with an "
+            "optimizer as base, would mix twice: give each parameter a gradient of its own"
         )
 
 

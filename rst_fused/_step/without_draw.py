@@ -12,6 +12,7 @@ from torch._C import _len_torch_dispatch_stack
 from rst_fused._step import placeholders, validation
 from rst_fused._step.base import StepOptimizer
 from rst_fused._step.columns import init_state
+from rst_fused._step.sharding import local, locals_of
 
 
 def only_creates_state(opt: StepOptimizer) -> bool:
@@ -50,14 +51,11 @@ def _asks_for_state(opt: StepOptimizer) -> bool:
         opt._adopt()
     if opt.state or "found_inf" in vars(opt) or not all(_is_zero(group.get("lr", 0.0)) for group in opt.param_groups):
         return False
-    grads = [p.grad for group in opt.param_groups for p in group["params"] if p.grad is not None]
-    return bool(grads) and all(g.layout == torch.strided and not _any(g) for g in grads)
-
-
-def _any(g: Tensor) -> bool:
-    """Whether an element is not 0; of a DTensor, in any shard, or ranks would disagree about what step() is."""
-    found = g.any()
-    return bool(found.full_tensor() if hasattr(found, "full_tensor") else found)
+    grads = [local(p.grad) for group in opt.param_groups for p in group["params"] if p.grad is not None]
+    others = sum(g.layout != torch.strided or bool(g.any()) for g in grads)
+    # Of shards too, and of ranks without gradients: or they would disagree about what step() is.
+    others, there = opt._sharding.counts_over_ranks(others, len(grads))
+    return there > 0 and others == 0
 
 
 def _is_zero(lr: Any) -> bool:
@@ -88,7 +86,7 @@ def _create_state_of_instance(base: torch.optim.Optimizer) -> None:
     try:
         base.step()
     finally:
-        torch._foreach_copy_(params, weights)
+        torch._foreach_copy_(locals_of(params), locals_of(weights))
         for group, before in zip(base.param_groups, groups, strict=True):
             group.update(before)
     for state in base.state.values():

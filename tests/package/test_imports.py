@@ -34,8 +34,10 @@ LAYERS = (
 )
 # The same within rst_fused._step: the step above its two executors, these above what they read.
 STEP_LAYERS = (
-    ("__init__", "rules", "state", "devices", "sharding", "hooks", "outside_of_graphs", "placeholders")
+    ("__init__", "rules", "state", "devices", "hooks", "outside_of_graphs", "fsdp2")
     + ("agreement", "join", "m_sharpness"),
+    ("sharding",),
+    ("placeholders",),
     ("base", "shards"),
     ("amp", "validation", "norm", "copies", "earlier_gradients", "first_grads"),
     ("columns",),
