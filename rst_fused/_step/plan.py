@@ -202,6 +202,7 @@ class PlanCache:
             return False  # some have no first one
         flags = _flags_of(opt)  # which agree among the groups
         shards = Shards(c.params, companions, opt._sharding.dtensors) if opt._sharding.dtensors else None
+        self._shards = shards  # before it lends anything
         with nullcontext(True) if shards is None else shards.lent() as lent:
             plan = None if not lent else new_plan(
                 opt.backend.plans, groups=list(opt.param_groups), everything=params, active=locals_of(c.params),
@@ -229,7 +230,6 @@ class PlanCache:
         self._updates = updating and rule is not None
         self._saved = saved if backed else {}
         self._after_perturb = {"saved": self._saved}
-        self._shards = shards
         self._plan = plan  # last: an interrupt before leaves no plan, rather than one beside notes of another
         return True
 

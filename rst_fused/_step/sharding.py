@@ -91,7 +91,9 @@ def settle_grad(p: Tensor) -> None:
     """Brings the gradient of a DTensor, which may be a Partial sum, into the layout of the parameter: by collectives,
     in which all ranks take part, since they have the same layouts."""
     g: Any = p.grad
-    if g is not None and is_dtensor(p) and is_dtensor(g) and not same_layout(p, g):
+    if g is None or not is_dtensor(p) or not is_dtensor(g) or same_layout(p, g):
+        return
+    if g.device_mesh == p.device_mesh:  # type: ignore[attr-defined]  # another one is refused, before a step
         p.grad = settled(p, g)
 
 

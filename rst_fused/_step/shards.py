@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rst_fused._step.sharding import is_dtensor, settle_grad, waited
+from rst_fused._step.sharding import is_dtensor, same_layout, settle_grad, waited
 
 # Reading attributes costs a tenth of what the methods do that give the same.
 _local_of, _spec_of = attrgetter("_local_tensor"), attrgetter("_spec")
@@ -61,7 +61,7 @@ class Shards:
         _set_grads(self._params, repeat(None))
 
     def _grads(self) -> list[Tensor] | None:
-        """The local gradients; None where one is missing or no DTensor."""
+        """The local gradients; None where one is missing, or cannot be brought into the layout of its parameter."""
         grads: list[Any] = list(map(_grad_of, self._params))
         try:
             specs = list(map(_spec_of, grads))
@@ -71,5 +71,7 @@ class Shards:
             for p in self._in_order:
                 settle_grad(p)
             grads = list(map(_grad_of, self._params))
+            if not all(map(same_layout, self._params, grads)):
+                return None
             self._specs = specs if specs == list(map(_spec_of, grads)) else []
         return [g if type(g) is Tensor else waited(g) for g in map(_local_of, grads)]
