@@ -182,7 +182,8 @@ class RST(SavedOptimizer):
     def draw(self) -> bool:
         """Whether the step under way is a SAM step: X_t ~ Bernoulli(p(t)). Asking again gives the same answer.
 
-        Raises for numbers in the param_groups that perturb() and step() would refuse: compiled ones cannot look.
+        Raises for numbers in the param_groups that perturb() and step() would refuse: compiled ones cannot look. So
+        it also frees what FSDP2 has gathered.
         """
         self._adopt()
         validation.check_rho(self)
