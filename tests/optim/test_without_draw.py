@@ -10,7 +10,6 @@ import ranks
 import torch
 
 from rst_fused import RST
-from rst_fused._step import without_draw
 
 BASES = ("sgd", "adamw", "instance")
 
@@ -141,14 +140,21 @@ def test_steps_without_gradients_or_with_lr_0_are_steps():
     assert opt.steps == 2
 
 
-def _of_shards() -> list[bool]:
+def _steps_of_shards() -> list[int]:
+    """At lr 0: with gradients that are all zero, and with those of the first rank alone zero."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
     mesh = init_device_mesh("cpu", (2,))
-    grads = [torch.zeros(4), torch.tensor([0.0, 0.0, 1.0, 0.0])]
-    return [without_draw._any(distribute_tensor(g, mesh, [Shard(0)])) for g in grads]
+    steps = []
+    for g in (torch.zeros(4), torch.tensor([0.0, 0.0, 1.0, 0.0])):
+        p = torch.nn.Parameter(distribute_tensor(torch.ones(4), mesh, [Shard(0)]))
+        opt = RST([p], lr=0.0, momentum=0.9, schedule=0.0)
+        p.grad = distribute_tensor(g, mesh, [Shard(0)])
+        opt.step()
+        steps.append(opt.steps)
+    return steps
 
 
 def test_ranks_agree_whether_gradients_are_zero():
-    assert ranks.run(2, _of_shards) == [[False, True]] * 2
+    assert ranks.run(2, _steps_of_shards) == [[0, 1]] * 2
