@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import product
 from typing import Any
@@ -88,10 +88,9 @@ def grad_norm(opt: StepOptimizer) -> None:
     norm.grad_norm(opt, parts, opt._devices[0].update_stats, False)
 
 
-def _parts(
-    opt: StepOptimizer, device: DeviceState, here: list[columns.Columns], adaptive: bool
-) -> Iterator[norm.Part]:
+def _parts(opt: StepOptimizer, device: DeviceState, here: list[columns.Columns], adaptive: bool) -> list[norm.Part]:
     """What the norm takes of the parameters on a device."""
+    parts = []
     for number in range(opt._sharding.part_count):
         grads: list[Tensor] = []
         sources: list[Tensor] = []
@@ -100,7 +99,8 @@ def _parts(
             weights = c.masters or c.params
             grads += [c.grads[i] for i in mine]
             sources += [weights[i] for i in mine] if adaptive else []
-        yield norm.Part(device, number, grads, sources)
+        parts.append(norm.Part(device, number, grads, sources))
+    return parts
 
 
 def _perturb_and_note(
