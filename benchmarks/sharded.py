@@ -54,10 +54,11 @@ class Collectives(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _timed(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
+def _timed(call: Callable[[], object]) -> tuple[float, float]:
+    """Seconds that a call took, and those in which its thread worked: in the others it waited for other ranks."""
+    start, worked = time.perf_counter(), time.thread_time()
     call()
-    return time.perf_counter() - start
+    return time.perf_counter() - start, time.thread_time() - worked
 
 
 @contextmanager
@@ -96,11 +97,12 @@ def measure(base: str, mesh_name: str, count: int, rounds: int) -> dict[str, Any
         attach()
         return [*done, run(opt.step)]
 
-    times: dict[str, list[float]] = {"base step": [], "SAM step": [], "torch.optim, foreach": []}
+    times: dict[str, list[tuple[float, float]]] = {"base step": [], "SAM step": [], "torch.optim, foreach": []}
     for _ in range(rounds):
         for name, opt in (("base step", base_step), ("SAM step", sam_step)):
             dist.barrier()
-            times[name].append(sum(ours(opt, _timed)))
+            (a, b), (c, d) = ours(opt, _timed)
+            times[name].append((a + c, b + d))
         attach()
         dist.barrier()
         times["torch.optim, foreach"].append(_timed(theirs.step))
@@ -117,7 +119,10 @@ def measure(base: str, mesh_name: str, count: int, rounds: int) -> dict[str, Any
 
     return {
         "planned": base_step._plans._plan is not None and sam_step._plans._plan is not None,
-        "seconds": {name: statistics.median(values[rounds // 4 :]) for name, values in times.items()},
+        "seconds": {
+            name: [statistics.median(column) for column in zip(*values[rounds // 4 :], strict=True)]
+            for name, values in times.items()
+        },
         "collectives": {"base step": counted(base_step), "SAM step": counted(sam_step)},
     }
 
@@ -133,18 +138,33 @@ def work(args: argparse.Namespace) -> None:
                     continue
                 found = measure(base, name, args.count, args.rounds)
                 seconds = found["seconds"]
-                torch_s = seconds["torch.optim, foreach"]
+                torch_s, torch_work = seconds["torch.optim, foreach"]
                 for step in ("base step", "SAM step"):
                     calls, size = found["collectives"][step]
+                    took, worked = seconds[step]
                     rows.append([
-                        base, name, step, f"{seconds[step] * 1e6:.0f}", f"{torch_s * 1e6:.0f}",
-                        f"{seconds[step] / torch_s:.2f}", str(calls), str(size), "yes" if found["planned"] else "no",
+                        base, name, step, f"{took * 1e6:.0f}", f"{worked * 1e6:.0f}",
+                        f"{torch_s * 1e6:.0f}", f"{torch_work * 1e6:.0f}", f"{took / torch_s:.2f}",
+                        f"{worked / torch_work:.2f}", str(calls), str(size), "yes" if found["planned"] else "no",
                     ])  # fmt: skip
         if dist.get_rank() == 0:
             print(
                 f"{args.count} DTensors on {dist.get_world_size()} processes, {cpu_device()}, torch {torch.__version__}"
             )
-            head = ["base", "mesh", "step", "us", "torch, us", "ratio", "collectives", "bytes", "plan"]
+            head = [
+                "base",
+                "mesh",
+                "step",
+                "us",
+                "working",
+                "torch, us",
+                "working",
+                "ratio",
+                "working",
+                "collectives",
+                "bytes",
+                "plan",
+            ]
             print(table(head, rows))
 
 
