@@ -6,7 +6,6 @@ base step is its only one, and needs it: so the draw comes first.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -28,9 +27,7 @@ def check_gamma(name: str, gamma: Any) -> None:
 
 def check_params(opt: Any) -> None:
     """Raises ValueError for sharded parameters, whose gradients exist only reduced."""
-    module = sys.modules.get("torch.distributed.tensor")
-    params = [p for group in opt.param_groups for p in group["params"]]
-    if module is not None and any(isinstance(p, module.DTensor) for p in params):
+    if opt._sharding.dtensors:
         raise ValueError(
             "m_sharpness=True with parameters that are DTensors: a rank has no gradient of its own for the shards of "
             "others; expected the plain parameters of a model in DistributedDataParallel, or m_sharpness=False"

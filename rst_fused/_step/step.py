@@ -30,12 +30,13 @@ def perturb(opt: StepOptimizer, compiling: bool = False) -> None:
     state.captured = capturing = opt.capturing
     # In a graph, random bits and hyperparameters on the GPU must stay there, which those of a plan do not.
     if capturing or not opt._plans.perturb(opt):
-        measured = not capturing and opt._plans.measured
         validation.check_phase(opt, updating=False)
-        if measured:
-            opt._plans.drop()
-        if capturing or measured or not (opt._plans.renew(opt, for_update=False) and opt._plans.perturb(opt)):
-            dispatch.perturb(opt, measured or opt._plans.measured)
+        again = not capturing and not opt._plans.measured
+        if not (again and opt._plans.renew(opt, for_update=False) and opt._plans.perturb(opt)):
+            measured = not capturing and opt._plans.measured
+            if measured:
+                opt._plans.drop()
+            dispatch.perturb(opt, measured)
     drop_copies(opt)
 
 
