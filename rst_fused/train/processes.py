@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -74,10 +75,15 @@ def join(shard: str | None, device: str) -> Iterator[Processes]:
 
     An exception leaves the group as it is: the others may wait for this process, which ends now, so that torchrun ends
     them.
+
+    A thread of gloo frees the tensors of a collective after it, and aborts the process if the interpreter has ended by
+    then. So the threads end with the group, where nothing else holds that, and the last collective has no tensor.
     """
     if shard is None:
         yield Processes()
         return
+    import torch.distributed.nn  # noqa: F401  before there is a group: one of that moment is a default of its functions
+
     local = int(os.environ["LOCAL_RANK"])
     cuda = device.partition(":")[0] == "cuda" and torch.cuda.is_available()
     if cuda and local < torch.cuda.device_count():
@@ -85,7 +91,8 @@ def join(shard: str | None, device: str) -> Iterator[Processes]:
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     processes = Processes(dist.get_rank(), dist.get_world_size())
     yield processes
-    processes.gather(None)  # torchrun may end all once one has ended, so none does before the first has printed
+    dist.barrier()  # torchrun may end all once one has ended, so none does before the first has printed
+    gc.collect()  # a model of DDP holds the group, and is part of a reference cycle
     dist.destroy_process_group()
 
 
