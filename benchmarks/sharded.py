@@ -13,8 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rst_fused import RST
+from rst_fused.train import processes
 
 from .record import cpu_device, table
 
@@ -59,16 +59,6 @@ def _timed(call: Callable[[], object]) -> tuple[float, float]:
     start, worked = time.perf_counter(), time.thread_time()
     call()
     return time.perf_counter() - start, time.thread_time() - worked
-
-
-@contextmanager
-def _group() -> Iterator[None]:
-    dist.init_process_group("gloo")
-    try:
-        yield
-        dist.barrier()  # the last collective has no tensor that a thread of gloo might still free at the end of Python
-    finally:
-        dist.destroy_process_group()
 
 
 def measure(base: str, mesh_name: str, count: int, rounds: int) -> dict[str, Any]:
@@ -132,7 +122,7 @@ def work(args: argparse.Namespace) -> None:
     """On one rank; the first one prints."""
     torch.set_num_threads(1)
     rows = []
-    with _group():
+    with processes.join("fsdp", "cpu"):
         for base in BASES:
             for name in MESHES:
                 if name != "FSDP2" and dist.get_world_size() < 4:

@@ -76,8 +76,8 @@ def join(shard: str | None, device: str) -> Iterator[Processes]:
     An exception leaves the group as it is: the others may wait for this process, which ends now, so that torchrun ends
     them.
 
-    A thread of gloo frees the tensors of a collective after it, and aborts the process if the interpreter has ended by
-    then. So the threads end with the group, where nothing else holds that, and the last collective has no tensor.
+    A thread of gloo frees the tensors of a collective some time after it, and aborts the process if the interpreter has
+    ended by then. So the last collective has none, and nothing here holds the group, with which its threads end.
     """
     if shard is None:
         yield Processes()
