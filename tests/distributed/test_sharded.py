@@ -9,12 +9,7 @@ import pytest
 import ranks
 import sharded
 from paths import needs_plans
-from sharded import RECIPES, alone, difference
-
-STEPS = 60
-# Gradients are sums over ranks in another order than on one process: an error of some 2^-24 in each, which 60 steps of
-# momentum 0.9 do not amplify here.
-TOLERANCE = 2e-7
+from sharded import RECIPES, STEPS, TOLERANCE, alone, difference
 
 
 @functools.cache
