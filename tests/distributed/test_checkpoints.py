@@ -43,6 +43,17 @@ def test_resumes_bit_exactly(tmp_path: Path, how: str, size: int, form: str, asy
         assert (a["steps"], a["sam_steps"], a["norm"]) == (b["steps"], b["sam_steps"], b["norm"])
 
 
+def test_resumes_after_a_rank_was_killed(tmp_path: Path):
+    at, recipe = str(tmp_path), RECIPES["g-rst"]
+    whole = ranks.run(2, checkpoints.go_on, "fsdp", recipe, "nested", 0, 12, 12, "", "")
+    ranks.run(2, checkpoints.go_on, "fsdp", recipe, "nested", 0, 6, 12, "", at)
+    results, errors = ranks.outcomes(2, checkpoints.go_on_until_a_rank_is_killed, recipe, "nested", 12, at, seconds=20)
+    assert "SIGKILL" in errors[1] and "not done" not in errors.get(0, "not done") and not results
+    resumed = ranks.run(2, checkpoints.go_on, "fsdp", recipe, "nested", 6, 12, 12, at, "")
+    for a, b in zip(whole, resumed, strict=True):
+        assert difference(a["weights"], b["weights"]) == 0 and a["sam_steps"] == b["sam_steps"]
+
+
 def test_nothing_is_saved_between_the_passes():
     for said in ranks.run(2, checkpoints.refuses_to_save_while_perturbed):
         assert "restore()" in said[0]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from sharded import batches, result, sharded_model, steps_of
 from torch import nn
@@ -33,9 +36,7 @@ def go_on(
     opt = RST(model.parameters(), **recipe)
     options = FORMS[form]
     if load:
-        weights, state = get_state_dict(model, opt, options=options)
-        dcp.load({"model": weights, "optim": state}, checkpoint_id=load)
-        set_state_dict(model, opt, model_state_dict=weights, optim_state_dict=state, options=options)
+        _load(model, opt, options, load)
         assert opt.steps == first
     steps_of(opt, model, batches(total)[first:last], mine)
     if save:
@@ -46,6 +47,26 @@ def go_on(
         else:
             dcp.save(whole, checkpoint_id=save)
     return result(opt, model)
+
+
+def _load(model: nn.Module, opt: RST, options: StateDictOptions, load: str) -> None:
+    weights, state = get_state_dict(model, opt, options=options)
+    dcp.load({"model": weights, "optim": state}, checkpoint_id=load)
+    set_state_dict(model, opt, model_state_dict=weights, optim_state_dict=state, options=options)
+
+
+def go_on_until_a_rank_is_killed(recipe: dict[str, Any], form: str, total: int, load: str) -> None:
+    """From the checkpoint, until rank 1 is killed between the passes of a SAM step."""
+    model, mine = sharded_model("fsdp")
+    opt = RST(model.parameters(), **recipe)
+    _load(model, opt, FORMS[form], load)
+    steps_of(opt, model, batches(total)[opt.steps : opt.steps + 2], mine)
+    (x, y) = batches(total)[opt.steps]
+    (model(mine(x)) - mine(y)).square().mean().backward()
+    opt.perturb(fire=True)
+    if dist.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    (model(mine(x)) - mine(y)).square().mean().backward()
 
 
 def refuses_to_save_while_perturbed() -> list[str]:
