@@ -7,7 +7,7 @@ from pathlib import Path
 import checkpoints_on_ranks as checkpoints
 import pytest
 import ranks
-from sharded import RECIPES, alone, difference
+from sharded import RECIPES, TOLERANCE, alone, difference
 
 STEPS = 18
 
@@ -23,7 +23,7 @@ def test_resumes_on_other_numbers_of_ranks(tmp_path: Path, form: str, recipe: st
         )
         load = save
     expected = alone(RECIPES[recipe], STEPS)
-    assert difference(results[0]["weights"], expected["weights"]) <= 2e-7  # as in test_sharded.py
+    assert difference(results[0]["weights"], expected["weights"]) <= TOLERANCE
     assert results[0]["sam_steps"] == expected["sam_steps"] and results[0]["steps"] == STEPS
 
 

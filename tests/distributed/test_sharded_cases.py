@@ -10,9 +10,7 @@ import pytest
 import ranks
 import sharded_cases as cases
 import torch
-from sharded import RECIPES, alone, difference
-
-TOLERANCE = 2e-7  # as in test_sharded.py
+from sharded import RECIPES, TOLERANCE, alone, difference
 
 
 @functools.cache
