@@ -32,12 +32,26 @@ _set_grad: Any = vars(torch._C.TensorBase)["grad"].__set__
 Calls = list[Callable[[], Any]]
 
 
+class KeptGrads:
+    """What were gradients, and hold weights."""
+
+    def __init__(self) -> None:
+        self.tensors: list[Tensor] = []
+
+    def as_list(self) -> list[Tensor]:
+        return list(self.tensors)
+
+    def clear(self) -> None:
+        self.tensors.clear()
+
+
 class Plan(Match):
     def __init__(
         self, group: LaunchGroup, grads: Sequence[Tensor], *, groups: list[Any], everything: list[Tensor],
         active: list[Tensor], idle: list[Tensor], sizes: list[int], masters: list[Any], states: list[list[Tensor]],
         backups: list[Any], steps: list[Tensor], row_groups: list[int], rule: int, option: bool, maximize: bool,
-        state: dict[Any, Any], step_state: Any, parts: Sequence[int] = (), matcher: Any = None,
+        state: dict[Any, Any], step_state: Any, parts: Sequence[int] = (), swapped: Sequence[int] = (),
+        lent: bool = False, matcher: Any = None,
     ) -> None:  # fmt: skip
         super().__init__(grads, groups, everything, active, idle, masters, states, backups, steps, state, matcher)
         self._group, self._with_shards = replace(group, shards=()), group
@@ -45,7 +59,9 @@ class Plan(Match):
         self._sizes, self._states, self._steps, self._row_groups = sizes, states, steps, row_groups
         self._rule, self._option, self._maximize = RULES[rule], option, maximize
         self._step_state = step_state
-        self._kept = self._masters or self._backups
+        self._keepers = self._masters or backups  # None where weights go where the gradient was
+        self._swapped, self.kept = [active[i] for i in swapped], KeptGrads()
+        self.sees_references = matcher is not None and not lent
         self._tables: OrderedDict[Any, list[Tensor]] = OrderedDict()
         self._starts: dict[Any, Any] = {}
         self._scalars: dict[str, tuple[int, Any, list[Tensor]]] = {}
@@ -63,7 +79,8 @@ class Plan(Match):
         if not complete(masters) and any(m is not None for m in masters):
             return None
         own = Operand("masters", complete(masters), dtype=torch.float32)
-        lists = [active, grads, complete(backups), *states]
+        backed = [p if b is None else b for p, b in zip(active, backups, strict=True)]  # gradients lie as these do
+        lists = [active, grads, backed, *states]
         groups = groups_of([*(Operand("", tensors) for tensors in lists), own], sizes, 0, shards)
         if len(groups) != 1 or not groups[0].in_place or groups[0].chunks == 0 or not all(map(has_memory, grads)):
             return None
@@ -91,8 +108,11 @@ class Plan(Match):
         step: int, keep: bool, measured: bool, after: dict[str, Any],
     ) -> bool:  # fmt: skip
         group, stream = self._with_shards if stochastic else self._group, self._stream()
+        swapped = list(map(grad_of, self._swapped))
+        if swapped and keep:
+            return False
         tables = self._tables_for((stream, "perturb", adaptive, stochastic, measured, addresses), lambda: [
-            table_of(group, [self._active, self._masters or self._active, self._grads_now(), self._backups]),
+            table_of(group, [self._active, self._masters or self._active, self._grads_now(), self._backed(swapped)]),
             *([] if measured else [table_of(self._group, self._norm_lists(adaptive))]),
         ], self._grads_now)  # fmt: skip
         if tables is None:
@@ -113,8 +133,12 @@ class Plan(Match):
         clear: Callable[[], Any] = partial(deque, map(_set_grad, self._active, repeat(None)), 0)
         if self._matcher is not None:
             clear = self._matcher.clear_grads
+        first: Calls = []
+        if swapped:  # nobody may see weights in a gradient
+            self.kept.clear()
+            first = [partial(self.kept.tensors.extend, swapped), clear]
         run_all([
-            Launch(move, group.chunks, (tables[0], count, stats, rhos, etas, rng)), *self._notes(after), clear,
+            *first, Launch(move, group.chunks, (tables[0], count, stats, rhos, etas, rng)), *self._notes(after), clear,
         ])  # fmt: skip
         return True
 
@@ -176,8 +200,9 @@ class Plan(Match):
         first_addresses = addresses_of(firsts)
         if mixing and any(a == b != 0 for a, b in zip(first_addresses, addresses_of(self._grads_now()), strict=True)):
             return False  # a gradient was written over the first one
-        source = self._masters or (self._backups if restores else self._active)
-        tables = self._tables_for((stream, restores, addresses, first_addresses), lambda: [
+        kept = self.kept.tensors if restores else []
+        source = self._masters or (self._backed(kept) if restores else self._active)
+        tables = self._tables_for((stream, restores, addresses, first_addresses, addresses_of(kept)), lambda: [
             table_of(group, [self._active, source, self._grads_now(), firsts, *self._states])
         ], lambda: chain(self._grads_now(), firsts))  # fmt: skip
         hyper = self._rows(rows, stream)
@@ -189,26 +214,34 @@ class Plan(Match):
         args = (tables[0], len(self._active), hyper, -1 if self._maximize else 1, *scale_and_inf)
         counted = [partial(Tensor.add_, step, 1) for step in self._steps]
         (start,) = self._starts_for(mixing, lambda: self._update_starts(mixing))
-        run_all([Launch(start, group.chunks, args), *counted, *self._notes(after)])
+        run_all([Launch(start, group.chunks, args), *counted, *self._notes(after), kept.clear])
         return True
 
     def restore(self, after: dict[str, Any]) -> bool:
         """Brings the weights back."""
-        if not self._kept or not self._restore_guard(*self._own) or not self._in_place(True):
+        if not self._restore_guard(*self._own) or not self._in_place(True):
             return False
         if self._masters and not self._same_state():
             return False
         group, stream = self._group, self._stream()
-        tables = self._tables_for((stream, "restore"), lambda: [
-            table_of(group, [self._active, self._kept, [], []])
+        kept = self._masters or self._backed(self.kept.tensors)
+        tables = self._tables_for((stream, "restore", addresses_of(self.kept.tensors)), lambda: [
+            table_of(group, [self._active, kept, [], []])
         ])  # fmt: skip
         (gammas,) = self._sent("gamma", stream, (), lambda: [_doubles([1.0] * len(self._sizes))])
         (start,) = self._starts_for("restore", lambda: [
             starter_for(restore.restore_kernel, group, V=group.arithmetic, MIXING=False)
         ])  # fmt: skip
         assert tables is not None
-        run_all([Launch(start, group.chunks, (tables[0], len(self._active), gammas)), *self._notes(after)])
+        run_all([
+            Launch(start, group.chunks, (tables[0], len(self._active), gammas)), *self._notes(after),
+            self.kept.tensors.clear,
+        ])  # fmt: skip
         return True
+
+    def keep(self, tensors: list[Tensor]) -> None:
+        """Takes over what a plan before this one has left in gradients."""
+        self.kept.tensors[:] = tensors
 
     @staticmethod
     def first_grads_of(by_parameter: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
@@ -218,6 +251,11 @@ class Plan(Match):
     # --- what is kept for them --------------------------------------------------------------------------------------
     def _stream(self) -> int:
         return device_cache.stream_of(self._group.device)
+
+    def _backed(self, swapped: Sequence[Tensor]) -> list[Tensor]:
+        """Where the weights of each parameter go, or are; ``swapped``: of those without a backup. Nothing with masters."""
+        given = iter(swapped)
+        return [] if self._masters else [next(given) if b is None else b for b in self._keepers]
 
     def _notes(self, after: dict[str, Any]) -> Calls:
         """That the parameters changed, and where the step stands."""

@@ -58,7 +58,7 @@ class Match:
     ) -> None:  # fmt: skip
         self._groups, self._everything = [*groups, _END], [*everything, _END]
         self._active, self._idle = active, idle
-        self._masters, self._backups = complete(masters), complete(backups)
+        self._masters, self._backups = complete(masters), [b for b in backups if b is not None]
         self._state, self._matcher = state, matcher
         self._state_dicts = [*state.values(), _END]
         self._state_tensors = [*chain.from_iterable(d.values() for d in state.values()), _END]

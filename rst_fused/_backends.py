@@ -322,6 +322,11 @@ def can_plan(kind: str) -> bool:
     return kind == "triton" or (kind != "" and _plan_ext is not None and bool(_plan_ext.can_plan()))
 
 
+def knows_references(kind: str) -> bool:
+    """Whether plans of such kernels can tell that nobody else refers to a gradient."""
+    return kind not in ("cpu", "gpu") or bool(_plan_ext.knows_references())
+
+
 def build_info() -> dict[str, str]:
     """How the extension was built; empty where it is not."""
     return {} if _plan_ext is None else dict(_plan_ext.build_info())

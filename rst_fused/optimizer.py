@@ -236,7 +236,7 @@ class RST(SavedOptimizer):
         state = self._step_state
         # Dynamo knows a tensor by where it sees it first, and as the key of a dict makes it a constant of the graph.
         _ = [p for group in self.param_groups for p in group["params"]]
-        if state.finished or closure is not None or state.holds_first_grads_elsewhere():
+        if state.finished or closure is not None or state.is_kept_by_plan():
             return outside_of_graphs.call["step"](self, closure)
         step.update(self, compiling=True)
         return None

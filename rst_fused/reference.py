@@ -220,8 +220,6 @@ def perturb_(
 ) -> None:  # fmt: skip
     for i, row in enumerate(_rows(group_sizes)):
         p = params[i]
-        if not masters:
-            backups[i].copy_(p)
         source = masters[i] if masters else p
         w, g = _wide(source), _wide(grads[i]).to(_wide(source).dtype)
         scale = rho[row].to(stats.device) * stats[1]
@@ -234,7 +232,9 @@ def perturb_(
             if shards:
                 positions = shard_position(positions, *shards[3 * i : 3 * i + 3])
             moved = stochastic_round(moved.float(), random_bits(rng, first_index + i, positions), p.dtype)
-        _write([_result(p, moved, p, scale == 0)])  # 0 * inf would be NaN
+        # The backup, which may be the gradient, first: p changes with it, or not at all.
+        kept = [] if masters else [(backups[i], p)]
+        _write([*kept, _result(p, moved, p, scale == 0)])  # 0 * inf would be NaN
 
 
 @torch.no_grad()

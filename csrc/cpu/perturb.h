@@ -1,4 +1,4 @@
-// perturb over one chunk: reads w, g; writes w + e and the backup: 16 bytes per fp32 parameter.
+// perturb over one chunk: reads w, g; writes w + e and the backup: 16 bytes per fp32 parameter. The backup may be g.
 // With a master copy: reads the master, g; writes the rounded w + e and no backup: 8 bytes per bf16 parameter.
 #pragma once
 
@@ -51,7 +51,9 @@ RST_INLINE void perturb_each(const ChunkArgs& c, [[maybe_unused]] RandomBits ran
     place = RandomBits::place(place);
   }
 
-  for_each_vector<T, V>(c, Master ? param : backup, RST_BODY(at) {
+  // A backup that takes the place of the gradient is in the cache already.
+  const void* const streamed = Master ? param : backup == grad ? nullptr : backup;
+  for_each_vector<T, V>(c, streamed, RST_BODY(at) {
     const V w = at.template load<W>(source), g = at.template load<T>(grad);
     V moved;
     if constexpr (Adaptive) {

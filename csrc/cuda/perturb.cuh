@@ -1,4 +1,4 @@
-// perturb: reads w, g; writes w + e and the backup, 16 bytes per fp32 parameter. With a master copy it reads that and g
+// perturb: reads w, g; writes w + e and the backup, 16 bytes per fp32 parameter; the backup may be g. With a master copy it reads that and g
 // and writes the rounded w + e, 8 bytes per bf16 parameter.
 #pragma once
 

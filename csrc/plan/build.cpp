@@ -25,6 +25,8 @@ void connect(py::object core) {
 
 const CoreApi& core() { return *core_api; }
 bool knows_impl_layout() { return impl_layout.first_word != 0; }
+bool knows_references() { return impl_layout.references != 0; }
+const ImplLayout& known_layout() { return impl_layout; }
 bool can_plan() { return tensors().has_autograd_symbols() && impl_offset != 0; }
 
 TensorRef tensor_ref(const py::handle& tensor) {
@@ -37,7 +39,7 @@ TensorRef tensor_ref(const py::handle& tensor) {
 Plan::Plan(bool gpu, py::list groups, py::list everything, py::list active, py::list idle, std::vector<int64_t> sizes,
            py::list masters, std::vector<py::list> states, py::list backups, py::list steps,
            std::vector<int64_t> row_groups, int rule, bool option, bool maximize, py::dict state, py::object step_state,
-           std::vector<int64_t> parts, std::vector<int64_t> shards)
+           std::vector<int64_t> parts, std::vector<int64_t> shards, std::vector<int64_t> swapped, bool lent)
     : ops_(gpu && core().gpu != nullptr ? *core().gpu : core().cpu),  // without CUDA its ops are never called
       op_cache_(ops_.make_cache == nullptr ? nullptr : ops_.make_cache(), ops_.release_cache),
       gpu_(gpu),
@@ -50,7 +52,8 @@ Plan::Plan(bool gpu, py::list groups, py::list everything, py::list active, py::
       idle_(idle),
       state_(state),
       step_state_(step_state),
-      row_groups_(std::move(row_groups)) {
+      row_groups_(std::move(row_groups)),
+      lent_(lent) {
   if (rule < 0 || rule >= kRules) throw py::index_error("rule is not the number of a base optimizer");
   if (states.size() > kStates) throw py::value_error("more state tensors than a rule has");
   add_params(sizes);
@@ -67,6 +70,7 @@ Plan::Plan(bool gpu, py::list groups, py::list everything, py::list active, py::
   add_parts(parts);
   if (!set_shards(table_, shards)) throw py::value_error("shards are not three numbers >= 0 per active parameter");
   for (const py::handle& tensor : idle_) idle_tensors_.push_back(tensor_ref(tensor));
+  add_swapped(swapped);
   hold_companions();
   words_.resize(tensors_.size());
   grad_words_.resize(grad_strides_.size());
@@ -140,6 +144,32 @@ void Plan::add_parts(const std::vector<int64_t>& parts) {
   for (size_t i = 0; i < parts.size(); ++i) parts_[parts[i]].members.push_back(i);
 }
 
+void Plan::add_swapped(const std::vector<int64_t>& swapped) {
+  for (int64_t i : swapped) {
+    if (i < 0 || i >= count()) throw py::index_error("swapped holds a number that is no active parameter");
+    const auto& views = views_[i];
+    if (views[kBackup].data != nullptr || views[kMaster].data != nullptr) {
+      throw py::value_error("a parameter that is swapped has a backup or a master");
+    }
+    const TensorFacts& p = layouts_[i];
+    if (!is_dense(p.ndim, p.sizes, p.strides)) throw py::value_error("a parameter that is swapped has gaps");
+    swapped_.push_back(static_cast<size_t>(i));
+  }
+  if (swapped_.empty()) return;
+  if (!lent_ && !knows_references()) throw py::value_error("this torch does not show who refers to a gradient");
+  kept_ = py::cast(std::make_unique<KeptGrads>(tensors().make_slots(static_cast<int64_t>(swapped_.size()))));
+  kept_slots_ = kept_.cast<KeptGrads*>();
+  kept_words_.resize(swapped_.size());
+  swapped_grads_.resize(swapped_.size());
+}
+
+void Plan::keep(const py::list& grads) {
+  if (grads.size() != swapped_.size()) throw py::value_error("not a tensor for each parameter that is swapped");
+  std::vector<AtenTensorHandle> handles;
+  for (const py::handle& grad : grads) handles.push_back(tensor_ref(grad).handle);
+  if (kept_slots_ != nullptr) tensors().fill_slots(kept_slots_->slots.get(), handles.data());
+}
+
 // Parameters may get another TensorImpl at any time, and torch.utils.swap_tensors asks that nobody but Python holds
 // them. All other tensors are held here: then the pointers to their TensorImpls are read from one place.
 void Plan::hold_companions() {
@@ -157,7 +187,7 @@ void Plan::hold_companions() {
 int Plan::visit(visitproc visitor, void* arg) const {
   for (const py::object* object :
        std::initializer_list<const py::object*>{&groups_, &everything_, &active_, &idle_, &state_, &step_state_,
-                                                &state_seen_, &hyperparams_seen_, &first_grads_}) {
+                                                &state_seen_, &hyperparams_seen_, &first_grads_, &kept_}) {
     if (const int stop = visitor(object->ptr(), arg)) return stop;
   }
   return 0;
@@ -171,14 +201,15 @@ void Plan::clear() {
   counters_end_ = masters_end_ = backups_end_ = 0;
   table_ = Table();
   parts_.clear();
-  first_ = nullptr;
+  first_ = kept_slots_ = nullptr;
   first_grads_kept_ = false;
+  swapped_.clear();
   state_dicts_.clear();
   for (py::list* list : {&groups_, &everything_, &active_, &idle_, &state_seen_, &hyperparams_seen_}) {
     *list = py::list();
   }
   state_ = py::dict();
-  step_state_ = first_grads_ = py::none();
+  step_state_ = first_grads_ = kept_ = py::none();
   companions_.reset();
 }
 

@@ -19,6 +19,7 @@ void Plan::set_all_layouts(bool mixing) {
   for (size_t i = 0; i < grad_strides_.size(); ++i) {
     View views[kOperands];
     for (int s = 0; s < kOperands; ++s) views[s] = views_[i][s];
+    views[kBackup] = backup_of(i);
     views[kGrad] = {table_.tensors[i].data[kGrad], views[kParam].ndim, views[kParam].sizes, grad_strides_[i]};
     if (mixing) {
       TensorFacts g;
@@ -109,6 +110,7 @@ bool Plan::collect(bool updating, bool restores, bool mixing) {
   if (updating && !in_place(backups_end_, static_cast<int64_t>(tensors_.size()))) return false;
   if ((updating || masters_end_ > counters_end_) && !same_state()) return false;
   if (tensors().has_grads(idle_tensors_.data(), static_cast<int64_t>(idle_tensors_.size()))) return false;
+  if (!updating && !own_gradients()) return false;
   if (updating && mixing != mixes_) set_mixing(mixing);
   if (mixing && !read_first_grads()) return false;
   if (table_.chunks.empty()) set_all_layouts(mixing);

@@ -85,6 +85,7 @@ PYBIND11_MODULE(_plan_ext, m) {
   m.def("connect", &connect, py::arg("core"));
   m.def("can_plan", &can_plan);
   m.def("knows_impl_layout", &knows_impl_layout);
+  m.def("knows_references", &knows_references);
   m.def("build_info", &build_info);
   m.def("has_stream_api", [] { return core().has_stream_api != nullptr && core().has_stream_api(); });
   m.def("driver_version", [] { return core().driver_version == nullptr ? 0 : core().driver_version(); });
@@ -95,15 +96,16 @@ PYBIND11_MODULE(_plan_ext, m) {
   m.def("simd_levels", &simd_levels);
   m.def("simd_level", [] { return std::string(core().kernels().name); });
   m.def("select_simd", [](const std::string& name) { return core().select_kernels(name.c_str()); }, py::arg("name"));
-  py::class_<FirstGrads>(m, "FirstGrads").def("as_list", &FirstGrads::as_list).def("clear", &FirstGrads::clear);
+  py::class_<KeptGrads>(m, "KeptGrads").def("as_list", &KeptGrads::as_list).def("clear", &KeptGrads::clear);
   py::class_<Plan>(m, "Plan", py::custom_type_setup(collect_garbage))
       .def(py::init<bool, py::list, py::list, py::list, py::list, std::vector<int64_t>, py::list, std::vector<py::list>,
                     py::list, py::list, std::vector<int64_t>, int, bool, bool, py::dict, py::object,
-                    std::vector<int64_t>, std::vector<int64_t>>(),
+                    std::vector<int64_t>, std::vector<int64_t>, std::vector<int64_t>, bool>(),
            py::arg("gpu"), py::arg("groups"), py::arg("everything"), py::arg("active"), py::arg("idle"),
            py::arg("sizes"), py::arg("masters"), py::arg("states"), py::arg("backups"), py::arg("steps"),
            py::arg("row_groups"), py::arg("rule"), py::arg("option"), py::arg("maximize"), py::arg("state"),
-           py::arg("step_state"), py::arg("parts") = std::vector<int64_t>(), py::arg("shards") = std::vector<int64_t>())
+           py::arg("step_state"), py::arg("parts") = std::vector<int64_t>(), py::arg("shards") = std::vector<int64_t>(),
+           py::arg("swapped") = std::vector<int64_t>(), py::arg("lent") = false)
       .def("poll", &Plan::poll)
       .def("perturb", &Plan::perturb)
       .def("update", &Plan::update)
@@ -114,5 +116,8 @@ PYBIND11_MODULE(_plan_ext, m) {
       .def("release", &Plan::release)
       .def("clear_grads", &Plan::clear_grads)
       .def("bump_versions", &Plan::bump_versions)
-      .def("first_grads_of", &Plan::first_grads_of);
+      .def("first_grads_of", &Plan::first_grads_of)
+      .def_property_readonly("kept", &Plan::kept)
+      .def_property_readonly("sees_references", &Plan::sees_references)
+      .def("keep", &Plan::keep);
 }

@@ -27,14 +27,35 @@ using Slots = std::unique_ptr<void, ReleaseSlots>;
 // What the ops keep between the calls of a plan.
 using OpCache = std::unique_ptr<void, void (*)(void*)>;
 
-// The gradients of the first pass, for G-RST, in the order of StepState.saved, which has every active parameter of the
-// plan then. StepState has them as long as they are needed.
-struct FirstGrads {
-  explicit FirstGrads(void* slots) : slots(slots) {}
+// Gradients of the first pass that StepState has as long as they are needed. For G-RST they are the first gradients, in
+// the order of StepState.saved, which has every active parameter of the plan then. Else they hold weights: those of the
+// parameters that were moved.
+struct KeptGrads {
+  explicit KeptGrads(void* slots) : slots(slots) {}
   py::list as_list() const;
-  void clear() { tensors().empty_slots(slots.get()); }
+  void clear() {
+    stale = users > 0;
+    if (!stale) tensors().empty_slots(slots.get());
+  }
 
   Slots slots;
+  int users = 0;       // kernels that run without Python's lock
+  bool stale = false;  // to be emptied once these are done
+};
+
+// While kernels read or write what is kept. Made and destroyed with Python's lock.
+class UsesKept {
+ public:
+  explicit UsesKept(KeptGrads* kept) : kept_(kept) {
+    if (kept_ != nullptr) ++kept_->users;
+  }
+  UsesKept(const UsesKept&) = delete;
+  ~UsesKept() {
+    if (kept_ != nullptr && --kept_->users == 0 && kept_->stale) kept_->clear();
+  }
+
+ private:
+  KeptGrads* kept_;
 };
 
 class Plan {
@@ -45,11 +66,14 @@ class Plan {
   // counter of each row, where the rule counts steps: a number in float32 on the CPU; row_groups: the group of each
   // row, by number. state: the optimizer's state, in which an update must find the same tensors. step_state: its
   // StepState. gpu: which kernels run. rule, option, maximize: of an update. parts: for each active parameter the
-  // number of the part whose norm it belongs to, all in part 0 where it is empty. shards: as those of perturb_.
+  // number of the part whose norm it belongs to, all in part 0 where it is empty. shards: as those of perturb_. swapped:
+  // which of the active parameters, by number, have neither master nor backup: perturb writes their weights where their
+  // gradients were, which then nobody else may have. lent: whether that is so has been found out by the caller, who has
+  // the gradients from elsewhere.
   Plan(bool gpu, py::list groups, py::list everything, py::list active, py::list idle, std::vector<int64_t> sizes,
        py::list masters, std::vector<py::list> states, py::list backups, py::list steps,
        std::vector<int64_t> row_groups, int rule, bool option, bool maximize, py::dict state, py::object step_state,
-       std::vector<int64_t> parts, std::vector<int64_t> shards);
+       std::vector<int64_t> parts, std::vector<int64_t> shards, std::vector<int64_t> swapped, bool lent);
 
   // Compares the parameter groups with the plan. Bit 0: whether they are its groups and still hold its parameters; from
   // bit 1 on a number that changes whenever a hyperparameter may have changed.
@@ -84,6 +108,12 @@ class Plan {
   // Makes first gradients that this plan can use, from one for each active parameter.
   py::object first_grads_of(const py::dict& by_parameter);
 
+  // The gradients that hold weights, in the order of `swapped`. keep: as a plan before this one has left them.
+  py::object kept() const { return kept_; }
+  // Whether `perturb` and `match` find out who else refers to a gradient.
+  bool sees_references() const { return !lent_; }
+  void keep(const py::list& grads);
+
   // For Python's garbage collector, which finds cycles such as a group that holds its own scheduler.
   int visit(visitproc visitor, void* arg) const;
   void clear();
@@ -102,6 +132,7 @@ class Plan {
   int64_t* copy(const int64_t* numbers, int count);
   void add_params(const std::vector<int64_t>& sizes);
   void add(const py::list& tensors, Operand operand);
+  void add_swapped(const std::vector<int64_t>& swapped);
   void hold_companions();
   void watch_state();
 
@@ -116,6 +147,12 @@ class Plan {
   bool same_hyperparams(const py::list& groups);
   bool same_state();
   bool in_place(int64_t begin, int64_t end);
+  // Whether nobody else can see the memory of the gradients that weights are going to be written to, which lie like
+  // their parameters. Puts them into the table as backups.
+  bool own_gradients();
+  bool read_kept();    // puts what is kept into the table as backups
+  void forget_kept();  // takes it out
+  View backup_of(size_t index) const;
   // If false, the table may be half renewed: kernels may run only after a call that returned true.
   bool read_grads();
   bool fits(size_t index, const TensorFacts& grad);
@@ -171,10 +208,18 @@ class Plan {
   Slots companions_;                     // all tensors but the parameters
   Slots slots_;                          // for the gradients, while others may run
   py::object first_grads_ = py::none();  // made once, and again while somebody has the last ones
-  FirstGrads* first_ = nullptr;
+  KeptGrads* first_ = nullptr;
   bool first_grads_kept_ = false;    // whether there may be any in it
   bool mixes_ = false;               // whether the table has first gradients
   bool first_grads_differ_ = false;  // in strides, from the second ones
+  // Parameters without a backup, their gradients in the last collection, and these while they hold weights.
+  std::vector<size_t> swapped_;
+  bool lent_ = false;
+  std::vector<AtenTensorHandle> swapped_grads_;
+  py::object kept_ = py::none();
+  KeptGrads* kept_slots_ = nullptr;
+  std::vector<KnownWords> kept_words_;
+  bool kept_in_table_ = false;
   std::vector<std::array<View, kOperands>> views_;
   Table table_;
   std::vector<Part> parts_;  // empty where the whole table is one
@@ -189,6 +234,8 @@ void watch_dicts();
 bool can_plan();
 // Whether they compare words, rather than ask torch for each fact of a tensor.
 bool knows_impl_layout();
+// Whether they can tell that nobody else refers to a gradient.
+bool knows_references();
 TensorRef tensor_ref(const py::handle& tensor);
 
 }  // namespace rst

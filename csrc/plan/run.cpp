@@ -46,6 +46,8 @@ static PyObject* name_of_first_grads() {
 bool Plan::perturb(uintptr_t stats, std::vector<double> rho, bool adaptive, double eta, bool stochastic, uint64_t seed,
                    uint64_t step, bool keep, bool measured, const py::dict& after) {
   release_first_grads();
+  const bool swaps = !swapped_.empty();
+  if (swaps && (keep || kept_slots_->users > 0)) return false;
   if (!collect(false, false, false)) return false;
   if (rho.size() != row_count()) throw py::value_error("rho does not have a number for each row");
   OpParams params;
@@ -58,11 +60,21 @@ bool Plan::perturb(uintptr_t stats, std::vector<double> rho, bool adaptive, doub
   params.rhos = rho.data();
   py::object kept;
   if (keep) kept = first_grads_with(grad_handles_.data());
+  const UsesKept uses(kept_slots_);
+  if (swaps) {  // first: not even another thread may see weights in a gradient
+    tensors().fill_slots(kept_slots_->slots.get(), swapped_grads_.data());
+    tensors().clear_grads(swapped_grads_.data(), static_cast<int64_t>(swapped_grads_.size()));
+  }
   change_weights();
-  run([&] {
-    if (!measured) ops_.grad_norm(table_, params, device_, op_cache_.get());
-    ops_.perturb(table_, params, device_, op_cache_.get());
-  });
+  try {
+    run([&] {
+      if (!measured) ops_.grad_norm(table_, params, device_, op_cache_.get());
+      ops_.perturb(table_, params, device_, op_cache_.get());
+    });
+  } catch (...) {  // the weights are back
+    if (swaps) kept_slots_->clear();
+    throw;
+  }
   become(after);
   if (keep && PyObject_SetAttr(step_state_.ptr(), name_of_first_grads(), kept.ptr()) != 0) {
     throw py::error_already_set();
@@ -71,7 +83,7 @@ bool Plan::perturb(uintptr_t stats, std::vector<double> rho, bool adaptive, doub
   return true;
 }
 
-py::list FirstGrads::as_list() const {
+py::list KeptGrads::as_list() const {
   const py::object ops = py::module_::import("torch").attr("ops").attr("rst_fused");
   return ops.attr("_tensors_in_slots")(reinterpret_cast<intptr_t>(slots.get()));
 }
@@ -84,8 +96,8 @@ py::object Plan::first_grads_of(const py::dict& by_parameter) {
 
 py::object Plan::first_grads_with(const AtenTensorHandle* handles) {
   if (first_ == nullptr || first_grads_.ref_count() > 1) {
-    first_grads_ = py::cast(std::make_unique<FirstGrads>(tensors().make_slots(count())));
-    first_ = first_grads_.cast<FirstGrads*>();
+    first_grads_ = py::cast(std::make_unique<KeptGrads>(tensors().make_slots(count())));
+    first_ = first_grads_.cast<KeptGrads*>();
   }
   first_grads_kept_ = true;
   tensors().fill_slots(first_->slots.get(), handles);
@@ -109,6 +121,11 @@ bool Plan::update(std::vector<double> rows, bool restores, bool mixing, double s
                   uintptr_t found_inf, const py::dict& after) {
   if (mixing && !has_first_grads()) return false;
   py::object first_grads = first_grads_;  // another thread may step while this one computes
+  if (!restores) {
+    forget_kept();
+  } else if (!read_kept()) {
+    return false;
+  }
   if (!collect(true, restores, mixing)) return false;
   const size_t columns = kRuleInfos[rule_].columns;
   if (rows.size() != row_count() * columns) throw py::value_error("rows do not have the columns of the rule");
@@ -123,11 +140,14 @@ bool Plan::update(std::vector<double> rows, bool restores, bool mixing, double s
   params.restoring = restores;
   params.on_device.grad_scale = reinterpret_cast<const float*>(grad_scale);
   params.on_device.found_inf = reinterpret_cast<const float*>(found_inf);
+  const py::object kept = kept_;
+  const UsesKept uses(kept_slots_);
   change_weights();
   run([&] { ops_.update(table_, params, device_, op_cache_.get()); });
   for (size_t row = 0; row < counters(); ++row) counter(row) += 1;
   tensors().bump_versions(tensors_.data() + count(), static_cast<int64_t>(counters()));
   become(after);
+  if (restores && kept_slots_ != nullptr) kept_slots_->clear();
   first_grads = py::none();
   release_first_grads();
   return true;
@@ -136,9 +156,11 @@ bool Plan::update(std::vector<double> rows, bool restores, bool mixing, double s
 bool Plan::restore(const py::dict& after) {
   if (!in_place(0, count()) || !in_place(counters_end_, backups_end_)) return false;
   if (masters_end_ > counters_end_ && !same_state()) return false;
+  if (!read_kept()) return false;
   for (size_t i = 0; i < grad_strides_.size(); ++i) {  // without the gradients, which may be gone
     View views[kOperands];
-    for (Operand operand : {kParam, kBackup, kMaster}) views[operand] = views_[i][operand];
+    for (Operand operand : {kParam, kMaster}) views[operand] = views_[i][operand];
+    views[kBackup] = backup_of(i);
     set_layout(table_.tensors[i], views);
   }
   cut();
@@ -147,6 +169,7 @@ bool Plan::restore(const py::dict& after) {
     change_weights();
     ops_.restore(table_, OpParams{}, device_, nullptr);  // rare
     become(after);
+    if (kept_slots_ != nullptr) kept_slots_->clear();
     release_first_grads();
   }
   table_.chunks.clear();

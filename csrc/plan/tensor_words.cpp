@@ -120,6 +120,27 @@ int only(const Words& words, uint64_t value) {
 
 }  // namespace
 
+// Expected in a TensorImpl and a StorageImpl: their counts of references in the second word. torch makes the Python
+// object of a storage when it is asked for it.
+static void find_references(ImplLayout& found) {
+  constexpr int kReferences = 1;
+  const py::object tensor = make("float32");
+  const Words words = words_of(tensor);
+  auto* const storage = reinterpret_cast<const uint64_t*>(words[found.storage]);
+  const uint64_t one = storage[kReferences];
+  const py::object object = tensor.attr("untyped_storage")();
+  const uint64_t bit = storage[kReferences] - (one + 1);
+  const auto objects = reinterpret_cast<uint64_t>(object.ptr());
+  const size_t storage_words = malloc_usable_size(const_cast<uint64_t*>(storage)) / sizeof(uint64_t);
+  found.object = only(words, reinterpret_cast<uint64_t>(tensor.ptr()));
+  found.storage_object = only(Words(storage, storage + storage_words), objects);
+  const bool is_one_bit = bit != 0 && (bit & (bit - 1)) == 0 && (one & bit) == 0;
+  if (!is_one_bit || words[kReferences] != (one | bit) || found.object == 0 || found.storage_object == 0) return;
+  found.references = kReferences;
+  found.one_reference = one;
+  found.object_bit = bit;
+}
+
 static auto places(const ImplLayout& x) {
   return std::tie(x.storage, x.storage_data, x.storage_bytes, x.storage_special, x.special_bit);
 }
@@ -151,6 +172,7 @@ static ImplLayout found_impl_layout() {
     found = here;
   }
   find_words(found);
+  find_references(found);
   return found;
 }
 

@@ -11,5 +11,7 @@ namespace rst {
 ptrdiff_t find_impl_offset();
 // All of it or nothing, which slows plans down.
 ImplLayout find_impl_layout();
+// What was found when the module was connected.
+const ImplLayout& known_layout();
 
 }  // namespace rst

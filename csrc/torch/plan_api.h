@@ -60,6 +60,10 @@ struct ImplLayout {
   int storage = 0;                     // in a TensorImpl: its StorageImpl
   int storage_data = 0, storage_bytes = 0, storage_special = 0;  // in a StorageImpl
   uint64_t special_bit = 0;  // of storage_special: asking for the address does more than that, as in copy on write
+  // In both: the word of the reference counts, its value for one reference, and the bit that says that there is a
+  // Python object, which is a reference of its own; and where that object is. `references` is 0 if this is not known.
+  int references = 0, object = 0, storage_object = 0;
+  uint64_t one_reference = 0, object_bit = 0;
 };
 
 // Called with the gradient of the parameter at `index` while it is in the cache; after false it is not called again.
@@ -97,7 +101,7 @@ class TensorApi {
   virtual void bump_versions(const TensorRef* tensors, int64_t count) = 0;     // tells autograd that they change
 
   // Slots keep gradients alive: a list that is made once costs no allocation later. fill_slots takes as many gradients
-  // as there are slots, none of them null. The op rst_fused::_tensors_in_slots gives them to Python.
+  // as there are slots, none of them null; of these, clear_grads makes the handles undefined. The op rst_fused::_tensors_in_slots gives them to Python.
   virtual void* make_slots(int64_t count) = 0;
   virtual void fill_slots(void* slots, const AtenTensorHandle* grads) = 0;
   virtual bool facts_in_slot(void* slots, int64_t index, TensorFacts& facts) = 0;  // as facts_of

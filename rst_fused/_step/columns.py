@@ -65,6 +65,11 @@ def share_steps(opt: StepOptimizer, group: Group, mine: list[Tensor]) -> None:
             opt.state[p]["step"] = shared.setdefault(float(step), step)
 
 
+def keeper_of(opt: StepOptimizer, p: Tensor) -> Tensor:
+    """The tensor that takes p's weights (of a DTensor those on this rank) when they are perturbed."""
+    return local(p.grad) if id(p) in opt._step_state.swaps and p.grad is not None else backup_of(opt, p)
+
+
 def backup_of(opt: StepOptimizer, p: Tensor) -> Tensor:
     """The tensor that keeps p's weights (of a DTensor those on this rank) while they are perturbed; allocated once
     (again if the model was converted)."""
@@ -109,7 +114,7 @@ def init_group(
 
     Dynamo runs this outside the graph and treats the tensors as static inputs, as for the optimizers of torch.
     """
-    rule, saved = opt.rule, opt._step_state.saved
+    rule, saved = opt.rule, opt._step_state.saved_now()
     names = rule.state_names(group) if rule is not None else ()
     active = [p for p in group["params"] if p.grad is not None]
     if opt.master_weights:
@@ -148,7 +153,7 @@ def init_group(
         elif updating:
             backups += [saved.get(p, p) for p in members]
         else:
-            backups += [backup_of(opt, p) for p in members]
+            backups += [keeper_of(opt, p) for p in members]
         if updating:
             for column, name in zip((state0, state1, state2), names, strict=False):
                 column += [state[name] for state in kept]

@@ -6,7 +6,7 @@ import operator
 from collections import deque
 from collections.abc import Callable, Iterable
 from functools import partial
-from itertools import product
+from itertools import product, repeat
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from rst_fused._step.validation import is_usable, names_of_lost, still_fits
 
 Call = tuple[Callable[..., Any], tuple[Any, ...]]  # an op and its arguments
 _RUN = operator.methodcaller("__call__")
+_set_grad: Any = vars(torch._C.TensorBase)["grad"].__set__
 
 
 def run_together(calls: Iterable[Callable[[], Any]]) -> None:
@@ -71,7 +72,8 @@ def perturb(opt: StepOptimizer, measured: bool = False) -> None:
             device.stats, rho, c.sizes, opt.adaptive, opt.eta, opt.stochastic_rounding, device.rng, first_index,
             c.shards,
         )  # fmt: skip
-        _perturb_and_note(opt, device.backend.ops.perturb_, arguments, c.params, after)
+        swapped = [p for p, b, g in zip(c.params, c.backups, arguments[1], strict=False) if b is g]
+        _perturb_and_note(opt, device.backend.ops.perturb_, arguments, c.params, swapped, after)
         first_index += len(c.params)
         for p in c.params:
             p.grad = None
@@ -104,11 +106,13 @@ def _parts(opt: StepOptimizer, device: DeviceState, here: list[columns.Columns],
 
 
 def _perturb_and_note(
-    opt: StepOptimizer, op: Callable[..., Any], arguments: tuple[Any, ...], owners: list[Tensor], after: Any
-) -> None:
+    opt: StepOptimizer, op: Callable[..., Any], arguments: tuple[Any, ...], owners: list[Tensor],
+    swapped: list[Tensor], after: Any,
+) -> None:  # fmt: skip
     """Runs perturb_, and the step state is ``after``, in one C call. Where the op is itself Python code it may be
     interrupted: then what it has moved is noted, which the versions of the parameters tell. The weights of those are
-    kept, for a version changes after the backup was written.
+    kept, for a version changes after the backup was written. The gradients of those that are ``swapped`` go first:
+    nobody may find weights in p.grad.
     """
     state, params = opt._step_state, arguments[0]
     if is_compiling():
@@ -116,8 +120,9 @@ def _perturb_and_note(
         state.become(after)
         return
     versions = [p._version for p in params]
-    calls = [
-        partial(getattr(op, "_op", op), *arguments), partial(torch._C._increment_version, with_locals(owners)),
+    calls: list[partial[Any]] = [
+        partial(deque, map(_set_grad, swapped, repeat(None)), 0), partial(getattr(op, "_op", op), *arguments),
+        partial(torch._C._increment_version, with_locals(owners)),
     ]  # fmt: skip
     try:
         run_together([*calls, *setters(state, after)])
@@ -136,6 +141,7 @@ def update(opt: StepOptimizer, scaling: Scaling, after: dict[str, Any]) -> None:
     assert rule is not None
     if not is_compiling():
         state.take_first_grads()
+        state.take_saved()
     firsts = state.first_grads
     updates: list[Call] = []
     counts: list[Call] = []
@@ -227,6 +233,8 @@ def restore(opt: StepOptimizer, after: dict[str, Any], mixing: bool = False) -> 
     state = opt._step_state
     if mixing:
         state.take_first_grads()
+    if not is_compiling():
+        state.take_saved()
     lost = [] if is_compiling() else names_of_lost(opt)
     for op, arguments in _restore_calls(opt, state.saved, mixing):
         op(*arguments)
@@ -249,7 +257,7 @@ def _restore_calls(opt: StepOptimizer, saved: dict[Tensor, Tensor], mixing: bool
     parts: dict[tuple[str, bool, bool], list[Tensor]] = {}
     for p, kept in saved.items():
         usable = is_compiling() or (is_usable(p) and is_usable(kept))
-        if usable and still_fits(opt, p) and str(device_of(p)) in backends:
+        if usable and still_fits(opt, p, kept) and str(device_of(p)) in backends:
             mixed = mixing and p.grad is not None and p in firsts
             parts.setdefault((str(device_of(p)), columns.has_master(opt, p), mixed), []).append(p)
         elif usable and local(kept).shape == local(p).shape and local(p).numel() > 0:

@@ -8,6 +8,7 @@ rst_fused._step.dispatch.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from torch._C import _len_torch_dispatch_stack
 
 from rst_fused._backends import can_plan, new_plan
 from rst_fused._checks import PLAIN
-from rst_fused._step import columns, norm, validation
+from rst_fused._step import columns, gradient_memory, norm, validation
 from rst_fused._step.amp import Scaling
 from rst_fused._step.base import StepOptimizer
 from rst_fused._step.rules import Flags
@@ -48,7 +49,8 @@ class PlanCache:
         self._flags: list[Flags] | None = None
         self._state: Any = None
         self._state_size = 0
-        self._saved: dict[Tensor, Tensor] = {}  # where the plan keeps weights; empty: it was made without backups
+        self._saved: Mapping[Tensor, Tensor] = {}  # where the plan keeps weights; empty: it was made without backups
+        self._swapped: list[Tensor] = []  # of the parameters, those whose weights go where their gradient was
         self._after_perturb: dict[str, Any] = {}  # the fields of StepState that it changes
         self._updates = False  # whether it knows the state that an update needs
         self.measured = False  # see perturb
@@ -64,6 +66,8 @@ class PlanCache:
         self.measured = False
         if not self._saved or not self._is_current(opt):
             return False
+        if self._swapped and not self._may_swap(opt):
+            return False
         if self._shards is None:
             return self._perturb(opt)
         with self._shards.lent() as lent:
@@ -71,6 +75,11 @@ class PlanCache:
                 return False
             self._shards.drop_grads()
             return True
+
+    def _may_swap(self, opt: StepOptimizer) -> bool:
+        if opt._step_state.mixing:
+            return False
+        return self._plan.sees_references or len(gradient_memory.serving(self._swapped)) == len(self._swapped)
 
     def _perturb(self, opt: StepOptimizer) -> bool:
         cached, state = self._cached, opt._step_state
@@ -166,7 +175,7 @@ class PlanCache:
             self._shards.take_back()
 
     def drop(self) -> None:
-        self._plan, self._saved, self._updates, self._shards = None, {}, False, None
+        self._plan, self._saved, self._swapped, self._updates, self._shards = None, {}, [], False, None
 
     def renew(self, opt: StepOptimizer, for_update: bool) -> bool:
         """Makes a new plan, if one can serve the present tensors, all of which were validated. ``for_update``: then it
@@ -189,16 +198,22 @@ class PlanCache:
         if not c.params or set(counters) - {(Tensor, "cpu", torch.float32, 1)}:
             return False  # a plan counts in place
         masters = [opt.state[p]["master"] if columns.has_master(opt, p) else None for p in c.params]
-        backed = not for_update or bool(state.backups) or all(columns.has_master(opt, p) for p in c.params)
-        backups = [columns.backup_of(opt, p) if backed and not columns.has_master(opt, p) else None for p in c.params]
+        before = state.saved_now()
+        swaps = gradient_memory.swaps_of(opt, c.params, masters, before, for_update)
+        needing = [m is None and not swap for m, swap in zip(masters, swaps, strict=True)]  # a backup
+        backed = not for_update or bool(state.backups) or not any(needing)
+        needing = [backed and need for need in needing]
+        backups = [columns.backup_of(opt, p) if need else None for p, need in zip(c.params, needing, strict=True)]
         kept = [m if b is None else b for m, b in zip(masters, backups, strict=True)]
-        saved = {p: w for p, w in zip(c.params, kept, strict=True) if w is not None}
+        fixed = {p: w for p, w in zip(c.params, kept, strict=True) if w is not None}
         companions = [t for t in (*masters, *backups, *c.steps, *(t for s in c.states for t in s)) if t is not None]
         if not all(type(t) in PLAIN for t in locals_of(companions)):
             return False
-        if state.saved and {p: id(w) for p, w in saved.items()} != {p: id(w) for p, w in state.saved.items()}:
+        swapped = [p for p, swap in zip(c.params, swaps, strict=True) if swap]
+        known = {**fixed, **{p: before.get(p) for p in swapped}}
+        if before and {p: id(w) for p, w in known.items()} != {p: id(w) for p, w in before.items()}:
             return False  # some parameters have only one of both gradients
-        if state.mixing and len(saved) < len(c.params):
+        if state.mixing and len(fixed) < len(c.params):
             return False  # some have no first one
         flags = _flags_of(opt)  # which agree among the groups
         shards = Shards(c.params, companions, opt._sharding.dtensors) if opt._sharding.dtensors else None
@@ -213,13 +228,17 @@ class PlanCache:
                 maximize=flags[0].maximize if flags else False,
                 state={} if rule is None else opt.state,  # that of an optimizer instance is its own affair
                 step_state=state, parts=c.parts, shards=columns.shards_of(opt, c.params),
+                swapped=[i for i, swap in enumerate(swaps) if swap], lent=shards is not None,
             )  # fmt: skip
         if plan is None:
             return False
         c.grads.clear()  # a kept gradient would be memory that zero_grad cannot free
         c.backups.clear()
-        if state.saved:  # between the passes: the new plan takes over where the one before it stopped
+        saved = gradient_memory.SavedByPlan(c.params, fixed, swapped, plan.kept) if swapped else fixed
+        if before:  # between the passes: the new plan takes over where the one before it stopped
             state.take_first_grads()
+            if swapped:
+                plan.keep([before[p] for p in swapped])
             state.saved = saved  # before the first gradients, which go by its order
             if state.mixing:
                 state.first_grads = plan.first_grads_of({local(p): local(g) for p, g in state.first_grads.items()})
@@ -229,6 +248,7 @@ class PlanCache:
         self._stats = stats if opt.backend.plans == "triton" else stats.data_ptr()
         self._updates = updating and rule is not None
         self._saved = saved if backed else {}
+        self._swapped = swapped
         self._after_perturb = {"saved": self._saved}
         self._plan = plan  # last: an interrupt before leaves no plan, rather than one beside notes of another
         return True

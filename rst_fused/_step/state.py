@@ -6,7 +6,7 @@ it are replaced and never changed in place: a launch plan shares its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -43,10 +43,12 @@ class StepState:
         self.perturbed = False
         self.mixing = False  # and gamma != 1, so the first gradients are kept
         self.captured = False  # the perturbation was recorded in a CUDA graph, and has not happened
-        self.saved: dict[Tensor, Tensor] = {}  # perturbed parameter: its backup or its master copy
+        # Perturbed parameter: its backup, its master copy, or what was its gradient. Or the SavedByPlan of a launch plan.
+        self.saved: Mapping[Tensor, Tensor] = {}
+        self.swaps: frozenset[int] = frozenset()  # while perturb decides that: see rst_fused._step.gradient_memory
         self.first_grads: Any = {}  # by parameter; or those that a launch plan keeps, in the order of `saved`
         # --- kept from step to step
-        self.backups: dict[Tensor, Tensor] = {}
+        self.backups: dict[Tensor, Tensor] = {}  # of parameters whose gradient cannot keep the weights
         self.placeholders: dict[int, Any] = {}  # see rst_fused._step.placeholders
         self.apart: list[int] = []  # addresses of parameters that were seen to share no memory
 
@@ -72,6 +74,22 @@ class StepState:
     def holds_first_grads_elsewhere(self) -> bool:
         return type(self.first_grads) is not dict
 
+    def is_kept_by_plan(self) -> bool:
+        """Whether a launch plan keeps something that only eager code can ask it for."""
+        return type(self.saved) is not dict or type(self.first_grads) is not dict
+
+    def saved_now(self) -> dict[Tensor, Tensor]:
+        kept: Any = self.saved
+        return kept if type(kept) is dict else kept.as_dict()
+
+    def take_saved(self) -> dict[Tensor, Tensor]:
+        """Makes ``saved`` a dictionary."""
+        kept: Any = self.saved
+        if type(kept) is not dict:
+            self.saved = kept.as_dict()  # first: an interrupt must not find the weights nowhere
+            kept.clear()
+        return self.saved  # type: ignore[return-value]
+
     def take_first_grads(self) -> None:
         """Makes first_grads a dictionary."""
         if self.holds_first_grads_elsewhere():
@@ -82,7 +100,7 @@ class StepState:
 
     def forget(self, params: Iterable[Tensor]) -> None:
         """These parameters are back at their weights, or got new ones."""
-        saved, first_grads = dict(self.saved), dict(self.first_grads)
+        saved, first_grads = dict(self.saved_now()), dict(self.first_grads)
         for p in params:
             saved.pop(p, None)
             first_grads.pop(p, None)

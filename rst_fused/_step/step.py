@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rst_fused._step import agreement, amp, dispatch, first_grads, m_sharpness, validation
+from rst_fused._step import agreement, amp, dispatch, first_grads, gradient_memory, m_sharpness, validation
 from rst_fused._step.base import StepOptimizer
 from rst_fused._step.clipping import clipped
 from rst_fused._step.copies import drop_copies
@@ -31,12 +31,14 @@ def perturb(opt: StepOptimizer, compiling: bool = False) -> None:
     # In a graph, random bits and hyperparameters on the GPU must stay there, which those of a plan do not.
     if capturing or not opt._plans.perturb(opt):
         validation.check_phase(opt, updating=False)
+        gradient_memory.choose(opt)
         again = not capturing and not opt._plans.measured
         if not (again and opt._plans.renew(opt, for_update=False) and opt._plans.perturb(opt)):
             measured = not capturing and opt._plans.measured
             if measured:
                 opt._plans.drop()
             dispatch.perturb(opt, measured)
+        state.swaps = frozenset()
     drop_copies(opt)
 
 

@@ -319,22 +319,23 @@ def check_grads_apart(opt: StepOptimizer) -> None:
 
 
 # --- between the passes -----------------------------------------------------------------------------------------------
-def still_fits(opt: StepOptimizer, p: Tensor) -> bool:
+def still_fits(opt: StepOptimizer, p: Tensor, kept: Tensor) -> bool:
     """Whether a perturbed parameter is of the shape that it had then, and of a dtype that is served alike."""
-    kept = opt._step_state.saved[p]
     by_master = is_master(p, kept, opt)
     same_shape = local(kept).shape == local(p).shape
     return same_shape and by_master == has_master(opt, p) and (by_master or kept.dtype == p.dtype)
 
 
 def is_master(p: Tensor, kept: Tensor, opt: StepOptimizer) -> bool:
-    """Whether the weights of p are kept by its master copy, rather than by a backup."""
-    return opt.master_weights and kept is not opt._step_state.backups.get(p)
+    """Whether the weights of p are kept by its master copy, rather than by a backup or what was its gradient."""
+    if not opt.master_weights or kept is opt._step_state.backups.get(p) or kept.dtype != torch.float32:
+        return False
+    return p.dtype in SIXTEEN_BIT or kept is opt.state.get(p, {}).get("master")
 
 
 def names_of_lost(opt: StepOptimizer) -> list[str]:
     """The perturbed parameters whose weights are kept nowhere any more."""
-    saved = opt._step_state.saved
+    saved = opt._step_state.saved_now()
     return [name for name, p in _named(opt) if p in saved and not is_usable(saved[p])] if saved else []
 
 
@@ -344,9 +345,10 @@ def check_saved(opt: StepOptimizer) -> None:
     if not state.saved:
         return
     state.take_first_grads()
+    saved = state.saved_now()
     for name, p in _named(opt):
-        kept = state.saved.get(p)
-        if kept is not None and not still_fits(opt, p):
+        kept = saved.get(p)
+        if kept is not None and not still_fits(opt, p, kept):
             by_master = is_master(p, kept, opt)
             was = "kept by a float32 master" if by_master else str(kept.dtype)
             raise RuntimeError(
