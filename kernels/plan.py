@@ -253,7 +253,7 @@ class Plan(Match):
         return device_cache.stream_of(self._group.device)
 
     def _backed(self, swapped: Sequence[Tensor]) -> list[Tensor]:
-        """Where the weights of each parameter go, or are; ``swapped``: of those without a backup. Nothing with masters."""
+        """Where the weights of each parameter are kept, if not in masters. ``swapped``: of those without a backup."""
         given = iter(swapped)
         return [] if self._masters else [next(given) if b is None else b for b in self._keepers]
 

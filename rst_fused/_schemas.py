@@ -3,6 +3,7 @@
 Conventions shared by all ops
     lists       one entry per parameter, all lists of a call equally long; an optional list is empty when absent. A
                 parameter that was not perturbed is its own backup, and without a first gradient its gradient is both.
+                perturb_ may be given a gradient as the backup, too: then the weights take its place.
     hyper       hyperparameters are float64 tensors with one row per group of consecutive parameters; ``group_sizes``
                 says how many parameters each row covers.
     stats       float64 ``[norm, inverse, non_finite, non_finite_count, ticket, squared_norm]``: the gradient norm,

@@ -90,6 +90,7 @@ def perturb_(
     """backup <- w; w <- w + e, e = rho g / ||g|| (SAM), or rho T^2 g / ||T g|| when adaptive (ASAM).
 
     ``stats`` is what grad_norm returned, with the same ``adaptive`` and ``eta``. A zero or non-finite norm gives e = 0.
+    A backup may be the gradient of its parameter itself, which is lost then: (w, g) <- (w + e, w), without more memory.
     With ``masters`` (float32, beside bfloat16/float16 parameters) w is read there and no backup is written; ``backups``
     is then None. bfloat16 and float16 results are rounded stochastically, by bits that are a pure function of (seed,
     step, first_index + position in the list, position of the element). rho may be negative: against the gradient.

@@ -15,8 +15,8 @@ bool has_weak_references(PyObject* object) {
   return offset != 0 && *reinterpret_cast<PyObject**>(reinterpret_cast<char*>(object) + offset) != nullptr;
 }
 
-// Whether a TensorImpl or StorageImpl has `references` in C++, and its Python object, if there is one, none at all. That
-// object is kept by torch, with one reference in each direction.
+// Whether a TensorImpl or StorageImpl has `references` in C++, and its Python object, if there is one, none at all.
+// That object is kept by torch, with one reference in each direction.
 bool has_only(const uint64_t* words, uint64_t references, int object_word) {
   const ImplLayout& layout = known_layout();
   const uint64_t found = words[layout.references], expected = layout.one_reference + references - 1;

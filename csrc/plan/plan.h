@@ -66,10 +66,10 @@ class Plan {
   // counter of each row, where the rule counts steps: a number in float32 on the CPU; row_groups: the group of each
   // row, by number. state: the optimizer's state, in which an update must find the same tensors. step_state: its
   // StepState. gpu: which kernels run. rule, option, maximize: of an update. parts: for each active parameter the
-  // number of the part whose norm it belongs to, all in part 0 where it is empty. shards: as those of perturb_. swapped:
-  // which of the active parameters, by number, have neither master nor backup: perturb writes their weights where their
-  // gradients were, which then nobody else may have. lent: whether that is so has been found out by the caller, who has
-  // the gradients from elsewhere.
+  // number of the part whose norm it belongs to, all in part 0 where it is empty. shards: as those of perturb_.
+  // swapped: which of the active parameters, by number, have neither master nor backup: perturb writes their weights
+  // where their gradients were, which then nobody else may have. lent: whether that is so has been found out by the
+  // caller, who has the gradients from elsewhere.
   Plan(bool gpu, py::list groups, py::list everything, py::list active, py::list idle, std::vector<int64_t> sizes,
        py::list masters, std::vector<py::list> states, py::list backups, py::list steps,
        std::vector<int64_t> row_groups, int rule, bool option, bool maximize, py::dict state, py::object step_state,

@@ -101,7 +101,8 @@ class TensorApi {
   virtual void bump_versions(const TensorRef* tensors, int64_t count) = 0;     // tells autograd that they change
 
   // Slots keep gradients alive: a list that is made once costs no allocation later. fill_slots takes as many gradients
-  // as there are slots, none of them null; of these, clear_grads makes the handles undefined. The op rst_fused::_tensors_in_slots gives them to Python.
+  // as there are slots, none of them null; of these, clear_grads makes the handles undefined. The op
+  // rst_fused::_tensors_in_slots gives them to Python.
   virtual void* make_slots(int64_t count) = 0;
   virtual void fill_slots(void* slots, const AtenTensorHandle* grads) = 0;
   virtual bool facts_in_slot(void* slots, int64_t index, TensorFacts& facts) = 0;  // as facts_of

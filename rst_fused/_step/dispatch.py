@@ -233,10 +233,9 @@ def restore(opt: StepOptimizer, after: dict[str, Any], mixing: bool = False) -> 
     state = opt._step_state
     if mixing:
         state.take_first_grads()
-    if not is_compiling():
-        state.take_saved()
+    saved = state.saved_now() if is_compiling() else state.take_saved()
     lost = [] if is_compiling() else names_of_lost(opt)
-    for op, arguments in _restore_calls(opt, state.saved, mixing):
+    for op, arguments in _restore_calls(opt, saved, mixing):
         op(*arguments)
     bump_versions(with_locals(list(state.saved)))
     firsts, elsewhere = state.first_grads, state.holds_first_grads_elsewhere()

@@ -1,8 +1,8 @@
 """Weights that are kept where their gradient was, instead of in a backup.
 
 perturb() takes the gradients out of p.grad. With gamma = 1 nothing reads them again, so perturb_ may exchange w and g:
-(w, g) -> (w + e, w), which moves the same bytes and allocates none. It may do so where nobody else can see the memory of
-the gradient, now or later: a reference to it, to its storage or to another view of that would find weights there.
+(w, g) -> (w + e, w), which moves the same bytes and allocates none. It may do so where nobody else can see the memory
+of the gradient, now or later: a reference to it, to its storage or to another view of that would find weights there.
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ def swaps_of(
     opt: StepOptimizer, params: Sequence[Tensor], masters: Sequence[Any], before: Mapping[Tensor, Tensor], updates: bool
 ) -> list[bool]:
     """Which parameters a launch plan swaps, where it has no masters for them. ``before``: where weights are kept while
-    they are perturbed. ``updates``: the plan is not made for a perturbation, whose ``choose`` has looked at gradients."""
+    they are perturbed. ``updates``: the plan is not made for a perturbation, for which ``choose`` looks at gradients.
+    """
     state = opt._step_state
     if not updates:
         swaps = [id(p) in state.swaps for p in params]
@@ -102,8 +103,8 @@ def serving(params: Iterable[Tensor]) -> list[Tensor]:
         g, w = local(p.grad), local(p)
         storage = _storage_alone(g) if _fits(g, w) else None
         if storage is not None:
-            begin = g.storage_offset() * g.element_size()
-            sharing[storage].append((begin, begin + g.numel() * g.element_size(), p))
+            begin = int(g.storage_offset()) * g.element_size()
+            sharing[storage].append((begin, begin + g.nbytes, p))
     found = []
     for storage, pieces in sharing.items():  # FSDP2 cuts the gradients of a module from one storage
         pieces.sort(key=lambda piece: piece[:2])

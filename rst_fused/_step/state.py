@@ -43,7 +43,7 @@ class StepState:
         self.perturbed = False
         self.mixing = False  # and gamma != 1, so the first gradients are kept
         self.captured = False  # the perturbation was recorded in a CUDA graph, and has not happened
-        # Perturbed parameter: its backup, its master copy, or what was its gradient. Or the SavedByPlan of a launch plan.
+        # Perturbed parameter: its backup, its master copy, or what was its gradient; or SavedByPlan of a launch plan.
         self.saved: Mapping[Tensor, Tensor] = {}
         self.swaps: frozenset[int] = frozenset()  # while perturb decides that: see rst_fused._step.gradient_memory
         self.first_grads: Any = {}  # by parameter; or those that a launch plan keeps, in the order of `saved`
