@@ -129,7 +129,7 @@ class RST(SavedOptimizer):
         self._constructed = True
         if self.m_sharpness:
             local.check_params(self)
-        outside_of_graphs.prepare(step=inspect.unwrap(RST.step), perturb=RST.perturb)
+        outside_of_graphs.prepare(step=inspect.unwrap(RST.step), perturb=RST.perturb, restore=RST.restore)
 
     # --- construction -----------------------------------------------------------------------------------------------
     def _hyper(self, hyper: Group) -> Group:
@@ -314,7 +314,11 @@ class RST(SavedOptimizer):
 
     def restore(self) -> None:
         """Abandons a perturbation: the weights are bit for bit those before perturb(). No update, no step counted."""
-        step.restore(self, compiling=is_compiling())
+        compiling = is_compiling()
+        if compiling and self._step_state.is_kept_by_plan():
+            outside_of_graphs.call["restore"](self)
+        else:
+            step.restore(self, compiling)
 
     def _init_group(self, group: Group, *args: Any) -> None:
         """Dynamo looks for this name; see rst_fused._step.columns.init_group."""

@@ -114,7 +114,7 @@ def init_group(
 
     Dynamo runs this outside the graph and treats the tensors as static inputs, as for the optimizers of torch.
     """
-    rule, saved = opt.rule, opt._step_state.saved_now()
+    rule = opt.rule
     names = rule.state_names(group) if rule is not None else ()
     active = [p for p in group["params"] if p.grad is not None]
     if opt.master_weights:
@@ -150,9 +150,7 @@ def init_group(
         grads += [readable(p) for p in members]
         if masters_only:
             masters += [state["master"] for state in kept]
-        elif updating:
-            backups += [saved.get(p, p) for p in members]
-        else:
+        elif not updating:
             backups += [keeper_of(opt, p) for p in members]
         if updating:
             for column, name in zip((state0, state1, state2), names, strict=False):

@@ -142,7 +142,7 @@ def update(opt: StepOptimizer, scaling: Scaling, after: dict[str, Any]) -> None:
     if not is_compiling():
         state.take_first_grads()
         state.take_saved()
-    firsts = state.first_grads
+    firsts, saved = state.first_grads, state.saved
     updates: list[Call] = []
     counts: list[Call] = []
     updated: list[list[Tensor]] = []
@@ -155,7 +155,7 @@ def update(opt: StepOptimizer, scaling: Scaling, after: dict[str, Any]) -> None:
                 continue
             if c.steps and c.steps[0].is_cpu and not is_compiling() and opt.capturing:
                 raise RuntimeError("Adam in a CUDA graph: its step count must lie on the GPU, pass capturable=True")
-            backups = c.backups if state.perturbed and not c.masters else []
+            backups = [saved.get(p, p) for p in c.params] if state.perturbed and not c.masters else []
             mixed = [firsts.get(p, g) for p, g in zip(c.params, c.grads, strict=True)] if state.mixing else []
             hyper = hyperparam_tensor(columns.hyperparam_rows(opt, c), columns.graph_inputs(opt, c), c.params[0].device)
             steps = torch.stack([step.reshape(()) for step in c.steps]).double() + 1 if c.steps else None

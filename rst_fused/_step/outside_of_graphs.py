@@ -9,8 +9,10 @@ import torch
 
 _REASONS = {
     "perturb": "perturb() under torch.compile(fullgraph=True): pass fire=opt.draw(), evaluated outside the graph",
-    "step": "step() under torch.compile(fullgraph=True): no closure, and opt.draw() outside before every step; where "
-    "gamma != 1, compile perturb() too, for the first gradients to be in reach of the graph",
+    "step": "step() under torch.compile(fullgraph=True): no closure, and opt.draw() outside before every step; "
+    "compile perturb() too, for what it keeps to be in reach of the graph",
+    "restore": "restore() under torch.compile(fullgraph=True): call opt.restore() outside of the graph, or compile "
+    "perturb() too, for what it keeps to be in reach of the graph",
 }
 call: dict[str, Callable[..., Any]] = {}
 

@@ -71,10 +71,15 @@ class PlanCache:
         if self._shards is None:
             return self._perturb(opt)
         with self._shards.lent() as lent:
-            if not lent or not self._perturb(opt):
-                return False
-            self._shards.drop_grads()
-            return True
+            try:
+                served = lent and self._perturb(opt)
+            except BaseException:
+                if self._swapped:  # nobody may find weights in p.grad
+                    self._shards.drop_grads()
+                raise
+            if served:
+                self._shards.drop_grads()
+            return served
 
     def _may_swap(self, opt: StepOptimizer) -> bool:
         if opt._step_state.mixing:
@@ -211,7 +216,8 @@ class PlanCache:
             return False
         swapped = [p for p, swap in zip(c.params, swaps, strict=True) if swap]
         known = {**fixed, **{p: before.get(p) for p in swapped}}
-        if before and {p: id(w) for p, w in known.items()} != {p: id(w) for p, w in before.items()}:
+        same = {p: id(w) for p, w in known.items()} == {p: id(w) for p, w in before.items()}
+        if before and not (same and len(known) == len(c.params)):
             return False  # some parameters have only one of both gradients
         if state.mixing and len(fixed) < len(c.params):
             return False  # some have no first one
