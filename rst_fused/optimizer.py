@@ -28,6 +28,7 @@ from rst_fused._step import m_sharpness as local
 from rst_fused._step.copies import drop_copies
 from rst_fused._step.devices import DeviceState, device_of
 from rst_fused._step.hooks import with_hooks
+from rst_fused._step.memory import Memory, memory_of
 from rst_fused._step.rules import Group, Rule, rule_for
 from rst_fused._step.saved import SavedOptimizer
 from rst_fused._step.state import StepState
@@ -330,6 +331,10 @@ class RST(SavedOptimizer):
         """||g1|| (ASAM: ||T g1||) of the last SAM step, NaN before the first. Waits for the device."""
         return float(self._devices[0].stats[0])
 
+    def memory(self) -> Memory:
+        """Bytes of weights, gradients, state and what keeps weights, on this rank; print it. See docs/memory.md."""
+        return memory_of(self)
+
     def __repr__(self) -> str:
         base = self.rule.name if self.rule is not None else repr(self.base)
         used = [device.backend for device in self._devices]
@@ -337,6 +342,7 @@ class RST(SavedOptimizer):
         return (
             f"{type(self).__name__}(base={base}, schedule={self.schedule!r}, gamma={self.gamma!r}, "
             f"adaptive={self.adaptive}, seed={self.seed}, backend={' and '.join(dict.fromkeys(backends))}, "
-            f"steps={self.steps}, cost={self.cost:.3f})\n"
+            f"steps={self.steps}, cost={self.cost:.3f}, "
+            f"backups={len(self._step_state.backups)} of {sum(len(group['params']) for group in self.param_groups)})\n"
             + super().__repr__()
         )

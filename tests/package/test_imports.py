@@ -39,7 +39,7 @@ STEP_LAYERS = (
     ("sharding",),
     ("placeholders",),
     ("base", "shards"),
-    ("amp", "validation", "norm", "copies", "earlier_gradients", "first_grads", "gradient_memory"),
+    ("amp", "validation", "norm", "copies", "earlier_gradients", "first_grads", "gradient_memory", "memory"),
     ("columns",),
     ("plan", "dispatch", "state_dict", "without_draw"),
     ("clipping", "saved"),
