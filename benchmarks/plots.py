@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 STEP_PARTS = ("perturb", "update")
-COLOURS = {"perturb": "#4878a8", "update": "#e08a3c"}
+COLOURS = {"perturb": "#4878a8", "update": "#e08a3c", "peak": "#9fbcd8", "kept": "#4878a8"}
 
 
 def _bars(axis: Any, race: dict[str, Any]) -> None:
@@ -27,6 +27,33 @@ def _bars(axis: Any, race: dict[str, Any]) -> None:
     axis.set_xlabel(word)
 
 
+def _memory(plt: Any, entries: list[dict[str, Any]]) -> Any:
+    """The peak with what is kept in it, in fp32 where that was measured."""
+    entries = [e for e in entries if isinstance(e.get("alone"), dict)]
+    dtype = next((e["dtype"] for e in entries if e["dtype"] == "fp32"), entries[0]["dtype"])
+    entries = [e for e in entries if e["dtype"] == dtype]
+    names = [e["mode"] for e in entries]
+    figure, axis = plt.subplots(figsize=(9, 0.3 * len(names) + 1.4))
+    for key, name in (("peak", "at the peak of a step"), ("kept", "kept between steps")):
+        sizes = [e["alone"][key] / e["alone"]["elements"] for e in entries]
+        axis.barh(names, sizes, label=name, color=COLOURS[key])
+        if key == "peak":
+            for row, size in enumerate(sizes):
+                axis.text(size, row, f" {size:.1f}", va="center", fontsize=8)
+    of_gpt2 = [(row, e["gpt2"]) for row, e in enumerate(entries) if isinstance(e.get("gpt2"), dict)]
+    if of_gpt2:
+        axis.plot(
+            [found["peak"] / found["elements"] for _, found in of_gpt2], [row for row, _ in of_gpt2],
+            "|", color="black", markersize=9, label="peak with the passes of GPT-2",
+        )  # fmt: skip
+    axis.invert_yaxis()
+    axis.margins(x=0.08)
+    axis.tick_params(labelsize=8)
+    axis.set_xlabel(f"bytes per {dtype} parameter beside the weights, gradients included")
+    axis.legend(fontsize=8, loc="lower right")
+    return figure
+
+
 def plot(data: dict[str, Any], path: Path) -> Path:
     """Writes a PNG: a stacked bar per competitor (``cpu``, ``host``) or a bar per mode (``memory``)."""
     import matplotlib
@@ -35,11 +62,7 @@ def plot(data: dict[str, Any], path: Path) -> Path:
     import matplotlib.pyplot as plt
 
     if "memory" in data:
-        figure, axis = plt.subplots(figsize=(7, 0.32 * len(data["memory"]) + 1.2))
-        labels = [f"{m['mode']}, {m['dtype']}" for m in data["memory"]]
-        axis.barh(labels, [m["measured"] for m in data["memory"]], color=COLOURS["perturb"])
-        axis.invert_yaxis()
-        axis.set_xlabel("peak extra bytes per parameter")
+        figure = _memory(plt, data["memory"])
     else:
         races = data["races"]
         columns = min(2, len(races))

@@ -179,19 +179,34 @@ def _race(race: dict[str, Any]) -> str:
     return "".join(parts)
 
 
+def _of_memory(entry: dict[str, Any], what: str, key: str) -> str:
+    found = entry.get(what)
+    return f"{found[key] / found['elements']:.2f}" if isinstance(found, dict) else ""
+
+
+def memory_tables(entries: Sequence[dict[str, Any]]) -> str:
+    """A table for each dtype, in bytes per parameter; below them what could not be measured, and why."""
+    whats = ("alone", "gpt2")
+    parts, missing = [], [f"* {e['mode']}: {e[w]}" for e in entries for w in whats if isinstance(e.get(w), str)]
+    measured = [e for e in entries if any(isinstance(e.get(w), dict) for w in whats)]
+    for dtype in _order([e["dtype"] for e in measured]):
+        mine = [e for e in measured if e["dtype"] == dtype]
+        head = [f"{dtype}: bytes per parameter beside the weights", "peak", "predicted", "kept", "predicted"]
+        with_model = any("gpt2" in e for e in mine)
+        rows = []
+        for e in mine:
+            row = [e["mode"]]
+            for key in ("peak", "kept"):
+                row += [_of_memory(e, "alone", key), "" if e["predicted"] is None else f"{e['predicted'][key]:g}"]
+            rows.append(row + [_of_memory(e, "gpt2", key) for key in ("peak", "kept") if with_model])
+        parts.append(table([*head, *(["GPT-2: peak", "kept"] if with_model else [])], rows))
+    return "\n".join([*parts, "".join(f"{line}\n" for line in _order(missing))]).rstrip("\n") + "\n"
+
+
 def markdown(data: dict[str, Any]) -> str:
     """The summary of a result file."""
     parts = [_heading(data), *(_race(race) for race in data.get("races", []))]
     if "memory" in data:
-        rows = [
-            [
-                m["mode"],
-                m["dtype"],
-                f"{m['measured']:.2f}",
-                "" if m["predicted"] is None else f"{m['predicted']:g}",
-            ]
-            for m in data["memory"]
-        ]
-        parts.append("\n" + table(["peak extra bytes per parameter", "dtype", "measured", "predicted"], rows))
+        parts.append("\n" + memory_tables(data["memory"]))
     parts += [f"\n* {note}" for note in data.get("notes", [])]
     return "".join(parts).rstrip() + "\n"
