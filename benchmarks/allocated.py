@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,8 @@ class Allocations:
 
     def __exit__(self, *error: Any) -> None:
         self._stack.close()
+        if error[0] is not None:
+            return
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "trace.json")
             self._profile.export_chrome_trace(str(path))
@@ -52,18 +55,14 @@ class Allocations:
 
 
 def _phases(events: list[dict[str, Any]]) -> list[Phase]:
-    totals = sorted((e["ts"], e["args"]["Total Allocated"]) for e in events if e["name"] == "[memory]")
-    marked = sorted(
-        (e["ts"], e["ts"] + e["dur"], e["name"].removeprefix(_PREFIX)) for e in events if e["name"].startswith(_PREFIX)
-    )
-    found, next_event, total = [], 0, 0
-    for begin, end, name in marked:
-        peak = None
-        while next_event < len(totals) and totals[next_event][0] < end:
-            at, after = totals[next_event]
-            if at >= begin:
-                peak = max(after, total if peak is None else peak)
-            total = after
-            next_event += 1
-        found.append(Phase(name, total if peak is None else peak, total))
+    allocations = sorted(((e["ts"], e["args"]) for e in events if e["name"] == "[memory]"), key=itemgetter(0))
+    marks = [(e["ts"], e["dur"], e["name"].removeprefix(_PREFIX)) for e in events if e["name"].startswith(_PREFIX)]
+    # An earlier recording in this process may have left a total behind.
+    start = allocations[0][1]["Total Allocated"] - allocations[0][1]["Bytes"] if allocations else 0
+    totals = [(ts, args["Total Allocated"] - start) for ts, args in allocations]
+    found = []
+    for begin, duration, name in sorted(marks):
+        at_begin = next((total for ts, total in reversed(totals) if ts < begin), 0)
+        within = [total for ts, total in totals if begin <= ts <= begin + duration]
+        found.append(Phase(name, max([at_begin, *within]), [at_begin, *within][-1]))
     return found

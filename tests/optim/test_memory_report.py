@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -192,3 +193,10 @@ def test_a_table_in_bytes_and_bytes_per_element() -> None:
 def test_a_table_of_no_elements() -> None:
     opt = RST([nn.Parameter(torch.ones(0))])
     assert opt.memory().total == 0 and "per element of 0" in str(opt.memory())
+
+
+def test_the_script_of_the_page(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[2] / "docs/memory.md").read_text()
+    (script,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    exec(compile(script, "docs/memory.md", "exec"), {})
+    assert "exp_avg " in capsys.readouterr().out
