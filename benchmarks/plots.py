@@ -50,7 +50,7 @@ def _memory(plt: Any, entries: list[dict[str, Any]]) -> Any:
     axis.margins(x=0.08)
     axis.tick_params(labelsize=8)
     axis.set_xlabel(f"bytes per {dtype} parameter beside the weights, gradients included")
-    axis.legend(fontsize=8, loc="lower right")
+    axis.legend(fontsize=8, loc="upper right")
     return figure
 
 
