@@ -1,6 +1,7 @@
 """Measures block sizes and warps on a device. Nothing here runs unless it is called."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import triton
@@ -17,6 +18,7 @@ from .restore import restore_
 from .sgd_step import restore_sgd_step_
 
 _TENSORS = 8
+_NO_OPTIONS: Any = (None, None, None, (), ())  # of an update: neither AMP nor rounding
 ELEMENTS = 1 << 26  # in total: enough to keep a large GPU busy for longer than the host needs for a launch
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -48,13 +50,13 @@ def _calls(device: torch.device, dtype: torch.dtype, elements: int, masters: boo
         ),
         "restore_kernel": lambda: restore_(params, backups, kept, [], [], gamma, groups),
         "sgd_step_kernel": lambda: restore_sgd_step_(
-            params, grads, backups, [], buffers, kept, sgd, groups, False, False, None, None
+            params, grads, backups, [], buffers, kept, sgd, groups, False, False, *_NO_OPTIONS
         ),
         "adam_step_kernel": lambda: restore_adam_step_(
-            params, grads, backups, [], buffers, squares, [], kept, adam, steps, groups, True, False, None, None
+            params, grads, backups, [], buffers, squares, [], kept, adam, steps, groups, True, False, *_NO_OPTIONS
         ),
         "lion_step_kernel": lambda: restore_lion_step_(
-            params, grads, backups, [], buffers, kept, lion, groups, False, None, None
+            params, grads, backups, [], buffers, kept, lion, groups, False, *_NO_OPTIONS
         ),
     }  # fmt: skip
 

@@ -57,6 +57,19 @@ def are_shards(shards: Sequence[int], count: int) -> bool:
     return not shards or (len(shards) == 3 * count and min(shards) >= 0)
 
 
+def check_places(op: str, count: int, indices: Sequence[int], shards: Sequence[int]) -> None:
+    """The places of so many parameters among all, and of their elements in whole tensors."""
+    require(
+        not indices or (len(indices) == count and min(indices) >= 0 and max(indices) < 2**31), op,
+        f"indices has {len(indices)} numbers, expected none, or a number from 0 to 2^31 - 1 for each of {count} "
+        "parameters",
+    )  # fmt: skip
+    require(
+        are_shards(shards, count), op,
+        f"shards has {len(shards)} numbers, expected none, or three numbers >= 0 for each of {count} parameters",
+    )  # fmt: skip
+
+
 # --- memory layout --------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Operand:
@@ -68,6 +81,7 @@ class Operand:
     read: bool = True
     dtype: torch.dtype | str | None = None
     optional: bool = False
+    rounded: bool = False  # may be bfloat16 where float32 is expected, and is rounded stochastically then
 
 
 def _order(shape: Sequence[int], stride: Sequence[int]) -> list[int]:
@@ -113,6 +127,8 @@ def _check_operand(op: str, operand: Operand, lead: Sequence[Tensor], facts: Seq
             expected = own if operand.dtype is None else operand.dtype
             if operand.dtype == KEPT:
                 expected = torch.float32 if dtype == torch.float32 and own in SIXTEEN_BIT else own
+            if operand.rounded and (dtype, expected) == (torch.bfloat16, torch.float32):
+                expected = dtype
             if dtype != expected or [device, layout] != like[1:]:
                 raise RuntimeError(
                     f"rst_fused::{op}: {operand.name}[{i}] is {layout} of dtype {dtype} on {device}, expected "

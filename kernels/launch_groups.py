@@ -40,6 +40,7 @@ class LaunchGroup:
     indices: tuple[int, ...]
     in_place: bool  # whether all tensors can be worked on where they are
     shards: tuple[tuple[int, int, int], ...] = ()  # offset, run and stride of each; none where all are whole tensors
+    rounds_state: bool = False  # the first state is bfloat16, and rounded stochastically
 
     @cached_property
     def chunks(self) -> int:
@@ -90,8 +91,9 @@ class Work:
 
 
 def validated_groups(
-    op: str, operands: Sequence[Operand], group_sizes: Sequence[int], first_index: int = 0, shards: Sequence[int] = ()
-) -> Iterator[Work]:
+    op: str, operands: Sequence[Operand], group_sizes: Sequence[int], first_index: int = 0, shards: Sequence[int] = (),
+    indices: Sequence[int] = (),
+) -> Iterator[Work]:  # fmt: skip
     """The launches of a call. The first operand leads.
 
     Asking for the first one checks the lists, unless an earlier call had equivalent lists, and raises for whatever
@@ -101,14 +103,14 @@ def validated_groups(
     if lead:
         runs_on(op, f"{operands[0].name}[0]", lead[0])
     call = (
-        op, first_index, tuple(group_sizes), tuple(shards),
-        tuple((s.name, len(s.tensors), s.tensors is lead) for s in operands),
+        op, first_index, tuple(group_sizes), tuple(shards), tuple(indices),
+        tuple((s.name, len(s.tensors), s.tensors is lead, s.rounded) for s in operands),
     )  # fmt: skip
     known = next((known for known in _validated if known.matches(call, operands)), None)
     if known is None:
         check_lists(op, operands, group_sizes)
         guards = [_guard(s, operands[0]) for s in operands] if TensorGuards else []
-        known = ValidatedCall(call, guards, groups_of(operands, group_sizes, first_index, shards))
+        known = ValidatedCall(call, guards, groups_of(operands, group_sizes, first_index, shards, indices))
     if TensorGuards and known is not next(iter(_validated), None):
         _validated[:] = [known, *(other for other in _validated if other is not known)][:_MOST_CALLS]
     for group in known.groups:
@@ -120,27 +122,32 @@ def validated_groups(
 
 
 def groups_of(
-    operands: Sequence[Operand], group_sizes: Sequence[int], first_index: int, shards: Sequence[int] = ()
-) -> list[LaunchGroup]:
+    operands: Sequence[Operand], group_sizes: Sequence[int], first_index: int, shards: Sequence[int] = (),
+    indices: Sequence[int] = (),
+) -> list[LaunchGroup]:  # fmt: skip
     """The launches that these lists take. The first operand leads."""
     lead = operands[0].tensors
     rows = [row for row, size in enumerate(group_sizes) for _ in range(size)]
     # The state's dtype is the parameter's unless some operand is fixed to float32.
     fixed = next((s.tensors for s in operands if s.dtype is not None and s.tensors), lead)
+    rounded = next((s.tensors for s in operands if s.rounded), None)
     members_of: dict[Any, list[int]] = {}
     for i, (p, kept) in enumerate(zip(lead, fixed, strict=True)):
-        members_of.setdefault((p.device, p.dtype, kept.dtype), []).append(i)
+        rounds = rounded is not None and rounded[i].dtype == torch.bfloat16
+        members_of.setdefault((p.device, p.dtype, kept.dtype, rounds), []).append(i)
     wanted = [dense(p.shape, p.stride()) for p in lead]
     return [
         LaunchGroup(
             device, dtype, state, members,
             lengths=tuple(lead[i].numel() * (2 if dtype.is_complex else 1) for i in members),
             rows=tuple(rows[i] for i in members),
-            indices=tuple(first_index + i for i in members),
+            indices=tuple(indices[i] if indices else first_index + i for i in members),
             in_place=all(_has_layout(s.tensors[i], wanted[i]) for s in operands if s.tensors for i in members),
-            shards=_shards(shards, [(i, lead[i].numel()) for i in members]) if dtype in SIXTEEN_BIT else (),
+            shards=_shards(shards, [(i, lead[i].numel()) for i in members])
+            if rounds or (rounded is None and dtype in SIXTEEN_BIT) else (),
+            rounds_state=rounds,
         )
-        for (device, dtype, state), members in members_of.items()
+        for (device, dtype, state, rounds), members in members_of.items()
     ]  # fmt: skip
 
 

@@ -11,48 +11,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .checks import SIXTEEN_BIT, STATS, Operand, are_shards, check_scalars, require
+from .checks import SIXTEEN_BIT, STATS, Operand, check_places, check_scalars
 from .device_cache import on_device
 from .launch_groups import LaunchGroup, launches, validated_groups
 from .launcher import run_all
-from .multi_tensor_apply import CHUNK, HEADER, INDEX, ROW, address, kernel, load, locate, magnitude, store
-from .sam_math import (
-    asam_perturb,
-    asam_scale,
-    key_in_block,
-    perturb,
-    random_bits,
-    random_key,
-    random_pair,
-    shard_position,
-    to_bfloat16,
-    to_float16,
-)  # fmt: skip
+from .multi_tensor_apply import INDEX, ROW, address, kernel, load, locate, magnitude, store
+from .random_bits import BLOCK_OF_POSITIONS, SHARD_NUMBERS, place_of_chunk, random_of_run, random_of_shard
+from .sam_math import asam_perturb, asam_scale, key_in_block, perturb, random_key, to_bfloat16, to_float16
 
 _PARAM, _SOURCE, _GRAD, _BACKUP, _SLOTS = (tl.constexpr(i) for i in range(5))
-# Of shards the addresses are followed by their offset, run and stride.
-_OFFSET, _RUN, _STRIDE, _SHARD_SLOTS = (tl.constexpr(i) for i in range(4, 8))
-_BLOCK_OF_POSITIONS = tl.constexpr(2**32)  # which share a key
-
-
-@triton.jit
-def _random(key, first, WHOLE: tl.constexpr, BLOCK: tl.constexpr):
-    """Of a block that begins at element ``first``, which is even."""
-    if WHOLE:
-        bits = random_pair(key, (first >> 1) + tl.arange(0, BLOCK // 2).to(tl.uint32))
-        return tl.interleave(bits & 0xFFFF, bits >> 16)
-    else:
-        return random_bits(key, first + tl.arange(0, BLOCK).to(tl.uint32))
-
-
-@triton.jit
-def _random_of_shard(key, at, shard, BLOCK: tl.constexpr):
-    """Of a block that begins at element ``at`` of its chunk: shard_position, dividing by 32 bits. ``shard``: the first
-    position of the chunk; how many elements of it are in the same run; where the next run begins; run, stride."""
-    past = at + tl.arange(0, BLOCK) - shard[1]
-    beyond = shard[2] + (past // shard[3]).to(tl.int64) * shard[4] + past % shard[3]
-    position = tl.where(past < 0, shard[0] + shard[1] + past, beyond)
-    return random_bits(key_in_block(key, position // _BLOCK_OF_POSITIONS), position.to(tl.uint32))
+_SHARD_SLOTS = tl.constexpr(_SLOTS + SHARD_NUMBERS)
 
 
 @triton.jit
@@ -72,9 +40,9 @@ def _move(
         store(backup, offsets, count, kept, WHOLE)
     if STOCHASTIC:
         if len(shard) == 0:
-            random = _random(key, (first + at).to(tl.uint32), WHOLE, BLOCK)
+            random = random_of_run(key, (first + at).to(tl.uint32), WHOLE, BLOCK)
         else:
-            random = _random_of_shard(key, at, shard, BLOCK)
+            random = random_of_shard(key, at, shard, BLOCK)
         moved = to_bfloat16(moved, random) if tl.bfloat16 == T else to_float16(moved, random)
     if moving:
         store(param, offsets, count, moved.to(T), WHOLE)
@@ -113,25 +81,18 @@ def perturb_kernel(
     if STOCHASTIC:
         key = random_key(tl.load(rng), tl.load(rng + 1), tl.load(record + INDEX))
     if SHARDS:
-        offset, run, stride = (tl.load(record + HEADER + _OFFSET), tl.load(record + HEADER + _RUN),
-                               tl.load(record + HEADER + _STRIDE))  # fmt: skip
-        first = shard_position(begin, offset, run, stride)
-        left = run - begin % run
-        together = tl.minimum(left, _BLOCK_OF_POSITIONS - first % _BLOCK_OF_POSITIONS)
+        first, together, shard = place_of_chunk(record, _SLOTS, begin)
         if (first % 2 == 0) & (together >= count):
-            key = key_in_block(key, first // _BLOCK_OF_POSITIONS)
+            key = key_in_block(key, first // BLOCK_OF_POSITIONS)
             _move_chunk(param, source, grad, backup, whole, count, scale, eta, moving, key, first, (), T, STATE, V,
                         ADAPTIVE, COMPLEX, STOCHASTIC, BLOCK, TAIL)  # fmt: skip
         else:
-            # A chunk has fewer elements than these.
-            shard = (first, tl.minimum(left, 2 * CHUNK).to(tl.int32), first + left - run + stride,
-                     tl.minimum(run, 2 * CHUNK).to(tl.int32), stride)  # fmt: skip
             _move_chunk(param, source, grad, backup, whole, count, scale, eta, moving, key, first, shard, T, STATE, V,
                         ADAPTIVE, COMPLEX, STOCHASTIC, BLOCK, TAIL)  # fmt: skip
     else:
         if STOCHASTIC:
             # A chunk never straddles a multiple of 2^32 elements: both are powers of two.
-            key = key_in_block(key, begin // _BLOCK_OF_POSITIONS)
+            key = key_in_block(key, begin // BLOCK_OF_POSITIONS)
         _move_chunk(param, source, grad, backup, whole, count, scale, eta, moving, key, begin, (), T, STATE, V,
                     ADAPTIVE, COMPLEX, STOCHASTIC, BLOCK, TAIL)  # fmt: skip
 
@@ -154,10 +115,7 @@ def perturb_(
     check_scalars(op, "stats", stats, torch.float64, STATS)
     check_scalars(op, "rng", rng, torch.int64, 2)
     check_scalars(op, "rho", rho, torch.float64, len(group_sizes))
-    require(
-        are_shards(shards, len(params)), op,
-        f"shards has {len(shards)} numbers, expected none, or three numbers >= 0 for each of {len(params)} parameters",
-    )  # fmt: skip
+    check_places(op, len(params), (), shards)
     source = Operand("masters", masters, dtype=torch.float32) if masters else Operand("params", params)
     operands = [
         Operand("params", params, written=True, read=False), source, Operand("grads", grads),

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import adam_step, device_cache, lion_step, perturb, restore, sgd_step, update
-from .checks import TRITON_DTYPE, Operand, are_shards
+from .checks import SIXTEEN_BIT, TRITON_DTYPE, Operand, are_shards
 from .grad_norm import finish_starter, grad_norm_kernel
 from .grad_norm import variant as norm_variant
 from .launch_groups import LaunchGroup, TensorGuards, groups_of, starter_for, table_of
@@ -50,11 +50,14 @@ class Plan(Match):
         self, group: LaunchGroup, grads: Sequence[Tensor], *, groups: list[Any], everything: list[Tensor],
         active: list[Tensor], idle: list[Tensor], sizes: list[int], masters: list[Any], states: list[list[Tensor]],
         backups: list[Any], steps: list[Tensor], row_groups: list[int], rule: int, option: bool, maximize: bool,
-        state: dict[Any, Any], step_state: Any, parts: Sequence[int] = (), swapped: Sequence[int] = (),
-        lent: bool = False, matcher: Any = None,
+        state: dict[Any, Any], step_state: Any, parts: Sequence[int] = (), indices: Sequence[int] = (),
+        swapped: Sequence[int] = (), lent: bool = False, matcher: Any = None,
     ) -> None:  # fmt: skip
         super().__init__(grads, groups, everything, active, idle, masters, states, backups, steps, state, matcher)
-        self._group, self._with_shards = replace(group, shards=()), group
+        self._group = replace(group, shards=(), rounds_state=False)
+        self._perturbed = replace(self._group, shards=group.shards if group.dtype in SIXTEEN_BIT else ())
+        # Of an update, where random bits of the state go by other indices.
+        self._updated = replace(group, indices=tuple(indices)) if group.rounds_state else self._group
         self._parts = _parts_of(self._group, parts)
         self._sizes, self._states, self._steps, self._row_groups = sizes, states, steps, row_groups
         self._rule, self._option, self._maximize = RULES[rule], option, maximize
@@ -69,10 +72,13 @@ class Plan(Match):
 
     @classmethod
     def of(cls, *, active: list[Tensor], masters: list[Any], states: list[list[Tensor]], backups: list[Any],
-           sizes: list[int], shards: Sequence[int] = (), **others: Any) -> "Plan | None":  # fmt: skip
+           sizes: list[int], shards: Sequence[int] = (), indices: Sequence[int] = (),
+           **others: Any) -> "Plan | None":  # fmt: skip
         """None where a plan cannot serve these tensors."""
         if not are_shards(shards, len(active)):
             raise ValueError(f"shards={shards}: expected three numbers >= 0 for each of {len(active)} parameters")
+        if indices and len(indices) != len(active):
+            raise ValueError(f"indices={indices}: expected a number for each of {len(active)} parameters")
         grads = list(map(grad_of, active))
         if TensorGuards is None or not all(t.dtype in TRITON_DTYPE for t in active) or not complete(grads):
             return None
@@ -81,11 +87,13 @@ class Plan(Match):
         own = Operand("masters", complete(masters), dtype=torch.float32)
         backed = [p if b is None else b for p, b in zip(active, backups, strict=True)]  # gradients lie as these do
         lists = [active, grads, backed, *states]
-        groups = groups_of([*(Operand("", tensors) for tensors in lists), own], sizes, 0, shards)
+        first = Operand("", states[0] if indices and states else [], rounded=bool(indices and states))
+        groups = groups_of([*(Operand("", tensors) for tensors in lists), own, first], sizes, 0, shards)
         if len(groups) != 1 or not groups[0].in_place or groups[0].chunks == 0 or not all(map(has_memory, grads)):
             return None
         return cls(
-            groups[0], grads, active=active, masters=masters, states=states, backups=backups, sizes=sizes, **others
+            groups[0], grads, active=active, masters=masters, states=states, backups=backups, sizes=sizes,
+            indices=indices, **others,
         )
 
     # --- the phases: whether they were served -----------------------------------------------------------------------
@@ -107,7 +115,7 @@ class Plan(Match):
         self, addresses: Any, stats: Tensor, rho: list[float], adaptive: bool, eta: float, stochastic: bool, seed: int,
         step: int, keep: bool, measured: bool, after: dict[str, Any],
     ) -> bool:  # fmt: skip
-        group, stream = self._with_shards if stochastic else self._group, self._stream()
+        group, stream = self._perturbed if stochastic else self._group, self._stream()
         swapped = list(map(grad_of, self._swapped))
         if swapped and keep:
             return False
@@ -124,7 +132,7 @@ class Plan(Match):
         if rounds:
             (rng,) = device_cache.on_device(group.device, torch.tensor([seed, step], device="cpu"))
         else:
-            (rng,) = self._sent("rng", stream, (), lambda: [torch.zeros(2, dtype=torch.int64, device="cpu")])
+            (rng,) = self._sent("rng", stream, (), lambda: [update.NO_RNG])
         count = len(self._active)
         if not measured:
             Launch(norm, group.chunks, (tables[1], count, self._partials, 0, group.chunks, stats, etas))()
@@ -173,24 +181,24 @@ class Plan(Match):
 
     def update(
         self, rows: list[float], restores: bool, mixing: bool, scale: float, grad_scale: Any, found_inf: Any,
-        after: dict[str, Any],
+        seed: int, step: int, after: dict[str, Any],
     ) -> bool:  # fmt: skip
         """One update of all parameters, counted in their step counters. ``rows``: the hyperparameters, row after row.
         Gradients are divided by the scale of AMP: ``scale``, or what is in ``grad_scale`` on the device, with found_inf
-        beside it (0: absent)."""
+        beside it (0: absent). ``seed`` and ``step`` round the state, where it is rounded."""
         try:
             addresses = self._match(True, restores)
             return addresses is not None and self._update(
-                addresses, rows, restores, mixing, scale, grad_scale, found_inf, after
+                addresses, rows, restores, mixing, scale, grad_scale, found_inf, seed, step, after
             )
         finally:
             self._release()
 
     def _update(
         self, addresses: Any, rows: list[float], restores: bool, mixing: bool, scale: float, grad_scale: Any,
-        found_inf: Any, after: dict[str, Any],
+        found_inf: Any, seed: int, step: int, after: dict[str, Any],
     ) -> bool:  # fmt: skip
-        group, stream = self._group, self._stream()
+        group, stream = self._updated, self._stream()
         firsts: list[Tensor] = []
         if mixing:
             by_parameter = self._step_state.first_grads
@@ -211,7 +219,11 @@ class Plan(Match):
         scales = self._sent("amp", stream, (scale,), lambda: [_floats(scale), _floats(0.0)])
         scale_and_inf = [given if isinstance(given, Tensor) else own for given, own in
                          zip((grad_scale, found_inf), scales, strict=True)]  # fmt: skip
-        args = (tables[0], len(self._active), hyper, -1 if self._maximize else 1, *scale_and_inf)
+        if group.rounds_state:
+            (rng,) = device_cache.on_device(group.device, torch.tensor([seed, step], device="cpu"))
+        else:
+            (rng,) = self._sent("rng", stream, (), lambda: [update.NO_RNG])
+        args = (tables[0], len(self._active), hyper, -1 if self._maximize else 1, *scale_and_inf, rng)
         counted = [partial(Tensor.add_, step, 1) for step in self._steps]
         (start,) = self._starts_for(mixing, lambda: self._update_starts(mixing))
         run_all([Launch(start, group.chunks, args), *counted, *self._notes(after), kept.clear])
@@ -273,7 +285,7 @@ class Plan(Match):
 
     def _perturb_starts(self, adaptive: bool, stochastic: bool) -> tuple[Any, Any, bool]:
         """Of the norm and of the perturbation, and whether that one needs random numbers."""
-        variant = perturb.variant(self._with_shards, adaptive, stochastic)
+        variant = perturb.variant(self._perturbed, adaptive, stochastic)
         move = starter_for(perturb.perturb_kernel, self._group, **variant)
         return self._norm_start(adaptive), move, variant["STOCHASTIC"]
 
@@ -284,7 +296,7 @@ class Plan(Match):
         return [self._grads_now(), self._masters or self._active if adaptive else []]
 
     def _update_starts(self, mixing: bool) -> tuple[Any]:
-        variant = update.variant(self._rule, self._group, self._option, len(self._states), mixing)
+        variant = update.variant(self._rule, self._updated, self._option, len(self._states), mixing)
         return (starter_for(update.update_kernel, self._group, **variant),)
 
     def _tables_for(

@@ -16,22 +16,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .checks import Operand, check_scalars
+from .checks import Operand, check_places, check_scalars
 from .device_cache import on_device
 from .launch_groups import LaunchGroup, launches, validated_groups
 from .launcher import run_all
-from .multi_tensor_apply import ROW, address, kernel, load, locate, store
-from .sam_math import mix
+from .multi_tensor_apply import INDEX, ROW, address, kernel, load, locate, store
+from .random_bits import BLOCK_OF_POSITIONS, SHARD_NUMBERS, STATE_BITS, place_of_chunk, random_of_run, random_of_shard
+from .sam_math import key_in_block, mix, random_key, to_bfloat16
 
 _PARAM, _SOURCE, _GRAD, _FIRST_GRAD, _STATE = (tl.constexpr(i) for i in range(5))  # state tensors come last
 
 
 @triton.jit
 def _update_block(
-    param, source, grad, first_grad, state, at, count, prepared, grad_multiplier, gamma, one_minus_gamma, skipped,
-    STEP: tl.constexpr, FLAG: tl.constexpr, T: tl.constexpr, STATE: tl.constexpr, V: tl.constexpr,
-    MIXING: tl.constexpr, WHOLE: tl.constexpr,
+    param, source, grad, first_grad, state, begin, count, prepared, grad_multiplier, gamma, one_minus_gamma, skipped,
+    key, first, shard, STEP: tl.constexpr, FLAG: tl.constexpr, T: tl.constexpr, STATE: tl.constexpr, V: tl.constexpr,
+    MIXING: tl.constexpr, ROUNDS: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    at = begin + tl.arange(0, BLOCK)
     kept = load(source, at, count, WHOLE)
     w, g = kept.to(V), load(grad, at, count, WHOLE).to(V)
     if MIXING:
@@ -42,10 +44,35 @@ def _update_block(
     updated, new = STEP(prepared, w, grad_multiplier * g, old, FLAG)
     if not skipped:
         for s in tl.static_range(len(state)):
-            store(state[s], at, count, new[s].to(STATE), WHOLE)
+            if ROUNDS and s == 0:
+                if len(shard) == 0:
+                    random = random_of_run(key, (first + begin).to(tl.uint32), WHOLE, BLOCK)
+                else:
+                    random = random_of_shard(key, begin, shard, BLOCK)
+                store(state[s], at, count, to_bfloat16(new[s], random).to(tl.bfloat16), WHOLE)
+            else:
+                store(state[s], at, count, new[s].to(STATE), WHOLE)
         if T != STATE:  # the source is a master
             store(source, at, count, updated.to(STATE), WHOLE)
     store(param, at, count, tl.where(skipped, kept.to(T), updated.to(T)), WHOLE)
+
+
+@triton.jit
+def _update_chunk(
+    param, source, grad, first_grad, state, whole, count, prepared, grad_multiplier, gamma, one_minus_gamma, skipped,
+    key, first, shard, STEP: tl.constexpr, FLAG: tl.constexpr, T: tl.constexpr, STATE: tl.constexpr, V: tl.constexpr,
+    MIXING: tl.constexpr, ROUNDS: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """``first``: the position of the first element, from which on all follow one another in one block of positions.
+    Otherwise there is a ``shard``."""
+    for at in range(0, whole, BLOCK):
+        _update_block(param, source, grad, first_grad, state, at, count, prepared, grad_multiplier, gamma,
+                      one_minus_gamma, skipped, key, first, shard, STEP, FLAG, T, STATE, V, MIXING, ROUNDS, True,
+                      BLOCK)  # fmt: skip
+    for at in range(whole, count, TAIL):
+        _update_block(param, source, grad, first_grad, state, at, count, prepared, grad_multiplier, gamma,
+                      one_minus_gamma, skipped, key, first, shard, STEP, FLAG, T, STATE, V, MIXING, ROUNDS, False,
+                      TAIL)  # fmt: skip
 
 
 def kernel_name(constants: dict[str, Any]) -> str:
@@ -55,36 +82,54 @@ def kernel_name(constants: dict[str, Any]) -> str:
 
 @partial(kernel, repr=lambda specialization: kernel_name(specialization.constants))
 def update_kernel(
-    table, tensors, hyperparams, maximize_sign, grad_scale, found_inf, PREPARE: tl.constexpr, STEP: tl.constexpr,
+    table, tensors, hyperparams, maximize_sign, grad_scale, found_inf, rng, PREPARE: tl.constexpr, STEP: tl.constexpr,
     COLUMNS: tl.constexpr, FLAG: tl.constexpr, T: tl.constexpr, STATE: tl.constexpr, V: tl.constexpr,
-    STATES: tl.constexpr, MIXING: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
+    STATES: tl.constexpr, MIXING: tl.constexpr, ROUNDS: tl.constexpr, SHARDS: tl.constexpr, BLOCK: tl.constexpr,
+    TAIL: tl.constexpr,
 ):  # fmt: skip
-    """Rows have ``COLUMNS`` hyperparameters, the last of which is gamma."""
-    record, begin, count, whole = locate(table, tensors, _STATE + STATES, BLOCK)
+    """Rows have ``COLUMNS`` hyperparameters, the last of which is gamma. ``ROUNDS``: the first state is bfloat16, and
+    rounded stochastically."""
+    record, begin, count, whole = locate(table, tensors, _STATE + STATES + (SHARD_NUMBERS if SHARDS else 0), BLOCK)
     param, source = address(record, _PARAM, begin, T), address(record, _SOURCE, begin, STATE)
     grad, first_grad = address(record, _GRAD, begin, T), address(record, _FIRST_GRAD, begin, T)
     state = ()
     for s in tl.static_range(STATES):
-        state = state + (address(record, _STATE + s, begin, STATE),)  # type: ignore[assignment]
+        if ROUNDS and s == 0:
+            state = state + (address(record, _STATE + s, begin, tl.bfloat16),)  # type: ignore[assignment]
+        else:
+            state = state + (address(record, _STATE + s, begin, STATE),)  # type: ignore[assignment]
     row = hyperparams + tl.load(record + ROW) * COLUMNS
     prepared = PREPARE(row, FLAG, V)
     gamma = tl.load(row + COLUMNS - 1)
     one_minus_gamma, gamma = (1 - gamma).to(V), gamma.to(V)
     grad_multiplier = (maximize_sign / tl.load(grad_scale).to(tl.float64)).to(V)
     skipped = tl.load(found_inf) != 0
-    for at in range(0, whole, BLOCK):
-        _update_block(param, source, grad, first_grad, state, at + tl.arange(0, BLOCK), count, prepared,
-                      grad_multiplier, gamma, one_minus_gamma, skipped, STEP, FLAG, T, STATE, V, MIXING,
-                      True)  # fmt: skip
-    for at in range(whole, count, TAIL):
-        _update_block(param, source, grad, first_grad, state, at + tl.arange(0, TAIL), count, prepared,
-                      grad_multiplier, gamma, one_minus_gamma, skipped, STEP, FLAG, T, STATE, V, MIXING,
-                      False)  # fmt: skip
+    key = tl.full([], 0, tl.uint32)
+    if ROUNDS:
+        key = random_key(tl.load(rng), tl.load(rng + 1), tl.load(record + INDEX) + STATE_BITS)
+    if SHARDS:
+        first, together, shard = place_of_chunk(record, _STATE + STATES, begin)
+        if (first % 2 == 0) & (together >= count):
+            key = key_in_block(key, first // BLOCK_OF_POSITIONS)
+            _update_chunk(param, source, grad, first_grad, state, whole, count, prepared, grad_multiplier, gamma,
+                          one_minus_gamma, skipped, key, first, (), STEP, FLAG, T, STATE, V, MIXING, ROUNDS, BLOCK,
+                          TAIL)  # fmt: skip
+        else:
+            _update_chunk(param, source, grad, first_grad, state, whole, count, prepared, grad_multiplier, gamma,
+                          one_minus_gamma, skipped, key, first, shard, STEP, FLAG, T, STATE, V, MIXING, ROUNDS, BLOCK,
+                          TAIL)  # fmt: skip
+    else:
+        if ROUNDS:
+            key = key_in_block(key, begin // BLOCK_OF_POSITIONS)  # which no chunk straddles
+        _update_chunk(param, source, grad, first_grad, state, whole, count, prepared, grad_multiplier, gamma,
+                      one_minus_gamma, skipped, key, begin, (), STEP, FLAG, T, STATE, V, MIXING, ROUNDS, BLOCK,
+                      TAIL)  # fmt: skip
 
 
 # --- host -----------------------------------------------------------------------------------------------------------
 _ONE = torch.ones(1, dtype=torch.float32, device="cpu")
 _ZERO = torch.zeros(1, dtype=torch.float32, device="cpu")
+NO_RNG = torch.zeros(2, dtype=torch.int64, device="cpu")  # where nothing is rounded
 
 
 def scaling(op: str, grad_scale: Tensor | None, found_inf: Tensor | None) -> list[Tensor]:
@@ -117,6 +162,7 @@ class Rule:
 def variant(rule: Rule, group: LaunchGroup, flag: bool, states: int, mixing: bool) -> dict[str, Any]:
     return {
         **rule.constants, "FLAG": flag, "STATES": states, "MIXING": mixing, "V": group.arithmetic,
+        "ROUNDS": group.rounds_state, "SHARDS": bool(group.shards),
         "wide_state": group.state != group.dtype, "name": kernel_name(rule.constants),
     }  # fmt: skip
 
@@ -134,9 +180,11 @@ def op_of(rule: Rule) -> Callable[..., None]:
         if rule.with_steps is not None:
             steps = rest.pop(0)
             hyper = rule.with_steps(op, hyper, steps, len(rest[0]))
-        group_sizes, *flag, maximize, grad_scale, found_inf = rest
+        group_sizes, *flag, maximize, grad_scale, found_inf, rng, indices, shards = rest
         check_scalars(op, "hyper", hyper, torch.float64, rule.columns * len(group_sizes))
         amp = scaling(op, grad_scale, found_inf)
+        check_scalars(op, "rng", NO_RNG if rng is None else rng, torch.int64, 2)
+        check_places(op, len(params), indices, shards)
         wide = torch.float32 if masters else None
         if masters:
             source = Operand("masters", masters, written=True, dtype=wide)
@@ -147,13 +195,15 @@ def op_of(rule: Rule) -> Callable[..., None]:
         operands = [
             Operand("params", params, written=True, read=False), source, Operand("grads", grads),
             Operand("first_grads", first_grads, optional=True),
-            *(Operand(name, tensors, written=True, dtype=wide) for name, tensors in state),
+            *(Operand(name, tensors, written=True, dtype=wide, rounded=rng is not None and s == 0)
+              for s, (name, tensors) in enumerate(state)),
         ]  # fmt: skip
         calls: list[Callable[[], Any]] = []
-        for work in validated_groups(op, operands, group_sizes):
-            hypers, *scales = on_device(work.group.device, hyper, *amp)
+        places = (shards, indices) if rng is not None else ()
+        for work in validated_groups(op, operands, group_sizes, 0, *places):
+            hypers, *others = on_device(work.group.device, hyper, *amp, NO_RNG if rng is None else rng)
             chosen = variant(rule, work.group, any(flag), len(state), bool(first_grads))
-            calls += launches(update_kernel, work, hypers, -1 if maximize else 1, *scales, **chosen)
+            calls += launches(update_kernel, work, hypers, -1 if maximize else 1, *others, **chosen)
         run_all(calls)
 
     return restore_step_

@@ -14,6 +14,11 @@ Conventions shared by all ops
     masters     fp32 copies of bfloat16/float16 parameters; where given, they take the place of backups. An update
                 without either starts from the parameters: a step without a perturbation.
     rng         int64 ``[seed, step]``: stochastic rounding is a pure function of both and of the element's position.
+                An update that is given it rounds the first list of its state stochastically where that is bfloat16,
+                which it may be wherever the arithmetic is in float32 (float32 and bfloat16 parameters, and those with
+                masters). Its bits are never those of perturb_.
+    indices     the position of each parameter among all of the model, from 0 to 2^31 - 1, which picks these bits; empty
+                for positions in the lists.
     shards      where the elements of each parameter are in a whole tensor of which it is a shard, so that random bits
                 are those of the whole: empty for whole tensors, or ``offset, run, stride`` per parameter, numbers >= 0.
                 Element i, in the order of the parameter's strides, is at ``offset + i // run * stride + i % run``; a
@@ -36,7 +41,7 @@ LION_HYPER = ("lr", "beta1", "beta2", "weight_decay", "gamma")
 STATS = ("norm", "inverse", "non_finite", "non_finite_count", "ticket", "squared_norm")
 
 _UPDATE = "(Tensor(a!)[] params, Tensor[] grads, Tensor[] backups, Tensor[] first_grads, "
-_AMP = "bool maximize, Tensor? grad_scale, Tensor? found_inf) -> ()"
+_AMP = "bool maximize, Tensor? grad_scale, Tensor? found_inf, Tensor? rng, int[] indices, int[] shards) -> ()"
 
 SCHEMAS = {
     "grad_norm": "(Tensor(a!) stats, Tensor[] grads, Tensor[] params, bool adaptive, float eta) -> ()",

@@ -20,6 +20,7 @@ from rst_fused._step import (
     columns,
     earlier_gradients,
     outside_of_graphs,
+    state_dtypes,
     step,
     validation,
     without_draw,
@@ -73,6 +74,8 @@ class RST(SavedOptimizer):
             torch.nn.utils.clip_grad_norm_ does.
         stochastic_rounding: round w + e stochastically where w is bfloat16/float16: e is smaller than their spacing,
             and rounding to nearest would drop most of it.
+        state_dtype: torch.bfloat16 keeps the first moment (momentum_buffer, exp_avg) so, and rounds it stochastically
+            at each update; the other moments stay as they are. For parameters whose updates compute in float32.
         process_group: the ranks that take the same steps, which they check: "auto" (all, where torch.distributed runs
             at the first draw), a ProcessGroup, or None (this process alone).
         m_sharpness: under DistributedDataParallel (``model``) each rank perturbs by its own gradient; see first_pass().
@@ -80,7 +83,7 @@ class RST(SavedOptimizer):
     Errors: ValueError or TypeError names the argument, what was given and what was expected, before anything changes.
 
     Memory, in bytes per fp32 parameter beside weights and gradients: a backup 4, momentum 4 (Lion 4, Adam 8, amsgrad
-    12), and for G-RST the first gradient 4 between the passes. Traffic: see rst_fused.ops.
+    12; with state_dtype 2 less), and for G-RST the first gradient 4 between the passes. Traffic: see rst_fused.ops.
     """
 
     _step_supports_amp_scaling = True  # to torch.amp.GradScaler: see rst_fused._step.amp
@@ -100,6 +103,7 @@ class RST(SavedOptimizer):
         model: torch.nn.Module | None = None,
         master_weights: bool = False,
         stochastic_rounding: bool = True,
+        state_dtype: torch.dtype | None = None,
         max_grad_norm: float | None = None,
         process_group: Any = "auto",
         m_sharpness: bool = False,
@@ -117,6 +121,7 @@ class RST(SavedOptimizer):
         self.adaptive, self.eta = as_flag("adaptive", adaptive), float(eta)
         self.seed = as_integer("seed", seed, 0, 2**63 - 1)
         self.master_weights = as_flag("master_weights", master_weights)
+        self.state_dtype = state_dtypes.checked(state_dtype, self.base is not None)
         self.stochastic_rounding = as_flag("stochastic_rounding", stochastic_rounding)
         check_model(model)
         self.requested_backend, self._model = backend, model
@@ -167,6 +172,7 @@ class RST(SavedOptimizer):
         params = [params] if isinstance(params, Tensor) else list(params)
         tensors = validation.tensors_of(params)
         validation.check_params(tensors)
+        state_dtypes.check_params(self, tensors)
         if self._constructed:
             validation.check_apart(tensors, validation.tensors_of(self.param_groups))
         for device in {device_of(p) for p in tensors if isinstance(p, Tensor)}:

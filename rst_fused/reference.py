@@ -16,6 +16,7 @@ from torch import Tensor
 
 NORM_EPS = 1e-12
 _MASK32 = 0xFFFFFFFF
+STATE_BITS = 1 << 32  # added to the index of a tensor for the random bits of its state, which no weight has
 
 Tensors = Sequence[Tensor]
 State = tuple[Tensor, ...]
@@ -184,6 +185,12 @@ def element_positions(p: Tensor) -> Tensor:
     return torch.arange(p.numel(), device=p.device).view(sizes).permute(inverse)
 
 
+def _positions(p: Tensor, shards: Sequence[int], i: int) -> Tensor:
+    """The same in the whole tensor, of which p may be the shard number ``i``."""
+    positions = element_positions(p)
+    return shard_position(positions, *shards[3 * i : 3 * i + 3]) if shards else positions
+
+
 # --- ops ------------------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def grad_norm(stats: Tensor, grads: Tensors, params: Tensors, adaptive: bool, eta: float) -> None:
@@ -228,10 +235,8 @@ def perturb_(
         else:
             moved = perturb(w, g, scale)
         if stochastic and p.dtype in (torch.bfloat16, torch.float16):
-            positions = element_positions(p)
-            if shards:
-                positions = shard_position(positions, *shards[3 * i : 3 * i + 3])
-            moved = stochastic_round(moved.float(), random_bits(rng, first_index + i, positions), p.dtype)
+            bits = random_bits(rng, first_index + i, _positions(p, shards, i))
+            moved = stochastic_round(moved.float(), bits, p.dtype)
         # The backup, which may be the gradient, first: p changes with it, or not at all.
         kept = [] if masters else [(backups[i], p)]
         _write([*kept, _result(p, moved, p, scale == 0)])  # 0 * inf would be NaN
@@ -260,7 +265,7 @@ def _op_of(formula: Formula, states: int, counts_steps: bool = False) -> Op:
     def restore_step_(params: Tensors, grads: Tensors, backups: Tensors, first_grads: Tensors, *args: Any) -> None:
         state_lists, (masters, hyper, *rest) = args[:states], args[states:]
         steps = rest.pop(0) if counts_steps else None
-        group_sizes, *option, maximize, grad_scale, found_inf = rest
+        group_sizes, *option, maximize, grad_scale, found_inf, rng, indices, shards = rest
         sources = masters or backups or params
         results = []
         for i, row in enumerate(_rows(group_sizes)):
@@ -273,6 +278,10 @@ def _op_of(formula: Formula, states: int, counts_steps: bool = False) -> Op:
             state = [tensors[i] for tensors in state_lists if tensors]
             options = option if steps is None else [steps[row], *option]
             updated, new_state = formula(w, -g if maximize else g, tuple(map(_wide, state)), numbers, *options)
+            if rng is not None and state and state[0].dtype == torch.bfloat16:
+                index = indices[i] if indices else i
+                bits = random_bits(rng, STATE_BITS + index, _positions(params[i], shards, i))
+                new_state = (stochastic_round(new_state[0].float(), bits, torch.bfloat16), *new_state[1:])
             skip = None if found_inf is None else (found_inf != 0).to(w.device)
             results += [_result(old, new, old, skip) for old, new in zip(state, new_state, strict=True)]
             if masters:

@@ -89,6 +89,16 @@ bool set_shards(Table& table, const std::vector<int64_t>& numbers) {
   return true;
 }
 
+bool set_state_indices(Table& table, const std::vector<int64_t>& numbers) {
+  const bool in_order = numbers.empty();
+  if (!in_order && numbers.size() != table.tensors.size()) return false;
+  if (std::any_of(numbers.begin(), numbers.end(), [](int64_t n) { return n < 0 || n > INT32_MAX; })) return false;
+  for (size_t i = 0; i < table.tensors.size(); ++i) {
+    table.tensors[i].state_index = in_order ? static_cast<int64_t>(i) : numbers[i];
+  }
+  return true;
+}
+
 int64_t first_chunk(const Table& table, int k, int n) {
   int64_t wanted = static_cast<int64_t>(static_cast<double>(table.bytes.back()) * k / n);
   if (k >= n) return static_cast<int64_t>(table.chunks.size());

@@ -19,18 +19,23 @@ constexpr unsigned bit(int operand) { return 1u << operand; }
 struct Tensor {
   int64_t numel = 0;
   DType dtype = DType::Float;        // of param, grad, first_grad and backup
-  DType state_dtype = DType::Float;  // of states and master: dtype, or Float beside a master copy
+  DType state_dtype = DType::Float;  // of states and master: dtype, or Float beside a master copy; but see rounds_state
   bool complex = false;
-  int row = 0;        // which row of hyperparameters
-  int64_t index = 0;  // position among all parameters of the model: picks the random bits
-  Shard shard;        // likewise
+  bool rounds_state = false;  // the first state is bfloat16, and rounded stochastically when it is written
+  int row = 0;                // which row of hyperparameters
+  int64_t index = 0;          // position among all parameters of the model: picks the random bits
+  int64_t state_index = 0;    // the same of its state
+  Shard shard;                // likewise
   void* data[kOperands] = {};
   // Empty unless the companions differ in memory layout. Then `sizes` in elements, and the `strides` in elements of
   // each operand, one operand after another. Elements are then visited in row-major order.
   std::vector<int64_t> sizes;
   std::vector<int64_t> strides;
 
-  DType dtype_of(int operand) const { return operand == kMaster || is_state(operand) ? state_dtype : dtype; }
+  DType dtype_of(int operand) const {
+    if (operand == kState0 && rounds_state) return DType::BFloat16;
+    return operand == kMaster || is_state(operand) ? state_dtype : dtype;
+  }
   bool has(int operand) const { return data[operand] != nullptr; }
   bool strided() const { return !sizes.empty(); }
 };
@@ -67,6 +72,9 @@ void set_layout(Tensor& tensor, const View (&views)[kOperands]);
 // Sets the shards of all tensors from offset, run and stride of each; a run of 0 is the whole tensor. Without numbers
 // nothing is a shard. False, with nothing set, if their number is wrong, or one is negative.
 bool set_shards(Table& table, const std::vector<int64_t>& numbers);
+
+// Sets the state_index of all tensors; without numbers it is the position in the table. False likewise.
+bool set_state_indices(Table& table, const std::vector<int64_t>& numbers);
 
 // True if two or more indices may reach the same address.
 bool may_overlap(int ndim, const int64_t* sizes, const int64_t* strides);

@@ -11,12 +11,22 @@
 namespace rst::CPU_CAPABILITY {
 
 template <class Rule, int States, class T>
-inline void fill_update(Kernel (&update)[2][2]) {
-  update[0][0] = update_chunk<Rule, States, T, false, false>;
-  update[1][0] = update_chunk<Rule, States, T, true, false>;
+inline void fill_update(Kernel (&update)[2][2], Kernel (&rounding)[2][2]) {
+  update[0][0] = update_chunk<Rule, States, T, false, false, false>;
+  update[1][0] = update_chunk<Rule, States, T, true, false, false>;
   if constexpr (sizeof(T) == 2) {
-    update[0][1] = update_chunk<Rule, States, T, false, true>;
-    update[1][1] = update_chunk<Rule, States, T, true, true>;
+    update[0][1] = update_chunk<Rule, States, T, false, true, false>;
+    update[1][1] = update_chunk<Rule, States, T, true, true, false>;
+  }
+  if constexpr (States > 0) {
+    if constexpr (std::is_same_v<T, float> || std::is_same_v<T, BFloat16>) {
+      rounding[0][0] = update_chunk<Rule, States, T, false, false, true>;
+      rounding[1][0] = update_chunk<Rule, States, T, true, false, true>;
+    }
+    if constexpr (sizeof(T) == 2) {
+      rounding[0][1] = update_chunk<Rule, States, T, false, true, true>;
+      rounding[1][1] = update_chunk<Rule, States, T, true, true, true>;
+    }
   }
 }
 
@@ -31,7 +41,9 @@ inline void fill(KernelTable& table, DType dtype) {
   table.restore[d][0] = restore_chunk<T, false>;
   table.mix[d] = mix_chunk<T>;
   int variant = 0;
-#define RST_FILL(Rule, states, ...) fill_update<Rule, states, T>(table.update[variant++][d]);
+#define RST_FILL(Rule, states, ...)                                                          \
+  fill_update<Rule, states, T>(table.update[variant][d], table.update_rounding[variant][d]); \
+  ++variant;
   RST_RULE_VARIANTS(RST_FILL)
 #undef RST_FILL
   if constexpr (sizeof(T) == 2) {

@@ -32,6 +32,8 @@ struct KernelTable {
   Kernel restore[kDTypes][2];  // [master]
   Kernel mix[kDTypes];
   Kernel update[kRuleVariants][kDTypes][2][2];  // [mix][master]
+  // Those that round the first state: of float32, of bfloat16, and of 16-bit parameters with masters; else null.
+  Kernel update_rounding[kRuleVariants][kDTypes][2][2];
 };
 
 namespace plain {

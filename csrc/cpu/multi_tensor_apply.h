@@ -107,8 +107,8 @@ struct At {
   }
 };
 
-// Calls body(At) over the chunk. When streaming, whole vectors start where `streamed` (elements of T) is aligned. For
-// 16-bit T every At starts at an even element, so that a pair of neighbours is never split.
+// Calls body(At) over the chunk. When streaming, whole vectors start where `streamed` (elements of T) is aligned. In
+// a Twin every At starts at an even element, so that a pair of neighbours is never split.
 template <class T, class V, class Body>
 RST_INLINE void for_each_vector(const ChunkArgs& c, const void* streamed, Body body) {
   constexpr int64_t bytes = kLanes<V> * sizeof(T);
@@ -117,7 +117,7 @@ RST_INLINE void for_each_vector(const ChunkArgs& c, const void* streamed, Body b
   if (c.streaming && streamed != nullptr) {
     const int64_t past = static_cast<int64_t>(reinterpret_cast<uintptr_t>(streamed) % bytes);
     const int64_t head = past == 0 ? 0 : (bytes - past) / static_cast<int64_t>(sizeof(T));
-    const bool parts_pairs = sizeof(T) == 2 && head % 2 != 0;
+    const bool parts_pairs = kIsPair<V> && head % 2 != 0;
     if (past % static_cast<int64_t>(sizeof(T)) == 0 && head <= n && !parts_pairs) {
       if (head > 0) body(At<V, Part::Some>{0, static_cast<int>(head)});
       for (i = head; i + kLanes<V> <= n; i += kLanes<V>) body(At<V, Part::WholeStreaming>{i, kLanes<V>});

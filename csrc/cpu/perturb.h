@@ -2,7 +2,7 @@
 // With a master copy: reads the master, g; writes the rounded w + e and no backup: 8 bytes per bf16 parameter.
 #pragma once
 
-#include "cpu/multi_tensor_apply.h"
+#include "cpu/random.h"
 
 namespace rst::CPU_CAPABILITY {
 
@@ -11,18 +11,14 @@ namespace rst::CPU_CAPABILITY {
 template <class T, bool Own>
 RST_INLINE Twin stochastic_round(Twin v, UintV bits) {
   using Round = StochasticRound<FloatV, UintV>;
+  const Pair<UintV> random = bits_of_elements<T>(bits);
   if constexpr (std::is_same_v<T, BFloat16>) {
-    const UintV even = bits & 0xffffu, odd = bits >> 16;
     if constexpr (Own) {
-      return {from_bits(Round::own_upper_half(v.a, even)), from_bits(Round::own_upper_half(v.b, odd))};
+      return {from_bits(Round::own_upper_half(v.a, random.a)), from_bits(Round::own_upper_half(v.b, random.b))};
     }
-    return {Round::to_bfloat16(v.a, even), Round::to_bfloat16(v.b, odd)};
+    return {Round::to_bfloat16(v.a, random.a), Round::to_bfloat16(v.b, random.b)};
   } else {
-    Vector<uint16_t, kFloatLanes> first, second;
-    std::memcpy(&first, &bits, sizeof(first));
-    std::memcpy(&second, reinterpret_cast<const char*>(&bits) + sizeof(first), sizeof(second));
-    return {Round::to_float16(v.a, __builtin_convertvector(first, UintV)),
-            Round::to_float16(v.b, __builtin_convertvector(second, UintV))};
+    return {Round::to_float16(v.a, random.a), Round::to_float16(v.b, random.b)};
   }
 }
 
@@ -80,27 +76,16 @@ RST_INLINE void perturb_each(const ChunkArgs& c, [[maybe_unused]] RandomBits ran
   });
 }
 
-// One stretch of elements after another that follow one another in the whole tensor.
 template <class T, bool Adaptive, bool Master>
 void perturb_stochastically(const ChunkArgs& c) {
-  const Shard& shard = c.tensor->shard;
-  const uint32_t key = RandomBits::key_of(c.params->seed, c.params->step, static_cast<uint64_t>(c.tensor->index));
-  ChunkArgs piece = c;
-  for (int64_t done = 0; done < c.count; done += piece.count) {
-    const uint64_t position = shard.position(c.begin + done);
-    const int64_t together = shard.together(c.begin + done), left = c.count - done;
-    piece.count = together < left ? together : left;
-    for (int s : {kParam, kGrad, kBackup, kMaster}) {
-      if (c.data[s] == nullptr) continue;
-      piece.data[s] = static_cast<char*>(c.data[s]) + done * size_of(c.tensor->dtype_of(s));
-    }
-    const RandomBits random = RandomBits::of(key, position >> 32);
+  const auto run = [](const ChunkArgs& piece, RandomBits random, uint64_t position) {
     if (position % 2 == 0) {
       perturb_each<T, Adaptive, Master, Rounding::Stochastic>(piece, random, position);
     } else {
       perturb_each<T, Adaptive, Master, Rounding::StochasticFromOdd>(piece, random, position);
     }
-  }
+  };
+  for_each_stretch(c, static_cast<uint64_t>(c.tensor->index), run);
 }
 
 template <class T, bool Adaptive, bool Master>

@@ -155,7 +155,8 @@ void restore(const Table& table, const OpParams& params, const Threads& threads)
 
 void update(const Table& table, const OpParams& params, const Threads& threads) {
   auto pick = [](const KernelTable& k, const Tensor& t, const OpParams& p) {
-    return k.update[variant_of(p.rule, t)][dtype(t)][t.has(kFirstGrad)][t.has(kMaster)];
+    const auto& kernels = t.rounds_state ? k.update_rounding : k.update;
+    return kernels[variant_of(p.rule, t)][dtype(t)][t.has(kFirstGrad)][t.has(kMaster)];
   };
   const unsigned state = bit(kState0) | bit(kState1) | bit(kState2) | bit(kMaster);
   const unsigned reads = bit(kParam) | bit(kGrad) | bit(kFirstGrad) | (params.restoring ? bit(kBackup) : 0) | state;

@@ -303,6 +303,26 @@ struct Convert<Twin, Float32Beside<T>> {
   static RST_INLINE Raw narrow(Twin v) { return Beside<T>::restore(v); }
 };
 
+// A bfloat16 companion of T: in the order that Convert<Twin, T> has.
+template <class T>
+struct BFloat16Beside {
+  uint16_t bits;
+};
+template <>
+struct Convert<Twin, BFloat16Beside<BFloat16>> : Convert<Twin, BFloat16> {};
+template <>
+struct Convert<Twin, BFloat16Beside<Half>> {
+  using Upper = Vector<uint16_t, kFloatLanes>;
+  using Raw = Pair<Upper>;
+  static RST_INLINE Twin widen(Raw raw) {
+    return {from_bits(__builtin_convertvector(raw.a, UintV) << 16),
+            from_bits(__builtin_convertvector(raw.b, UintV) << 16)};
+  }
+  static RST_INLINE Raw truncate(Twin v) {
+    return {__builtin_convertvector(to_bits(v.a) >> 16, Upper), __builtin_convertvector(to_bits(v.b) >> 16, Upper)};
+  }
+};
+
 // Exchanges the two halves of every (real, imaginary) pair.
 template <class V>
 RST_INLINE V swap_pairs(V v) {

@@ -1,9 +1,9 @@
 // One step of any base optimizer over one chunk, from the backup or the master when weights are perturbed (restore
 // folded in): reads w, g, all state (and g1 for G-RST), writes w and the state. Per fp32 parameter that is 12 bytes, 8
-// for each state tensor and 4 for G-RST.
+// for each state tensor and 4 for G-RST; 4 less where the first state is bfloat16.
 #pragma once
 
-#include "cpu/multi_tensor_apply.h"
+#include "cpu/random.h"
 #include "math/rules/all.h"
 
 namespace rst::CPU_CAPABILITY {
@@ -14,10 +14,41 @@ RST_INLINE void for_each_constant(std::integer_sequence<int, I...>, [[maybe_unus
   (f(std::integral_constant<int, I>{}), ...);
 }
 
-template <class Rule, int N, class T, bool Mixing, bool Master, class... Factor, class Row>
-RST_INLINE void update_with(const ChunkArgs& c, const Row& row) {
+// How an update computes. Where it rounds the first state, which is bfloat16 then, it works on Twins throughout, since
+// two neighbours share their random bits.
+template <class T, bool Master, bool Rounds>
+struct UpdateFormats {
   using V = Arithmetic<T>;
+  using Param = T;
   using S = State<T, Master>;
+  using First = S;
+};
+template <class T, bool Master>
+struct UpdateFormats<T, Master, true> {
+  using V = Twin;
+  using Order = std::conditional_t<std::is_same_v<T, float>, Half, T>;  // that of an fp32 Twin is up to us
+  using Param = std::conditional_t<std::is_same_v<T, float>, Float32Beside<Half>, T>;
+  using S = State<Param, Master>;
+  using First = BFloat16Beside<Order>;
+};
+
+// `Own`: what was computed only from bfloat16.
+template <class T, bool Own>
+RST_INLINE Twin round_to_bfloat16(Twin v, UintV bits) {
+  using Round = StochasticRound<FloatV, UintV>;
+  const Pair<UintV> random = bits_of_elements<T>(bits);
+  if constexpr (Own) {
+    return {from_bits(Round::own_upper_half(v.a, random.a)), from_bits(Round::own_upper_half(v.b, random.b))};
+  }
+  return {Round::to_bfloat16(v.a, random.a), Round::to_bfloat16(v.b, random.b)};
+}
+
+template <class Rule, int N, class T, bool Mixing, bool Master, bool Rounds, class... Factor, class Row>
+RST_INLINE void update_with(const ChunkArgs& c, const Row& row, [[maybe_unused]] BitsOfStretch bits = {}) {
+  using Formats = UpdateFormats<T, Master, Rounds>;
+  using V = typename Formats::V;
+  using P = typename Formats::Param;
+  using S = typename Formats::S;
   const auto step = Rule::template Step<V, Factor...>::prepare(row, c.params->grad_multiplier, c.params->flag);
   const auto mix = Mix<V>::of(row(Rule::kGamma));
   // Local copies: so the compiler knows that no store changes them.
@@ -27,36 +58,50 @@ RST_INLINE void update_with(const ChunkArgs& c, const Row& row) {
   const void* const source = c.source;
   const void* const grad = c.data[kGrad];
   const void* const first_grad = c.data[kFirstGrad];
-  constexpr Values computed = Master ? Values::Any : Values::Own;
+  constexpr bool kOwn = !Master && !(Rounds && std::is_same_v<T, float>);
+  constexpr Values computed = kOwn ? Values::Own : Values::Any;
   const bool write_only = Master || source != param;
 
-  for_each_vector<T, V>(c, write_only ? param : nullptr, RST_BODY(at) {
+  for_each_vector<P, V>(c, write_only ? param : nullptr, RST_BODY(at) {
     const V w = at.template load<S>(source);
-    V g = at.template load<T>(grad);
-    if constexpr (Mixing) g = mix(at.template load<T>(first_grad), g);
+    V g = at.template load<P>(grad);
+    if constexpr (Mixing) g = mix(at.template load<P>(first_grad), g);
     States<V, N> state;
-    for_each_constant(std::make_integer_sequence<int, N>(),
-                      [&](auto i) __attribute__((always_inline)) { state[i] = at.template load<S>(states[i]); });
+    for_each_constant(std::make_integer_sequence<int, N>(), [&](auto i) __attribute__((always_inline)) {
+      using Stored = std::conditional_t<i == 0, typename Formats::First, S>;
+      state[i] = at.template load<Stored>(states[i]);
+    });
     const V updated = step(w, g, state);
     for_each_constant(std::make_integer_sequence<int, N>(), [&](auto i) __attribute__((always_inline)) {
-      at.template store<S, computed>(states[i], state[i]);
+      if constexpr (Rounds && i == 0) {
+        const V rounded = round_to_bfloat16<typename Formats::Order, kOwn>(state[0], bits.next(at.lanes));
+        at.template store<typename Formats::First, Values::Exact>(states[0], rounded);
+      } else {
+        at.template store<S, computed>(states[i], state[i]);
+      }
     });
     if constexpr (Master) at.template store<S, Values::Any>(master, updated);
-    at.template store_only<T, computed>(param, updated);
+    at.template store_only<P, computed>(param, updated);
   });
 }
 
-template <class Rule, int N, class T, bool Mixing, bool Master>
+// Rounds: the first state is bfloat16, beside whatever the others are, and is rounded stochastically.
+template <class Rule, int N, class T, bool Mixing, bool Master, bool Rounds>
 void update_chunk(const ChunkArgs& c) {
   const auto row = [&params = *c.params, at = c.tensor->row](int column) {
     return column < Rule::kColumns ? params.hyperparams[at * Rule::kColumns + column] : params.steps[at];
   };
-  if constexpr (Rule::kHasUnitFactors) {
+  if constexpr (Rounds) {
+    const auto run = [&row](const ChunkArgs& piece, RandomBits random, uint64_t position) {
+      update_with<Rule, N, T, Mixing, Master, true>(piece, row, BitsOfStretch::of(random, position));
+    };
+    return for_each_stretch(c, RandomBits::kState + static_cast<uint64_t>(c.tensor->state_index), run);
+  } else if constexpr (Rule::kHasUnitFactors) {
     if (Rule::has_unit_factors(row, c.params->grad_multiplier)) {
-      return update_with<Rule, N, T, Mixing, Master, One>(c, row);
+      return update_with<Rule, N, T, Mixing, Master, false, One>(c, row);
     }
   }
-  update_with<Rule, N, T, Mixing, Master>(c, row);
+  update_with<Rule, N, T, Mixing, Master, false>(c, row);
 }
 
 }  // namespace rst::CPU_CAPABILITY

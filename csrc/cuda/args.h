@@ -55,6 +55,7 @@ struct Args {
   static constexpr int kTensors = (kArgumentBytes - static_cast<int>(sizeof(LaunchParams) + kRows * sizeof(Row)) - 16) /
                                   (8 + 8 * kOperands + 10 + More);
   static constexpr bool kShards = false;  // whether there is room for what is known of shards
+  static constexpr bool kState = false;   // whether random bits are those of the state
   LaunchParams params;
   Row rows[kRows];
   int64_t numel[kTensors];  // scalars: a complex number counts as two
@@ -82,6 +83,12 @@ using RestoreArgs = Args<kRestoreOperands, NoRow>;
 using MixArgs = Args<kMixOperands, double>;  // gamma
 template <class Rule, int States>
 using UpdateArgs = Args<kUpdateState0 + States, UpdateRow<Rule>>;
+// Of kernels that round the first state stochastically.
+template <class Rule, int States>
+struct RoundingUpdateArgs : Args<kUpdateState0 + States, UpdateRow<Rule>, sizeof(Shard)> {
+  static constexpr bool kShards = true, kState = true;
+  Shard shard[RoundingUpdateArgs::kTensors];
+};
 
 // Of finish_norm, which has no tensors of parameters.
 struct FinishArgs {

@@ -16,5 +16,7 @@ extern const GpuKernel perturb_shard_kernels[kDTypes][2][2];  // of 16-bit dtype
 extern const GpuKernel restore_kernels[kDTypes][2];           // master
 extern const GpuKernel mix_kernels[kDTypes];
 extern const GpuKernel update_kernels[kRuleVariants][kDTypes][2][2];  // mixing, master
+// Those that round the first state: of float32, of bfloat16, and of 16-bit dtypes with masters.
+extern const GpuKernel update_rounding_kernels[kRuleVariants][kDTypes][2][2];
 
 }  // namespace rst::cuda

@@ -77,22 +77,17 @@ auto preparing(const OpParams& params) {
   };
 }
 
-// The tensors with the states of one variant.
-template <class Rule, int States>
-void update_variant(int variant, const Table& table, const OpParams& params, const Launcher& launcher,
-                    LaunchCache* cache) {
-  const auto first =
-      std::find_if(table.tensors.begin(), table.tensors.end(), [](const Tensor& t) { return t.numel > 0; });
-  const bool mixing = first != table.tensors.end() && first->has(kFirstGrad);
-  std::unique_ptr<OpLaunches> own;
-  using A = UpdateArgs<Rule, States>;
-  Launches<A>& launches = launches_in<A>(cache, LaunchCache::kUpdate + 2 * variant + mixing, own);
+// The tensors with the states of one variant whose first state is rounded, or those of which it is not.
+template <class Rule, int States, class A>
+void update_some(Launches<A>& launches, int variant, const Table& table, const OpParams& params,
+                 const Launcher& launcher) {
   const bool by_value = params.hyperparams != nullptr || params.steps != nullptr;
   const int most_rows = by_value ? kRows : kRowsOnDevice;
   if (!launches.arranged()) {
     launches.arrange(table, chunk_of(table), most_rows, [&](const Tensor& t) {
-      const bool ours = variant_of(params.rule, t) == variant;
-      return ours ? present(update_kernels[variant][dtype(t)][t.has(kFirstGrad)][t.has(kMaster)]) : nullptr;
+      const auto& kernels = A::kState ? update_rounding_kernels : update_kernels;
+      const bool ours = variant_of(params.rule, t) == variant && t.rounds_state == A::kState;
+      return ours ? present(kernels[variant][dtype(t)][t.has(kFirstGrad)][t.has(kMaster)]) : nullptr;
     });
   }
   launches.start(
@@ -104,6 +99,24 @@ void update_variant(int variant, const Table& table, const OpParams& params, con
         return data;
       },
       preparing<Rule>(params));
+}
+
+// The tensors with the states of one variant.
+template <class Rule, int States>
+void update_variant(int variant, const Table& table, const OpParams& params, const Launcher& launcher,
+                    LaunchCache* cache) {
+  const auto first =
+      std::find_if(table.tensors.begin(), table.tensors.end(), [](const Tensor& t) { return t.numel > 0; });
+  const bool mixing = first != table.tensors.end() && first->has(kFirstGrad);
+  std::unique_ptr<OpLaunches> own, own_rounding;
+  using A = UpdateArgs<Rule, States>;
+  auto& launches = launches_in<A>(cache, LaunchCache::kUpdate + 2 * variant + mixing, own);
+  update_some<Rule, States>(launches, variant, table, params, launcher);
+  if constexpr (States > 0) {
+    using R = RoundingUpdateArgs<Rule, States>;
+    auto& rounding = launches_in<R>(cache, LaunchCache::kUpdateRounding + 2 * variant + mixing, own_rounding);
+    update_some<Rule, States>(rounding, variant, table, params, launcher);
+  }
 }
 
 // Whose random bits are not those of its own positions. Other dtypes have none.

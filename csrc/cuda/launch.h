@@ -33,7 +33,8 @@ class LaunchCache {
     kPerturb = kNorm + 2,
     kPerturbShards = kPerturb + 2,
     kUpdate = kPerturbShards + 2,
-    kOps = kUpdate + 2 * kRuleVariants
+    kUpdateRounding = kUpdate + 2 * kRuleVariants,
+    kOps = kUpdateRounding + 2 * kRuleVariants
   };
   std::unique_ptr<OpLaunches>& of(int op) { return launches_[op]; }
 

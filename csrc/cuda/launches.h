@@ -104,7 +104,7 @@ class Launches final : public OpLaunches {
       tensors.push_back(t);
       args->numel[i] = tensor.numel;
       args->first_chunk[i] = static_cast<int32_t>(blocks);
-      args->index[i] = static_cast<int32_t>(tensor.index);
+      args->index[i] = static_cast<int32_t>(A::kState ? tensor.state_index : tensor.index);
       if constexpr (A::kShards) args->shard[i] = tensor.shard;
       args->row[i] = static_cast<uint16_t>(tensor.row - first_row);
       blocks += static_cast<unsigned>(chunks_in(tensor, chunk));

@@ -99,8 +99,8 @@ template <int N, class T, Access access>
 __device__ __forceinline__ Pack<T, N> load(const void* base, int64_t i) {
   using P = Pack<T, N>;
   const T* const at = static_cast<const T*>(base) + i;
-  if constexpr (access == Access::kAny && sizeof(P) >= 16) {
-    if (!is_multiple(base, 16)) {
+  if constexpr (access == Access::kAny && sizeof(P) >= 8) {
+    if (!is_multiple(base, alignof(P))) {
       if constexpr (sizeof(T) == 2) {
         if (!is_multiple(base, 4)) return load_words<uint16_t, P>(at);
         return load_words<uint32_t, P>(at);
@@ -115,8 +115,8 @@ template <Access access, class T, int N>
 __device__ __forceinline__ void store(void* base, int64_t i, const Pack<T, N>& values) {
   using P = Pack<T, N>;
   T* const at = static_cast<T*>(base) + i;
-  if constexpr (access == Access::kAny && sizeof(P) >= 16) {
-    if (!is_multiple(base, 16)) {
+  if constexpr (access == Access::kAny && sizeof(P) >= 8) {
+    if (!is_multiple(base, alignof(P))) {
       if constexpr (sizeof(T) == 2) {
         if (!is_multiple(base, 4)) return store_words<uint16_t>(at, values);
         return store_words<uint32_t>(at, values);

@@ -4,23 +4,29 @@
 
 #include "core/params.h"
 #include "cuda/fast_float.cuh"
+#include "cuda/random.cuh"
 #include "cuda/restore.cuh"
 
 namespace rst::cuda {
 
-// V: what it computes in.
-template <class Rule, int N, class T, class V, bool Mixing, bool Master>
+struct NoBits {};  // nothing is rounded stochastically
+
+// V: what it computes in. Bits: those by which the first state is rounded, which is bfloat16 then.
+template <class Rule, int N, class T, class V, bool Mixing, bool Master, class Bits>
 struct UpdateEach : NothingAtEndOfTurn {
+  static constexpr bool kRounds = !std::is_same_v<Bits, NoBits>;
   using A = Arithmetic<T>;
   using S = State<T, Master>;
   static constexpr int kArrays = N > 0 ? N : 1;
   void *param, *source, *state[kArrays];  // the source is written where it is a master
   const void *grad, *first;
   PreparedRow<Rule, V> row;
+  Bits random_bits;
 
   template <int Count>
   struct In {
     Pack<S, Count> w, state[kArrays];
+    Pack<BFloat16, Count> rounded;  // the first state, where it is
     Pack<T, Count> g, g1;
   };
   template <int Count, Access access>
@@ -30,7 +36,8 @@ struct UpdateEach : NothingAtEndOfTurn {
     in.g = cuda::load<Count, T, access>(grad, i);
     if constexpr (Mixing) in.g1 = cuda::load<Count, T, access>(first, i);
 #pragma unroll
-    for (int s = 0; s < N; ++s) in.state[s] = cuda::load<Count, S, access>(state[s], i);
+    for (int s = kRounds; s < N; ++s) in.state[s] = cuda::load<Count, S, access>(state[s], i);
+    if constexpr (kRounds) in.rounded = cuda::load<Count, BFloat16, access>(state[0], i);
     return in;
   }
   template <int Count, Access access>
@@ -42,13 +49,21 @@ struct UpdateEach : NothingAtEndOfTurn {
       if constexpr (Mixing) g = row.mix(V(widen(in.g1.at[k])), g);
       States<V, N> states;
 #pragma unroll
-      for (int s = 0; s < N; ++s) states[s] = widen(in.state[s].at[k]);
+      for (int s = kRounds; s < N; ++s) states[s] = widen(in.state[s].at[k]);
+      if constexpr (kRounds) states[0] = widen(in.rounded.at[k]);
       updated[k] = scalar(row.step(V(widen(in.w.at[k])), g, states));
 #pragma unroll
       for (int s = 0; s < N; ++s) kept[s][k] = scalar(states[s]);
     }
 #pragma unroll
-    for (int s = 0; s < N; ++s) store<access>(state[s], i, narrow_all<S>(kept[s]));
+    for (int s = kRounds; s < N; ++s) store<access>(state[s], i, narrow_all<S>(kept[s]));
+    if constexpr (kRounds) {
+      auto bits = random_bits.template of_pack<Count>(i);
+      Pack<BFloat16, Count> rounded;
+#pragma unroll
+      for (int k = 0; k < Count; ++k) rounded.at[k] = stochastic_round<BFloat16>(kept[0][k], bits.next(k) & 0xffffu);
+      store<access>(state[0], i, rounded);
+    }
     if constexpr (Master) store<access>(source, i, narrow_all<S>(updated));
     store<access>(param, i, narrow_all<T>(updated));
   }
@@ -102,6 +117,11 @@ constexpr bool kNeedsMoreRegisters = true;  // than the same code does for older
 #else
 constexpr bool kNeedsMoreRegisters = false;
 #endif
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr bool kNeedsMoreToRound = true;  // the same of stochastic rounding
+#else
+constexpr bool kNeedsMoreToRound = false;
+#endif
 template <int N, class T, bool Mixing, bool Master>
 RST_HD constexpr int update_blocks() {
   constexpr bool kSixteenBit = sizeof(T) == 2;
@@ -117,27 +137,87 @@ RST_HD constexpr int update_packs() {
   return kNeedsMoreRegisters && N == 1 && !kSgd ? 1 : 2;
 }
 
-template <class Rule, int N, class T, class V, int Packs, bool Mixing, bool Master, class Args, class Row>
-__device__ __forceinline__ void update_with(const Args& args, const Piece& piece, const Row& row) {
+// The same where the first state is rounded stochastically, which takes a few registers more.
+template <int N, class T, bool Mixing, bool Master>
+RST_HD constexpr int rounding_blocks() {
+  if (Master || kNeedsMoreRegisters || (N == 2 && Mixing && (sizeof(T) == 2 || kNeedsMoreToRound))) return 1;
+  return update_blocks<N, T, Mixing, Master>();
+}
+template <class Rule, int N, class T, bool Mixing, bool Master>
+RST_HD constexpr int rounding_packs() {
+  return kNeedsMoreToRound && !kNeedsMoreRegisters ? 1 : update_packs<Rule, N, T, Mixing, Master>();
+}
+
+template <class Rule, int N, class T, class V, int Packs, bool Mixing, bool Master, class Args, class Row,
+          class Bits = NoBits>
+__device__ __forceinline__ void update_with(const Args& args, const Piece& piece, const Row& row,
+                                            const Bits& bits = {}) {
   using S = State<T, Master>;
   const int t = piece.tensor;
-  UpdateEach<Rule, N, T, V, Mixing, Master> op;
-  op.param = static_cast<T*>(args.data[kUpdateParam][t]) + piece.begin;
-  op.source = static_cast<S*>(args.data[kUpdateSource][t]) + piece.begin;
-  op.grad = static_cast<const T*>(args.data[kUpdateGrad][t]) + piece.begin;
-  op.first = Mixing ? static_cast<const T*>(args.data[kUpdateFirst][t]) + piece.begin : nullptr;
+  UpdateEach<Rule, N, T, V, Mixing, Master, Bits> op{
+      {},
+      static_cast<T*>(args.data[kUpdateParam][t]) + piece.begin,
+      static_cast<S*>(args.data[kUpdateSource][t]) + piece.begin,
+      {},
+      static_cast<const T*>(args.data[kUpdateGrad][t]) + piece.begin,
+      Mixing ? static_cast<const T*>(args.data[kUpdateFirst][t]) + piece.begin : nullptr,
+      reinterpret<PreparedRow<Rule, V>>(row),
+      bits};
+  constexpr int kFirst = decltype(op)::kRounds;
 #pragma unroll
-  for (int s = 0; s < N; ++s) op.state[s] = static_cast<S*>(args.data[kUpdateState0 + s][t]) + piece.begin;
-  op.row = reinterpret<PreparedRow<Rule, V>>(row);
-  if constexpr (Packs == 0) {
+  for (int s = kFirst; s < N; ++s) op.state[s] = static_cast<S*>(args.data[kUpdateState0 + s][t]) + piece.begin;
+  if constexpr (kFirst == 1) op.state[0] = static_cast<BFloat16*>(args.data[kUpdateState0][t]) + piece.begin;
+  if constexpr (std::is_same_v<Bits, BitsOfShard>) {
+    for_each_pack_or_element<T, 1>(aligned(args, t), piece.count, op);
+  } else if constexpr (Packs == 0) {
     for_each_pack_anywhere<T, 1>(piece.count, op);
   } else {
     for_each_pack<T, Packs, 1>(aligned(args, t), piece.count, op);
   }
 }
 
-template <class Rule, int N, class T, bool Mixing, bool Master>
-__device__ __forceinline__ void update(const UpdateArgs<Rule, N>& args) {
+// The random bits of a piece whose elements follow one another in the whole tensor, from an even position on.
+struct RunOfPiece {
+  bool found;
+  BitsOfRun bits;
+};
+template <class Args>
+__device__ __forceinline__ uint32_t state_key(const Args& args, const Piece& piece) {
+  return random_key(args.params, RandomBits::kState + static_cast<uint64_t>(args.index[piece.tensor]));
+}
+template <class Args>
+__device__ __forceinline__ RunOfPiece run_of(const Args& args, const Piece& piece) {
+  const Shard& shard = args.shard[piece.tensor];
+  const uint64_t first = shard.position(piece.begin);
+  const bool found = first % 2 == 0 && shard.together(piece.begin) >= piece.count;
+  return {found, {RandomBits::of(state_key(args, piece), first >> 32), static_cast<uint32_t>(first)}};
+}
+
+// Rounds the first state stochastically. Elements that do not follow one another, and exact roots, are rare: they share
+// a loop.
+template <class Rule, int N, class T, bool Mixing, bool Master, class Args, class Row>
+__device__ __forceinline__ void update_rounding(const Args& args, const Piece& piece, const RunOfPiece& run,
+                                                const Row& row) {
+  using V = std::conditional_t<Rule::kDivides, FastFloat, float>;
+  constexpr int kPacks = rounding_packs<Rule, N, T, Mixing, Master>();
+  bool exact = false;
+  if constexpr (Rule::kDivides) exact = !row.step.ignores_small_roots();
+  if (run.found && !exact) {
+    update_with<Rule, N, T, V, kPacks, Mixing, Master>(args, piece, row, run.bits);
+    return;
+  }
+  const BitsOfShard bits{state_key(args, piece), args.shard[piece.tensor], piece.begin};
+  if constexpr (Rule::kDivides) {
+    if (exact) {
+      update_with<Rule, N, T, float, 0, Mixing, Master>(args, piece, row, bits);
+      return;
+    }
+  }
+  update_with<Rule, N, T, V, 0, Mixing, Master>(args, piece, row, bits);
+}
+
+template <class Rule, int N, class T, bool Mixing, bool Master, class Args>
+__device__ __forceinline__ void update(const Args& args) {
   using A = Arithmetic<T>;
   const LaunchParams& c = args.params;
   const Piece piece = piece_of(args, blockIdx.x);
@@ -148,13 +228,17 @@ __device__ __forceinline__ void update(const UpdateArgs<Rule, N>& args) {
     for_each_pack_anywhere<T, 1>(piece.count, undo);
     return;
   }
+  RunOfPiece run{};
+  if constexpr (Args::kState) run = run_of(args, piece);  // before the row, which stays in registers
   const bool given = c.on_device.hyperparams == nullptr && c.on_device.steps == nullptr;
   PreparedRow<Rule, A> row = given ? row_in_arguments<A>(args, t) : row_on_device<Rule, A>(args, t);
   if (const float* const scale = c.on_device.grad_scale) {
     row.step.grad_multiplier = static_cast<A>(c.grad_multiplier / static_cast<double>(*scale));
   }
   constexpr int kPacks = update_packs<Rule, N, T, Mixing, Master>();
-  if constexpr (Rule::kDivides && std::is_same_v<A, float>) {
+  if constexpr (Args::kState) {
+    update_rounding<Rule, N, T, Mixing, Master>(args, piece, run, row);
+  } else if constexpr (Rule::kDivides && std::is_same_v<A, float>) {
     if (row.step.ignores_small_roots()) {
       update_with<Rule, N, T, FastFloat, kPacks, Mixing, Master>(args, piece, row);
     } else {

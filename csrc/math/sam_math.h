@@ -129,6 +129,9 @@ struct States {
 struct RandomBits {
   uint32_t key;
 
+  // Added to the index of a tensor for the bits of its state, so that no weight is rounded by the same ones.
+  static constexpr uint64_t kState = uint64_t{1} << 32;
+
   template <class U>
   static RST_HD U mixed(U x) {  // the finalizer of MurmurHash3 (public domain): full avalanche
     x ^= x >> 16;

@@ -39,7 +39,8 @@ TensorRef tensor_ref(const py::handle& tensor) {
 Plan::Plan(bool gpu, py::list groups, py::list everything, py::list active, py::list idle, std::vector<int64_t> sizes,
            py::list masters, std::vector<py::list> states, py::list backups, py::list steps,
            std::vector<int64_t> row_groups, int rule, bool option, bool maximize, py::dict state, py::object step_state,
-           std::vector<int64_t> parts, std::vector<int64_t> shards, std::vector<int64_t> swapped, bool lent)
+           std::vector<int64_t> parts, std::vector<int64_t> shards, std::vector<int64_t> indices,
+           std::vector<int64_t> swapped, bool lent)
     : ops_(gpu && core().gpu != nullptr ? *core().gpu : core().cpu),  // without CUDA its ops are never called
       op_cache_(ops_.make_cache == nullptr ? nullptr : ops_.make_cache(), ops_.release_cache),
       gpu_(gpu),
@@ -67,6 +68,7 @@ Plan::Plan(bool gpu, py::list groups, py::list everything, py::list active, py::
   for (size_t i = 0; i < grad_strides_.size(); ++i) {
     if (views_[i][kMaster].data != nullptr) table_.tensors[i].state_dtype = DType::Float;
   }
+  if (!indices.empty() && !states.empty()) add_rounding(states[0], indices);
   add_parts(parts);
   if (!set_shards(table_, shards)) throw py::value_error("shards are not three numbers >= 0 per active parameter");
   for (const py::handle& tensor : idle_) idle_tensors_.push_back(tensor_ref(tensor));
@@ -124,6 +126,20 @@ void Plan::add(const py::list& tensors, Operand operand) {
   for (size_t i = 0; i < grad_strides_.size(); ++i) {
     const py::object tensor = tensors[i];
     if (!tensor.is_none()) views_[i][operand] = note(tensor);
+  }
+}
+
+void Plan::add_rounding(const py::list& states, const std::vector<int64_t>& indices) {
+  if (!set_state_indices(table_, indices)) throw py::value_error("indices are not one number per active parameter");
+  for (size_t i = 0; i < grad_strides_.size(); ++i) {
+    TensorFacts facts;
+    Tensor state;
+    const bool known =
+        tensors().facts_of(tensor_ref(states[i]).handle, facts) && tensors().describe(facts.dtype, state);
+    Tensor& t = table_.tensors[i];
+    t.rounds_state = known && state.dtype == DType::BFloat16;
+    const bool served = t.state_dtype == DType::BFloat16 || (t.state_dtype == DType::Float && !t.complex);
+    if (t.rounds_state && !served) throw py::value_error("a bfloat16 state beside a dtype that is not served with it");
   }
 }
 

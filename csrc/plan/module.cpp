@@ -100,12 +100,13 @@ PYBIND11_MODULE(_plan_ext, m) {
   py::class_<Plan>(m, "Plan", py::custom_type_setup(collect_garbage))
       .def(py::init<bool, py::list, py::list, py::list, py::list, std::vector<int64_t>, py::list, std::vector<py::list>,
                     py::list, py::list, std::vector<int64_t>, int, bool, bool, py::dict, py::object,
-                    std::vector<int64_t>, std::vector<int64_t>, std::vector<int64_t>, bool>(),
+                    std::vector<int64_t>, std::vector<int64_t>, std::vector<int64_t>, std::vector<int64_t>, bool>(),
            py::arg("gpu"), py::arg("groups"), py::arg("everything"), py::arg("active"), py::arg("idle"),
            py::arg("sizes"), py::arg("masters"), py::arg("states"), py::arg("backups"), py::arg("steps"),
            py::arg("row_groups"), py::arg("rule"), py::arg("option"), py::arg("maximize"), py::arg("state"),
            py::arg("step_state"), py::arg("parts") = std::vector<int64_t>(), py::arg("shards") = std::vector<int64_t>(),
-           py::arg("swapped") = std::vector<int64_t>(), py::arg("lent") = false)
+           py::arg("indices") = std::vector<int64_t>(), py::arg("swapped") = std::vector<int64_t>(),
+           py::arg("lent") = false)
       .def("poll", &Plan::poll)
       .def("perturb", &Plan::perturb)
       .def("update", &Plan::update)

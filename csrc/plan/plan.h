@@ -67,13 +67,15 @@ class Plan {
   // row, by number. state: the optimizer's state, in which an update must find the same tensors. step_state: its
   // StepState. gpu: which kernels run. rule, option, maximize: of an update. parts: for each active parameter the
   // number of the part whose norm it belongs to, all in part 0 where it is empty. shards: as those of perturb_.
+  // indices: as those of an update that rounds its first state stochastically; empty: it does not.
   // swapped: which of the active parameters, by number, have neither master nor backup: perturb writes their weights
   // where their gradients were, which then nobody else may have. lent: whether that is so has been found out by the
   // caller, who has the gradients from elsewhere.
   Plan(bool gpu, py::list groups, py::list everything, py::list active, py::list idle, std::vector<int64_t> sizes,
        py::list masters, std::vector<py::list> states, py::list backups, py::list steps,
        std::vector<int64_t> row_groups, int rule, bool option, bool maximize, py::dict state, py::object step_state,
-       std::vector<int64_t> parts, std::vector<int64_t> shards, std::vector<int64_t> swapped, bool lent);
+       std::vector<int64_t> parts, std::vector<int64_t> shards, std::vector<int64_t> indices,
+       std::vector<int64_t> swapped, bool lent);
 
   // Compares the parameter groups with the plan. Bit 0: whether they are its groups and still hold its parameters; from
   // bit 1 on a number that changes whenever a hyperparameter may have changed.
@@ -88,9 +90,10 @@ class Plan {
                uint64_t step, bool keep, bool measured, const py::dict& after);
   // One update of all parameters, counted in their step counters. rows: the hyperparameters, row after row. `restores`:
   // the parameters are perturbed. `mixing` uses the gradients that perturb kept. Gradients are divided by the scale of
-  // AMP: `scale`, or on a GPU what is at the address `grad_scale` (0: none), with found_inf beside it.
+  // AMP: `scale`, or on a GPU what is at the address `grad_scale` (0: none), with found_inf beside it. seed, step:
+  // where a state is rounded.
   bool update(std::vector<double> rows, bool restores, bool mixing, double scale, uintptr_t grad_scale,
-              uintptr_t found_inf, const py::dict& after);
+              uintptr_t found_inf, uint64_t seed, uint64_t step, const py::dict& after);
   bool restore(const py::dict& after);
 
   // The norm of one part, of the current gradients of either pass, into `stats`; false, with nothing written, as above.
@@ -164,6 +167,7 @@ class Plan {
   // Cuts the table, and those of the parts, once every tensor has its layout.
   void cut();
   void add_parts(const std::vector<int64_t>& parts);
+  void add_rounding(const py::list& states, const std::vector<int64_t>& indices);
   py::object first_grads_with(const AtenTensorHandle* handles);
   bool has_first_grads() const;
   // Frees those that nobody needs any more: a perturbation may have been abandoned without this plan.

@@ -118,7 +118,7 @@ bool Plan::has_first_grads() const {
 }
 
 bool Plan::update(std::vector<double> rows, bool restores, bool mixing, double scale, uintptr_t grad_scale,
-                  uintptr_t found_inf, const py::dict& after) {
+                  uintptr_t found_inf, uint64_t seed, uint64_t step, const py::dict& after) {
   if (mixing && !has_first_grads()) return false;
   py::object first_grads = first_grads_;  // another thread may step while this one computes
   if (!restores) {
@@ -138,6 +138,8 @@ bool Plan::update(std::vector<double> rows, bool restores, bool mixing, double s
   params.steps = steps.empty() ? nullptr : steps.data();
   params.grad_multiplier = (maximize_ ? -1 : 1) / scale;
   params.restoring = restores;
+  params.seed = seed;
+  params.step = step;
   params.on_device.grad_scale = reinterpret_cast<const float*>(grad_scale);
   params.on_device.found_inf = reinterpret_cast<const float*>(found_inf);
   const py::object kept = kept_;

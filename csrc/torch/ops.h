@@ -76,6 +76,19 @@ const T* numbers(const char* op, const char* name, const Target& target, const S
   return nullptr;
 }
 
+// Where the parameters of a call are, for the random bits.
+inline void place(const char* op, Table& table, const Sizes& shards) {
+  STD_TORCH_CHECK(set_shards(table, shards), "rst_fused::", op, ": shards has ", shards.size(),
+                  " numbers, expected none, or three numbers >= 0 for each of ", table.tensors.size(), " parameters");
+}
+inline void read_rng(const char* op, const Target& target, const StableTensor& rng, OpParams& op_params) {
+  if (const int64_t* seed_and_step =
+          numbers(op, "rng", target, rng, 2, op_params.on_device.rng, target.reads_scalars)) {
+    op_params.seed = static_cast<uint64_t>(seed_and_step[0]);
+    op_params.step = static_cast<uint64_t>(seed_and_step[1]);
+  }
+}
+
 template <TargetOf target_of>
 void grad_norm(StableTensor stats, TensorList grads, TensorList params, bool adaptive, double eta) {
   const char* op = "grad_norm";
@@ -116,8 +129,7 @@ void perturb_(TensorList params, TensorList grads, TensorList backups, TensorLis
                          {kMaster, "masters", masters, false}};
   Table table = build_chunk_table(op, target.device, params, lists, group_sizes);
   for (Tensor& tensor : table.tensors) tensor.index += first_index;
-  STD_TORCH_CHECK(set_shards(table, shards), "rst_fused::", op, ": shards has ", shards.size(),
-                  " numbers, expected none, or three numbers >= 0 for each of ", params.size(), " parameters");
+  place(op, table, shards);
   OpParams op_params;
   op_params.adaptive = adaptive;
   op_params.eta = eta;
@@ -125,11 +137,7 @@ void perturb_(TensorList params, TensorList grads, TensorList backups, TensorLis
   op_params.stats = static_cast<double*>(stats.data_ptr());
   op_params.rhos =
       numbers(op, "rho", target, rho, group_sizes.size(), op_params.on_device.hyperparams, target.reads_scalars);
-  if (const int64_t* seed_and_step =
-          numbers(op, "rng", target, rng, 2, op_params.on_device.rng, target.reads_scalars)) {
-    op_params.seed = static_cast<uint64_t>(seed_and_step[0]);
-    op_params.step = static_cast<uint64_t>(seed_and_step[1]);
-  }
+  read_rng(op, target, rng, op_params);
   Copies copies(target, table, params, lists);
   target.ops.perturb(table, op_params, target.index, nullptr);
   copies.copy_back();
@@ -164,6 +172,11 @@ void update(const StepArgs& args) {
   const Companions lists = args.lists();
   Table table = build_chunk_table(args.rule.op, target.device, args.params, lists, args.group_sizes);
   if (args.params.empty()) return;
+  const Sizes& indices = args.indices;
+  STD_TORCH_CHECK(set_state_indices(table, indices), "rst_fused::", args.rule.op, ": indices has ", indices.size(),
+                  " numbers, expected none, or a number from 0 to 2^31 - 1 for each of ", table.tensors.size(),
+                  " parameters");
+  place(args.rule.op, table, args.shards);
   const size_t groups = args.group_sizes.size();
   OpParams op_params;
   DeviceScalars& on_device = op_params.on_device;
@@ -180,6 +193,7 @@ void update(const StepArgs& args) {
         numbers(args.rule.op, "grad_scale", target, *args.grad_scale, 1, on_device.grad_scale, target.reads_scalars);
     if (scale != nullptr) op_params.grad_multiplier /= *scale;
   }
+  if (args.rng.has_value()) read_rng(args.rule.op, target, *args.rng, op_params);
   const float* found_inf = nullptr;
   if (args.found_inf.has_value()) {
     found_inf =

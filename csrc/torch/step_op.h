@@ -15,7 +15,8 @@ struct StepArgs {
   StableTensor hyperparams{}, steps{};  // steps: where the rule counts them
   Sizes group_sizes{};
   bool flag = false, maximize = false;
-  OptionalTensor grad_scale{}, found_inf{};
+  OptionalTensor grad_scale{}, found_inf{}, rng{};
+  Sizes indices{}, shards{};
 
   Companions lists() const {
     Companions lists{{kParam, "params", params, true},
@@ -23,8 +24,8 @@ struct StepArgs {
                      {kBackup, "backups", backups_or_none(backups, masters), false},
                      {kFirstGrad, "first_grads", first_grads, false}};
     for (int s = 0; s < rule.most_states; ++s) {
-      lists.push_back(
-          {static_cast<Operand>(kState0 + s), rule.state_names[s], states[s], true, s < rule.fewest_states});
+      lists.push_back({static_cast<Operand>(kState0 + s), rule.state_names[s], states[s], true, s < rule.fewest_states,
+                       s == 0 && rng.has_value()});
     }
     lists.push_back({kMaster, "masters", masters, true});
     return lists;
@@ -42,7 +43,7 @@ void take(StableIValue*& stack, T&... values) {
 template <RuleIndex index, void (*update)(const StepArgs&)>
 void step(StableIValue* stack, uint64_t given, uint64_t) {
   constexpr const RuleInfo& rule = kRuleInfos[index];
-  constexpr uint64_t expected = 10 + rule.most_states + rule.counts_steps + rule.has_flag;
+  constexpr uint64_t expected = 13 + rule.most_states + rule.counts_steps + rule.has_flag;
   StepArgs args{rule};
   STD_TORCH_CHECK(given == expected, "rst_fused::", rule.op, " was given ", given, " arguments, expected ", expected);
   take(stack, args.params, args.grads, args.backups, args.first_grads);
@@ -51,7 +52,7 @@ void step(StableIValue* stack, uint64_t given, uint64_t) {
   if (rule.counts_steps) take(stack, args.steps);
   take(stack, args.group_sizes);
   if (rule.has_flag) take(stack, args.flag);
-  take(stack, args.maximize, args.grad_scale, args.found_inf);
+  take(stack, args.maximize, args.grad_scale, args.found_inf, args.rng, args.indices, args.shards);
   update(args);
 }
 

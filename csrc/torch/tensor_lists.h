@@ -16,6 +16,7 @@ struct Companion {
   const TensorList& list;
   bool written;
   bool required = false;  // else it may be absent, that is, empty
+  bool rounded = false;   // may be bfloat16 beside float32 arithmetic, and is rounded stochastically then
 };
 using Companions = std::vector<Companion>;
 
@@ -62,7 +63,13 @@ inline Table build_chunk_table(const char* op, const OpDevice& device, const Ten
         continue;
       }
       const bool state = c.operand == kMaster || is_state(c.operand);
-      check_like(op, c.name, device, i, c.list[i], lead[i], masters && state ? ScalarType::Float : dtype);
+      ScalarType expected = masters && state ? ScalarType::Float : dtype;
+      if (c.rounded && c.list[i].scalar_type() == ScalarType::BFloat16 &&
+          (expected == ScalarType::Float || expected == ScalarType::BFloat16)) {
+        expected = ScalarType::BFloat16;
+        tensor.rounds_state = true;
+      }
+      check_like(op, c.name, device, i, c.list[i], lead[i], expected);
       views[c.operand] = view_of(c.list[i]);
       if (c.written) check_writable(op, c.name, i, views[c.operand]);
     }

@@ -88,6 +88,7 @@ def _record(opt: Any, t: int, p: float, gamma: float) -> dict[str, Any]:
         "schedule": _described(opt.schedule), "p(t)": float(p), "gamma": _described(opt.gamma), "gamma(t)": gamma,
         "adaptive": opt.adaptive, "eta": opt.eta, "m_sharpness": opt.m_sharpness,
         "master_weights": opt.master_weights, "stochastic_rounding": opt.stochastic_rounding, "base": base,
+        "state_dtype": str(opt.state_dtype),
         "the number of parameter groups": len(opt.param_groups),
         "the number of parameters": sum(len(group["params"]) for group in opt.param_groups),
     }  # fmt: skip

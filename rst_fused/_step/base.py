@@ -30,6 +30,7 @@ class StepOptimizer(Optimizer):
     seed: int
     master_weights: bool
     stochastic_rounding: bool
+    state_dtype: torch.dtype | None = None
     _model: torch.nn.Module | None
     _process_group: Any = "auto"
     m_sharpness: bool = False

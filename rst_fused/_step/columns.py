@@ -14,7 +14,8 @@ from rst_fused._step.base import StepOptimizer
 from rst_fused._step.devices import DeviceState, device_of
 from rst_fused._step.rules import Flags, Group
 from rst_fused._step.sharding import describe, local, positions_of, settled, waited
-from rst_fused._step.validation import has_master, is_usable
+from rst_fused._step.state_dtypes import dtype_of, has_master, positions_in
+from rst_fused._step.validation import is_usable
 
 
 def master_kinds(opt: StepOptimizer) -> tuple[bool, ...]:
@@ -29,10 +30,9 @@ def init_state(opt: StepOptimizer, group: Group, p: Tensor, updating: bool) -> N
         state["master"] = p.detach().to(torch.float32, memory_format=torch.preserve_format, copy=True)
     if rule is None or not updating:
         return
-    dtype = torch.float32 if has_master(opt, p) else p.dtype
     for name in rule.state_names(group):
         if name not in state:
-            state[name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+            state[name] = torch.zeros_like(p, dtype=dtype_of(opt, p, name), memory_format=torch.preserve_format)
     if rule.counts_steps and "step" not in state:
         counters = (
             opt.state[q]["step"]
@@ -88,16 +88,18 @@ def readable(p: Tensor) -> Tensor:
     return g.resolve_conj().resolve_neg() if p.is_complex() else g
 
 
-def shards_of(opt: StepOptimizer, params: list[Tensor]) -> list[int]:
-    """Where the elements on this rank are in the whole parameters, whose random bits a stochastic rounding takes."""
-    if not opt._sharding.dtensors or not opt.stochastic_rounding:
+def shards_of(opt: StepOptimizer, params: list[Tensor], of_state: bool) -> list[int]:
+    """Where the elements on this rank are in the whole parameters, whose random bits a stochastic rounding takes: that
+    of w + e, or ``of_state`` that of the state, too."""
+    if not opt._sharding.dtensors or not (opt.stochastic_rounding or of_state):
         return []
-    found = [positions_of(p) if p.dtype in SIXTEEN_BIT else (0, 0, 0) for p in params]
+    found = [positions_of(p) if of_state or p.dtype in SIXTEEN_BIT else (0, 0, 0) for p in params]
     if None in found:
         p = params[found.index(None)]
+        remedy = "state_dtype=None" if of_state else "stochastic_rounding=False"
         raise RuntimeError(
             f"stochastic rounding of a parameter that is {describe(p)}: its random bits are known where besides the "
-            "first dimension no more than one is sharded; pass stochastic_rounding=False"
+            f"first dimension no more than one is sharded; pass {remedy}"
         )
     return [number for numbers in found if numbers is not None for number in numbers]
 
@@ -106,7 +108,7 @@ def init_group(
     opt: StepOptimizer, group: Group, updating: bool, masters_only: bool, device: str | None,
     params: list[Tensor], grads: list[Tensor], backups: list[Tensor], state0: list[Tensor], state1: list[Tensor],
     state2: list[Tensor], masters: list[Tensor], steps: list[Tensor], sizes: list[int], is_first_step: list[bool],
-    parts: list[int], shards: list[int],
+    parts: list[int], shards: list[int], indices: list[int],
 ) -> None:  # fmt: skip
     """Appends what the ops need for this group's parameters that have a gradient, one row per step count.
 
@@ -121,6 +123,8 @@ def init_group(
         active = [p for p in active if has_master(opt, p) == masters_only]
     if device is not None:
         active = [p for p in active if str(device_of(p)) == device]
+    rounds_state = updating and opt.state_dtype is not None
+    positions = positions_in(opt, group) if rounds_state else {}
     states: list[dict[str, Any]] = [{}] * len(active)
     is_new = [False] * len(active)
     if rule is not None:
@@ -146,7 +150,8 @@ def init_group(
         is_first_step.append(new)
         params += members
         parts += [opt._sharding.part_of(p) for p in members]
-        shards += [] if updating else shards_of(opt, members)
+        shards += [] if updating and not rounds_state else shards_of(opt, members, rounds_state)
+        indices += [positions[p] for p in members] if rounds_state else []
         grads += [readable(p) for p in members]
         if masters_only:
             masters += [state["master"] for state in kept]
@@ -166,10 +171,10 @@ class Columns:
     """
 
     def __init__(self) -> None:
-        self.lists: list[list[Any]] = [[] for _ in range(12)]  # what init_group fills, in its order
+        self.lists: list[list[Any]] = [[] for _ in range(13)]  # what init_group fills, in its order
         (
             self.params, self.grads, self.backups, self.state0, self.state1, self.state2, self.masters, self.steps,
-            self.sizes, self.is_first_step, self.parts, self.shards,
+            self.sizes, self.is_first_step, self.parts, self.shards, self.indices,
         ) = self.lists  # fmt: skip
         self.rows: list[tuple[Group, bool]] = []  # the group of each row, and whether it is a first step
 

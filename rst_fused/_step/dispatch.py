@@ -142,6 +142,8 @@ def update(opt: StepOptimizer, scaling: Scaling, after: dict[str, Any]) -> None:
     if not is_compiling():
         state.take_first_grads()
         state.take_saved()
+        for device in opt._devices if opt.state_dtype is not None and not opt.capturing else ():
+            device.rng[1] = state.steps
     firsts, saved = state.first_grads, state.saved
     updates: list[Call] = []
     counts: list[Call] = []
@@ -161,8 +163,9 @@ def update(opt: StepOptimizer, scaling: Scaling, after: dict[str, Any]) -> None:
             steps = torch.stack([step.reshape(()) for step in c.steps]).double() + 1 if c.steps else None
             lists = tuple(map(locals_of, (c.params, c.grads, backups, mixed)))
             states, masters = [locals_of(column) for column in c.states], locals_of(c.masters)
-            amp = scaling.on(device.device)
-            updates.append(rule.call(device.backend.ops, lists, states, masters, hyper, steps, c.sizes, flags, amp))
+            rng = None if opt.state_dtype is None else device.rng
+            rest = (*scaling.on(device.device), rng, c.indices, c.shards)
+            updates.append(rule.call(device.backend.ops, lists, states, masters, hyper, steps, c.sizes, flags, rest))
             updated.append(c.params)
             if c.steps:
                 counts.append((torch._foreach_add_, (c.steps, _increments(c.steps, scaling.found_inf))))

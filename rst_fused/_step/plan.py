@@ -141,9 +141,10 @@ class PlanCache:
                 return False
             cached.rows = gamma, found
         if self._shards is None:
-            return self._plan.update(cached.rows[1], restores, mixing, *numbers, after)
+            return self._plan.update(cached.rows[1], restores, mixing, *numbers, opt.seed, state.steps, after)
         with self._shards.lent() as lent:
-            return lent and self._plan.update(cached.rows[1], restores, mixing, *numbers, after)
+            rng = opt.seed, state.steps
+            return lent and self._plan.update(cached.rows[1], restores, mixing, *numbers, *rng, after)
 
     def restore(self, opt: StepOptimizer, after: dict[str, Any]) -> bool:
         """Undoes a perturbation; the step state becomes ``after`` in the same call."""
@@ -233,7 +234,8 @@ class PlanCache:
                 rule=0 if rule is None else rule.index, option=flags[0].option if flags else False,
                 maximize=flags[0].maximize if flags else False,
                 state={} if rule is None else opt.state,  # that of an optimizer instance is its own affair
-                step_state=state, parts=c.parts, shards=columns.shards_of(opt, c.params),
+                step_state=state, parts=c.parts, indices=c.indices,
+                shards=columns.shards_of(opt, c.params, bool(c.indices)),
                 swapped=[i for i, swap in enumerate(swaps) if swap], lent=shards is not None,
             )  # fmt: skip
         if plan is None:

@@ -64,14 +64,14 @@ class Rule:
 
     def call(
         self, ops: Any, lists: Sequence[Any], states: Sequence[list[Tensor]], masters: list[Tensor],
-        hyper: Tensor, steps: Tensor | None, sizes: list[int], flags: Flags, amp: Sequence[Tensor | None],
+        hyper: Tensor, steps: Tensor | None, sizes: list[int], flags: Flags, rest: Sequence[Any],
     ) -> tuple[Any, tuple[Any, ...]]:  # fmt: skip
-        """The op and its arguments. ``lists``: params, grads, backups and first_grads."""
+        """The op and its arguments. ``lists``: params, grads, backups and first_grads; ``rest``: from grad_scale on."""
         absent: list[list[Tensor]] = [[]] * (len(self.states) - len(states))
         counts = [steps] if self.counts_steps else []
         option = [flags.option] if self.takes_option else []
         op = getattr(ops, f"restore_{self.op}_step_")
-        return op, (*lists, *states, *absent, masters, hyper, *counts, sizes, *option, flags.maximize, *amp)
+        return op, (*lists, *states, *absent, masters, hyper, *counts, sizes, *option, flags.maximize, *rest)
 
 
 class SgdRule(Rule):

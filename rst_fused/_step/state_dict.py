@@ -12,10 +12,10 @@ from torch import Tensor
 from rst_fused._checks import as_flag, as_integer, check_number
 from rst_fused._schemas import STATS
 from rst_fused._step.base import StepOptimizer
-from rst_fused._step.columns import has_master
 from rst_fused._step.rules import RULES, check_current
 from rst_fused._step.sharding import describe, same_layout
 from rst_fused._step.state import StepState
+from rst_fused._step.state_dtypes import dtype_of
 
 _STATE_NAMES = tuple(dict.fromkeys(name for rule in RULES.values() for name in rule.states))
 _LIMITS = {"rst_steps": 2**63 - 1, "rst_sam_steps": 2**63 - 1, "rst_seed": 2**63 - 1, "rst_non_finite_norms": 2**53}
@@ -144,7 +144,7 @@ def check(opt: StepOptimizer, saved: dict[str, Any]) -> None:
 
 
 def adapt(opt: StepOptimizer, saved: dict[str, Any]) -> None:
-    """Undoes what torch did to state beside a master copy, which is float32: it casts to the dtype of the parameter.
+    """Undoes what torch did to state that has not the dtype of its parameter, to which it casts all of it.
 
     A step count that is a plain number, as old checkpoints have it, becomes a tensor; hyperparameters that they lack
     get the value that they imply; an entry of None, which stands for state that does not exist, goes.
@@ -160,5 +160,5 @@ def adapt(opt: StepOptimizer, saved: dict[str, Any]) -> None:
         for name in (*opt.rule.states, "master"):
             if name in state and state[name] is None:
                 del opt.state[p][name]
-            elif name in state and has_master(opt, p):
-                opt.state[p][name] = state[name].detach().to(p.device, torch.float32, copy=True)
+            elif name in state and dtype_of(opt, p, name) != p.dtype:
+                opt.state[p][name] = state[name].detach().to(p.device, dtype_of(opt, p, name), copy=True)

@@ -26,10 +26,12 @@ from rst_fused._step.sharding import (
     same_layout,
     settle_grad,
 )
+from rst_fused._step.state_dtypes import check_current as check_served
+from rst_fused._step.state_dtypes import dtype_of, has_master
 
 _COMMON = (
     "schedule", "gamma", "adaptive", "eta", "seed", "backend", "master_weights", "stochastic_rounding", "process_group",
-    "m_sharpness",
+    "m_sharpness", "state_dtype",
 )  # fmt: skip
 
 
@@ -137,10 +139,6 @@ def check_hyperparams(opt: StepOptimizer) -> None:
     if opt.rule is not None:
         for i, group in enumerate(opt.param_groups):
             check_current(i, group, opt.rule.numbers)
-
-
-def has_master(opt: StepOptimizer, p: Tensor) -> bool:
-    return opt.master_weights and p.dtype in SIXTEEN_BIT
 
 
 def _named(opt: StepOptimizer) -> Iterator[tuple[str, Tensor]]:
@@ -264,14 +262,14 @@ def check_state(opt: StepOptimizer) -> None:
         names = rule.state_names(group)
         for j, p in enumerate(group["params"]):
             state = opt.state.get(p) if p.grad is not None else None
+            where = f"parameter {j} of group {i}"
+            if p.grad is not None:
+                check_served(opt, where, p)
             if not state:
                 continue
-            where = f"parameter {j} of group {i}"
-            master = has_master(opt, p)
-            dtype = torch.float32 if master else p.dtype
-            for name in (*names, "master") if master else names:
+            for name in (*names, "master") if has_master(opt, p) else names:
                 if name in state:
-                    _check_entry(f"state {name!r} of {where}", state[name], p, dtype)
+                    _check_entry(f"state {name!r} of {where}", state[name], p, dtype_of(opt, p, name))
             if rule.counts_steps and "step" in state:
                 check_step_count(f"state 'step' of {where}", state["step"])
 

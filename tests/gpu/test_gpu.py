@@ -257,8 +257,9 @@ def captured(opt: RST, loss: Callable[[], torch.Tensor], sam: bool) -> torch.cud
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize(
     "options",
-    [{"momentum": 0.9}, {"base": "adamw", "capturable": True}, {"gamma": 2.0}, {"schedule": 1.0}],
-    ids=["sgd", "adamw", "grst", "sam"],
+    [{"momentum": 0.9}, {"base": "adamw", "capturable": True}, {"gamma": 2.0}, {"schedule": 1.0},
+     {"momentum": 0.9, "state_dtype": BF16}],
+    ids=["sgd", "adamw", "grst", "sam", "state"],
 )
 def test_replayed_graphs_are_the_eager_steps(options: dict[str, Any], dtype: torch.dtype, backend: str) -> None:
     results = []

@@ -48,6 +48,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "adamw": {"base": "adamw", "gamma": 2.0},
     "adam maximize": {"base": "adam", "maximize": True, "weight_decay": 0.1},
     "masters": {"momentum": 0.9, "master_weights": True},
+    "state": {"base": "adamw", "amsgrad": True, "state_dtype": BF16},
+    "state beside masters": {"base": "lion", "gamma": 2.0, "master_weights": True, "state_dtype": BF16},
 }
 
 
@@ -361,7 +363,7 @@ def test_a_plan_takes_the_numbers_of_amp_from_the_gpu(overflow: float, simulator
             p.grad.mul_(scale)  # type: ignore[union-attr]
         numbers = [torch.tensor([scale]), torch.tensor([overflow])]
         row, there = [0.05, 0.9, 0.0, 0.0, 1.0], [t.data_ptr() for t in numbers]
-        assert opt._plans._plan.update(row, True, False, 1.0, *there, opt._step_state.after_step())
+        assert opt._plans._plan.update(row, True, False, 1.0, *there, 3, 1, opt._step_state.after_step())
         results.append([t.detach() for p in params for t in (p, opt.state[p]["momentum_buffer"])])
         same = [op_db.same_bits(a, b) for a, b in zip(results[-1], before, strict=True)]
         assert all(same) if overflow else not any(same)

@@ -15,7 +15,7 @@ from op_checks import CASES, check_lists, check_stats
 from op_db import BACKEND_IDS, BACKENDS, OPS, Sample
 from torch import Tensor
 
-from rst_fused import ops
+from rst_fused import _op_arguments, ops
 from rst_fused._schemas import SCHEMAS, STATS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -253,10 +253,10 @@ def test_many_steps(
 
 
 # --- autograd, schemas, fake kernels --------------------------------------------------------------------------------
-def one_sample(op: str, device: str = "cpu") -> Sample:
+def one_sample(op: str, device: str = "cpu", **more: Any) -> Sample:
     """With every state list."""
     state = ("momentum_buffers",) if "sgd" in op else ("max_exp_avg_sqs",) if "adam" in op else ()
-    options = {"momentum": 0.9} if "sgd" in op else {}
+    options = {**({"momentum": 0.9} if "sgd" in op else {}), **more}
     return op_db.build(OPS[op], op_db.Spec("one", "small", state, options), "float32", device)
 
 
@@ -295,12 +295,14 @@ class Recorder:
 
 
 @pytest.mark.skipif("cpu" not in BACKEND_IDS, reason="no compiled kernels to check against their schemas")
-@pytest.mark.parametrize("op", OPS)
-def test_schemas_and_fake_kernels(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("op", "options"), [*((op, {}) for op in OPS), *((op.name, {"rng": (3, 4)}) for op in UPDATES)]
+)  # fmt: skip
+def test_schemas_and_fake_kernels(op: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Mutates exactly what the schema says, and behaves alike under fake tensors and AOT dispatch."""
     recorder = Recorder()
-    monkeypatch.setattr(ops, "backend_for", lambda *_: recorder)
-    one_sample(op).run(op)
+    monkeypatch.setattr(_op_arguments, "backend_for", lambda *_: recorder)
+    one_sample(op, **options).run(op)
     ((registered, args),) = recorder.calls
     assert registered in (op, f"restore_{op}")
     torch.library.opcheck(getattr(torch.ops.rst_fused, registered).default, args)

@@ -327,7 +327,8 @@ W, H, B = (lambda: [torch.ones(3), torch.ones(2)]), torch.bfloat16, (lambda: [to
 D5, D6, D1, STATS = (torch.zeros(n, dtype=torch.float64) for n in (5, 6, 1, 6))
 RNG = torch.zeros(2, dtype=torch.int64)
 RANDOM: tuple[Any, ...] = (True, RNG, 0, [])  # the last arguments of perturb_
-AMP: tuple[Any, ...] = (None, None)
+NO_RNG: tuple[Any, ...] = (None, [], [])
+AMP: tuple[Any, ...] = (None, None, *NO_RNG)
 RESTORE: tuple[Any, ...] = (W(), W(), [], [])  # neither backups nor first gradients
 RAW: list[tuple[str, tuple[Any, ...], str]] = [
     ("grad_norm", (STATS[:3], W(), [], False, 0.0), "stats has 3 elements"),
@@ -360,8 +361,8 @@ RAW: list[tuple[str, tuple[Any, ...], str]] = [
     ("restore_sgd_step_", (W(), W(), [], B(), [], [], D5, [2], False, False, *AMP), r"first_grads\[1\] does not have"),
     ("restore_sgd_step_", (W(), W(), [], [], B(), [], D5, [2], False, False, *AMP), r"momentum_buffers\[1\] does not"),
     ("restore_sgd_step_", (W(), W(), [], [], [], [], D5[:4], [2], False, False, *AMP), "hyper has 4 elements"),
-    ("restore_sgd_step_", (W(), W(), [], [], [], [], D5, [2], False, False, D1, None), "grad_scale must be"),
-    ("restore_sgd_step_", (W(), W(), [], [], [], [], D5, [2], False, False, None, D1), "found_inf must be"),
+    ("restore_sgd_step_", (W(), W(), [], [], [], [], D5, [2], False, False, D1, None, *NO_RNG), "grad_scale must be"),
+    ("restore_sgd_step_", (W(), W(), [], [], [], [], D5, [2], False, False, None, D1, *NO_RNG), "found_inf must be"),
     ("restore_sgd_step_", (*RESTORE, [], [], D5.float(), [2], False, False, *AMP), "hyper must be"),
     ("restore_adam_step_", (*RESTORE, [], W(), [], [], D6, D1, [2], False, False, *AMP), "exp_avgs has 0 entries"),
     ("restore_adam_step_", (*RESTORE, W(), B(), [], [], D6, D1, [2], False, False, *AMP), r"exp_avg_sqs\[1\] does"),
@@ -372,7 +373,7 @@ RAW: list[tuple[str, tuple[Any, ...], str]] = [
     ("restore_lion_step_", (*RESTORE, [], [], D5, [2], False, *AMP), "exp_avgs has 0 entries"),
     ("restore_lion_step_", (*RESTORE, B(), [], D5, [2], False, *AMP), r"exp_avgs\[1\] does not have the shape"),
     ("restore_lion_step_", (*RESTORE, W(), [], D5[:4], [2], False, *AMP), "hyper has 4 elements, expected at"),
-    ("restore_lion_step_", (*RESTORE, W(), [], D5, [2], False, D1, None), "grad_scale must be"),
+    ("restore_lion_step_", (*RESTORE, W(), [], D5, [2], False, D1, None, *NO_RNG), "grad_scale must be"),
 ]
 
 

@@ -10,6 +10,7 @@ import op_db
 import pytest
 import torch
 from op_db import BACKEND_IDS, BACKENDS
+from rounding_oracle import FORMATS, normal_values, random_bits, rounded_with, values
 from torch import Tensor
 
 from rst_fused import ops
@@ -18,8 +19,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 on_backends = pytest.mark.parametrize(("backend", "device"), BACKENDS, ids=BACKEND_IDS)
 of_halves = pytest.mark.parametrize("dtype", op_db.HALVES, ids=["bfloat16", "float16"])
 
-# (significant bits, exponent of the smallest subnormal number, bits of float32 that are cut off)
-FORMATS = {torch.bfloat16: (8, -133, 16), torch.float16: (11, -24, 13)}
 
 
 def rounded(x: Tensor, dtype: torch.dtype, backend: str, **options: Any) -> Tensor:
@@ -39,15 +38,6 @@ def neighbours(x: np.ndarray, dtype: torch.dtype) -> tuple[np.ndarray, np.ndarra
     below, above = np.floor(x / quantum) * quantum, np.ceil(x / quantum) * quantum
     above[above > largest], below[below < -largest] = math.inf, -math.inf
     return below, above
-
-
-def values(dtype: torch.dtype, n: int = 20_000, seed: int = 0) -> Tensor:
-    """float32 numbers over all exponents of the format, subnormal ones too, and a little beyond both ends."""
-    generator = torch.Generator().manual_seed(seed)
-    low, high = (-135, 127) if dtype == torch.bfloat16 else (-30, 15.9)
-    exponents = torch.rand(n, generator=generator, dtype=torch.float64) * (high - low) + low
-    signs = torch.randint(0, 2, (n,), generator=generator) * 2 - 1
-    return (signs * 2.0**exponents).float()
 
 
 @on_backends
@@ -115,24 +105,6 @@ def test_subnormal_float16_keeps_small_perturbations(backend: str, device: str) 
 
 
 # --- a pure function of (seed, step, index) -------------------------------------------------------------------------
-def random_bits(seed: int, step: int, tensor: int, elements: np.ndarray) -> np.ndarray:
-    """MurmurHash3's finalizer over (seed, step, tensor, element), written once more in wrapping uint32."""
-
-    def mixed(x: Any) -> Any:
-        x = (x ^ (x >> 16)) * 0x85EBCA6B & 0xFFFFFFFF
-        x = (x ^ (x >> 13)) * 0xC2B2AE35 & 0xFFFFFFFF
-        return x ^ (x >> 16)
-
-    elements = elements.astype(np.uint64)
-    key = np.zeros_like(elements)
-    for word in (seed, step, tensor, elements >> 32):
-        for part in (word & 0xFFFFFFFF, word >> 32):
-            key = (mixed(key ^ part) + 0x9E3779B9) & 0xFFFFFFFF
-    pairs = (elements & 0xFFFFFFFF) // 2
-    both = mixed((pairs * 0x9E3779B9 & 0xFFFFFFFF) ^ key)
-    return np.where(elements % 2 == 1, both >> np.uint64(16), both & np.uint64(0xFFFF))
-
-
 @on_backends
 @of_halves
 @pytest.mark.parametrize(
@@ -144,18 +116,6 @@ def test_known_bits(seed: int, step: int, index: int, dtype: torch.dtype, backen
     expected = rounded_with(random_bits(seed, step, index, np.arange(len(x))), x, dtype).to(device)
     result = rounded(x.to(device), dtype, backend, seed=seed, step=step, first_index=index)
     assert op_db.same_bits(result, expected)
-
-
-def normal_values(dtype: torch.dtype) -> Tensor:
-    x = values(dtype, 5000)
-    return x[(x.abs() >= torch.finfo(dtype).smallest_normal) & (x.abs() <= torch.finfo(dtype).max)]
-
-
-def rounded_with(random: np.ndarray, x: Tensor, dtype: torch.dtype) -> Tensor:
-    cut = FORMATS[dtype][2]
-    pattern = x.numpy().view(np.uint32).astype(np.uint64)
-    added = pattern + (random & np.uint64(2**cut - 1))
-    return torch.from_numpy((added >> np.uint64(cut) << np.uint64(cut)).astype(np.uint32).view(np.float32)).to(dtype)
 
 
 @on_backends

@@ -22,6 +22,10 @@ BASES: dict[str, dict[str, Any]] = {
     "lion": {"base": "lion", "gamma": 2.0},
     "rounding": {"base": "adamw", "dtype": torch.bfloat16},
     "masters": {"base": "adamw", "dtype": torch.bfloat16, "master_weights": True},
+    "bfloat16 state": {"base": "adamw", "amsgrad": True, "state_dtype": torch.bfloat16},
+    "bfloat16 state beside masters": {
+        "momentum": 0.9, "dtype": torch.float16, "master_weights": True, "state_dtype": torch.bfloat16, "gamma": 2.0,
+    },
     "masters of sgd": {"momentum": 0.9, "dtype": torch.float16, "master_weights": True, "gamma": 2.0},
 }
 every_base = pytest.mark.parametrize("base", BASES)

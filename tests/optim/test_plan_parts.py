@@ -175,7 +175,7 @@ def test_between_the_passes(kind: str) -> None:
     assert [p._version for p in run.params] == versions and run.state.perturbed
     wanted = [(w - 0.1 * g) for w, g in zip(start, run.grads, strict=True)]
     scale = (0, 0) if kind != "triton" else (torch.ones(1), torch.zeros(1))
-    assert run.plan.update([0.1, 0.0, 0.0, 0.0, 1.0], True, False, 1.0, *scale, {"perturbed": False})
+    assert run.plan.update([0.1, 0.0, 0.0, 0.0, 1.0], True, False, 1.0, *scale, 3, 1, {"perturbed": False})
     for p, w in zip(run.params, wanted, strict=True):
         torch.testing.assert_close(p.detach(), w, rtol=1e-6, atol=1e-7)
 

@@ -92,13 +92,18 @@ def operands_of(kernel: str) -> tuple[str, ...]:
     return OPERANDS[op_of(kernel)] + ("ws",) * states
 
 
+def rounds(kernel: str) -> bool:
+    """Whether its first state is bfloat16, and rounded stochastically."""
+    return "rounding" in kernel.split("_")
+
+
 @cache
 def args_type(kernel: str) -> Any:
     """struct Args of csrc/cuda/args.h, as this kernel takes it."""
     if op_of(kernel) == "finish_norm":
         return FinishArgs
     operands, row_bytes = len(operands_of(kernel)), ROW_BYTES.get(op_of(kernel), 1)
-    more = [("shard", Shard)] if kernel.endswith("_shard") else []
+    more = [("shard", Shard)] if kernel.endswith("_shard") or rounds(kernel) else []
     of_tensor = 8 + 8 * operands + 10 + sum(ctypes.sizeof(kind) for _, kind in more)
     n = (ARGUMENT_BYTES - ctypes.sizeof(LaunchParams) - ROWS * row_bytes - 16) // of_tensor
 
@@ -182,8 +187,9 @@ class Simulator:
         for s, kind in enumerate(operands):
             wide = master and kind in ("rs", "ws", "c")
             written = kind[0] == "w" or (kind == "c" and not master)
+            each = 2 if rounds(kernel) and s == len(OPERANDS[op]) else 4 if wide else size
             for t in range(params.tensors):
-                allow(args.data[s][t], args.numel[t] * (4 if wide else size), written)
+                allow(args.data[s][t], args.numel[t] * each, written)
         rows = max((args.row[t] for t in range(params.tensors)), default=0) + 1
         allow(params.device_hyperparams, rows * COLUMNS.get(op, 1) * 8, False)
         allow(params.device_steps, rows * 8, False)

@@ -53,6 +53,7 @@ SIZES = (0, 1, 3, 15, 16, 17, 1023, 1024, 1025, 16383, 16384, 16385, 40000)
 # The names of all lists that ops take, and of those that base optimizers keep.
 LISTS = tuple(dict.fromkeys(re.findall(r"Tensor(?:\(\w!\))?\[\] (\w+)", " ".join(SCHEMAS.values()))))
 STATE = ("momentum_buffers", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs")
+FIRST_STATE = ("momentum_buffers", "exp_avgs")  # bfloat16 beside float32 where an update is given rng
 # Every op has a function in rst_fused.ops, and an update two: <rule>_step_ is restore_<rule>_step_ without backups.
 FUNCTIONS = {
     name for name, value in vars(ops).items()
@@ -167,10 +168,13 @@ def build(op: OpInfo, spec: Spec, kind: str, device: str = "cpu") -> Sample:
     lists = {}
     for name in names:
         wide = masters and name in ("masters", *STATE)
-        lists[name] = [
-            make(name, i, place, torch.float32 if wide else dtypes[i % len(dtypes)], device)
-            for i, place in enumerate(LAYOUTS[spec.layout](name))
-        ]
+        rounded = name in FIRST_STATE and "rng" in spec.options
+
+        def dtype_of(i: int, wide: bool = wide, rounded: bool = rounded) -> torch.dtype:
+            dtype = torch.float32 if wide else dtypes[i % len(dtypes)]
+            return torch.bfloat16 if rounded and dtype == torch.float32 else dtype
+
+        lists[name] = [make(name, i, place, dtype_of(i), device) for i, place in enumerate(LAYOUTS[spec.layout](name))]
     options = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in {**op.options, **spec.options}.items()}
     lead = next(iter(lists.values()), [])
     if any(isinstance(value, list) for value in options.values()):
@@ -218,6 +222,20 @@ _FIRST = ("first_grads",)
 _AMP = {"grad_scale": _float32(1024.0), "found_inf": _float32(0.0)}
 _GAMMAS = (0.0, 0.5, 1.0, 2.0)
 
+_RNG = {"rng": (7, 3)}  # the seed and the step by which the first state is rounded
+
+
+def _rounding(buffer: tuple[str, ...] = (), **options: Any) -> tuple[Spec, ...]:
+    """A first state in bfloat16."""
+    return (
+        *(Spec(f"rounding_{layout}", layout, buffer, {**options, **_RNG}) for layout in LAYOUTS),
+        Spec("rounding_masters", "sizes", (*buffer, *_MASTERS), {**options, **_RNG}),
+        Spec("rounding_masters_apart", "apart", (*buffer, *_MASTERS), {**options, **_RNG}),
+        Spec("rounding_amp", lists=buffer, options={**options, **_RNG, **_AMP, "maximize": True}),
+        Spec("rounding_overflow", lists=buffer, options={**options, **_RNG, "found_inf": _float32(1.0)}),
+    )
+
+
 _SGD_BUFFER = ("momentum_buffers",)
 _SGD_RICH = {"momentum": 0.9, "dampening": 0.3, "weight_decay": 0.05}
 _SGD_BY_GROUP = {
@@ -239,6 +257,8 @@ _SGD = (
     Spec("masters_plain", "apart", _MASTERS),
     Spec("masters_overflow", lists=(*_SGD_BUFFER, *_MASTERS), options={**_SGD_RICH, "found_inf": _float32(1.0)}),
     *_everywhere(_SGD_BUFFER, **_SGD_RICH),
+    *_rounding(_SGD_BUFFER, **_SGD_RICH),
+    Spec("rounding_nothing", options=_RNG),
 )
 _LARGEST = ("max_exp_avg_sqs",)
 _ADAM_BY_GROUP = {
@@ -260,6 +280,10 @@ _ADAM = (
     Spec("masters_adamw", "apart", _MASTERS, {"weight_decay": 0.1, "decoupled": True}),
     Spec("masters_overflow", lists=_MASTERS, options={"found_inf": _float32(1.0)}),
     *_everywhere(weight_decay=0.1),
+    *_rounding(weight_decay=0.1),
+    Spec("rounding_amsgrad", "sizes", _LARGEST, {"weight_decay": 0.1, **_RNG}),
+    Spec("rounding_amsgrad_masters", "apart", (*_LARGEST, *_MASTERS), {"decoupled": True, **_RNG}),
+    Spec("rounding_small_eps", "sizes", options={"eps": 1e-30, **_RNG}),
     Spec("amsgrad_first_step", lists=_LARGEST, options={"step": 1}),
     Spec("amsgrad_groups", lists=_LARGEST, options=_ADAM_BY_GROUP),
     Spec("amsgrad_maximize", lists=_LARGEST, options={"weight_decay": 0.1, "maximize": True}),
@@ -282,6 +306,7 @@ _LION = (
     Spec("masters_apart", "apart", _MASTERS, {"weight_decay": 0.1}),
     Spec("masters_overflow", lists=_MASTERS, options={"found_inf": _float32(1.0)}),
     *_everywhere(weight_decay=0.1),
+    *_rounding(weight_decay=0.1),
 )
 
 
@@ -295,6 +320,8 @@ def _with_restore(specs: tuple[Spec, ...], buffer: tuple[str, ...] = (), **optio
         Spec("gamma_masters", lists=(*buffer, *_FIRST, *_MASTERS), options={**options, "gamma": 2.0}),
         Spec("gamma_overflow", lists=(*buffer, *_FIRST), options={**options, "found_inf": _float32(1.0), "gamma": 0.5}),
         Spec("gamma_sizes", "sizes", (*buffer, *_FIRST), {**options, "gamma": 0.5}),
+        Spec("gamma_rounding", "sizes", (*buffer, *_FIRST), {**options, **_RNG, "gamma": 0.5}),
+        Spec("gamma_rounding_masters", "sizes", (*buffer, *_FIRST, *_MASTERS), {**options, **_RNG, "gamma": 0.5}),
         Spec("gamma_apart", "apart", (*buffer, *_FIRST), {**options, "gamma": 2.0}),
         Spec("gamma_expanded", "expanded", (*buffer, *_FIRST), {**options, "gamma": 2.0}),
     )
@@ -367,6 +394,7 @@ OPS = {
             "restore_adam_step_", (*_ADAM_LISTS, "backups"), _ADAM_WRITTEN,
             (*_with_restore(_ADAM, weight_decay=0.1),
              Spec("gamma_amsgrad", "sizes", (*_LARGEST, *_FIRST), {"weight_decay": 0.1, "gamma": 2.0}),
+             Spec("gamma_rounding_amsgrad", "sizes", (*_LARGEST, *_FIRST), {"gamma": 2.0, **_RNG}),
              Spec("gamma_amsgrad_masters", lists=(*_LARGEST, *_FIRST, *_MASTERS), options={"gamma": 0.5})),
             _STEP, oracle.restore_adam_step_, True,
         ),

@@ -53,7 +53,12 @@ F32, F64, BF16, F16 = tl.float32, tl.float64, tl.bfloat16, tl.float16
 
 
 def _updating(rule: Any, state: Any) -> dict[str, Any]:
-    return {**rule.constants, "config": BUILT_IN if state is None else WIDE_STATE}
+    plain = {"ROUNDS": False, "SHARDS": False}
+    return {**rule.constants, **plain, "config": BUILT_IN if state is None else WIDE_STATE}
+
+
+def _rounding(constants: dict[str, Any], shards: bool = False) -> dict[str, Any]:
+    return {**constants, "ROUNDS": True, "SHARDS": shards}
 
 
 def _types(t: Any, state: Any = None, arithmetic: bool = True) -> dict[str, Any]:
@@ -105,6 +110,9 @@ VARIANTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "adam fp32": (update_kernel, _adam(F32)),
     "adam fp64 mixing": (update_kernel, _adam(F64, None, True)),
     "adam bf16 master mixing": (update_kernel, _adam(BF16, F32, True)),
+    "adam fp32 rounding": (update_kernel, _rounding(_adam(F32))),
+    "adam bf16 rounding shards": (update_kernel, _rounding(_adam(BF16, None, True), shards=True)),
+    "sgd fp16 master rounding": (update_kernel, _rounding(_sgd(F16, F32))),
     "amsgrad fp32": (update_kernel, _adam(F32, states=3)),
     "amsgrad bf16 master mixing": (update_kernel, _adam(BF16, F32, True, 3)),
     "lion fp32": (update_kernel, _lion(F32)),

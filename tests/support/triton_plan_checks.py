@@ -130,7 +130,7 @@ def test_the_scale_of_amp_on_the_device() -> None:
             p.grad.mul_(scale)  # type: ignore[union-attr]
         rows = [0.05, 0.9, 0.0, 0.0, 1.0]
         numbers = torch.tensor([scale]), torch.tensor([0.0])
-        assert run.opt._plans._plan.update(rows, False, False, 1.0, *numbers, run.opt._step_state.after_step())
+        assert run.opt._plans._plan.update(rows, False, False, 1.0, *numbers, 3, 1, run.opt._step_state.after_step())
         results.append(bits(run.params))
     assert results[0] == results[1]
 

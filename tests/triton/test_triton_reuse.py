@@ -58,7 +58,7 @@ def lists(repeat: int = 1) -> Lists:
 def step(kernels: Any, given: Lists) -> list[list[int]]:
     """The record of each tensor in the table that the launch was given."""
     params, grads, buffers = given["params"], given["grads"], given["buffers"]
-    args = (params, grads, [], [], buffers, [], HYPER, [len(params)], False, False, None, None)
+    args = (params, grads, [], [], buffers, [], HYPER, [len(params)], False, False, None, None, None, [], [])
     kernels.sgd_step.restore_sgd_step_(*args)
     _, _, _, (table, tensors, *_), *_ = kernels.launches[-1]
     width = kernels.multi_tensor_apply.HEADER.value + (5 if buffers else 4)  # addresses of one tensor
