@@ -163,7 +163,9 @@ def variant(rule: Rule, group: LaunchGroup, flag: bool, states: int, mixing: boo
     return {
         **rule.constants, "FLAG": flag, "STATES": states, "MIXING": mixing, "V": group.arithmetic,
         "ROUNDS": group.rounds_state, "SHARDS": bool(group.shards),
-        "wide_state": group.state != group.dtype, "name": kernel_name(rule.constants),
+        "wide_state": group.state != group.dtype or (group.rounds_state and group.dtype == torch.float32),
+        # Both kinds of numbers side by side are not what was timed: they keep the built-in configuration.
+        "name": kernel_name(rule.constants) + (" rounding" if group.rounds_state else ""),
     }  # fmt: skip
 
 

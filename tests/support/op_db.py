@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import oracle
 import pytest
 import torch
-from tolerances import DTYPES, HALVES, KINDS, assert_close, bits, same_bits  # noqa: F401
+from tolerances import DTYPES, HALVES, KINDS, assert_close, bits, same_bits, whole  # noqa: F401
 from torch import Tensor
 
 from rst_fused import ops
@@ -119,12 +119,6 @@ class Sample:
         return Sample(lists, {k: copy(v) if isinstance(v, Tensor) else v for k, v in self.options.items()})
 
 
-def whole(t: Tensor) -> Tensor:
-    """All of the tensor's storage, the gaps between its elements included."""
-    flat = torch.empty(0, dtype=t.dtype, device=t.device)
-    return flat.set_(t.untyped_storage(), 0, (t.untyped_storage().nbytes() // t.element_size(),), (1,))
-
-
 _SECOND_MOMENTS = dict.fromkeys(("exp_avg_sqs", "max_exp_avg_sqs"), 0.01)
 
 
@@ -169,12 +163,9 @@ def build(op: OpInfo, spec: Spec, kind: str, device: str = "cpu") -> Sample:
     for name in names:
         wide = masters and name in ("masters", *STATE)
         rounded = name in FIRST_STATE and "rng" in spec.options
-
-        def dtype_of(i: int, wide: bool = wide, rounded: bool = rounded) -> torch.dtype:
-            dtype = torch.float32 if wide else dtypes[i % len(dtypes)]
-            return torch.bfloat16 if rounded and dtype == torch.float32 else dtype
-
-        lists[name] = [make(name, i, place, dtype_of(i), device) for i, place in enumerate(LAYOUTS[spec.layout](name))]
+        kinds = [torch.bfloat16 if rounded and d == torch.float32 else d for d in ([torch.float32] if wide else dtypes)]
+        places = enumerate(LAYOUTS[spec.layout](name))
+        lists[name] = [make(name, i, place, kinds[i % len(kinds)], device) for i, place in places]
     options = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in {**op.options, **spec.options}.items()}
     lead = next(iter(lists.values()), [])
     if any(isinstance(value, list) for value in options.values()):
@@ -222,17 +213,16 @@ _FIRST = ("first_grads",)
 _AMP = {"grad_scale": _float32(1024.0), "found_inf": _float32(0.0)}
 _GAMMAS = (0.0, 0.5, 1.0, 2.0)
 
-_RNG = {"rng": (7, 3)}  # the seed and the step by which the first state is rounded
+_RNG = {"rng": (7, 3)}  # the seed and the step by which a first state in bfloat16 is rounded
 
 
-def _rounding(buffer: tuple[str, ...] = (), **options: Any) -> tuple[Spec, ...]:
-    """A first state in bfloat16."""
+def _rounding(buffer: tuple[str, ...] = (), **given: Any) -> tuple[Spec, ...]:
+    options, masters = {**given, **_RNG}, (*buffer, *_MASTERS)
     return (
-        *(Spec(f"rounding_{layout}", layout, buffer, {**options, **_RNG}) for layout in LAYOUTS),
-        Spec("rounding_masters", "sizes", (*buffer, *_MASTERS), {**options, **_RNG}),
-        Spec("rounding_masters_apart", "apart", (*buffer, *_MASTERS), {**options, **_RNG}),
-        Spec("rounding_amp", lists=buffer, options={**options, **_RNG, **_AMP, "maximize": True}),
-        Spec("rounding_overflow", lists=buffer, options={**options, **_RNG, "found_inf": _float32(1.0)}),
+        *(Spec(f"rounding_{layout}", layout, buffer, options) for layout in LAYOUTS),
+        *(Spec(f"rounding_masters_{layout}", layout, masters, options) for layout in ("sizes", "apart")),
+        Spec("rounding_amp", lists=buffer, options={**options, **_AMP, "maximize": True}),
+        Spec("rounding_overflow", lists=buffer, options={**options, "found_inf": _float32(1.0)}),
     )
 
 
@@ -257,8 +247,7 @@ _SGD = (
     Spec("masters_plain", "apart", _MASTERS),
     Spec("masters_overflow", lists=(*_SGD_BUFFER, *_MASTERS), options={**_SGD_RICH, "found_inf": _float32(1.0)}),
     *_everywhere(_SGD_BUFFER, **_SGD_RICH),
-    *_rounding(_SGD_BUFFER, **_SGD_RICH),
-    Spec("rounding_nothing", options=_RNG),
+    *_rounding(_SGD_BUFFER, **_SGD_RICH), Spec("rounding_nothing", options=_RNG),
 )
 _LARGEST = ("max_exp_avg_sqs",)
 _ADAM_BY_GROUP = {

@@ -42,6 +42,12 @@ def bits(t: Tensor) -> Tensor:
     return t.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()]).cpu()
 
 
+def whole(t: Tensor) -> Tensor:
+    """All of the tensor's storage, the gaps between its elements included."""
+    flat = torch.empty(0, dtype=t.dtype, device=t.device)
+    return flat.set_(t.untyped_storage(), 0, (t.untyped_storage().nbytes() // t.element_size(),), (1,))
+
+
 def same_bits(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and torch.equal(bits(a), bits(b))
 

@@ -110,7 +110,7 @@ VARIANTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "adam fp32": (update_kernel, _adam(F32)),
     "adam fp64 mixing": (update_kernel, _adam(F64, None, True)),
     "adam bf16 master mixing": (update_kernel, _adam(BF16, F32, True)),
-    "adam fp32 rounding": (update_kernel, _rounding(_adam(F32))),
+    "adam fp32 rounding": (update_kernel, _rounding(_adam(F32) | {"config": WIDE_STATE})),
     "adam bf16 rounding shards": (update_kernel, _rounding(_adam(BF16, None, True), shards=True)),
     "sgd fp16 master rounding": (update_kernel, _rounding(_sgd(F16, F32))),
     "amsgrad fp32": (update_kernel, _adam(F32, states=3)),

@@ -22,7 +22,8 @@ BROKEN = [
     ("lion_step.py", "sign(c), decay * w", "sign(c), w", "lion_step_-groups-float32-triton"),
     ("multi_tensor_apply.py", "offsets < count, 0.0", "offsets < count - 1, 0.0", "grad_norm-small-float32-triton"),
     ("grad_norm.py", "sum += tl.load(squares + i)", "sum += tl.load(squares)", "finish_norm-several-float64-triton"),
-    ("perturb.py", "to(tl.int64) * shard[4]", "to(tl.int64) * shard[3]", "SHARDS[columns-False-False-bfloat16-triton]"),
+    ("random_bits.py", "to(tl.int64) * shard[4]", "to(tl.int64) * shard[3]",
+     "SHARDS[columns-False-False-bfloat16-triton]"),
     ("perturb.py", "(first % 2 == 0) & ", "", "SHARDS[uneven rows-False-False-bfloat16-triton]"),
 ]
 SHARD_TEST = "tests/ops/test_shards.py::test_a_shard_is_a_slice_of_the_whole"
