@@ -68,6 +68,8 @@ def bytes_per_element(name: str) -> int:
     if words[0] == "grad":
         return TRAFFIC["grad_norm_adaptive" if "adaptive" in words else "grad_norm"](size, state)
     found = TRAFFIC[words[0]](size, state)
+    if "rounding" in words:  # a first moment in bfloat16, read and written
+        found += 2 * (2 - state)
     return found + sum(TRAFFIC[word](size, state) for word in ("momentum", "amsgrad", "mixing") if word in words)
 
 

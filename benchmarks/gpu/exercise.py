@@ -31,16 +31,17 @@ ADAM: dict[str, Any] = {"lr": 0.1, "step": 3, "weight_decay": 0.01, "decoupled":
 # With beta1 = 0.9 some bfloat16 numbers cancel but for their rounding, on which the sign, and so the update, depends.
 LION: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.01, "beta1": 0.5}
 WITH_NORM = ("grad_norm", "finish_norm", "perturb_")
-AMSGRAD, SHARDS = " (amsgrad)", " (shards)"
+AMSGRAD, SHARDS, ROUNDED = " (amsgrad)", " (shards)", " (bfloat16 moment)"
 CALLS = (
     *SCHEMAS, "sgd_step_", "adam_step_", "lion_step_", f"adam_step_{AMSGRAD}", f"restore_adam_step_{AMSGRAD}",
-    f"perturb_{SHARDS}",
+    f"perturb_{SHARDS}", *(f"restore_{rule}_step_{ROUNDED}" for rule in ("sgd", "adam", "lion")),
 )  # fmt: skip
 Lists = dict[str, list[Tensor]]
 
 
-def inputs(dtype: torch.dtype, masters: bool, shift: int = 0) -> Lists:
-    """The lists that the ops take; each tensor starts ``shift`` elements after its storage does."""
+def inputs(dtype: torch.dtype, masters: bool, shift: int = 0, rounded: bool = False) -> Lists:
+    """The lists that the ops take; each tensor starts ``shift`` elements after its storage does. ``rounded``: first
+    moments are bfloat16."""
     generator = torch.Generator().manual_seed(0)
 
     def tensors(kind: torch.dtype, positive: bool = False) -> list[Tensor]:
@@ -48,9 +49,10 @@ def inputs(dtype: torch.dtype, masters: bool, shift: int = 0) -> Lists:
         return [(t.abs() if positive else t).to(kind)[shift:] for t in made]
 
     state = torch.float32 if masters else dtype
+    first = torch.bfloat16 if rounded else state
     lists = {
         "params": tensors(dtype), "grads": tensors(dtype), "first_grads": tensors(dtype), "backups": tensors(dtype),
-        "momentum_buffers": tensors(state), "exp_avgs": tensors(state), "exp_avg_sqs": tensors(state, positive=True),
+        "momentum_buffers": tensors(first), "exp_avgs": tensors(first), "exp_avg_sqs": tensors(state, positive=True),
         "max_exp_avg_sqs": tensors(state, positive=True),
     }  # fmt: skip
     if masters:
@@ -75,6 +77,8 @@ def run_op(call: str, lists: Lists, backend: str, adaptive: bool) -> list[Tensor
     own: dict[str, Any] = {"backend": backend, "masters": masters}
     amp: dict[str, Any] = {"grad_scale": torch.full((1,), 2.0).to(device), "found_inf": torch.zeros(1).to(device)}
     mixing: dict[str, Any] = {"first_grads": lists["first_grads"], "gamma": 1.5}
+    if call.endswith(ROUNDED):
+        mixing["rng"] = (1, 2)
     adam: dict[str, Any] = {"exp_avgs": lists["exp_avgs"], "exp_avg_sqs": lists["exp_avg_sqs"], **ADAM}
     if call.endswith(AMSGRAD):
         adam["max_exp_avg_sqs"] = lists["max_exp_avg_sqs"]
@@ -109,7 +113,7 @@ def run_op(call: str, lists: Lists, backend: str, adaptive: bool) -> list[Tensor
 
 def compare(call: str, backend: str, device: str, mode: str, shift: int, adaptive: bool) -> str | None:
     """A message about what is wrong with one call, or None."""
-    lists = inputs(*MODES[mode], shift)
+    lists = inputs(*MODES[mode], shift, call.endswith(ROUNDED))
     expected = run_op(call, moved(lists, "cpu"), "reference", adaptive)
     found = run_op(call, moved(lists, device), backend, adaptive)
     for e, f in zip(expected, found, strict=True):

@@ -140,12 +140,13 @@ RST_HD constexpr int update_packs() {
 // The same where the first state is rounded stochastically, which takes a few registers more.
 template <int N, class T, bool Mixing, bool Master>
 RST_HD constexpr int rounding_blocks() {
-  if (Master || kNeedsMoreRegisters || (N == 2 && Mixing && (sizeof(T) == 2 || kNeedsMoreToRound))) return 1;
+  if (Master || kNeedsMoreRegisters || (N == 2 && (kNeedsMoreToRound || (Mixing && sizeof(T) == 2)))) return 1;
   return update_blocks<N, T, Mixing, Master>();
 }
 template <class Rule, int N, class T, bool Mixing, bool Master>
 RST_HD constexpr int rounding_packs() {
-  return kNeedsMoreToRound && !kNeedsMoreRegisters ? 1 : update_packs<Rule, N, T, Mixing, Master>();
+  const bool two_blocks = rounding_blocks<N, T, Mixing, Master>() > 1;
+  return kNeedsMoreToRound && two_blocks ? 1 : update_packs<Rule, N, T, Mixing, Master>();
 }
 
 template <class Rule, int N, class T, class V, int Packs, bool Mixing, bool Master, class Args, class Row,

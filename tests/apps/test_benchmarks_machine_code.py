@@ -61,6 +61,8 @@ def test_loops_of_a_disassembly() -> None:
         ("rst_mix_float64", 24), ("rst_sgd_step_float32", 12), ("rst_sgd_step_float32_momentum_mixing", 24),
         ("rst_sgd_step_bfloat16_master_momentum", 20), ("rst_adam_step_float32_amsgrad", 36),
         ("rst_adam_step_bfloat16_master_amsgrad_mixing", 38), ("rst_lion_step_float16_master", 20),
+        ("rst_adam_step_float32_rounding", 24), ("rst_sgd_step_bfloat16_master_rounding_momentum", 16),
+        ("rst_lion_step_bfloat16_rounding", 10),
     ],
 )  # fmt: skip
 def test_bytes_of_an_element(name: str, expected: int) -> None:

@@ -27,6 +27,7 @@ WORDS = {
     "eta": "eta is 0.0 on rank 0, 0.5 on rank 1", "base": "base is 'sgd' on rank 0, 'adamw' on rank 1",
     "lr": r"param_groups\[0\]\['lr'\] is 0.1 on rank 0, 0.2", "rho": r"\['rho'\] is 0.05 on rank 0, 0.5",
     "momentum": r"'momentum'\] is 0.0 on rank 0, 0.5", "rounding": "stochastic_rounding is True on rank 0, False",
+    "state": "state_dtype is 'None' on rank 0, 'torch.bfloat16' on rank 1",
     "groups": "number of parameter groups is 1 on rank 0, 2", "parameters": "number of parameters is 2 on rank 0, 3",
 }  # fmt: skip
 

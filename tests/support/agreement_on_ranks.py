@@ -55,7 +55,7 @@ def made(how: str, differs: bool) -> RST:
         "seed": {"seed": 7}, "schedule": {"schedule": schedule.linear(0.5, steps=9)}, "p": {"schedule": 0.25},
         "gamma": {"gamma": 2.0}, "match": {"gamma": "match"}, "adaptive": {"adaptive": True}, "eta": {"eta": 0.5},
         "base": {"base": "adamw"}, "lr": {"lr": 0.2}, "rho": {"rho": 0.5}, "momentum": {"momentum": 0.5},
-        "rounding": {"stochastic_rounding": False},
+        "rounding": {"stochastic_rounding": False}, "state": {"state_dtype": torch.bfloat16},
     }  # fmt: skip
     if how == "function":
         options["schedule"] = of_schedule(0.25 if differs else 0.5)
