@@ -138,7 +138,8 @@ void Plan::add_rounding(const py::list& states, const std::vector<int64_t>& indi
         tensors().facts_of(tensor_ref(states[i]).handle, facts) && tensors().describe(facts.dtype, state);
     Tensor& t = table_.tensors[i];
     t.rounds_state = known && state.dtype == DType::BFloat16;
-    const bool served = t.state_dtype == DType::BFloat16 || (t.state_dtype == DType::Float && !t.complex);
+    const bool empty = views_[i][kParam].data == nullptr;  // and so is its master, by which the dtype of state is known
+    const bool served = empty || t.state_dtype == DType::BFloat16 || (t.state_dtype == DType::Float && !t.complex);
     if (t.rounds_state && !served) throw py::value_error("a bfloat16 state beside a dtype that is not served with it");
   }
 }
