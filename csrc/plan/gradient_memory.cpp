@@ -75,6 +75,7 @@ bool Plan::own_gradients() {
       const auto* const impl = *reinterpret_cast<const uint64_t* const*>(grad_handles_[i]);
       if (!has_only(impl, 1, layout.object)) return false;
       const auto* const storage = reinterpret_cast<const uint64_t*>(impl[layout.storage]);
+      if (storage[layout.storage_context] != storage[layout.storage_data]) return false;
       if (!has_only(storage, 1, layout.storage_object)) {
         const auto begin = reinterpret_cast<uintptr_t>(tensor.data[kGrad]);
         shared.push_back({storage, begin, begin + bytes_of(layouts_[i], tensor)});

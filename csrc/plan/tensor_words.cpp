@@ -134,8 +134,15 @@ static void find_references(ImplLayout& found) {
   const size_t storage_words = malloc_usable_size(const_cast<uint64_t*>(storage)) / sizeof(uint64_t);
   found.object = only(words, reinterpret_cast<uint64_t>(tensor.ptr()));
   found.storage_object = only(Words(storage, storage + storage_words), objects);
+  const py::object lent = py::module_::import("torch").attr("from_dlpack")(tensor);
+  const StorageWords own = storage_words_of(tensor), others = storage_words_of(lent);
+  const uint64_t address = own[found.storage_data];
+  int context = found.storage_data + 1;
+  while (context < kStorageWordsRead && !(own[context] == address && others[context] != address)) ++context;
   const bool is_one_bit = bit != 0 && (bit & (bit - 1)) == 0 && (one & bit) == 0;
   if (!is_one_bit || words[kReferences] != (one | bit) || found.object == 0 || found.storage_object == 0) return;
+  if (context == kStorageWordsRead) return;
+  found.storage_context = context;
   found.references = kReferences;
   found.one_reference = one;
   found.object_bit = bit;

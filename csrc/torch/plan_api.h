@@ -64,6 +64,9 @@ struct ImplLayout {
   // Python object, which is a reference of its own; and where that object is. `references` is 0 if this is not known.
   int references = 0, object = 0, storage_object = 0;
   uint64_t one_reference = 0, object_bit = 0;
+  // In a StorageImpl: what its memory is freed by. That is the address, where torch has allocated it for this tensor,
+  // and an object of its own where the memory is that of somebody else: NumPy's, DLPack's, a file's, another process's.
+  int storage_context = 0;
 };
 
 // Called with the gradient of the parameter at `index` while it is in the cache; after false it is not called again.

@@ -109,9 +109,27 @@ def serving(params: Iterable[Tensor]) -> list[Tensor]:
     for storage, pieces in sharing.items():  # FSDP2 cuts the gradients of a module from one storage
         pieces.sort(key=lambda piece: piece[:2])
         apart = all(a[1] <= b[0] for a, b in zip(pieces, pieces[1:], strict=False))
-        if apart and _storage_Use_Count(storage) == _VIEWED_ONCE - 1 + len(pieces):
+        bases = _bases_alone([p for *_, p in pieces])
+        if apart and bases is not None and _storage_Use_Count(storage) == _VIEWED_ONCE - 1 + len(pieces) + bases:
             found += [p for *_, p in pieces]
     return found
+
+
+def _bases_alone(params: list[Tensor]) -> int | None:
+    """How many tensors the gradients are views of, as autograd notes them; None if something else has one of those."""
+    views: dict[int, int] = defaultdict(int)
+    grads = [local(p.grad) for p in params if p.grad is not None]
+    for g in grads:
+        if g._base is not None:
+            views[id(g._base)] += 1
+    for g in grads:
+        if g._base is not None and _references_of_base(g) != (_AS_BASE, _BASE_OF_ONE - 1 + views[id(g._base)], 0):
+            return None
+    return len(views)
+
+
+def _references_of_base(g: Tensor) -> tuple[int, int, int]:
+    return sys.getrefcount(g._base), g._base._use_count(), getweakrefcount(g._base)  # type: ignore[union-attr]
 
 
 def _only_here(p: Tensor) -> bool:
@@ -132,7 +150,7 @@ def _fits(g: Tensor, w: Tensor) -> bool:
     return (
         type(w) in PLAIN
         and (g.dtype, g.device, g.shape, g.layout) == (w.dtype, w.device, w.shape, torch.strided)
-        and not (g.is_conj() or g.is_neg() or g.requires_grad)
+        and not (g.is_conj() or g.is_neg() or g.requires_grad or g.is_inference())
         and all(a == b for a, b, size in zip(g.stride(), w.stride(), g.shape, strict=True) if size > 1)
         and _is_dense(g)
     )
@@ -143,9 +161,19 @@ def _is_dense(t: Tensor) -> bool:
 
 
 def _storage_alone(g: Tensor) -> int | None:
-    """The address of its StorageImpl, if no Python object of that is somewhere else."""
+    """The address of its StorageImpl, if no Python object of that is somewhere else and torch has allocated its memory:
+    that of NumPy, DLPack, files and other processes is seen by whoever lent it."""
     storage = g.untyped_storage()
-    return storage._cdata if sys.getrefcount(storage) == _AS_STORAGE and not getweakrefcount(storage) else None
+    if sys.getrefcount(storage) != _AS_STORAGE or getweakrefcount(storage):
+        return None
+    lent = not storage.resizable() or (g.is_cpu and storage.is_shared())
+    return None if lent else storage._cdata
+
+
+def _references_of_storage(g: Tensor) -> tuple[int, int]:
+    """As ``_storage_alone`` counts them: Python 3.14 does not count the variables of the function that asks."""
+    storage = g.untyped_storage()
+    return sys.getrefcount(storage), _storage_Use_Count(storage._cdata)
 
 
 class _Example:
@@ -155,10 +183,11 @@ class _Example:
         self.p = torch.nn.Parameter(torch.empty(1, device="cpu"))
         self.p.grad = torch.empty(1, device="cpu")
         self.attribute = torch.empty(1, device="cpu")
+        self.view = torch.empty(1, device="cpu").view(1)
 
 
 _example = _Example()
 _AS_GRAD, _AS_ATTRIBUTE = sys.getrefcount(_example.p.grad), sys.getrefcount(_example.attribute)
-_storage = _example.attribute.untyped_storage()
-_AS_STORAGE, _VIEWED_ONCE = sys.getrefcount(_storage), _storage_Use_Count(_storage._cdata)
-del _example, _storage
+_AS_STORAGE, _VIEWED_ONCE = _references_of_storage(_example.attribute)
+_AS_BASE, _BASE_OF_ONE, _ = _references_of_base(_example.view) if _KNOWN else (0, 0, 0)
+del _example

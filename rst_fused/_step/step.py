@@ -31,15 +31,28 @@ def perturb(opt: StepOptimizer, compiling: bool = False) -> None:
     # In a graph, random bits and hyperparameters on the GPU must stay there, which those of a plan do not.
     if capturing or not opt._plans.perturb(opt):
         validation.check_phase(opt, updating=False)
-        gradient_memory.choose(opt)
-        again = not capturing and not opt._plans.measured
-        if not (again and opt._plans.renew(opt, for_update=False) and opt._plans.perturb(opt)):
-            measured = not capturing and opt._plans.measured
-            if measured:
-                opt._plans.drop()
-            dispatch.perturb(opt, measured)
-        state.swaps = frozenset()
+        try:
+            gradient_memory.choose(opt)
+            if capturing or opt._plans.measured or not _perturb_by_new_plan(opt):
+                measured = not capturing and opt._plans.measured
+                if measured:
+                    opt._plans.drop()
+                dispatch.perturb(opt, measured)
+        finally:  # the gradients of another call are others
+            state.swaps = frozenset()
     drop_copies(opt)
+
+
+def _perturb_by_new_plan(opt: StepOptimizer) -> bool:
+    state, plans = opt._step_state, opt._plans
+    if not plans.renew(opt, for_update=False):
+        return False
+    if plans.perturb(opt):
+        return True
+    if not state.swaps or plans.measured:
+        return False
+    state.swaps = frozenset()  # a plan sees references that Python cannot count
+    return plans.renew(opt, for_update=False) and plans.perturb(opt)
 
 
 def update(opt: StepOptimizer, compiling: bool = False) -> None:

@@ -107,6 +107,16 @@ def test_amsgrad_moves_the_fewest_bytes(dtype: torch.dtype, simulator: gpu_simul
     check_traffic(simulator, (5 * dtype.itemsize, 4 * dtype.itemsize))
 
 
+@pytest.mark.parametrize("dtype", [F32, F64, *HALVES])
+def test_weights_in_the_place_of_gradients_move_the_bytes_of_a_backup(
+    dtype: torch.dtype, simulator: gpu_simulator.Simulator
+) -> None:
+    p, g = aligned(N, dtype, 3.0), aligned(N, dtype, 2.0)
+    ops.perturb_([p], [g], [g], torch.tensor([1.0, 1.0, 0, 0, 0, 1.0], dtype=F64), rho=0.5, backend="simulated")
+    check_traffic(simulator, (2 * dtype.itemsize, 2 * dtype.itemsize))
+    assert p.unique().tolist() == [4.0] and g.unique().tolist() == [3.0]
+
+
 def check_traffic(simulator: gpu_simulator.Simulator, expected: tuple[int, int]) -> None:
     assert len(simulator.launches) == 1
     _, blocks, _, counted = simulator.launches[0]

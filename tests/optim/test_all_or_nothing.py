@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from interrupts import Interrupt
-from optimizer_cases import PROBLEM
+from optimizer_cases import PROBLEM, hold
 from oracle_optimizer import BACKENDS
 from paths import every_executor, observed
 from torch import nn
@@ -35,6 +35,7 @@ CASES: dict[str, dict[str, Any]] = {
     "masters": {"base": "adamw", "master_weights": True, "dtype": torch.bfloat16},
     "two calls": {"groups": ({"momentum": 0.0}, {"momentum": 0.9})},  # groups that one call cannot serve
     "two calls of adam": {"base": "adam", "groups": ({"maximize": True}, {}), "gamma": 2.0},
+    "held": {"momentum": 0.9, "held": True},  # some gradients are, and weights go to backups
     "instance": {"instance": torch.optim.SGD},
     "instance mixed": {"instance": torch.optim.Adam, "gamma": 2.0},
 }
@@ -46,6 +47,8 @@ def make(case: str, backend: str, **more: Any) -> tuple[list[nn.Parameter], RST]
     options = {"schedule": 1.0, "rho": 0.5, "lr": 0.05, "backend": backend, **CASES[case], **more}
     params = PROBLEM.parameters(options.pop("dtype", torch.float32))
     given: Any = params
+    if options.pop("held", False):
+        hold(params[1::2])
     if "groups" in options:
         first, second = options.pop("groups")
         given = [{"params": params[:2], **first}, {"params": params[2:], **second}]

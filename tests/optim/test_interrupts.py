@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from interrupts import Interrupt
+from optimizer_cases import hold
 from oracle_optimizer import BACKENDS, Problem, bits
 from torch import nn
 
@@ -21,6 +22,7 @@ CASES: dict[str, dict[str, Any]] = {
     "masters": {"base": "adamw", "master_weights": True, "dtype": torch.bfloat16},
     "flags": {"momentum": 0.9, "dampening": 0.5},  # no launch plan
     "instance": {"instance": True, "gamma": 2.0},
+    "held": {"momentum": 0.9, "lr": 0.05, "held": True},
 }
 FORMS = [(case, "closure") for case in CASES] + [("sgd", "two phases"), ("masters", "two phases")]
 MOST = 150  # stops per run: in longer ones, where plain torch repeats its lines for each parameter, not at every line
@@ -30,6 +32,8 @@ def started(case: str, backend: str) -> tuple[list[nn.Parameter], RST]:
     """An optimizer after its first step."""
     options = {"schedule": 1.0, "rho": 0.5, "backend": backend, **CASES[case]}
     params = PROBLEM.parameters(options.pop("dtype", torch.float32))
+    if options.pop("held", False):
+        hold(params[:1])  # whose weights go to a backup
     if options.pop("instance", False):
         opt = RST(base=torch.optim.SGD(params, lr=0.05, momentum=0.9), **options)
     else:
@@ -71,7 +75,7 @@ def test_interrupt_at_every_line(case: str, form: str, backend: str) -> None:
         where = f"line {stop} of {count}"
         assert not ended, where
         assert all(b in pair for b, pair in zip(bits(params), allowed, strict=True)), where
-        assert not opt._step_state.perturbed, where
+        assert not opt._step_state.perturbed and not opt._step_state.swaps, where
         opt.zero_grad()
         opt.step(lambda params=params: PROBLEM.backward(params, 2))
         assert all(p.isfinite().all() for p in params), where

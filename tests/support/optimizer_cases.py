@@ -22,6 +22,7 @@ MODES: dict[str, dict[str, Any]] = {
     "bfloat16-state": {"base": "lion", "lr": 0.01, "gamma": 2.0, "state_dtype": torch.bfloat16},
     "flags": {"momentum": 0.9, "dampening": 0.5},  # no launch plan
     "instance": {"instance": True},
+    "held": {"momentum": 0.9, "lr": 0.05, "held": True},  # some gradients are, and weights go to backups
 }
 every_mode = pytest.mark.parametrize("mode", MODES)
 SHAPES = [(5,), (3, 4), (0,), (33,), ()]
@@ -52,9 +53,18 @@ GROUPS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 def make(mode: str, backend: str, **more: Any) -> tuple[list[nn.Parameter], RST]:
     options = {"schedule": 1.0, "rho": 0.5, **MODES[mode], **more}
     params = PROBLEM.parameters(options.pop("dtype", torch.float32))
+    if options.pop("held", False):
+        hold(params[1::2])
     if options.pop("instance", False):
         return params, RST(base=torch.optim.SGD(params, lr=0.05, momentum=0.9), backend=backend, **options)
     return params, RST(params, backend=backend, **options)
+
+
+def hold(params: list[nn.Parameter]) -> None:
+    """The last gradient of each is in another place than p.grad, too."""
+    held: dict[int, Any] = {}
+    for i, p in enumerate(params):
+        p.register_post_accumulate_grad_hook(lambda p, i=i: held.__setitem__(i, p.grad))  # type: ignore[misc]
 
 
 def everything(params: list[nn.Parameter], opt: RST) -> Any:

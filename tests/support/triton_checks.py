@@ -84,6 +84,21 @@ def test_bytes_per_parameter_and_16_byte_accesses(
     assert launch["st_bytes"] - wide["st"] <= (sums if op == "grad_norm" else 0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_weights_in_the_place_of_gradients_move_the_bytes_of_a_backup(dtype: torch.dtype) -> None:
+    n = 2 * CHUNK
+    p, g = torch.full((n,), 3.0, dtype=dtype), torch.full((n,), 2.0, dtype=dtype)
+    assert p.data_ptr() % 16 == g.data_ptr() % 16 == 0
+    executed_ptx.launches.clear()
+    stats = torch.tensor([1.0, 1.0, 0, 0, 0, 1.0], dtype=torch.float64)
+    ops.perturb_([p], [g], [g], stats, rho=0.5, backend="triton")
+    (launch,) = executed_ptx.launches
+    wide = {kind: 16 * launch[f"{kind}_width"].get(16, 0) for kind in ("ld", "st")}
+    assert wide == {"ld": 2 * n * dtype.itemsize, "st": 2 * n * dtype.itemsize}
+    assert launch["ld_bytes"] - wide["ld"] <= n // CHUNK * HEADER and launch["st_bytes"] == wide["st"]
+    assert p.unique().tolist() == [4.0] and g.unique().tolist() == [3.0]
+
+
 def test_state_beside_masters_moves_in_16_bytes() -> None:
     """16-bit gradients and parameters then move 8 bytes at a time, and nothing passes through shared memory."""
     launch = run_aligned("restore_adam_step_", torch.bfloat16, ("masters",), {}, 2 * CHUNK)

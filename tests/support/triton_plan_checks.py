@@ -39,9 +39,11 @@ BASES: dict[str, dict[str, Any]] = {
 
 
 class Run:
-    """An optimizer with its parameters, and the gradients of its steps."""
+    """An optimizer with its parameters, and the gradients of its steps: held by the run, so that weights go to backups,
+    or ``own`` ones, where weights take the place of a gradient."""
 
-    def __init__(self, base: str = "sgd", groups: bool = False, **more: Any) -> None:
+    def __init__(self, base: str = "sgd", groups: bool = False, own: bool = False, **more: Any) -> None:
+        self.own = own
         options = {"rho": 0.5, "schedule": 0.0, **BASES[base], **more}
         dtype = options.pop("dtype", torch.float32)
         generator = torch.Generator().manual_seed(0)
@@ -56,7 +58,8 @@ class Run:
         generator = torch.Generator().manual_seed(seed)
         for i, p in enumerate(self.params):
             memory = self.memory.setdefault((seed % 2, i, p.shape, p.dtype), torch.empty(p.shape, dtype=p.dtype))
-            p.grad = memory.copy_(torch.randn(p.shape, generator=generator))
+            values = torch.randn(p.shape, generator=generator)
+            p.grad = values.to(p.dtype) if self.own else memory.copy_(values)
 
     def step(self, t: int, sam: bool = True, between: Callable[[Run], Any] = lambda run: None) -> None:
         self.gradients(2 * t)
@@ -90,8 +93,41 @@ def test_same_bits_as_the_ops(base: str, groups: bool) -> None:
     assert all(run.planned)
 
 
+@pytest.mark.parametrize("plans", [True, False], ids=["plan", "ops"])
+@pytest.mark.parametrize("base", [name for name in BASES if "mixed" not in name])
+def test_weights_in_gradients_have_the_bits_of_those_in_backups(base: str, plans: bool) -> None:
+    runs = Run(base, own=True), Run(base)
+    with nullcontext() if plans else no_plans():
+        for run in runs:
+            for t, sam in enumerate((True, False, True, True)):
+                run.step(t, sam)
+                assert not run.opt._step_state.saved
+            assert all(run.planned) == plans
+    own, held = (observed(run.params, run.opt) for run in runs)
+    assert own == held
+    assert [len(run.opt._step_state.backups) for run in runs] == [0, len(SHAPES)]
+
+
+def test_some_gradients_are_held() -> None:
+    """Those keep their bits, and their parameters have backups; in another step others are held."""
+    run, twin = Run(own=True), Run()
+    for t in range(4):
+        run.gradients(2 * t)
+        held = {i: run.params[i].grad.clone() for i in (t % 2, 3)}  # type: ignore[union-attr]
+        kept = {i: run.params[i].grad for i in held}
+        run.opt.perturb(True)
+        run.gradients(2 * t + 1)
+        run.opt.step()
+        assert all(torch.equal(kept[i], held[i]) for i in held)  # type: ignore[arg-type]
+        assert {i for i, p in enumerate(run.params) if p in run.opt._step_state.backups} >= set(held)
+        twin.step(t)
+        assert bits(run.params) == bits(twin.params)
+    assert run.params[4] not in run.opt._step_state.backups
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["held gradients", "own gradients"])
 @pytest.mark.parametrize("base", ["sgd", "masters-mixed"])
-def test_a_perturbation_that_is_abandoned(base: str) -> None:
+def test_a_perturbation_that_is_abandoned(base: str, own: bool) -> None:
     def play(run: Run) -> None:
         run.step(0)
         before = bits(run.params)
@@ -101,7 +137,7 @@ def test_a_perturbation_that_is_abandoned(base: str) -> None:
         assert bits(run.params) == before
         run.step(2)
 
-    assert all(both(lambda: Run(base), play).planned)
+    assert all(both(lambda: Run(base, own=own), play).planned)
 
 
 @pytest.mark.parametrize(("scale", "overflow"), [(8.0, 0.0), (8.0, 1.0)])
@@ -201,13 +237,14 @@ def test_a_change_between_steps_is_noticed(change: str) -> None:
     ["data elsewhere", "state elsewhere", "state moved in place", "state transposed in place", "state gone",
      "state of one gone", "another lr", "another rho", "nesterov", "frozen"],
 )  # fmt: skip
-def test_a_change_between_the_passes_is_noticed(change: str) -> None:
+@pytest.mark.parametrize("own", [False, True], ids=["held gradients", "own gradients"])
+def test_a_change_between_the_passes_is_noticed(own: bool, change: str) -> None:
     def play(run: Run) -> None:
         run.step(0)
         run.step(1, between=CHANGES[change])
         run.step(2)
 
-    both(Run, play)
+    both(lambda: Run(own=own), play)
 
 
 def test_parameters_that_change_their_groups_in_place() -> None:
