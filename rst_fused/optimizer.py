@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ from rst_fused._step import (
     columns,
     earlier_gradients,
     outside_of_graphs,
+    release,
     state_dtypes,
     step,
     validation,
@@ -79,6 +80,9 @@ class RST(SavedOptimizer):
         process_group: the ranks that take the same steps, which they check: "auto" (all, where torch.distributed runs
             at the first draw), a ProcessGroup, or None (this process alone).
         m_sharpness: under DistributedDataParallel (``model``) each rank perturbs by its own gradient; see first_pass().
+        release_gradients: update parameters within the last backward of a step, a few MB at a time, and free their
+            gradients there: a SAM step then needs no more memory than a base step. docs/release_gradients.md says what
+            it excludes (max_grad_norm, GradScaler, DistributedDataParallel, ...) and what an exception leaves.
 
     Errors: ValueError or TypeError names the argument, what was given and what was expected, before anything changes.
 
@@ -107,6 +111,7 @@ class RST(SavedOptimizer):
         max_grad_norm: float | None = None,
         process_group: Any = "auto",
         m_sharpness: bool = False,
+        release_gradients: bool = False,
         **hyper: Any,
     ) -> None:
         self.base: Optimizer | None = base if isinstance(base, Optimizer) else None  # the instance given as base, or
@@ -115,6 +120,9 @@ class RST(SavedOptimizer):
         check_number("eta", eta, 0)
         self._reset(StepState())
         self._gamma_follows_schedule = False
+        self.release_gradients, self._releases = as_flag("release_gradients", release_gradients), release.Releases()
+        if self.release_gradients:
+            release.check_options(self.base, m_sharpness)
         self.process_group, self.m_sharpness = process_group, as_flag("m_sharpness", m_sharpness)
         self.schedule, self.gamma = schedule, gamma
         self.max_grad_norm = max_grad_norm
@@ -184,6 +192,7 @@ class RST(SavedOptimizer):
         else:
             super().add_param_group(param_group)
         self._set_devices(self._devices)
+        release.watch(self)
 
     # --- the step ---------------------------------------------------------------------------------------------------
     def draw(self) -> bool:
@@ -193,6 +202,7 @@ class RST(SavedOptimizer):
         it also frees what FSDP2 has gathered.
         """
         self._adopt()
+        self._step_state.unasked_at = -1
         validation.check_rho(self)
         validation.check_hyperparams(self)
         self._opt_called = True  # to LR schedulers, which would warn: a compiled step cannot say that it was called
@@ -221,8 +231,10 @@ class RST(SavedOptimizer):
         fire = drawn if fire is None else bool(fire)
         if self.m_sharpness:
             local.check_perturb(self, fire)
+        self._step_state.unasked_at = -1
         if not fire:
             return False
+        release.check_perturb(self)
         try:
             step.perturb(self)
         except BaseException as error:
@@ -231,8 +243,8 @@ class RST(SavedOptimizer):
         return True
 
     def _perturb_in_graph(self, fire: bool | None) -> Any:
-        if fire is None:
-            return outside_of_graphs.call["perturb"](self)
+        if fire is None or self.release_gradients:
+            return outside_of_graphs.call["perturb"](self, fire)
         self._refuse_while_perturbed("perturb")
         if not fire:
             return False
@@ -243,7 +255,7 @@ class RST(SavedOptimizer):
         state = self._step_state
         # Dynamo knows a tensor by where it sees it first, and as the key of a dict makes it a constant of the graph.
         _ = [p for group in self.param_groups for p in group["params"]]
-        if state.finished or closure is not None or state.is_kept_by_plan():
+        if state.finished or closure is not None or self.release_gradients or state.is_kept_by_plan():
             return outside_of_graphs.call["step"](self, closure)
         step.update(self, compiling=True)
         return None
@@ -265,6 +277,8 @@ class RST(SavedOptimizer):
         if state.perturbed and state.captured != self.capturing:
             raise RuntimeError("perturb() and step() must both be inside the capture of a CUDA graph, or both outside")
         try:  # around everything: an interrupt may strike anywhere
+            if self.release_gradients:
+                release.check_step(self)
             if closure is None and not state.perturbed and without_draw.only_creates_state(self):
                 return None
             loss = None if closure is None else self._passes(closure)
@@ -311,8 +325,15 @@ class RST(SavedOptimizer):
             validation.explain(error)
             raise
 
+    def accumulate_gradients(self) -> AbstractContextManager[None]:
+        """With release_gradients=True, around every backward of a pass but the last one (of micro-batches, or
+        of several losses): within, gradients add up in p.grad, and none is released."""
+        return release.keeping(self)
+
     def _restore_after(self, error: BaseException) -> None:
         """restore(), while ``error`` is handled. That one is raised, whatever fails here, and says so."""
+        if done := release.progress(self):
+            validation.add_note(error, done)
         try:
             self._plans.take_back()
             self.restore()
@@ -320,9 +341,10 @@ class RST(SavedOptimizer):
             validation.add_note(error, f"the weights could not be brought back: {second}")
 
     def restore(self) -> None:
-        """Abandons a perturbation: the weights are bit for bit those before perturb(). No update, no step counted."""
+        """Abandons a step: the weights are bit for bit those before perturb(). No update, no step counted. Parameters
+        that release_gradients=True has updated already stay so."""
         compiling = is_compiling()
-        if compiling and self._step_state.is_kept_by_plan():
+        if compiling and (self.release_gradients or self._step_state.is_kept_by_plan()):
             outside_of_graphs.call["restore"](self)
         else:
             step.restore(self, compiling)

@@ -16,7 +16,7 @@ from rst_fused.optimizer import RST
 _FUSED = {getattr(torch.optim, rule.twin): rule for rule in RULES.values() if rule.twin is not None}
 _OWN = (  # of RST, not of the base
     "eta", "seed", "backend", "model", "master_weights", "stochastic_rounding", "process_group", "m_sharpness",
-    "state_dtype",
+    "state_dtype", "release_gradients",
 )  # fmt: skip
 
 

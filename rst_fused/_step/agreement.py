@@ -48,7 +48,7 @@ def check_group(given: Any) -> Any:
     raise TypeError(f"process_group={given!r}: expected 'auto', None or a torch.distributed.ProcessGroup{hint}")
 
 
-def _group_of(given: Any) -> Any:
+def group_of(given: Any) -> Any:
     """The group of the ranks that take the same steps; None where this process is alone."""
     if given is None or not (dist.is_available() and dist.is_initialized()):
         return None
@@ -285,7 +285,7 @@ def check(opt: Any, t: int, p: float, gamma: float, has_data: bool = True) -> No
     """At a draw, from StepState.check_at on. Raises RuntimeError, before anything changes, unless the ranks agree."""
     state = opt._step_state
     if state.agreement is None:
-        group = _group_of(opt.process_group)
+        group = group_of(opt.process_group)
         if group is None:
             state.check_at = math.inf
             return

@@ -34,6 +34,8 @@ class StepOptimizer(Optimizer):
     _model: torch.nn.Module | None
     _process_group: Any = "auto"
     m_sharpness: bool = False
+    release_gradients: bool = False
+    _releases: Any  # rst_fused._step.release.Releases
     _plans: Any  # rst_fused._step.plan.PlanCache
     _devices: list[DeviceState]
     _sharding: Sharding
@@ -112,6 +114,11 @@ class StepOptimizer(Optimizer):
     def max_grad_norm(self, given: float | None) -> None:
         if given is not None:
             check_number("max_grad_norm", given, 0)
+            if self.release_gradients:
+                raise ValueError(
+                    f"max_grad_norm={given!r} with release_gradients=True: the norm that is clipped takes all "
+                    "gradients at once; expected None, or release_gradients=False"
+                )
         self._max_grad_norm = None if given is None else float(given)
 
     @property

@@ -197,16 +197,18 @@ class Columns:
 
 
 def gather(
-    opt: StepOptimizer, indices: Iterable[int], updating: bool, masters_only: bool, device: DeviceState
-) -> Columns:
-    """The columns of the given groups: parameters on one device, with a master copy or those without."""
+    opt: StepOptimizer, indices: Iterable[int], updating: bool, masters_only: bool, device: DeviceState,
+    only: list[list[Tensor]] | None = None,
+) -> Columns:  # fmt: skip
+    """The columns of the given groups: parameters on one device, with a master copy or those without; of each group
+    all, or those in ``only``."""
     out = Columns()
-    only = None if len(opt._devices) == 1 else str(device.device)
+    where = None if len(opt._devices) == 1 else str(device.device)
     for i in indices:
-        group = opt.param_groups[i]
+        group = opt.param_groups[i] if only is None else {**opt.param_groups[i], "params": only[i]}
         c = Columns()
         # Dynamo fills the lists of a call to _init_group only if they are empty, so each group has its own.
-        opt._init_group(group, updating, masters_only, only, *c.lists)
+        opt._init_group(group, updating, masters_only, where, *c.lists)
         if opt._sharding.dtensors:  # settled already, unless this is a graph
             c.grads[:] = [settled(p, g) for p, g in zip(c.params, c.grads, strict=True)]
         c.rows = [(group, new) for new in c.is_first_step]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from itertools import product, repeat
 from typing import Any
@@ -25,7 +25,7 @@ from rst_fused._step.validation import is_usable, names_of_lost, still_fits
 
 Call = tuple[Callable[..., Any], tuple[Any, ...]]  # an op and its arguments
 _RUN = operator.methodcaller("__call__")
-_set_grad: Any = vars(torch._C.TensorBase)["grad"].__set__
+set_grad: Any = vars(torch._C.TensorBase)["grad"].__set__
 
 
 def run_together(calls: Iterable[Callable[[], Any]]) -> None:
@@ -121,7 +121,7 @@ def _perturb_and_note(
         return
     versions = [p._version for p in params]
     calls: list[partial[Any]] = [
-        partial(deque, map(_set_grad, swapped, repeat(None)), 0), partial(getattr(op, "_op", op), *arguments),
+        partial(deque, map(set_grad, swapped, repeat(None)), 0), partial(getattr(op, "_op", op), *arguments),
         partial(torch._C._increment_version, with_locals(owners)),
     ]  # fmt: skip
     try:
@@ -134,9 +134,13 @@ def _perturb_and_note(
 
 
 @torch.no_grad()
-def update(opt: StepOptimizer, scaling: Scaling, after: dict[str, Any]) -> None:
+def update(
+    opt: StepOptimizer, scaling: Scaling, after: dict[str, Any], only: list[list[Tensor]] | None = None,
+    others: list[Call] | None = None,
+) -> None:  # fmt: skip
     """Restore, mix and base step, in one op per set of groups that agree in all flags; then the step state is
-    ``after``."""
+    ``after``. ``only``: of each group, these parameters. ``others``: calls in place of those that count their steps and
+    bring back the weights of parameters without gradient."""
     rule, state = opt.rule, opt._step_state
     assert rule is not None
     if not is_compiling():
@@ -152,7 +156,7 @@ def update(opt: StepOptimizer, scaling: Scaling, after: dict[str, Any]) -> None:
     for flags, indices in columns.partition(opt):
         assert flags is not None
         for device, kind in product(opt._devices, columns.master_kinds(opt)):
-            c = columns.gather(opt, indices, True, kind, device)
+            c = columns.gather(opt, indices, True, kind, device, only)
             if not c.params:
                 continue
             if c.steps and c.steps[0].is_cpu and not is_compiling() and opt.capturing:
@@ -170,10 +174,11 @@ def update(opt: StepOptimizer, scaling: Scaling, after: dict[str, Any]) -> None:
             if c.steps:
                 counts.append((torch._foreach_add_, (c.steps, _increments(c.steps, scaling.found_inf))))
             new += c.of_first_steps()
-    done = {p for params in updated for p in params}
-    left = {p: w for p, w in state.saved.items() if p not in done}
-    restores = _restore_calls(opt, left) if state.perturbed else []
-    _commit(opt, updates, updated, [*restores, *counts], after)
+    if others is None:
+        done = {p for params in updated for p in params}
+        left = {p: w for p, w in state.saved.items() if p not in done}
+        others = [*(restore_calls(opt, left) if state.perturbed else []), *counts]
+    _commit(opt, updates, updated, others, after)
     if new and scaling.found_inf is not None and bool((scaling.found_inf != 0).any()):
         for p in new:  # the step was skipped: the first one that counts starts these buffers, undampened
             for name in rule.states:
@@ -211,6 +216,8 @@ def _commit(
         run_together(queue)
     except BaseException:
         at = len(calls) - len(list(queue)) - 1  # the one that was interrupted
+        if at < 0:
+            raise
         done: list[Tensor] = []
         if at < len(updates):
             written = zip(updated[at], locals_of(updated[at]), versions[at], strict=True)
@@ -238,7 +245,7 @@ def restore(opt: StepOptimizer, after: dict[str, Any], mixing: bool = False) -> 
         state.take_first_grads()
     saved = state.saved_now() if is_compiling() else state.take_saved()
     lost = [] if is_compiling() else names_of_lost(opt)
-    for op, arguments in _restore_calls(opt, saved, mixing):
+    for op, arguments in restore_calls(opt, saved, mixing):
         op(*arguments)
     bump_versions(with_locals(list(state.saved)))
     firsts, elsewhere = state.first_grads, state.holds_first_grads_elsewhere()
@@ -251,7 +258,7 @@ def restore(opt: StepOptimizer, after: dict[str, Any], mixing: bool = False) -> 
         )
 
 
-def _restore_calls(opt: StepOptimizer, saved: dict[Tensor, Tensor], mixing: bool = False) -> list[Call]:
+def restore_calls(opt: StepOptimizer, saved: Mapping[Tensor, Tensor], mixing: bool = False) -> list[Call]:
     """w <- its backup or master, for these parameters."""
     calls: list[Call] = []
     firsts = opt._step_state.first_grads

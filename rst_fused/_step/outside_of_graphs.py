@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 _REASONS = {
-    "perturb": "perturb() under torch.compile(fullgraph=True): pass fire=opt.draw(), evaluated outside the graph",
+    "perturb": "perturb() under torch.compile(fullgraph=True): pass fire=opt.draw(), evaluated outside the graph; with "
+    "release_gradients=True call it outside",
     "step": "step() under torch.compile(fullgraph=True): no closure, and opt.draw() outside before every step; "
-    "compile perturb() too, for what it keeps to be in reach of the graph",
+    "compile perturb() too, for what it keeps to be in reach of the graph; with release_gradients=True call it outside",
     "restore": "restore() under torch.compile(fullgraph=True): call opt.restore() outside of the graph, or compile "
     "perturb() too, for what it keeps to be in reach of the graph",
 }

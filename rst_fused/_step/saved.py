@@ -6,7 +6,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from rst_fused._step import placeholders
+from rst_fused._step import placeholders, release
 from rst_fused._step import state_dict as saving
 from rst_fused._step.base import StepOptimizer
 from rst_fused._step.devices import DeviceState, device_states_for
@@ -44,6 +44,11 @@ class SavedOptimizer(StepOptimizer):
         if self._step_state.perturbed:
             raise RuntimeError(
                 f"{what} while the weights are perturbed: call step() after the second backward, or restore() to undo"
+            )
+        if self._step_state.released and what != "perturb":
+            raise RuntimeError(
+                f"{what} in the middle of a step, whose backward has updated parameters (release_gradients=True): call "
+                "step() first, or restore() to abandon the step"
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -89,5 +94,7 @@ class SavedOptimizer(StepOptimizer):
             self._reset(StepState(*counts))
             self._adopt()
             self._set_devices([])
+            self._releases = release.Releases()
+            release.watch(self)
             self._devices[0].stats[: len(stats)].copy_(stats)  # older ones have fewer numbers
             placeholders.note_zeros(self)

@@ -33,6 +33,7 @@ class StepState:
         self.drawn_at = -1  # the step for which drawn and gamma hold
         self.drawn = False
         self.gamma = 1.0
+        self.unasked_at = -1  # the step for which a backward asked, to release gradients, and nobody else
         self.mixes = False  # gamma != 1, found outside of a compiled perturb, which must not depend on gamma itself
         # --- the other ranks (rst_fused._step.agreement, m_sharpness)
         self.check_at: float = 0  # the step from which on a look at them is due
@@ -46,6 +47,10 @@ class StepState:
         # Perturbed parameter: its backup, its master copy, or what was its gradient; or SavedByPlan of a launch plan.
         self.saved: Mapping[Tensor, Tensor] = {}
         self.swaps: frozenset[int] = frozenset()  # while perturb decides that: see rst_fused._step.gradient_memory
+        # Parameters that are updated within the backward (rst_fused._step.release), of this step so far: complete
+        # gradients, with the stream that each came on, of which this dictionary alone changes in place; and updates.
+        self.waiting: dict[Tensor, Any] = {}
+        self.released: dict[Tensor, None] = {}
         self.first_grads: Any = {}  # by parameter; or those that a launch plan keeps, in the order of `saved`
         # --- kept from step to step
         self.backups: dict[Tensor, Tensor] = {}  # of parameters whose gradient cannot keep the weights
@@ -55,9 +60,8 @@ class StepState:
     def count(self) -> None:
         """Adds the finished step to the counters. A compiled step only sets flags: a count would be one graph more."""
         if self.finished:
-            self.steps += 1
-            self.sam_steps += self.was_sam
-            self.finished = False
+            # In one statement, within which no interrupt finds the step counted twice.
+            self.steps, self.sam_steps, self.finished = self.steps + 1, self.sam_steps + self.was_sam, False
 
     def after_step(self, counts: bool = True) -> dict[str, Any]:
         """The fields that change when the step is done; one that was captured into a CUDA graph does not count."""

@@ -48,7 +48,9 @@ def completed(opt: StepOptimizer, saved: dict[str, Any]) -> dict[str, Any]:
 
 def for_pickle(opt: StepOptimizer) -> dict[str, Any]:
     """The attributes that outlive the process, and the stats of the first device; backends are chosen again."""
-    transient = ("_plans", "_devices", "_sharding", "_step_state", "step", "_warned_capturable_if_run_uncaptured")
+    transient = (
+        "_plans", "_devices", "_sharding", "_step_state", "_releases", "step", "_warned_capturable_if_run_uncaptured"
+    )  # fmt: skip
     kept = {k: v for k, v in vars(opt).items() if k not in transient and not k.startswith("_optimizer_")}
     if kept.get("_process_group") != "auto":
         kept["_process_group"] = None  # a group belongs to this process

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rst_fused._step import agreement, amp, dispatch, first_grads, gradient_memory, m_sharpness, validation
+from rst_fused._step import agreement, amp, dispatch, first_grads, gradient_memory, m_sharpness, release, validation
 from rst_fused._step.base import StepOptimizer
 from rst_fused._step.clipping import clipped
 from rst_fused._step.copies import drop_copies
@@ -78,6 +78,9 @@ def update(opt: StepOptimizer, compiling: bool = False) -> None:
 
 
 def _update(opt: StepOptimizer) -> None:
+    if opt.release_gradients:
+        release.finish(opt)
+        return
     state, scaling = opt._step_state, amp.scaling(opt)
     capturing = opt.capturing
     after = state.after_step(counts=not capturing)
@@ -100,6 +103,8 @@ def _update(opt: StepOptimizer) -> None:
 def restore(opt: StepOptimizer, compiling: bool = False) -> None:
     """Abandons a perturbation."""
     state = opt._step_state
+    if state.released or state.waiting:
+        release.abandon(opt)
     if compiling:
         dispatch.restore(opt, AFTER_RESTORE)
     elif state.captured:  # nothing has been perturbed, and no backup written

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -31,8 +31,9 @@ from rst_fused._step.state_dtypes import dtype_of, has_master
 
 _COMMON = (
     "schedule", "gamma", "adaptive", "eta", "seed", "backend", "master_weights", "stochastic_rounding", "process_group",
-    "m_sharpness", "state_dtype",
+    "m_sharpness", "state_dtype", "release_gradients",
 )  # fmt: skip
+Only = Container[Tensor] | None  # the parameters that are looked at; None: all
 
 
 # --- at construction --------------------------------------------------------------------------------------------------
@@ -141,10 +142,11 @@ def check_hyperparams(opt: StepOptimizer) -> None:
             check_current(i, group, opt.rule.numbers)
 
 
-def _named(opt: StepOptimizer) -> Iterator[tuple[str, Tensor]]:
+def _named(opt: StepOptimizer, only: Only = None) -> Iterator[tuple[str, Tensor]]:
     for i, group in enumerate(opt.param_groups):
         for j, p in enumerate(group["params"]):
-            yield f"parameter {j} of group {i}", p
+            if only is None or p in only:
+                yield f"parameter {j} of group {i}", p
 
 
 def has_memory(t: Tensor) -> bool:
@@ -195,10 +197,10 @@ def _check_own(what: str, t: Tensor) -> None:
         )
 
 
-def check_grads(opt: StepOptimizer) -> None:
+def check_grads(opt: StepOptimizer, only: Only = None) -> None:
     """Raises unless every parameter is where it was and every gradient fits it. Partial sums are added up."""
     devices = [state.device for state in opt._devices]
-    for name, p in _named(opt):
+    for name, p in _named(opt, only):
         device = device_of(p)
         if device not in devices:
             made_for = " and ".join(map(str, devices))
@@ -227,18 +229,18 @@ def check_grads(opt: StepOptimizer) -> None:
                 "alike, as backward() leaves them"
             )
         check_same_mesh(f"the gradient of {name}", g, p)
-    for name, p in _named(opt):
+    for name, p in _named(opt, only):
         if p.grad is None:
             continue
         settle_grad(p)
         _check_readable(f"the gradient of {name}", local(p.grad))
 
 
-def check_memory(opt: StepOptimizer) -> None:
+def check_memory(opt: StepOptimizer, only: Only = None) -> None:
     """Raises unless every parameter with a gradient has memory, which no other one shares."""
     if _len_torch_dispatch_stack() > 0:
         return
-    params = [(name, local(p)) for name, p in _named(opt) if p.grad is not None]
+    params = [(name, local(p)) for name, p in _named(opt, only) if p.grad is not None]
     addresses = [p.data_ptr() if has_memory(p) else 0 for _, p in params]
     if addresses == opt._step_state.apart:
         return
@@ -250,10 +252,11 @@ def check_memory(opt: StepOptimizer) -> None:
             f"{params[shared[0]][0]} and {params[shared[1]][0]} share memory: they would be perturbed twice and their "
             "weights lost; tie modules by giving them the same Parameter, before the optimizer is made"
         )
-    opt._step_state.apart = addresses
+    if only is None:
+        opt._step_state.apart = addresses
 
 
-def check_state(opt: StepOptimizer) -> None:
+def check_state(opt: StepOptimizer, only: Only = None) -> None:
     """Raises unless the state of the fused base fits its parameters."""
     rule = opt.rule
     if rule is None:
@@ -261,12 +264,10 @@ def check_state(opt: StepOptimizer) -> None:
     for i, group in enumerate(opt.param_groups):
         names = rule.state_names(group)
         for j, p in enumerate(group["params"]):
-            state = opt.state.get(p) if p.grad is not None else None
-            where = f"parameter {j} of group {i}"
-            if p.grad is not None:
-                check_served(opt, where, p)
-            if not state:
+            if p.grad is None or (only is not None and p not in only):
                 continue
+            where, state = f"parameter {j} of group {i}", opt.state.get(p, {})
+            check_served(opt, where, p)
             for name in (*names, "master") if has_master(opt, p) else names:
                 if name in state:
                     _check_entry(f"state {name!r} of {where}", state[name], p, dtype_of(opt, p, name))

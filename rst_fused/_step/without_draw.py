@@ -22,9 +22,9 @@ def only_creates_state(opt: StepOptimizer) -> bool:
     """
     state = opt._step_state
     t = state.steps + state.finished
-    if state.drawn_at == t or opt.capturing or _len_torch_dispatch_stack() > 0:
+    if (state.drawn_at == t and state.unasked_at != t) or opt.capturing or _len_torch_dispatch_stack() > 0:
         return False
-    if _asks_for_state(opt):
+    if not (state.released or state.waiting) and _asks_for_state(opt):
         _create_state(opt)
         return True
     if state.placeholders:

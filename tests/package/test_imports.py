@@ -44,7 +44,8 @@ STEP_LAYERS = (
     ("amp", "validation", "norm", "copies", "earlier_gradients", "first_grads", "gradient_memory", "memory"),
     ("columns",),
     ("plan", "dispatch", "state_dict", "without_draw"),
-    ("clipping", "saved"),
+    ("clipping", "release"),
+    ("saved",),
     ("step",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
