@@ -8,13 +8,11 @@ torch's CPU allocator has handed out: at most, and after a step, once the gradie
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +41,6 @@ class Mode:
     peer: str | None = None
     dtypes: tuple[str, ...] = ("fp32", "bf16")
 
-    def missing(self) -> str | None:
-        """What RST does not take yet, if anything."""
-        return next((name for name in self.options or {} if name in _OPTIONAL and name not in _arguments()), None)
-
     def predicted(self, element: int) -> dict[str, int] | None:
         """Bytes per parameter at the peak and between the steps, but for a bucket of gradients; None for peers."""
         if self.peer is not None:
@@ -60,7 +54,7 @@ class Mode:
         weights = element if perturbs and not masters else 0  # kept while they are perturbed
         firsts = element if mixes else 0
         second = 0 if "release_gradients" in o else element
-        backup = weights if mixes or not _swaps() else 0
+        backup = weights if mixes else 0
         return {"peak": state + max(element + backup, second + weights + firsts), "kept": state + backup}
 
 
@@ -96,28 +90,6 @@ MODES = {
     "sam-adamw-master": Mode("rst_fused: SAM, AdamW, fp32 masters", "adamw", {**SAM, "master_weights": True},
                              dtypes=("bf16",)),
 }  # fmt: skip
-
-# --- what RST does not do yet -----------------------------------------------------------------------------------------
-_OPTIONAL = ("release_gradients", "state_dtype")
-
-
-def _arguments() -> set[str]:
-    from rst_fused import RST
-
-    return set(inspect.signature(RST.__init__).parameters)
-
-
-@cache
-def _swaps() -> bool:
-    """Whether the weights are kept in the memory of the gradients, and not in backups."""
-    from rst_fused import RST
-
-    p = torch.nn.Parameter(torch.ones(4))
-    opt = RST([p], schedule=1.0)
-    p.grad = torch.ones(4)
-    opt.perturb()
-    return opt.memory().backed_up == 0
-
 
 # --- measuring --------------------------------------------------------------------------------------------------------
 class _Trainer:
@@ -204,9 +176,6 @@ def _child(given: str) -> None:
     name, dtype, whats, threads, size = json.loads(given)
     torch.set_num_threads(threads)
     mode, case = MODES[name], case_of(size)
-    if (missing := mode.missing()) is not None:
-        print(json.dumps(f"RST takes no {missing}"))
-        return
     try:
         print(json.dumps({what: measure_here(mode, DTYPES[dtype], case, what) for what in whats}))
     except (Unavailable, ImportError) as error:

@@ -30,11 +30,8 @@ def same_threads() -> Iterator[None]:
 
 
 def _measure(name: str, dtype: str = "fp32", what: str = "alone") -> dict[str, Any]:
-    mode = memory.MODES[name]
-    if (missing := mode.missing()) is not None:
-        pytest.skip(f"RST takes no {missing}")
     try:
-        return memory.measure_here(mode, DTYPES[dtype], CASE, what)
+        return memory.measure_here(memory.MODES[name], DTYPES[dtype], CASE, what)
     except memory.Unavailable as error:
         pytest.skip(str(error))
 
