@@ -86,8 +86,10 @@ class RST(SavedOptimizer):
 
     Errors: ValueError or TypeError names the argument, what was given and what was expected, before anything changes.
 
-    Memory, in bytes per fp32 parameter beside weights and gradients: a backup 4, momentum 4 (Lion 4, Adam 8, amsgrad
-    12; with state_dtype 2 less), and for G-RST the first gradient 4 between the passes. Traffic: see rst_fused.ops.
+    Memory, in bytes per fp32 parameter beside weights and gradients: momentum 4 (Lion 4, Adam 8, amsgrad 12; with
+    state_dtype 2 less). While weights are perturbed, those of before lie in the memory of the first gradients, 4; where
+    somebody else has a gradient, and for G-RST, in a backup, which stays. G-RST keeps the first gradients, too, 4
+    between the passes. See memory() and docs/memory.md. Traffic: see rst_fused.ops.
     """
 
     _step_supports_amp_scaling = True  # to torch.amp.GradScaler: see rst_fused._step.amp
