@@ -124,7 +124,7 @@ def init_group(
     if device is not None:
         active = [p for p in active if str(device_of(p)) == device]
     rounds_state = updating and opt.state_dtype is not None
-    positions = positions_in(opt, group) if rounds_state else {}
+    positions = positions_in(opt) if rounds_state else {}
     states: list[dict[str, Any]] = [{}] * len(active)
     is_new = [False] * len(active)
     if rule is not None:

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from rst_fused._checks import SIXTEEN_BIT
 from rst_fused._step.base import StepOptimizer
-from rst_fused._step.rules import Group
 
 
 def has_master(opt: StepOptimizer, p: Tensor) -> bool:
@@ -66,11 +65,6 @@ def serves(opt: StepOptimizer, p: Tensor) -> bool:
     return opt.state_dtype is None or p.dtype in (torch.float32, torch.bfloat16) or has_master(opt, p)
 
 
-def positions_in(opt: StepOptimizer, group: Group) -> dict[Tensor, int]:
-    """The place of the group's parameters among all of the optimizer."""
-    start = 0
-    for other in opt.param_groups:
-        if other is group:
-            break
-        start += len(other["params"])
-    return {p: start + i for i, p in enumerate(group["params"])}
+def positions_in(opt: StepOptimizer) -> dict[Tensor, int]:
+    """The place of each parameter among all, whichever of them an update takes."""
+    return {p: i for i, p in enumerate(p for group in opt.param_groups for p in group["params"])}

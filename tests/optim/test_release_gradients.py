@@ -50,7 +50,6 @@ def two_phases(opt: RST, params: list[nn.Parameter], t: int) -> None:
 
 
 def train(opt: RST, params: list[nn.Parameter], steps: int, start: int = 0) -> None:
-    """Closures and two phases in turns."""
     for t in range(start, start + steps):
         if t % 2:
             opt.step(lambda t=t: PROBLEM.backward(params, t))
