@@ -10,6 +10,10 @@
 namespace rst::cuda {
 
 struct NoBits {};  // nothing is rounded stochastically
+template <int Count>
+struct RoundedState {
+  Pack<BFloat16, Count> rounded;  // the first state
+};
 
 // V: what it computes in. Bits: those by which the first state is rounded, which is bfloat16 then.
 template <class Rule, int N, class T, class V, bool Mixing, bool Master, class Bits>
@@ -23,10 +27,11 @@ struct UpdateEach : NothingAtEndOfTurn {
   PreparedRow<Rule, V> row;
   Bits random_bits;
 
+  __device__ __forceinline__ explicit UpdateEach(const Bits& bits) : random_bits(bits) {}
+
   template <int Count>
-  struct In {
+  struct In : std::conditional_t<kRounds, RoundedState<Count>, NoBits> {
     Pack<S, Count> w, state[kArrays];
-    Pack<BFloat16, Count> rounded;  // the first state, where it is
     Pack<T, Count> g, g1;
   };
   template <int Count, Access access>
@@ -155,19 +160,16 @@ __device__ __forceinline__ void update_with(const Args& args, const Piece& piece
                                             const Bits& bits = {}) {
   using S = State<T, Master>;
   const int t = piece.tensor;
-  UpdateEach<Rule, N, T, V, Mixing, Master, Bits> op{
-      {},
-      static_cast<T*>(args.data[kUpdateParam][t]) + piece.begin,
-      static_cast<S*>(args.data[kUpdateSource][t]) + piece.begin,
-      {},
-      static_cast<const T*>(args.data[kUpdateGrad][t]) + piece.begin,
-      Mixing ? static_cast<const T*>(args.data[kUpdateFirst][t]) + piece.begin : nullptr,
-      reinterpret<PreparedRow<Rule, V>>(row),
-      bits};
+  UpdateEach<Rule, N, T, V, Mixing, Master, Bits> op(bits);
+  op.param = static_cast<T*>(args.data[kUpdateParam][t]) + piece.begin;
+  op.source = static_cast<S*>(args.data[kUpdateSource][t]) + piece.begin;
+  op.grad = static_cast<const T*>(args.data[kUpdateGrad][t]) + piece.begin;
+  op.first = Mixing ? static_cast<const T*>(args.data[kUpdateFirst][t]) + piece.begin : nullptr;
   constexpr int kFirst = decltype(op)::kRounds;
 #pragma unroll
   for (int s = kFirst; s < N; ++s) op.state[s] = static_cast<S*>(args.data[kUpdateState0 + s][t]) + piece.begin;
   if constexpr (kFirst == 1) op.state[0] = static_cast<BFloat16*>(args.data[kUpdateState0][t]) + piece.begin;
+  op.row = reinterpret<PreparedRow<Rule, V>>(row);
   if constexpr (std::is_same_v<Bits, BitsOfShard>) {
     for_each_pack_or_element<T, 1>(aligned(args, t), piece.count, op);
   } else if constexpr (Packs == 0) {
