@@ -10,6 +10,7 @@ Step counters are left to the end, too: one that many parameters share would be 
 
 from __future__ import annotations
 
+import sys
 import threading
 import weakref
 from collections import deque
@@ -82,6 +83,7 @@ def _remove(handles: dict[Tensor, Any]) -> None:
         handle.remove()
 
 
+@torch._disable_dynamo  # which would trace it as a part of a compiled backward
 def _arrives(reference: Any, p: Tensor) -> None:
     """The gradient of p is complete."""
     opt = reference()
@@ -108,7 +110,7 @@ def _release(opt: StepOptimizer, p: Tensor) -> None:
         releases.task = task
     if not state.perturbed and _draws(opt):
         return  # the first pass of a SAM step: perturb() needs all gradients
-    if task != -1 and task not in releases.unfinished:
+    if task != -1 and task not in releases.unfinished and not _in_compiled_backward():
         releases.unfinished.add(task)
         Variable._execution_engine.queue_callback(partial(releases.unfinished.discard, task))  # unless it fails
     settle_grad(p)  # by collectives, in the order of the backward, which is that of all ranks
@@ -136,6 +138,16 @@ def _check_backward(opt: StepOptimizer) -> None:
             "after they would be released; expected parameters sharded by fully_shard (FSDP2), "
             "release_gradients=False, or process_group=None for an optimizer of this process alone"
         )
+
+
+def _in_compiled_backward() -> bool:
+    """Whether compiled autograd runs, which drops what is queued for the end of a backward."""
+    compiled = sys.modules.get("torch._dynamo.compiled_autograd")
+    if compiled is None:
+        return False
+    return getattr(compiled, "compiled_autograd_enabled", False) or getattr(
+        compiled, "in_compiled_autograd_region", False
+    )
 
 
 def _draws(opt: StepOptimizer) -> bool:

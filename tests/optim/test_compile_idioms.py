@@ -17,6 +17,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from rst_fused import RST
+from rst_fused._step import release
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -130,4 +131,22 @@ def test_both_phases_compiled_under_a_scheduler(base: str, backend: str) -> None
         ours.step(t, lambda: perturb(ours.opt.draw()), update)
         for scheduler in schedulers:
             scheduler.step()
+        assert ours.seen() == eager.seen()
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_gradients_are_released_in_compiled_autograd(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its graph breaks at the hooks of release_gradients=True, which it must not trace; a model may be compiled too."""
+    monkeypatch.setattr(release, "BUCKET", 30)
+    eager, ours = Training(base, "auto", gamma=2.0), Training(base, "auto", gamma=2.0, release_gradients=True)
+    ours.model = torch.compile(ours.model, backend="eager")
+    for t in range(STEPS):
+        eager.step(t, eager.opt.perturb, eager.opt.step)
+        with torch._dynamo.compiled_autograd._enable(lambda graph: torch.compile(graph, backend="eager")):
+            ours.backward(t)
+            assert ours.opt._step_state.released or ours.opt.draw()
+            if ours.opt.perturb():
+                ours.backward(t)
+        assert ours.opt._step_state.released
+        ours.opt.step()
         assert ours.seen() == eager.seen()
