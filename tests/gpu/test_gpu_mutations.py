@@ -29,7 +29,7 @@ FAULTS = [
     ("one tensor too early", APPLY, "[middle] <= block", "[middle] < block", "sgd_step"),
     ("offset overflows", APPLY, "const int64_t begin =", "const int8_t begin =", "restore"),
     ("addresses thought aligned", APPLY, "all % 16 == 0", "all % 2 == 0", "perturb"),
-    ("pairs thought aligned", "cuda/pack.cuh", "if (!is_multiple(base, 16))", "if (!is_multiple(base, 4))", "restore"),
+    ("packs thought aligned", "cuda/pack.cuh", "if (!is_multiple(base, alignof(P)))", "if (false)", "restore"),
     ("16 bits thought aligned", "cuda/pack.cuh", "if (!is_multiple(base, 4))", "if (!is_multiple(base, 2))", "perturb"),
     ("sum without a release", NORM, "atom.acq_rel", "atom.acquire", "grad_norm"),
     ("sum without an acquire", NORM, "atom.acq_rel", "atom.release", "grad_norm"),
@@ -52,14 +52,17 @@ FAULTS = [
     ("halves change places", "cuda/pack.cuh", '"f"(high), "f"(low)', '"f"(low), "f"(high)', "sgd_step"),
     ("climbs down", "math/sam_math.h", "return fma(scale, g, w); }", "return fma(-scale, g, w); }", "perturb"),
     ("no backup", "cuda/perturb.cuh", "if constexpr (!Master) store<access>(copy, i, in.w);", "", "perturb"),
-    ("neighbours share random bits", "cuda/perturb.cuh", ": bits >> 16;", ": bits;", "perturb"),
+    ("neighbours share random bits", "cuda/random.cuh", ": bits >> 16;", ": bits;", "perturb"),
     ("shards thought even", "cuda/perturb.cuh", "first % 2 != 0 || ", "", "perturb"),
     ("runs thought endless", "cuda/perturb.cuh", " || shard.together(piece.begin) < piece.count", "", "perturb"),
-    ("runs that follow one another", "cuda/perturb.cuh", "shard.stride - shard.run", "0 * shard.run", "perturb"),
-    ("a run too long", "cuda/perturb.cuh", "if (left == 0)", "if (left < 0)", "perturb"),
-    ("key of the first block", "cuda/perturb.cuh", "if (position >> 32 != block)", "if (false)", "perturb"),
+    ("runs that follow one another", "cuda/random.cuh", "shard.stride - shard.run", "0 * shard.run", "perturb"),
+    ("a run too long", "cuda/random.cuh", "if (left == 0)", "if (left < 0)", "perturb"),
+    ("key of the first block", "cuda/random.cuh", "if (position >> 32 != block)", "if (false)", "perturb"),
     ("one block for all", "math/shard.h", "in_run < in_block ? in_run : in_block", "in_run", "perturb"),
     ("stride forgotten", "math/shard.h", "static_cast<uint64_t>(stride)", "static_cast<uint64_t>(run)", "perturb"),
+    ("state thought even", "cuda/update.cuh", "first % 2 == 0 && ", "", "rounding"),
+    ("state thought one run", "cuda/update.cuh", " && shard.together(piece.begin) >= piece.count", "", "rounding"),
+    ("the bits of the weight", "cuda/update.cuh", "RandomBits::kState + ", "", "rounding"),
     ("one part for all", "core/params.h", "sum += squares[i]", "sum = squares[i]", "grad_norm"),
     ("momentum forgotten", "cuda/update.cuh", "store<access>(state[s], i, narrow_all<S>(kept[s]));", "", "sgd_step"),
     ("largest second moment forgotten", "math/rules/adam.h", "maximum(state[2], v)", "v", "adam_step"),
@@ -81,7 +84,10 @@ RATES = [0.1 * (i + 1) for i in range(len(SIZES))]
 # Elements of these dtypes, so many after a multiple of 16 bytes.
 PLACES = ((torch.float32, 0), (BF16, 0), (torch.float32, 1), (BF16, 1), (BF16, 2))
 ON_DEVICE = " on device"  # where the kernel reads hyperparameters and step counts
-UPDATES = {"sgd_step": ("Sgd", 1, "_momentum"), "adam_step": ("Adam", 3, "_amsgrad"), "lion_step": ("Lion", 1, "")}
+UPDATES = {
+    "sgd_step": ("Sgd", 1, "_momentum"), "adam_step": ("Adam", 3, "_amsgrad"), "lion_step": ("Lion", 1, ""),
+    "rounding": ("Lion", 1, ""),  # of a state in bfloat16
+}  # fmt: skip
 
 
 def norms(g: list[Tensor], backend: str) -> list[Tensor]:
@@ -122,6 +128,11 @@ def run_op(op: str, backend: str) -> list[Tensor]:
             ops.sgd_step_(p, g, m, lr=RATES, momentum=0.9, backend=backend, **GROUPS)
         elif op == "lion_step":
             ops.lion_step_(p, g, m, lr=0.1, backend=backend)
+        elif op == "rounding":
+            m = [aligned(n + offset, BF16)[offset:].copy_(t) for n, t in zip(SIZES, m, strict=True)]
+            for shard in ((0, 0, 0), (5, 0, 0), (2**32 - 1000, 0, 0), (2, 35, 71)):
+                shards = [shard] * len(p)
+                ops.lion_step_(p, g, m, lr=0.1, rng=(1, 2), shards=shards, backend=backend)
         else:
             for t in (*g, *m, *v, *largest):
                 t[::7] = 0
@@ -190,7 +201,9 @@ def test_fault_is_found(
 def update_source(op: str, rule: str, states: int, suffix: str) -> str:
     """The two kernels of an update that run_op uses: all of them take long to compile."""
     lines = ['#include "cuda/update.cuh"', "namespace rst::cuda {"]
+    args, suffix = ("RoundingUpdateArgs", "_rounding") if op == "rounding" else ("UpdateArgs", suffix)
+    op = op.replace("rounding", "lion_step")
     for name, dtype in (("float32", "float"), ("bfloat16", "BFloat16")):
-        signature = f"RST_KERNEL(rst_{op}_{name}{suffix}, 1, UpdateArgs<rst::{rule}, {states}>)"
+        signature = f"RST_KERNEL(rst_{op}_{name}{suffix}, 1, {args}<rst::{rule}, {states}>)"
         lines.append(f"{signature} {{ update<rst::{rule}, {states}, {dtype}, false, false>(args); }}")
     return "\n".join([*lines, "}", ""])
