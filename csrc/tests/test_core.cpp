@@ -114,10 +114,10 @@ void choose(int rule, OpParams& params) {
 
 constexpr unsigned kAllStates = bit(kState0) | bit(kState1) | bit(kState2);
 constexpr unsigned kAll = bit(kParam) | bit(kGrad) | bit(kBackup) | bit(kFirstGrad) | kAllStates;
-
-static_assert(sizeof(KernelTable) / sizeof(Kernel) == 49 + 16 * kRuleVariants,
+static_assert(sizeof(KernelTable) / sizeof(Kernel) == 49 + 32 * kRuleVariants,
               "run the new kernel in run_everything, then count it here");
 
+bool is_half(const Tensor& t) { return t.dtype == DType::Half && !t.has(kMaster); }  // whose state no kernel rounds
 std::vector<std::vector<std::vector<char>>> run_everything(bool masters, const Threads& threads) {
   Model model(kAll, masters, 5);
   const auto before = model.bytes(kParam);
@@ -147,7 +147,10 @@ std::vector<std::vector<std::vector<char>>> run_everything(bool masters, const T
   for (int rule = 0; rule < kRules; ++rule) {
     for (int states = kRuleInfos[rule].fewest_states; states <= kRuleInfos[rule].most_states; ++states) {
       choose(rule, params);
-      update(model.with_states(states), params, threads);
+      Table some = model.with_states(states);
+      update(some, params, threads);
+      for (Tensor& t : some.tensors) t.rounds_state = states > 0 && size_of(t.dtype) < 8 && !t.complex && !is_half(t);
+      update(some, params, threads);
       for (int operand : {kParam, kState0, kState1, kState2}) seen.push_back(model.bytes(operand));
     }
   }
