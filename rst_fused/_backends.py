@@ -327,6 +327,14 @@ def knows_references(kind: str) -> bool:
     return kind not in ("cpu", "gpu") or bool(_plan_ext.knows_references())
 
 
+def may_be_seen_weakly(t: torch.Tensor) -> bool:
+    """Whether C++ may have weak references to a tensor or its storage, which Python cannot count: CUDA graphs of
+    torch.compile do."""
+    if _plan_ext is not None and _plan_ext.knows_references():
+        return bool(_plan_ext.has_weak_references(t))
+    return t.is_cuda and "torch._inductor.cudagraph_trees" in sys.modules
+
+
 def build_info() -> dict[str, str]:
     """How the extension was built; empty where it is not."""
     return {} if _plan_ext is None else dict(_plan_ext.build_info())

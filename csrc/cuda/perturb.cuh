@@ -1,5 +1,5 @@
-// perturb: reads w, g; writes w + e and the backup, 16 bytes per fp32 parameter; the backup may be g. With a master copy it reads that and g
-// and writes the rounded w + e, 8 bytes per bf16 parameter.
+// perturb: reads w, g; writes w + e and the backup, 16 bytes per fp32 parameter; the backup may be g. With a master
+// copy it reads that and g and writes the rounded w + e, 8 bytes per bf16 parameter.
 #pragma once
 
 #include "core/params.h"

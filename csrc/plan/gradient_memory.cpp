@@ -63,6 +63,16 @@ bool share_among_themselves(std::vector<Piece> pieces, int object_word) {
 
 }  // namespace
 
+bool has_weak_references(const py::handle& tensor) {
+  const ImplLayout& layout = known_layout();
+  constexpr int kStrong = 32;  // bits of the word of both counts
+  const auto seen = [&](const uint64_t* words) {
+    return (words[layout.references] & ~layout.object_bit) >> kStrong != layout.one_reference >> kStrong;
+  };
+  const auto* const impl = *reinterpret_cast<const uint64_t* const*>(tensor_ref(tensor).handle);
+  return seen(impl) || seen(reinterpret_cast<const uint64_t*>(impl[layout.storage]));
+}
+
 bool Plan::own_gradients() {
   const ImplLayout& layout = known_layout();
   std::vector<Piece> shared;

@@ -86,6 +86,7 @@ PYBIND11_MODULE(_plan_ext, m) {
   m.def("can_plan", &can_plan);
   m.def("knows_impl_layout", &knows_impl_layout);
   m.def("knows_references", &knows_references);
+  m.def("has_weak_references", &has_weak_references);
   m.def("build_info", &build_info);
   m.def("has_stream_api", [] { return core().has_stream_api != nullptr && core().has_stream_api(); });
   m.def("driver_version", [] { return core().driver_version == nullptr ? 0 : core().driver_version(); });

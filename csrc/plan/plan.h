@@ -240,6 +240,8 @@ bool can_plan();
 bool knows_impl_layout();
 // Whether they can tell that nobody else refers to a gradient.
 bool knows_references();
+// Whether C++ has weak references to a tensor or its storage. Only where references are known, and of one with memory.
+bool has_weak_references(const py::handle& tensor);
 TensorRef tensor_ref(const py::handle& tensor);
 
 }  // namespace rst

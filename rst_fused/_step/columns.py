@@ -205,6 +205,8 @@ def gather(
     out = Columns()
     where = None if len(opt._devices) == 1 else str(device.device)
     for i in indices:
+        if only is not None and not only[i]:
+            continue
         group = opt.param_groups[i] if only is None else {**opt.param_groups[i], "params": only[i]}
         c = Columns()
         # Dynamo fills the lists of a call to _init_group only if they are empty, so each group has its own.

@@ -230,7 +230,9 @@ def _commit(
             try:
                 run_together(calls[at:])
             except Exception:  # it was no interrupt: the op itself fails, and the rest goes back to its weights
-                state.forget(p for params in updated[:at] for p in params)
+                before = [p for params in updated[:at] for p in params]
+                torch._C._increment_version(with_locals(before))
+                state.forget(before)
         raise
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch._C import _len_torch_dispatch_stack, _storage_Use_Count
 
-from rst_fused._backends import knows_references
+from rst_fused._backends import knows_references, may_be_seen_weakly
 from rst_fused._checks import PLAIN, last_offset
 from rst_fused._step.base import StepOptimizer
 from rst_fused._step.sharding import is_dtensor, local
@@ -101,7 +101,7 @@ def serving(params: Iterable[Tensor]) -> list[Tensor]:
             continue
         assert p.grad is not None
         g, w = local(p.grad), local(p)
-        storage = _storage_alone(g) if _fits(g, w) else None
+        storage = _storage_alone(g) if _fits(g, w) and not may_be_seen_weakly(g) else None
         if storage is not None:
             begin = int(g.storage_offset()) * g.element_size()
             sharing[storage].append((begin, begin + g.nbytes, p))

@@ -13,7 +13,7 @@ _REASONS = {
     "step": "step() under torch.compile(fullgraph=True): no closure, and opt.draw() outside before every step; "
     "compile perturb() too, for what it keeps to be in reach of the graph; with release_gradients=True call it outside",
     "restore": "restore() under torch.compile(fullgraph=True): call opt.restore() outside of the graph, or compile "
-    "perturb() too, for what it keeps to be in reach of the graph",
+    "perturb() too, for what it keeps to be in reach of the graph; with release_gradients=True call it outside",
 }
 call: dict[str, Callable[..., Any]] = {}
 

@@ -188,7 +188,8 @@ def _flush(opt: StepOptimizer, params: list[Tensor]) -> None:
         "waiting": {p: stream for p, stream in state.waiting.items() if p not in taken},
         "released": {**state.released, **ready},
     }
-    _on_this_stream(t for p in ready for t in (state.saved.get(p), state.first_grads.get(p)) if t is not None)
+    kept = (t for p in ready for t in (p.grad, state.saved.get(p), state.first_grads.get(p)))
+    _on_this_stream(t for t in kept if t is not None)
     versions = [p._version for p in ready]
     try:
         dispatch.update(opt, amp.NONE, after, _by_group(opt, ready), [_frees(ready)])

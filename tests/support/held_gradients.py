@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from oracle_optimizer import bits
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 Seen = Callable[[], Tensor | None]  # what the holder sees; None: nothing any more
 Way = Callable[[nn.Parameter, Tensor], Seen]  # gives the parameter this gradient, and holds that
@@ -59,6 +60,19 @@ def untyped_storage(p: nn.Parameter, value: Tensor) -> Seen:
     p.grad = value.clone()
     held = p.grad.untyped_storage()
     return lambda: torch.empty(0, dtype=value.dtype).set_(held)
+
+
+def weak_storage_in_cpp(p: nn.Parameter, value: Tensor) -> Seen:
+    """As CUDA graphs of torch.compile have them."""
+    p.grad = value.clone()
+    held = StorageWeakRef(p.grad.untyped_storage())
+
+    def look() -> Tensor | None:
+        if held.expired():
+            return None
+        return torch.empty(0, dtype=value.dtype).set_(torch.UntypedStorage._new_with_weak_ptr(held.cdata))
+
+    return look
 
 
 def weak_storage(p: nn.Parameter, value: Tensor) -> Seen:
@@ -222,6 +236,7 @@ WAYS: dict[str, Way] = {
     "narrow": held_in(lambda g: g.view(-1).narrow(0, 1, 2), same), "reshape": held_in(lambda g: g.reshape(-1), same),
     "data": held_in(lambda g: g.data, same), "view of bytes": held_in(lambda g: g.view(torch.uint8), same),
     "untyped storage": untyped_storage, "storage": typed_storage, "weak storage": weak_storage,
+    "weak storage in C++": weak_storage_in_cpp,
     "numpy": held_in(Tensor.numpy, torch.from_numpy), "memoryview": memory_view, "capsule": capsule,
     "from_dlpack": held_in(torch.from_dlpack, same),
     "second parameter": second_parameter, "flat buffer": flat_buffer, "graph": in_a_graph,
@@ -234,7 +249,7 @@ WAYS: dict[str, Way] = {
     "lazy clone": lent_from(lambda g: (torch._lazy_clone(g), g), same), "shared memory": shared_memory,
 }  # fmt: skip
 # Whose holder sees nothing once p.grad lets go of the gradient, as it always did.
-WEAK = ("weakref", "proxy", "weak dictionary", "weak storage")
+WEAK = ("weakref", "proxy", "weak dictionary", "weak storage", "weak storage in C++")
 # The gradient is, or becomes where it is written to, a copy of what is held.
 APART = ("lazy clone", "tensor hook")
 
