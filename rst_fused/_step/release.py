@@ -45,6 +45,7 @@ class Releases:
         self.bytes: dict[Any, int] = {}  # that wait, by stream
         self.task = -1  # the backward that was looked at last, as torch numbers them
         self.unfinished: set[int] = set()  # backwards that released and have not come to their end
+        self.counters: list[int] = []  # which step counter each state has, by id
         self.lock = threading.RLock()  # every GPU has a thread of its own in a backward
 
 
@@ -273,7 +274,10 @@ def finish(opt: StepOptimizer) -> None:
     after = {**state.after_step(), **nothing_released()}
     dispatch.update(opt, amp.NONE, after, _by_group(opt, left), [*restores, *counts, _frees(left)])
     _forget_backwards(opt)
-    opt._plans.drop()
+    counters = [id(known.get("step")) for known in opt.state.values()]
+    if counters != opt._releases.counters:  # parameters share them in another way now, by which a plan orders them
+        opt._releases.counters = counters
+        opt._plans.drop()
     watch(opt)
 
 

@@ -42,3 +42,18 @@ def test_what_was_updated_before_an_op_failed_is_counted(backend: str, monkeypat
     assert [bits([p]) == old for p, old in zip(params, before, strict=True)] == [False, True]
     assert [float(opt.state[p]["step"]) for p in params] == [2, 1]
     assert params[0].grad is None and opt.steps == 1
+
+
+@pytest.mark.parametrize("base", ["sgd", "adam", "lion"])
+def test_the_plan_of_perturbations_is_kept(base: str) -> None:
+    params = [nn.Parameter(torch.linspace(-1, 1, 6).reshape(2, 3) + i) for i in range(3)]
+    opt = RST(params, base, lr=0.01, schedule=1.0, release_gradients=True)
+    plans = []
+    for _ in range(4):
+        for again in (False, True):
+            torch.stack([p.sin().sum() for p in params]).sum().backward()
+            if not again:
+                assert opt.perturb()
+                plans.append(opt._plans._plan)
+        opt.step()
+    assert opt.backend.plans == "" or (plans[-1] is not None and plans[1] is plans[2] is plans[3])
