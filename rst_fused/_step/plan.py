@@ -8,6 +8,7 @@ rst_fused._step.dispatch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from rst_fused._step.sharding import local, locals_of
 from rst_fused._step.shards import Shards
 
 _FLOATS = {float}
+LOOK_AGAIN = 1000  # steps after which a plan with backups gives way, for gradients that could keep weights by now
 
 
 @dataclass
@@ -50,6 +52,7 @@ class PlanCache:
         self._state: Any = None
         self._state_size = 0
         self._saved: Mapping[Tensor, Tensor] = {}  # where the plan keeps weights; empty: it was made without backups
+        self._look_again_at: float = math.inf
         self._swapped: list[Tensor] = []  # of the parameters, those whose weights go where their gradient was
         self._after_perturb: dict[str, Any] = {}  # the fields of StepState that it changes
         self._updates = False  # whether it knows the state that an update needs
@@ -66,7 +69,7 @@ class PlanCache:
         self.measured = False
         if not self._saved or not self._is_current(opt):
             return False
-        if self._swapped and not self._may_swap(opt):
+        if opt._step_state.steps >= self._look_again_at or (self._swapped and not self._may_swap(opt)):
             return False
         if self._shards is None:
             return self._perturb(opt)
@@ -257,6 +260,8 @@ class PlanCache:
         self._updates = updating and rule is not None
         self._saved = saved if backed else {}
         self._swapped = swapped
+        spares = any(needing) and gradient_memory.never_mixes(opt)
+        self._look_again_at = state.steps + LOOK_AGAIN if spares else math.inf
         self._after_perturb = {"saved": self._saved}
         self._plan = plan  # last: an interrupt before leaves no plan, rather than one beside notes of another
         return True

@@ -15,6 +15,7 @@ from paths import EXECUTORS, every_executor, no_plans, observed
 from torch import nn
 
 from rst_fused import RST
+from rst_fused._step import plan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SHAPES = [(5,), (3, 4), (33,), (2, 2)]
@@ -111,3 +112,21 @@ def hold_and_train(
                     assert backed(params, opt) >= which
             assert observed(params, opt) == observed(twin.params, twin.opt)
             assert not opt._step_state.saved and not opt._step_state.swaps
+
+
+def test_backups_go_when_nobody_holds_gradients_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "LOOK_AGAIN", 3)
+    p = nn.Parameter(torch.linspace(-1, 1, 6))
+    opt = RST([p], lr=0.01, momentum=0.9, schedule=1.0)
+    backups = []
+    for t in range(7):
+        p.sin().sum().backward()
+        held = p.grad if t == 2 else None
+        assert opt.perturb()
+        backups.append(len(opt._step_state.backups))
+        del held
+        p.sin().sum().backward()
+        opt.step()
+        opt.zero_grad()
+    kept = 1 if opt.backend.plans else 0  # the ops look at every step
+    assert backups == [0, 0, 1, kept, kept, 0, 0]
