@@ -8,6 +8,7 @@ import pytest
 import torch
 from oracle_optimizer import BACKENDS, bits
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from rst_fused import RST
 from rst_fused._step import release
@@ -57,3 +58,17 @@ def test_the_plan_of_perturbations_is_kept(base: str) -> None:
                 plans.append(opt._plans._plan)
         opt.step()
     assert opt.backend.plans == "" or (plans[-1] is not None and plans[1] is plans[2] is plans[3])
+
+
+def test_memory_that_kept_weights_is_free_after_the_step() -> None:
+    """Also what a launch plan, which goes on, had kept."""
+    params = [nn.Parameter(torch.linspace(-1, 1, 6).reshape(2, 3) + i) for i in range(3)]
+    opt = RST(params, lr=0.01, momentum=0.9, schedule=1.0, release_gradients=True)
+    for _ in range(3):
+        torch.stack([p.sin().sum() for p in params]).sum().backward()
+        assert opt.perturb()
+        kept = [StorageWeakRef(w.untyped_storage()) for w in opt._step_state.saved.values()]
+        assert len(kept) == 3 and not any(ref.expired() for ref in kept)
+        torch.stack([p.sin().sum() for p in params]).sum().backward()
+        opt.step()
+        assert all(ref.expired() for ref in kept)
