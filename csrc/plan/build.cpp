@@ -184,7 +184,9 @@ void Plan::keep(const py::list& grads) {
   if (grads.size() != swapped_.size()) throw py::value_error("not a tensor for each parameter that is swapped");
   std::vector<AtenTensorHandle> handles;
   for (const py::handle& grad : grads) handles.push_back(tensor_ref(grad).handle);
-  if (kept_slots_ != nullptr) tensors().fill_slots(kept_slots_->slots.get(), handles.data());
+  if (kept_slots_ == nullptr) return;
+  tensors().fill_slots(kept_slots_->slots.get(), handles.data());
+  kept_slots_->full = true;
 }
 
 // Parameters may get another TensorImpl at any time, and torch.utils.swap_tensors asks that nobody but Python holds

@@ -33,12 +33,21 @@ using OpCache = std::unique_ptr<void, void (*)(void*)>;
 struct KeptGrads {
   explicit KeptGrads(void* slots) : slots(slots) {}
   py::list as_list() const;
+  // Takes these out of p.grad.
+  void take(const AtenTensorHandle* grads) {
+    if (full) clear();
+    tensors().move_to_slots(slots.get(), grads);
+    full = true;
+  }
   void clear() {
     stale = users > 0;
-    if (!stale) tensors().empty_slots(slots.get());
+    if (stale) return;
+    tensors().empty_slots(slots.get());
+    full = false;
   }
 
   Slots slots;
+  bool full = false;   // of weights
   int users = 0;       // kernels that run without Python's lock
   bool stale = false;  // to be emptied once these are done
 };

@@ -62,8 +62,7 @@ bool Plan::perturb(uintptr_t stats, std::vector<double> rho, bool adaptive, doub
   if (keep) kept = first_grads_with(grad_handles_.data());
   const UsesKept uses(kept_slots_);
   if (swaps) {  // first: not even another thread may see weights in a gradient
-    tensors().fill_slots(kept_slots_->slots.get(), swapped_grads_.data());
-    tensors().clear_grads(swapped_grads_.data(), static_cast<int64_t>(swapped_grads_.size()));
+    kept_slots_->take(swapped_grads_.data());
   }
   change_weights();
   try {
@@ -79,7 +78,7 @@ bool Plan::perturb(uintptr_t stats, std::vector<double> rho, bool adaptive, doub
   if (keep && PyObject_SetAttr(step_state_.ptr(), name_of_first_grads(), kept.ptr()) != 0) {
     throw py::error_already_set();
   }
-  tensors().clear_grads(grad_handles_.data(), count());
+  if (swapped_.size() < grad_handles_.size()) tensors().clear_grads(grad_handles_.data(), count());
   return true;
 }
 

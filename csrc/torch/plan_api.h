@@ -108,6 +108,7 @@ class TensorApi {
   // rst_fused::_tensors_in_slots gives them to Python.
   virtual void* make_slots(int64_t count) = 0;
   virtual void fill_slots(void* slots, const AtenTensorHandle* grads) = 0;
+  virtual void move_to_slots(void* slots, const AtenTensorHandle* grads) = 0;      // p.grad = None; the slots are empty
   virtual bool facts_in_slot(void* slots, int64_t index, TensorFacts& facts) = 0;  // as facts_of
   // As read_grads, of the gradients in slots.
   virtual bool read_slots(void* slots, KnownWords* grad_words, SeenGrad* seen, void* context) = 0;

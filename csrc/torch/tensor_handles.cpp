@@ -153,6 +153,10 @@ void visit(int64_t begin, int64_t end, Last last, Steps... steps) {
   }
 }
 
+// What a handle points to is a pointer that owns its TensorImpl, or says that there is none. Exchanging two of them
+// touches no count of references.
+const void*& impl_at(AtenTensorHandle handle) { return *reinterpret_cast<const void**>(handle); }
+
 // Makes tensors undefined, as a gradient of None is. at(i): the handle of one.
 template <class At>
 void clear(int64_t count, At at) {
@@ -241,6 +245,14 @@ class Tensors final : public TensorApi {
     for (const StableTensor& slot : slots_at(slots)) {
       TORCH_ERROR_CODE_CHECK(aoti_torch_assign_tensors(*grads++, slot.get()));
     }
+  }
+
+  void move_to_slots(void* slots, const AtenTensorHandle* grads) override {
+    const TensorList& tensors = slots_at(slots);
+    visit(
+        0, static_cast<int64_t>(tensors.size()),
+        [&](int64_t i) { std::swap(impl_at(grads[i]), impl_at(tensors[i].get())); },
+        [&](int64_t i) { prefetch(tensors[i].get()); });
   }
 
   bool facts_in_slot(void* slots, int64_t index, TensorFacts& facts) override {
