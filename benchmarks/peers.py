@@ -235,12 +235,13 @@ class Ours(Competitor):
 
     def streams(self) -> dict[str, list[torch.Tensor]]:
         """What a step with SGD reads and writes, once one was taken; the gradients are those attached last."""
-        optimizer = self.optimizer
+        optimizer, backups = self.optimizer, self.optimizer._step_state.backups
         return {
             "w": [p.detach() for p in self.params],
             "g": self.grads(),
             "m": [optimizer.state[p]["momentum_buffer"] for p in self.params],
-            "backup": [optimizer._step_state.backups[p] for p in self.params],
+            # A gradient that keeps weights is another one at every step: here a tensor like it.
+            "backup": [backups[p] if p in backups else p.detach().clone() for p in self.params],
         }
 
 
