@@ -336,6 +336,7 @@ class RST(SavedOptimizer):
         """restore(), while ``error`` is handled. That one is raised, whatever fails here, and says so."""
         if done := release.progress(self):
             validation.add_note(error, done)
+        self._step_state.swaps = frozenset()  # an interrupt may have struck before perturb did that
         try:
             self._plans.take_back()
             self.restore()
