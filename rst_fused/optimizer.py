@@ -219,10 +219,10 @@ class RST(SavedOptimizer):
     def perturb(self, fire: bool | None = None) -> bool:
         """After the first backward: draws, and if it fires moves the weights to w + e and returns True.
 
-        The gradients are consumed: p.grad is None afterwards (kept inside for G-RST). A zero or non-finite gradient
-        norm gives e = 0. ``fire`` overrides the draw. Under torch.compile pass ``fire=opt.draw()``, evaluated outside:
-        without it there is a graph break, which fullgraph=True refuses. Raises RuntimeError if already perturbed, or
-        for gradients that are sparse, of another dtype, or without memory of their own.
+        The gradients are consumed: p.grad is None afterwards (kept inside for G-RST), also if a kernel fails. A zero or
+        non-finite gradient norm gives e = 0. ``fire`` overrides the draw. Under torch.compile pass ``fire=opt.draw()``,
+        evaluated outside: without it there is a graph break, which fullgraph=True refuses. Raises RuntimeError if
+        already perturbed, or for gradients that are sparse, of another dtype, or without memory of their own.
         """
         if is_compiling():
             return self._perturb_in_graph(fire)

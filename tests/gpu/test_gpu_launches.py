@@ -206,10 +206,12 @@ def test_the_norm_does_not_depend_on_addresses(
 
 # --- splits ---------------------------------------------------------------------------------------------------------
 def test_400_tensors_need_one_launch_each(kernels: gpu_simulator.Simulator) -> None:
-    """But for AMSGrad, which has one more tensor for each."""
+    """But for AMSGrad, which has one more tensor for each, and updates that round a moment, which have a shard."""
     capacities = {name: gpu_simulator.capacity(name) for name in kernels.kernels if "finish" not in name}
-    assert min(n for name, n in capacities.items() if "amsgrad" not in name) >= 400
-    assert min(capacities.values()) >= 350
+    rounding = {name: n for name, n in capacities.items() if "rounding" in name}
+    others = {name: n for name, n in capacities.items() if name not in rounding}
+    assert min(n for name, n in others.items() if "amsgrad" not in name) >= 400
+    assert min(others.values()) >= 350 and min(rounding.values()) >= 275
 
 
 @pytest.mark.parametrize("beyond", [-1, 0, 1, 4000])

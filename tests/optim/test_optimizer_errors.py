@@ -305,4 +305,8 @@ def test_converted_model(backend: str) -> None:
             for p in params:
                 opt.state[p]["momentum_buffer"] = opt.state[p]["momentum_buffer"].double()
         opt.step(lambda params=params: PROBLEM.backward(params, 1))
-        assert bits(params) != before and all(opt._step_state.backups[p].dtype == torch.float64 for p in params)
+        assert bits(params) != before
+        PROBLEM.backward(params, 2)
+        held = [p.grad for p in params]  # so that weights need backups
+        opt.perturb()
+        assert held and all(opt._step_state.backups[p].dtype == torch.float64 for p in params)
