@@ -20,17 +20,22 @@ from rst_fused._step.base import StepOptimizer
 from rst_fused._step.devices import DeviceState, device_of
 from rst_fused._step.rules import hyperparam_tensor
 from rst_fused._step.sharding import local, locals_of, with_locals
+from rst_fused._step.shards import set_grad
 from rst_fused._step.state import StepState
 from rst_fused._step.validation import is_usable, names_of_lost, still_fits
 
 Call = tuple[Callable[..., Any], tuple[Any, ...]]  # an op and its arguments
 _RUN = operator.methodcaller("__call__")
-set_grad: Any = vars(torch._C.TensorBase)["grad"].__set__
 
 
 def run_together(calls: Iterable[Callable[[], Any]]) -> None:
     """Within one C call, in which Python interrupts no call that is not Python code itself."""
     deque(map(_RUN, calls), maxlen=0)
+
+
+def frees_grads(params: Iterable[Tensor]) -> Call:
+    """p.grad = None, in one C call."""
+    return deque, (map(set_grad, list(params), repeat(None)), 0)
 
 
 def setters(state: StepState, fields: dict[str, Any]) -> list[partial[None]]:
@@ -120,8 +125,9 @@ def _perturb_and_note(
         state.become(after)
         return
     versions = [p._version for p in params]
+    free, freed = frees_grads(swapped)
     calls: list[partial[Any]] = [
-        partial(deque, map(set_grad, swapped, repeat(None)), 0), partial(getattr(op, "_op", op), *arguments),
+        partial(free, *freed), partial(getattr(op, "_op", op), *arguments),
         partial(torch._C._increment_version, with_locals(owners)),
     ]  # fmt: skip
     try:

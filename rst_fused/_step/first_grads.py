@@ -33,16 +33,16 @@ def in_graph(grads: list[Tensor]) -> list[Tensor]:
     return grads
 
 
-def _references(t: Tensor) -> int:
-    """To its storage; that of the object which asks is one of them."""
+def _uses_of_storage(t: Tensor) -> int:
+    """By tensors, and by the object which asks."""
     return _storage_Use_Count(t.untyped_storage()._cdata)
 
 
-_ALONE = _references(torch.empty(0, device="cpu"))  # of a storage that only one tensor has
+USES_ALONE = _uses_of_storage(torch.empty(0, device="cpu"))  # of a storage that only one tensor has
 
 
 def _is_shared(g: Tensor) -> bool:
     try:
-        return _references(g) > _ALONE
+        return _uses_of_storage(g) > USES_ALONE
     except (RuntimeError, NotImplementedError):  # it has none: validation says what is wrong
         return False

@@ -20,7 +20,9 @@ from torch._C import _len_torch_dispatch_stack, _storage_Use_Count
 from rst_fused._backends import knows_references, may_be_seen_weakly
 from rst_fused._checks import PLAIN, last_offset
 from rst_fused._step.base import StepOptimizer
+from rst_fused._step.first_grads import USES_ALONE
 from rst_fused._step.sharding import is_dtensor, local
+from rst_fused._step.state_dtypes import has_master
 
 _KNOWN = hasattr(Tensor, "_use_count")
 
@@ -69,18 +71,16 @@ def choose(opt: StepOptimizer) -> None:
     if not never_mixes(opt) or opt.capturing or _len_torch_dispatch_stack() or not knows_references(opt.backend.plans):
         return
     params = (p for group in opt.param_groups for p in group["params"])
-    # Parameters with a master need neither.
-    state.swaps = frozenset(map(id, serving(p for p in params if "master" not in opt.state.get(p, ()))))
+    state.swaps = frozenset(map(id, serving(p for p in params if not has_master(opt, p))))  # else they need neither
     if any(id(p) in state.swaps for p in state.backups):
         state.backups = {p: b for p, b in state.backups.items() if id(p) not in state.swaps}
 
 
 def swaps_of(
-    opt: StepOptimizer, params: Sequence[Tensor], masters: Sequence[Any], before: Mapping[Tensor, Tensor], updates: bool
+    opt: StepOptimizer, params: Sequence[Tensor], before: Mapping[Tensor, Tensor], updates: bool
 ) -> list[bool]:
-    """Which parameters a launch plan swaps, where it has no masters for them. ``before``: where weights are kept while
-    they are perturbed. ``updates``: the plan is not made for a perturbation, for which ``choose`` looks at gradients.
-    """
+    """Which parameters a launch plan swaps: none with a master. ``before``: where weights are kept while they are
+    perturbed. ``updates``: the plan is not made for a perturbation, for which ``choose`` looks at gradients."""
     state = opt._step_state
     if not updates:
         swaps = [id(p) in state.swaps for p in params]
@@ -90,7 +90,7 @@ def swaps_of(
         swaps = [p not in state.backups and _is_dense(local(p)) for p in params]
     else:
         return [False] * len(params)
-    return [swap and master is None for swap, master in zip(swaps, masters, strict=True)]
+    return [swap and not has_master(opt, p) for swap, p in zip(swaps, params, strict=True)]
 
 
 def serving(params: Iterable[Tensor]) -> list[Tensor]:
@@ -110,7 +110,7 @@ def serving(params: Iterable[Tensor]) -> list[Tensor]:
         pieces.sort(key=lambda piece: piece[:2])
         apart = all(a[1] <= b[0] for a, b in zip(pieces, pieces[1:], strict=False))
         bases = _bases_alone([p for *_, p in pieces])
-        if apart and bases is not None and _storage_Use_Count(storage) == _VIEWED_ONCE - 1 + len(pieces) + bases:
+        if apart and bases is not None and _storage_Use_Count(storage) == USES_ALONE - 1 + len(pieces) + bases:
             found += [p for *_, p in pieces]
     return found
 
@@ -170,10 +170,10 @@ def _storage_alone(g: Tensor) -> int | None:
     return None if lent else storage._cdata
 
 
-def _references_of_storage(g: Tensor) -> tuple[int, int]:
+def _references_to_storage(g: Tensor) -> int:
     """As ``_storage_alone`` counts them: Python 3.14 does not count the variables of the function that asks."""
     storage = g.untyped_storage()
-    return sys.getrefcount(storage), _storage_Use_Count(storage._cdata)
+    return sys.getrefcount(storage)
 
 
 class _Example:
@@ -188,6 +188,6 @@ class _Example:
 
 _example = _Example()
 _AS_GRAD, _AS_ATTRIBUTE = sys.getrefcount(_example.p.grad), sys.getrefcount(_example.attribute)
-_AS_STORAGE, _VIEWED_ONCE = _references_of_storage(_example.attribute)
+_AS_STORAGE = _references_to_storage(_example.attribute)
 _AS_BASE, _BASE_OF_ONE, _ = _references_of_base(_example.view) if _KNOWN else (0, 0, 0)
 del _example

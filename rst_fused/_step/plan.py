@@ -143,11 +143,11 @@ class PlanCache:
             if found is None:
                 return False
             cached.rows = gamma, found
+        arguments = (cached.rows[1], restores, mixing, *numbers, opt.seed, state.steps, after)
         if self._shards is None:
-            return self._plan.update(cached.rows[1], restores, mixing, *numbers, opt.seed, state.steps, after)
+            return self._plan.update(*arguments)
         with self._shards.lent() as lent:
-            rng = opt.seed, state.steps
-            return lent and self._plan.update(cached.rows[1], restores, mixing, *numbers, *rng, after)
+            return lent and self._plan.update(*arguments)
 
     def restore(self, opt: StepOptimizer, after: dict[str, Any]) -> bool:
         """Undoes a perturbation; the step state becomes ``after`` in the same call."""
@@ -208,7 +208,7 @@ class PlanCache:
             return False  # a plan counts in place
         masters = [opt.state[p]["master"] if columns.has_master(opt, p) else None for p in c.params]
         before = state.saved_now()
-        swaps = gradient_memory.swaps_of(opt, c.params, masters, before, for_update)
+        swaps = gradient_memory.swaps_of(opt, c.params, before, for_update)
         needing = [m is None and not swap for m, swap in zip(masters, swaps, strict=True)]  # a backup
         backed = not for_update or bool(state.backups) or not any(needing)
         needing = [backed and need for need in needing]

@@ -13,11 +13,9 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from itertools import repeat
 from typing import Any
 
 import torch
@@ -193,7 +191,7 @@ def _flush(opt: StepOptimizer, params: list[Tensor]) -> None:
     _on_this_stream(t for t in kept if t is not None)
     versions = [p._version for p in ready]
     try:
-        dispatch.update(opt, amp.NONE, after, _by_group(opt, ready), [_frees(ready)])
+        dispatch.update(opt, amp.NONE, after, _by_group(opt, ready), [dispatch.frees_grads(ready)])
     except BaseException:
         moved = {p: None for p, version in zip(ready, versions, strict=True) if p._version != version}
         state.released = {**state.released, **moved}
@@ -219,10 +217,6 @@ def _check_grads(opt: StepOptimizer, params: dict[Tensor, Any]) -> None:
 
 def _by_group(opt: StepOptimizer, params: dict[Tensor, Any]) -> list[list[Tensor]]:
     return [[p for p in group["params"] if p in params] for group in opt.param_groups]
-
-
-def _frees(params: Iterable[Tensor]) -> dispatch.Call:
-    return deque, (map(dispatch.set_grad, list(params), repeat(None)), 0)
 
 
 def _on_this_stream(kept: Iterable[Tensor]) -> None:
@@ -272,7 +266,7 @@ def finish(opt: StepOptimizer) -> None:
     counts = _count_calls(opt, {**state.released, **left})
     restores = dispatch.restore_calls(opt, {p: w for p, w in state.saved.items() if p not in left})
     after = {**state.after_step(), **nothing_released()}
-    dispatch.update(opt, amp.NONE, after, _by_group(opt, left), [*restores, *counts, _frees(left)])
+    dispatch.update(opt, amp.NONE, after, _by_group(opt, left), [*restores, *counts, dispatch.frees_grads(left)])
     _forget_backwards(opt)
     counters = [id(known.get("step")) for known in opt.state.values()]
     if counters != opt._releases.counters:  # parameters share them in another way now, by which a plan orders them

@@ -17,11 +17,11 @@ from rst_fused._step.sharding import is_dtensor, same_layout, settle_grad, waite
 # Reading attributes costs a tenth of what the methods do that give the same.
 _local_of, _spec_of = attrgetter("_local_tensor"), attrgetter("_spec")
 _grad_of = attrgetter("grad")
-_set_grad: Any = vars(torch._C.TensorBase)["grad"].__set__
+set_grad: Any = vars(torch._C.TensorBase)["grad"].__set__
 
 
 def _set_grads(tensors: Iterable[Tensor], grads: Iterable[Tensor | None]) -> None:
-    deque(map(_set_grad, tensors, grads), maxlen=0)
+    deque(map(set_grad, tensors, grads), maxlen=0)
 
 
 class Shards:

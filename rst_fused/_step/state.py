@@ -80,7 +80,7 @@ class StepState:
 
     def is_kept_by_plan(self) -> bool:
         """Whether a launch plan keeps something that only eager code can ask it for."""
-        return type(self.saved) is not dict or type(self.first_grads) is not dict
+        return type(self.saved) is not dict or self.holds_first_grads_elsewhere()
 
     def saved_now(self) -> dict[Tensor, Tensor]:
         kept: Any = self.saved
@@ -89,10 +89,11 @@ class StepState:
     def take_saved(self) -> dict[Tensor, Tensor]:
         """Makes ``saved`` a dictionary."""
         kept: Any = self.saved
-        if type(kept) is not dict:
-            self.saved = kept.as_dict()  # first: an interrupt must not find the weights nowhere
+        saved = self.saved_now()
+        if saved is not kept:
+            self.saved = saved  # first: an interrupt must not find the weights nowhere
             kept.clear()
-        return self.saved  # type: ignore[return-value]
+        return saved
 
     def take_first_grads(self) -> None:
         """Makes first_grads a dictionary."""

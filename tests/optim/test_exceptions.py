@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-import copy
 import math
-import pickle
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from optimizer_cases import PROBLEM, every_backend, every_mode, everything, make, train, usable
+from optimizer_cases import (
+    PROBLEM,
+    REFUSED_WITHIN_A_STEP,
+    RefusedCall,
+    every_backend,
+    every_mode,
+    everything,
+    make,
+    train,
+    usable,
+)
 from oracle_optimizer import bits
 from torch import nn
 
@@ -229,15 +236,7 @@ def test_huge_and_tiny_gradients(adaptive: bool, backend: str) -> None:
 
 
 # --- wrong order ----------------------------------------------------------------------------------------------------
-WRONG: dict[str, Callable[[RST, list[nn.Parameter]], Any]] = {
-    "perturb": lambda opt, ps: opt.perturb(),
-    "step(closure)": lambda opt, ps: opt.step(lambda: PROBLEM.backward(ps, 0)),
-    "state_dict": lambda opt, ps: opt.state_dict(),
-    "load_state_dict": lambda opt, ps: opt.load_state_dict({}),
-    "add_param_group": lambda opt, ps: opt.add_param_group({"params": [nn.Parameter(torch.ones(1))]}),
-    "copying": lambda opt, ps: copy.deepcopy(opt),
-    "pickling": lambda opt, ps: pickle.dumps(opt),
-}
+WRONG: dict[str, RefusedCall] = {"perturb": lambda opt, ps: opt.perturb(), **REFUSED_WITHIN_A_STEP}
 
 
 @every_backend

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from interrupts import Interrupt
+from optimizer_cases import REFUSED_WITHIN_A_STEP, RefusedCall
 from oracle_optimizer import BACKENDS, Problem, bits
 from torch import nn
 
@@ -340,15 +340,7 @@ def test_grad_scaler(monkeypatch: pytest.MonkeyPatch) -> None:
     assert opt.steps == 2
 
 
-IN_BETWEEN: dict[str, Callable[[RST, list[nn.Parameter]], Any]] = {
-    "step(closure)": lambda opt, ps: opt.step(lambda: PROBLEM.backward(ps, 0)),
-    "state_dict": lambda opt, ps: opt.state_dict(),
-    "load_state_dict": lambda opt, ps: opt.load_state_dict({}),
-    "add_param_group": lambda opt, ps: opt.add_param_group({"params": [nn.Parameter(torch.ones(1))]}),
-    "copying": lambda opt, ps: copy.deepcopy(opt),
-    "pickling": lambda opt, ps: pickle.dumps(opt),
-    "replayed": lambda opt, ps: opt.replayed(False),
-}
+IN_BETWEEN: dict[str, RefusedCall] = {**REFUSED_WITHIN_A_STEP, "replayed": lambda opt, ps: opt.replayed(False)}
 
 
 @pytest.mark.parametrize("what", IN_BETWEEN)

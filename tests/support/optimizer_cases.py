@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -25,6 +28,15 @@ MODES: dict[str, dict[str, Any]] = {
     "held": {"momentum": 0.9, "lr": 0.05, "held": True},  # some gradients are, and weights go to backups
 }
 every_mode = pytest.mark.parametrize("mode", MODES)
+RefusedCall = Callable[[RST, list[nn.Parameter]], Any]
+REFUSED_WITHIN_A_STEP: dict[str, RefusedCall] = {
+    "step(closure)": lambda opt, ps: opt.step(lambda: PROBLEM.backward(ps, 0)),
+    "state_dict": lambda opt, ps: opt.state_dict(),
+    "load_state_dict": lambda opt, ps: opt.load_state_dict({}),
+    "add_param_group": lambda opt, ps: opt.add_param_group({"params": [nn.Parameter(torch.ones(1))]}),
+    "copying": lambda opt, ps: copy.deepcopy(opt),
+    "pickling": lambda opt, ps: pickle.dumps(opt),
+}
 SHAPES = [(5,), (3, 4), (0,), (33,), ()]
 METHODS: dict[str, dict[str, Any]] = {
     "sam": {"schedule": 1.0},
