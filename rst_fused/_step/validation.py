@@ -357,8 +357,8 @@ def check_saved(opt: StepOptimizer) -> None:
             )
         if kept is not None and is_master(p, kept, opt) and opt.state.get(p, {}).get("master") is not kept:
             raise RuntimeError(
-                f"the master copy of {name} was replaced between perturb() and step(): replace it before perturb() or "
-                "after step()"
+                f"{name} is {p.dtype}, but when it was perturbed it was float32, or had another tensor as its master "
+                "copy: change either before perturb() or after step()"
             )
         if kept is not None and not is_usable(kept):
             raise RuntimeError(f"the memory that keeps the weights of {name} was freed between perturb() and step()")
