@@ -45,8 +45,8 @@ def check_lists(
     lead_name: str, lead: Tensors, like: Mapping[str, Tensors], masters: Tensors, state: Mapping[str, Tensors],
     required: Sequence[str], rounded: str = "",
 ) -> None:  # fmt: skip
-    """``like``: as the parameter; ``masters``: float32; ``state``: float32 beside masters, else as the parameter; the
-    list ``rounded`` of it may be bfloat16 in the place of float32.
+    """``like``: as the parameter; ``masters``: float32, or int16 beside bfloat16; ``state``: float32 beside masters, else
+    as the parameter; the list ``rounded`` of it may be bfloat16 in the place of float32.
 
     A list may be empty unless it is in ``required``.
     """
@@ -55,17 +55,21 @@ def check_lists(
         for i, t in enumerate(needed(name, tensors)):
             if not isinstance(t, Tensor):
                 raise TypeError(f"{name}[{i}] is {type(t).__name__}: expected a tensor")
+    remainders = are_remainders(masters)
     for i, p in enumerate(lead):
         if p.layout != torch.strided or p.dtype not in DTYPES:
             raise ValueError(f"{lead_name}[{i}] is {p.layout} of {p.dtype}: expected a dense tensor of {DTYPES}")
         if masters and p.dtype not in SIXTEEN_BIT:
             raise ValueError(f"masters given, but {lead_name}[{i}] is {p.dtype}: masters go with bfloat16 and float16")
+        if remainders and p.dtype != torch.bfloat16:
+            raise ValueError(f"masters are int16, but {lead_name}[{i}] is {p.dtype}: remainders go with bfloat16")
     for name, tensors in companions.items():
         fp32 = name == "masters" or (bool(masters) and name in state)
+        kept = torch.int16 if name == "masters" and remainders else torch.float32 if fp32 else None
         if len(tensors) != len(lead) and (tensors or name in required):
             raise ValueError(f"{name} has {len(tensors)} tensors, expected {len(lead)}, one for each of {lead_name}")
         for i, (t, p) in enumerate(zip(tensors, lead, strict=False)):
-            dtype = torch.float32 if fp32 else p.dtype
+            dtype = p.dtype if kept is None else kept
             if name == rounded and t.dtype == torch.bfloat16 and dtype == torch.float32:
                 dtype = torch.bfloat16
             if t.layout != torch.strided or t.shape != p.shape or t.dtype != dtype or t.device != p.device:
@@ -73,6 +77,11 @@ def check_lists(
                     f"{name}[{i}] is {tuple(t.shape)} {t.dtype} {t.layout} on {t.device}, expected "
                     f"{tuple(p.shape)} {dtype} {torch.strided} on {p.device} as {lead_name}[{i}]"
                 )
+
+
+def are_remainders(masters: Tensors) -> bool:
+    """Whether masters are what bfloat16 parameters lack, rather than copies."""
+    return len(masters) > 0 and getattr(masters[0], "dtype", None) == torch.int16
 
 
 def check_apart(**lists: Tensors) -> None:

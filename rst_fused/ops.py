@@ -2,9 +2,11 @@
 
 Common to all: every list has one tensor per parameter; dtypes float32, float64, bfloat16, float16, complex64 and
 complex128 may be mixed in one call; tensors may be non-contiguous (but not expanded, if they are written); companions
-of a parameter share its shape, dtype and device, except that state beside a master copy is float32. A hyperparameter is
-one number for all parameters, or a sequence with one per group of consecutive parameters, whose lengths are in
-``group_sizes``. Results are in place. ``backend`` is "auto", "cuda", "cpu", "triton" or "reference".
+of a parameter share its shape, dtype and device, except that state beside a master is float32. ``masters`` are float32
+copies of bfloat16 and float16 parameters, which take the place of backups, or, if they are int16, what bfloat16
+parameters and their backups lack to be float32: bits(w) = bits(b) * 2^16 + r, where b is w rounded to nearest, ties
+away from zero, so that 4 bytes per parameter keep what copies keep in 6. A hyperparameter is one number for all
+parameters, or a sequence with one per group of consecutive parameters, whose lengths are in ``group_sizes``. Results are in place. ``backend`` is "auto", "cuda", "cpu", "triton" or "reference".
 
 Errors: ValueError names the argument that does not fit, or tensors that are written and share memory (TypeError: what
 is not a tensor), before anything is changed; RuntimeError if a backend is missing. The traffic stated for each op is in
@@ -29,6 +31,7 @@ from rst_fused._checks import as_integer
 from rst_fused._op_arguments import (
     Number,
     Tensors,
+    are_remainders,
     check_apart,
     check_lists,
     check_numbers,
@@ -49,8 +52,8 @@ _READ = ("grads", "backups", "first_grads")  # the lists that no update writes
 
 @torch.no_grad()
 def grad_norm(
-    grads: Tensors, params: Tensors | None = None, *, adaptive: bool = False, eta: float = 0.0,
-    stats: Tensor | None = None, backend: str = "auto",
+    grads: Tensors, params: Tensors | None = None, *, masters: Tensors | None = None, adaptive: bool = False,
+    eta: float = 0.0, stats: Tensor | None = None, backend: str = "auto",
 ) -> Tensor:  # fmt: skip
     """The norm over all gradients: ||g|| (SAM, Foret et al. 2021, eq. 2), or ||T g|| with T = |w| + eta when adaptive
     (ASAM, Kwon et al. 2021).
@@ -59,17 +62,18 @@ def grad_norm(
     whether it was not finite (0 or 1), the count of such calls on this tensor, 0, which kernels use, and the sum of
     squares, of which the norm is the root. Sums are in fp64 and in a fixed order: two runs are bit-identical for any
     number of threads. Of numbers of up to four bytes, backend "cpu" first adds eight squares in fp32 (a relative error
-    of at most 2^-22), and "cuda" 16 or 32 (at most 10 * 2^-24), unless that leaves the range of fp32. ``params`` is
-    needed only when adaptive. Traffic: 4 (8).
+    of at most 2^-22), and "cuda" 16 or 32 (at most 10 * 2^-24), unless that leaves the range of fp32. ``params``, and
+    ``masters`` where there are any, are needed only when adaptive. Traffic: 4 (8).
     """
     if adaptive and params is None:
         raise ValueError("params=None with adaptive=True: ASAM scales gradients by |w|, pass the parameters")
     sources = listed("params", params) if adaptive else []
     check_numbers("eta", eta, 0)
-    check_lists("grads", grads, {"params": sources}, [], {}, ["params"] if adaptive else [])
+    kept = listed("masters", masters) if adaptive else []
+    check_lists("grads", grads, {"params": sources}, kept, {}, ["params"] if adaptive else [])
     if stats is None:
         stats = torch.zeros(len(STATS), dtype=torch.float64, device=grads[0].device if grads else "cpu")
-    ops_for(backend, grads, stats.device).grad_norm(stats, list(grads), sources, adaptive, eta)
+    ops_for(backend, grads, stats.device).grad_norm(stats, list(grads), sources, kept, adaptive, eta)
     return stats
 
 
@@ -107,20 +111,21 @@ def perturb_(
 
     ``stats`` is what grad_norm returned, with the same ``adaptive`` and ``eta``. A zero or non-finite norm gives e = 0.
     A backup may be the gradient of its parameter itself, which is lost then: (w, g) <- (w + e, w), without more memory.
-    With ``masters`` (float32, beside bfloat16/float16 parameters) w is read there and no backup is written; ``backups``
-    is then None. bfloat16 and float16 results are rounded stochastically, by bits that are a pure function of (seed,
+    With float32 ``masters`` w is read there and no backup is written; ``backups`` is then None. With int16 ones w is the
+    parameter with its remainder, and the backup is that of the parameter alone. bfloat16 and float16 results are rounded stochastically, by bits that are a pure function of (seed,
     step, first_index + position in the list, position of the element). rho may be negative: against the gradient.
     Where parameters are shards, ``shards`` has (offset, run, stride) for each, integers >= 0: element i, in the order
     of the shard's strides, has position ``offset + i // run * stride + i % run``, so that it is rounded as the whole
     tensor would be, however that is cut. A run of 0 stands for all elements: (0, 0, 0) is a whole tensor,
     (k * width, 0, 0) its rows from k on, and (k, n, width) its n columns from k on. Traffic: 16; bfloat16 with masters
-    8.
+    8, with remainders 10.
     """
     masters = listed("masters", masters)
-    backups = [] if masters else needed("backups", backups)
+    copies = bool(masters) and not are_remainders(masters)
+    backups = [] if copies else needed("backups", backups)
     check_numbers("eta", eta, 0)
     like = {"grads": grads, "backups": backups}
-    check_lists("params", params, like, masters, {}, ["grads", "masters" if masters else "backups"])
+    check_lists("params", params, like, masters, {}, ["grads", "masters" if copies else "backups"])
     check_apart(params=params, backups=backups)
     sizes = sizes_of(params, group_sizes)
     counters = [as_integer("seed", seed, 0, 2**63 - 1), as_integer("step", step, 0, 2**63 - 1)]
@@ -138,18 +143,19 @@ def restore_(
     first_grads: Tensors | None = None, gamma: Number = 1.0, group_sizes: Sequence[int] | None = None,
     backend: str = "auto",
 ) -> None:  # fmt: skip
-    """w <- backup, bit for bit (or the rounded master). For an update that is not fused.
+    """w <- backup, bit for bit (or the rounded master copy). For an update that is not fused.
 
     With ``first_grads`` also g <- (1 - gamma) g1 + gamma g (G-RST, Zhao et al. 2022). Pass ``grads`` whenever this is
     traced by torch.compile: the data dependence keeps the restore behind the second pass. Traffic: 8 (20 with mixing).
     """
     masters = listed("masters", masters)
-    backups = [] if masters else needed("backups", backups)
+    copies = bool(masters) and not are_remainders(masters)
+    backups = [] if copies else needed("backups", backups)
     firsts = listed("first_grads", first_grads)
     if firsts and grads is None:
         raise ValueError("grads=None with first_grads: mixing needs the gradients of the second pass")
     like = {"backups": backups, "grads": listed("grads", grads), "first_grads": firsts}
-    check_lists("params", params, like, masters, {}, ["masters" if masters else "backups"])
+    check_lists("params", params, like, masters, {}, ["masters" if copies else "backups"])
     check_apart(params=params, grads=like["grads"] if firsts else [])
     sizes = sizes_of(params, group_sizes)
     ops_for(backend, params).restore_(
@@ -306,7 +312,7 @@ def _update_lists(
     check_lists("params", params, like, kept, state, ["grads", *required], first)
     check_apart(params=params, **state, masters=kept)
     return {
-        "params": list(params), "grads": list(grads), "backups": [] if kept else backed_up, "first_grads": firsts,
+        "params": list(params), "grads": list(grads), "backups": backed_up if not kept or are_remainders(kept) else [], "first_grads": firsts,
         **state, "masters": kept,
     }  # fmt: skip
 

@@ -141,6 +141,26 @@ def stochastic_round(x: Tensor, random: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(x.isfinite(), rounded, x).to(dtype)
 
 
+def split(w: Tensor) -> tuple[Tensor, Tensor]:
+    """float32 weights as bfloat16 and int16, exactly: (b, r) with bits(w) = bits(b) * 2^16 + r.
+
+    b is w rounded to nearest, ties away from zero, and r has the lower half of w's bits. A NaN is quiet, without r.
+    """
+    bits = torch.where(w.isnan(), 0x7FC00000, w.view(torch.int32).to(torch.int64) & _MASK32)
+    return _signed(((bits + 0x8000) & _MASK32) >> 16).view(torch.bfloat16), _signed(bits & 0xFFFF)
+
+
+def join(b: Tensor, r: Tensor) -> Tensor:
+    """The float32 weights that ``split`` has split."""
+    bits = (b.view(torch.int16).to(torch.int64) * 0x10000 + r) & _MASK32
+    return torch.where(bits >= 1 << 31, bits - (1 << 32), bits).to(torch.int32).view(torch.float32)
+
+
+def _signed(half: Tensor) -> Tensor:
+    """int16 of the same 16 bits."""
+    return torch.where(half >= 0x8000, half - 0x10000, half).to(torch.int16)
+
+
 # --- helpers --------------------------------------------------------------------------------------------------------
 def _rows(group_sizes: Sequence[int]) -> Iterator[int]:
     return (row for row, size in enumerate(group_sizes) for _ in range(size))
@@ -171,6 +191,13 @@ def _write(results: Sequence[tuple[Tensor, Tensor]]) -> None:
     deque(starmap(Tensor.copy_, results), maxlen=0)
 
 
+def _weights(params: Tensors, masters: Tensors, i: int) -> Tensor:
+    """Those of one parameter, or of its backup, in the dtype that they are kept in."""
+    if not masters:
+        return params[i]
+    return join(params[i], masters[i]) if masters[i].dtype == torch.int16 else masters[i]
+
+
 def _magnitude(w: Tensor) -> Tensor:
     """|w|; of a complex tensor, for each of both parts."""
     return w.abs().unsqueeze(-1) if w.is_complex() else _wide(w).abs()
@@ -193,12 +220,14 @@ def _positions(p: Tensor, shards: Sequence[int], i: int) -> Tensor:
 
 # --- ops ------------------------------------------------------------------------------------------------------------
 @torch.no_grad()
-def grad_norm(stats: Tensor, grads: Tensors, params: Tensors, adaptive: bool, eta: float) -> None:
+def grad_norm(
+    stats: Tensor, grads: Tensors, params: Tensors, masters: Tensors, adaptive: bool, eta: float
+) -> None:
     total = torch.zeros((), dtype=torch.float64, device=stats.device)
     for i, grad in enumerate(grads):
         g = _wide(grad).double()
         if adaptive:
-            terms = asam_squared_norm(g, asam_scale(_magnitude(params[i]).double(), eta))
+            terms = asam_squared_norm(g, asam_scale(_magnitude(_weights(params, masters, i)).double(), eta))
         else:
             terms = squared_norm(g)
         total = total + terms.sum().to(stats.device)
@@ -227,7 +256,7 @@ def perturb_(
 ) -> None:  # fmt: skip
     for i, row in enumerate(_rows(group_sizes)):
         p = params[i]
-        source = masters[i] if masters else p
+        source = _weights(params, masters, i)
         w, g = _wide(source), _wide(grads[i]).to(_wide(source).dtype)
         scale = rho[row].to(stats.device) * stats[1]
         if adaptive:
@@ -238,7 +267,7 @@ def perturb_(
             bits = random_bits(rng, first_index + i, _positions(p, shards, i))
             moved = stochastic_round(moved.float(), bits, p.dtype)
         # The backup, which may be the gradient, first: p changes with it, or not at all.
-        kept = [] if masters else [(backups[i], p)]
+        kept = [(backups[i], p)] if backups else []
         _write([*kept, _result(p, moved, p, scale == 0)])  # 0 * inf would be NaN
 
 
@@ -247,7 +276,7 @@ def restore_(
     params: Tensors, backups: Tensors, masters: Tensors, grads: Tensors, first_grads: Tensors, gamma: Tensor,
     group_sizes: Sequence[int],
 ) -> None:  # fmt: skip
-    for p, saved in zip(params, masters or backups, strict=True):
+    for p, saved in zip(params, backups or masters, strict=True):
         p.copy_(saved)
     if first_grads:
         for i, row in enumerate(_rows(group_sizes)):
@@ -266,11 +295,11 @@ def _op_of(formula: Formula, states: int, counts_steps: bool = False) -> Op:
         state_lists, (masters, hyper, *rest) = args[:states], args[states:]
         steps = rest.pop(0) if counts_steps else None
         group_sizes, *option, maximize, grad_scale, found_inf, rng, indices, shards = rest
-        sources = masters or backups or params
         results = []
         for i, row in enumerate(_rows(group_sizes)):
             *numbers, gamma = hyper[row].unbind()
-            w, g = _wide(sources[i]), _wide(grads[i])
+            source = _weights(backups or params, masters, i)
+            w, g = _wide(source), _wide(grads[i])
             if first_grads:
                 g = mix(_wide(first_grads[i]), g, gamma)
             if grad_scale is not None:
@@ -284,9 +313,14 @@ def _op_of(formula: Formula, states: int, counts_steps: bool = False) -> Op:
                 new_state = (stochastic_round(new_state[0].float(), bits, torch.bfloat16), *new_state[1:])
             skip = None if found_inf is None else (found_inf != 0).to(w.device)
             results += [_result(old, new, old, skip) for old, new in zip(state, new_state, strict=True)]
-            if masters:
+            kept = source
+            if masters and masters[i].dtype == torch.int16:
+                kept = (backups or params)[i]
+                updated, remainder = split(updated)
+                results.append(_result(masters[i], remainder, masters[i], skip))
+            elif masters:
                 results.append(_result(masters[i], updated, masters[i], skip))
-            results.append(_result(params[i], updated, sources[i], skip))
+            results.append(_result(params[i], updated, kept, skip))
         _write(results)
 
     return restore_step_

@@ -15,11 +15,17 @@ constexpr int kStates = 3;
 constexpr bool is_state(int operand) { return operand >= kState0 && operand < kState0 + kStates; }
 constexpr unsigned bit(int operand) { return 1u << operand; }
 
+// How a 16-bit parameter has weights in fp32: not at all; as a copy, which takes the place of a backup; or, beside
+// bfloat16, as the 16 bits that the parameter (or its backup) lacks, in an int16: see Remainder in math/sam_math.h.
+enum class Master : int { None, Copy, Remainder };
+constexpr int kMasters = 3;
+
 // One parameter with its companions. A complex tensor is stored as pairs of scalars: `numel` counts scalars.
 struct Tensor {
   int64_t numel = 0;
   DType dtype = DType::Float;        // of param, grad, first_grad and backup
-  DType state_dtype = DType::Float;  // of states and master: dtype, or Float beside a master copy; but see rounds_state
+  DType state_dtype = DType::Float;  // of states: dtype, or Float beside a master; but see rounds_state
+  bool remainder = false;            // the master is one
   bool complex = false;
   bool rounds_state = false;  // the first state is bfloat16, and rounded stochastically when it is written
   int row = 0;                // which row of hyperparameters
@@ -34,9 +40,16 @@ struct Tensor {
 
   DType dtype_of(int operand) const {
     if (operand == kState0 && rounds_state) return DType::BFloat16;
-    return operand == kMaster || is_state(operand) ? state_dtype : dtype;
+    if (operand == kMaster) return remainder ? DType::BFloat16 : state_dtype;  // of so many bytes
+    return is_state(operand) ? state_dtype : dtype;
   }
   bool has(int operand) const { return data[operand] != nullptr; }
+  Master master() const { return !has(kMaster) ? Master::None : remainder ? Master::Remainder : Master::Copy; }
+  // The operand that the weights are read from, with a remainder that completes them; `perturbed`: from a backup.
+  Operand source(bool perturbed) const {
+    if (master() == Master::Copy) return kMaster;
+    return perturbed && has(kBackup) ? kBackup : kParam;
+  }
   bool strided() const { return !sizes.empty(); }
 };
 

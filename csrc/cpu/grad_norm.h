@@ -1,7 +1,7 @@
 // grad_norm over one chunk: reads g (and w for ASAM), 4 bytes per fp32 parameter (8 for ASAM); writes nothing.
 #pragma once
 
-#include "cpu/multi_tensor_apply.h"
+#include "cpu/weights.h"
 
 namespace rst::CPU_CAPABILITY {
 
@@ -149,7 +149,7 @@ bool sum_in_fp32(const ChunkArgs& c) {
 
 // Sums in fp64 over kNormLanes fixed lanes: element i of the chunk always goes to lane i % kNormLanes, so the result
 // depends neither on the SIMD level nor on the number of threads.
-template <class T, bool Adaptive, bool Master>
+template <class T, bool Adaptive, Master master>
 void grad_norm_chunk(const ChunkArgs& c) {
   if constexpr (sizeof(T) < sizeof(double) && !Adaptive) {
     if (sum_in_fp32<T>(c)) return;
@@ -162,12 +162,8 @@ void grad_norm_chunk(const ChunkArgs& c) {
   auto add = [&](auto at, DoubleV sum) __attribute__((always_inline)) {
     DoubleV g = at.template load<T>(c.data[kGrad]);
     if constexpr (Adaptive) {
-      DoubleV w;
-      if constexpr (Master) {
-        w = at.template load<float>(c.data[kMaster]);
-      } else {
-        w = at.template load<T>(c.data[kParam]);
-      }
+      const DoubleV w =
+          load_weights<DoubleV, T, master>(at, c.data[master == Master::Copy ? kMaster : kParam], c.data[kMaster]);
       return AsamSquaredNorm<DoubleV>{}(g, scale(magnitude(w, complex)), sum);
     } else {
       return SquaredNorm<DoubleV>{}(g, sum);

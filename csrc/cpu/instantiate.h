@@ -10,49 +10,45 @@
 
 namespace rst::CPU_CAPABILITY {
 
-template <class Rule, int States, class T>
-inline void fill_update(Kernel (&update)[2][2], Kernel (&rounding)[2][2]) {
-  update[0][0] = update_chunk<Rule, States, T, false, false, false>;
-  update[1][0] = update_chunk<Rule, States, T, true, false, false>;
-  if constexpr (sizeof(T) == 2) {
-    update[0][1] = update_chunk<Rule, States, T, false, true, false>;
-    update[1][1] = update_chunk<Rule, States, T, true, true, false>;
+template <class Rule, int States, class T, Master master>
+inline void fill_update(Kernel (&update)[2][kMasters], Kernel (&rounding)[2][kMasters]) {
+  constexpr int m = static_cast<int>(master);
+  update[0][m] = update_chunk<Rule, States, T, false, master, false>;
+  update[1][m] = update_chunk<Rule, States, T, true, master, false>;
+  if constexpr (States > 0 && (master != Master::None || std::is_same_v<T, float> || std::is_same_v<T, BFloat16>)) {
+    rounding[0][m] = update_chunk<Rule, States, T, false, master, true>;
+    rounding[1][m] = update_chunk<Rule, States, T, true, master, true>;
   }
-  if constexpr (States > 0) {
-    if constexpr (std::is_same_v<T, float> || std::is_same_v<T, BFloat16>) {
-      rounding[0][0] = update_chunk<Rule, States, T, false, false, true>;
-      rounding[1][0] = update_chunk<Rule, States, T, true, false, true>;
-    }
-    if constexpr (sizeof(T) == 2) {
-      rounding[0][1] = update_chunk<Rule, States, T, false, true, true>;
-      rounding[1][1] = update_chunk<Rule, States, T, true, true, true>;
-    }
-  }
+}
+
+// What depends on where the weights are.
+template <class T, Master master>
+inline void fill_with(KernelTable& table, int d) {
+  constexpr int m = static_cast<int>(master);
+  table.grad_norm[d][0][m] = grad_norm_chunk<T, false, Master::None>;
+  table.grad_norm[d][1][m] = grad_norm_chunk<T, true, master>;
+  table.perturb[d][0][m] = perturb_chunk<T, false, master>;
+  table.perturb[d][1][m] = perturb_chunk<T, true, master>;
+  int variant = 0;
+#define RST_FILL(Rule, states, ...)                                                                  \
+  fill_update<Rule, states, T, master>(table.update[variant][d], table.update_rounding[variant][d]); \
+  ++variant;
+  RST_RULE_VARIANTS(RST_FILL)
+#undef RST_FILL
 }
 
 template <class T>
 inline void fill(KernelTable& table, DType dtype) {
   const int d = static_cast<int>(dtype);
-  table.grad_norm[d][0][0] = grad_norm_chunk<T, false, false>;
-  table.grad_norm[d][1][0] = grad_norm_chunk<T, true, false>;
-  table.perturb[d][0][0] = perturb_chunk<T, false, false>;
-  table.perturb[d][1][0] = perturb_chunk<T, true, false>;
   table.backup[d] = backup_chunk<T>;
   table.restore[d][0] = restore_chunk<T, false>;
   table.mix[d] = mix_chunk<T>;
-  int variant = 0;
-#define RST_FILL(Rule, states, ...)                                                          \
-  fill_update<Rule, states, T>(table.update[variant][d], table.update_rounding[variant][d]); \
-  ++variant;
-  RST_RULE_VARIANTS(RST_FILL)
-#undef RST_FILL
+  fill_with<T, Master::None>(table, d);
   if constexpr (sizeof(T) == 2) {
-    table.grad_norm[d][0][1] = grad_norm_chunk<T, false, false>;
-    table.grad_norm[d][1][1] = grad_norm_chunk<T, true, true>;
-    table.perturb[d][0][1] = perturb_chunk<T, false, true>;
-    table.perturb[d][1][1] = perturb_chunk<T, true, true>;
+    fill_with<T, Master::Copy>(table, d);
     table.restore[d][1] = restore_chunk<T, true>;
   }
+  if constexpr (std::is_same_v<T, BFloat16>) fill_with<T, Master::Remainder>(table, d);
 }
 
 #define RST_NAME_OF(level) #level

@@ -9,7 +9,7 @@ namespace rst {
 constexpr int kNormLanes = 16;  // partial sums per chunk, the same at every SIMD level
 
 // One chunk as its kernel sees it. data[operand] points at the chunk's first scalar, source at the w that an update
-// reads.
+// reads, but for its remainder.
 struct ChunkArgs {
   const OpParams* params;
   const Tensor* tensor;
@@ -23,17 +23,17 @@ struct ChunkArgs {
 
 using Kernel = void (*)(const ChunkArgs&);
 
-// All kernels of one SIMD level. Master: an fp32 master copy beside 16-bit parameters; null for 32- and 64-bit dtypes.
+// All kernels of one SIMD level; null where a dtype has no such master.
 struct KernelTable {
   const char* name;
-  Kernel grad_norm[kDTypes][2][2];  // [adaptive][master]
-  Kernel perturb[kDTypes][2][2];    // [adaptive][master]
+  Kernel grad_norm[kDTypes][2][kMasters];  // [adaptive][master]
+  Kernel perturb[kDTypes][2][kMasters];    // [adaptive][master]
   Kernel backup[kDTypes];
-  Kernel restore[kDTypes][2];  // [master]
+  Kernel restore[kDTypes][2];  // [from a master copy]
   Kernel mix[kDTypes];
-  Kernel update[kRuleVariants][kDTypes][2][2];  // [mix][master]
+  Kernel update[kRuleVariants][kDTypes][2][kMasters];  // [mix][master]
   // Those that round the first state: of float32, of bfloat16, and of 16-bit parameters with masters; else null.
-  Kernel update_rounding[kRuleVariants][kDTypes][2][2];
+  Kernel update_rounding[kRuleVariants][kDTypes][2][kMasters];
 };
 
 namespace plain {

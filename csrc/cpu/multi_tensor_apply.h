@@ -15,10 +15,6 @@ using Arithmetic =
 template <class V>
 constexpr int kLanes = sizeof(V) / (std::is_same_v<V, DoubleV> ? sizeof(double) : sizeof(float));
 
-// The format of a parameter's state: its own, or fp32 beside a master copy.
-template <class T, bool Master>
-using State = std::conditional_t<Master, Float32Beside<T>, T>;
-
 // Kernels over 16-bit dtypes prefetch, which saves up to a sixth of their time: the hardware prefetcher does not look
 // far enough ahead at their speed, and it stops at the end of every page. With fp32 the effect is a few hundredths
 // either way. Where a vector fills a line and stores bypass the cache (AVX-512, measured on Zen 5), an update becomes a
@@ -41,6 +37,11 @@ struct At {
 
   template <class T>
   RST_INLINE V load(const void* base) const {
+    return Convert<V, T>::widen(read<T>(base));
+  }
+  // The elements as they are stored.
+  template <class T>
+  RST_INLINE typename Convert<V, T>::Raw read(const void* base) const {
     typename Convert<V, T>::Raw raw{};
     const T* p = static_cast<const T*>(base) + i;
     constexpr int64_t width = kLanes<V> * sizeof(T);
@@ -53,7 +54,7 @@ struct At {
     } else {
       std::memcpy(&raw, p, bytes<T>());
     }
-    return Convert<V, T>::widen(raw);
+    return raw;
   }
   template <class T, Values values>
   RST_INLINE void store(void* base, V v) const {
@@ -70,22 +71,6 @@ struct At {
     typename Convert<V, T>::Raw raw{};
     std::memcpy(&raw, static_cast<const T*>(from) + i, bytes<T>());
     write_only<T>(to, raw);
-  }
-
- private:
-  template <class T, Values values>
-  RST_INLINE auto narrow(V v) const {
-    if constexpr (values == Values::Exact) {
-      return Convert<V, T>::truncate(v);
-    } else if constexpr (values == Values::Own) {
-      return Convert<V, T>::narrow_own(v);
-    } else {
-      return Convert<V, T>::narrow(v);
-    }
-  }
-  template <class T>
-  RST_INLINE size_t bytes() const {
-    return part == Part::Some ? lanes * sizeof(T) : kLanes<V> * sizeof(T);
   }
   template <class T, class Raw>
   RST_INLINE void put(void* base, Raw raw) const {
@@ -104,6 +89,22 @@ struct At {
     } else {
       put<T>(base, raw);
     }
+  }
+
+ private:
+  template <class T, Values values>
+  RST_INLINE auto narrow(V v) const {
+    if constexpr (values == Values::Exact) {
+      return Convert<V, T>::truncate(v);
+    } else if constexpr (values == Values::Own) {
+      return Convert<V, T>::narrow_own(v);
+    } else {
+      return Convert<V, T>::narrow(v);
+    }
+  }
+  template <class T>
+  RST_INLINE size_t bytes() const {
+    return part == Part::Some ? lanes * sizeof(T) : kLanes<V> * sizeof(T);
   }
 };
 

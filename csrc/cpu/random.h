@@ -1,7 +1,7 @@
 // The random bits of stochastic rounding, for one vector of elements after another.
 #pragma once
 
-#include "cpu/multi_tensor_apply.h"
+#include "cpu/weights.h"
 
 namespace rst::CPU_CAPABILITY {
 

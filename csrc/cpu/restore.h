@@ -1,16 +1,16 @@
-// restore over one chunk: reads the backup (or master), writes w: 8 bytes per fp32 parameter.
+// restore over one chunk: reads the backup (or master copy), writes w: 8 bytes per fp32 parameter.
 // mix over one chunk: g <- (1 - gamma) * g1 + gamma * g: 12 bytes per fp32 parameter.
 #pragma once
 
-#include "cpu/multi_tensor_apply.h"
+#include "cpu/weights.h"
 
 namespace rst::CPU_CAPABILITY {
 
-template <class T, bool Master>
+template <class T, bool FromMaster>
 void restore_chunk(const ChunkArgs& c) {
-  if constexpr (Master) {
+  if constexpr (FromMaster) {
     for_each_vector<T, Arithmetic<T>>(c, c.data[kParam], RST_BODY(at) {
-      at.template store_only<T, Values::Any>(c.data[kParam], at.template load<State<T, true>>(c.data[kMaster]));
+      at.template store_only<T, Values::Any>(c.data[kParam], at.template load<State<T, Master::Copy>>(c.data[kMaster]));
     });
   } else {  // bytes, not values: a NaN's payload comes back too
     std::memcpy(c.data[kParam], c.data[kBackup], c.count * sizeof(T));

@@ -62,8 +62,7 @@ void run_chunk(const Job& job, int64_t index) {
   c.count = chunk.count;
   c.streaming = job.streaming;
   if (job.sums != nullptr) c.sum = job.sums + index;
-  const bool backed = tensor.has(kBackup) && job.params->restoring;
-  const int source = tensor.has(kMaster) ? kMaster : backed ? kBackup : kParam;
+  const int source = tensor.source(job.params->restoring);
   const Kernel kernel = job.pick(job.kernels, tensor, *job.params);
   if (tensor.strided()) {
     c.source = tensor.data[source];
@@ -115,13 +114,14 @@ void run(const Table& table, const OpParams& params, Pick pick, unsigned reads, 
 }
 
 int dtype(const Tensor& tensor) { return static_cast<int>(tensor.dtype); }
+int master(const Tensor& tensor) { return static_cast<int>(tensor.master()); }
 
 }  // namespace
 
 void grad_norm(const Table& table, const OpParams& params, const Threads& threads) {
   std::vector<double> sums(table.chunks.size());
   auto pick = [](const KernelTable& k, const Tensor& t, const OpParams& c) {
-    return k.grad_norm[dtype(t)][c.adaptive][t.has(kMaster)];
+    return k.grad_norm[dtype(t)][c.adaptive][master(t)];
   };
   run(table, params, pick, bit(kGrad) | (params.adaptive ? bit(kParam) | bit(kMaster) : 0), 0, threads, sums.data());
   double total = 0;
@@ -131,7 +131,7 @@ void grad_norm(const Table& table, const OpParams& params, const Threads& thread
 
 void perturb(const Table& table, const OpParams& params, const Threads& threads) {
   auto pick = [](const KernelTable& k, const Tensor& t, const OpParams& c) {
-    return k.perturb[dtype(t)][c.adaptive][t.has(kMaster)];
+    return k.perturb[dtype(t)][c.adaptive][master(t)];
   };
   if (params.stats[kInverse] == 0) {  // 0 * inf would be NaN: do not even compute e
     auto keep = [](const KernelTable& k, const Tensor& t, const OpParams&) { return k.backup[dtype(t)]; };
@@ -145,7 +145,7 @@ void perturb(const Table& table, const OpParams& params, const Threads& threads)
 
 void restore(const Table& table, const OpParams& params, const Threads& threads) {
   auto pick = [](const KernelTable& k, const Tensor& t, const OpParams&) {
-    return k.restore[dtype(t)][t.has(kMaster)];
+    return k.restore[dtype(t)][t.master() == Master::Copy];
   };
   run(table, params, pick, bit(kBackup) | bit(kMaster), bit(kParam), threads);
   if (params.gammas == nullptr) return;
@@ -156,7 +156,7 @@ void restore(const Table& table, const OpParams& params, const Threads& threads)
 void update(const Table& table, const OpParams& params, const Threads& threads) {
   auto pick = [](const KernelTable& k, const Tensor& t, const OpParams& p) {
     const auto& kernels = t.rounds_state ? k.update_rounding : k.update;
-    return kernels[variant_of(p.rule, t)][dtype(t)][t.has(kFirstGrad)][t.has(kMaster)];
+    return kernels[variant_of(p.rule, t)][dtype(t)][t.has(kFirstGrad)][master(t)];
   };
   const unsigned state = bit(kState0) | bit(kState1) | bit(kState2) | bit(kMaster);
   const unsigned reads = bit(kParam) | bit(kGrad) | bit(kFirstGrad) | (params.restoring ? bit(kBackup) : 0) | state;

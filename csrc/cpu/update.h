@@ -16,19 +16,19 @@ RST_INLINE void for_each_constant(std::integer_sequence<int, I...>, [[maybe_unus
 
 // How an update computes. Where it rounds the first state, which is bfloat16 then, it works on Twins throughout, since
 // two neighbours share their random bits.
-template <class T, bool Master, bool Rounds>
+template <class T, Master master, bool Rounds>
 struct UpdateFormats {
   using V = Arithmetic<T>;
   using Param = T;
-  using S = State<T, Master>;
+  using S = State<T, master>;
   using First = S;
 };
-template <class T, bool Master>
-struct UpdateFormats<T, Master, true> {
+template <class T, Master master>
+struct UpdateFormats<T, master, true> {
   using V = Twin;
   using Order = std::conditional_t<std::is_same_v<T, float>, Half, T>;  // that of an fp32 Twin is up to us
   using Param = std::conditional_t<std::is_same_v<T, float>, Float32Beside<Half>, T>;
-  using S = State<Param, Master>;
+  using S = State<Param, master>;
   using First = BFloat16Beside<Order>;
 };
 
@@ -43,9 +43,9 @@ RST_INLINE Twin round_to_bfloat16(Twin v, UintV bits) {
   return {Round::to_bfloat16(v.a, random.a), Round::to_bfloat16(v.b, random.b)};
 }
 
-template <class Rule, int N, class T, bool Mixing, bool Master, bool Rounds, class... Factor, class Row>
+template <class Rule, int N, class T, bool Mixing, Master master, bool Rounds, class... Factor, class Row>
 RST_INLINE void update_with(const ChunkArgs& c, const Row& row, [[maybe_unused]] BitsOfStretch bits = {}) {
-  using Formats = UpdateFormats<T, Master, Rounds>;
+  using Formats = UpdateFormats<T, master, Rounds>;
   using V = typename Formats::V;
   using P = typename Formats::Param;
   using S = typename Formats::S;
@@ -54,16 +54,16 @@ RST_INLINE void update_with(const ChunkArgs& c, const Row& row, [[maybe_unused]]
   // Local copies: so the compiler knows that no store changes them.
   void* const param = c.data[kParam];
   [[maybe_unused]] void* const states[] = {c.data[kState0], c.data[kState1], c.data[kState2]};
-  void* const master = c.data[kMaster];
+  void* const rest = c.data[kMaster];
   const void* const source = c.source;
   const void* const grad = c.data[kGrad];
   const void* const first_grad = c.data[kFirstGrad];
-  constexpr bool kOwn = !Master && !(Rounds && std::is_same_v<T, float>);
+  constexpr bool kOwn = master == Master::None && !(Rounds && std::is_same_v<T, float>);
   constexpr Values computed = kOwn ? Values::Own : Values::Any;
-  const bool write_only = Master || source != param;
+  const bool write_only = source != param;
 
   for_each_vector<P, V>(c, write_only ? param : nullptr, RST_BODY(at) {
-    const V w = at.template load<S>(source);
+    const V w = load_weights<V, P, master>(at, source, rest);
     V g = at.template load<P>(grad);
     if constexpr (Mixing) g = mix(at.template load<P>(first_grad), g);
     States<V, N> state;
@@ -80,28 +80,27 @@ RST_INLINE void update_with(const ChunkArgs& c, const Row& row, [[maybe_unused]]
         at.template store<S, computed>(states[i], state[i]);
       }
     });
-    if constexpr (Master) at.template store<S, Values::Any>(master, updated);
-    at.template store_only<P, computed>(param, updated);
+    store_weights<P, master, computed>(at, param, rest, updated);
   });
 }
 
 // Rounds: the first state is bfloat16, beside whatever the others are, and is rounded stochastically.
-template <class Rule, int N, class T, bool Mixing, bool Master, bool Rounds>
+template <class Rule, int N, class T, bool Mixing, Master master, bool Rounds>
 void update_chunk(const ChunkArgs& c) {
   const auto row = [&params = *c.params, at = c.tensor->row](int column) {
     return column < Rule::kColumns ? params.hyperparams[at * Rule::kColumns + column] : params.steps[at];
   };
   if constexpr (Rounds) {
     const auto run = [&row](const ChunkArgs& piece, RandomBits random, uint64_t position) {
-      update_with<Rule, N, T, Mixing, Master, true>(piece, row, BitsOfStretch::of(random, position));
+      update_with<Rule, N, T, Mixing, master, true>(piece, row, BitsOfStretch::of(random, position));
     };
     return for_each_stretch(c, RandomBits::kState + static_cast<uint64_t>(c.tensor->state_index), run);
   } else if constexpr (Rule::kHasUnitFactors) {
     if (Rule::has_unit_factors(row, c.params->grad_multiplier)) {
-      return update_with<Rule, N, T, Mixing, Master, false, One>(c, row);
+      return update_with<Rule, N, T, Mixing, master, false, One>(c, row);
     }
   }
-  update_with<Rule, N, T, Mixing, Master, false>(c, row);
+  update_with<Rule, N, T, Mixing, master, false>(c, row);
 }
 
 }  // namespace rst::CPU_CAPABILITY

@@ -12,6 +12,10 @@ const CoreApi* core_api = nullptr;
 ptrdiff_t impl_offset = 0;  // of the pointer to the TensorImpl in a Python tensor; 0: not found
 ImplLayout impl_layout;
 
+bool is_remainder(const py::handle& master) {
+  return master.attr("dtype").is(py::module_::import("torch").attr("int16"));
+}
+
 }  // namespace
 
 void connect(py::object core) {
@@ -66,7 +70,11 @@ Plan::Plan(bool gpu, py::list groups, py::list everything, py::list active, py::
   backups_end_ = static_cast<int64_t>(tensors_.size());
   for (size_t k = 0; k < states.size(); ++k) add(states[k], static_cast<Operand>(kState0 + k));
   for (size_t i = 0; i < grad_strides_.size(); ++i) {
-    if (views_[i][kMaster].data != nullptr) table_.tensors[i].state_dtype = DType::Float;
+    if (masters[i].is_none()) continue;
+    Tensor& t = table_.tensors[i];
+    t.state_dtype = DType::Float;
+    t.remainder = is_remainder(masters[i]);
+    if (t.remainder && t.dtype != DType::BFloat16) throw py::value_error("a remainder of what is not bfloat16");
   }
   if (!indices.empty() && !states.empty()) add_rounding(states[0], indices);
   add_parts(parts);
@@ -165,8 +173,9 @@ void Plan::add_swapped(const std::vector<int64_t>& swapped) {
   for (int64_t i : swapped) {
     if (i < 0 || i >= count()) throw py::index_error("swapped holds a number that is no active parameter");
     const auto& views = views_[i];
-    if (views[kBackup].data != nullptr || views[kMaster].data != nullptr) {
-      throw py::value_error("a parameter that is swapped has a backup or a master");
+    const bool copied = views[kMaster].data != nullptr && !table_.tensors[i].remainder;
+    if (views[kBackup].data != nullptr || copied) {
+      throw py::value_error("a parameter that is swapped has a backup or a master copy");
     }
     const TensorFacts& p = layouts_[i];
     if (!is_dense(p.ndim, p.sizes, p.strides)) throw py::value_error("a parameter that is swapped has gaps");

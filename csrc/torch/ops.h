@@ -44,11 +44,10 @@ class Copies {
       tensor.sizes.clear();
       tensor.strides.clear();
       for (const Companion& c : companions) {
-        if (c.list.empty()) continue;
+        if (c.list.empty() || !tensor.has(c.operand)) continue;
         StableTensor copy = dense_like(lead[i], c.list[i].scalar_type());
         torch::stable::copy_(copy, c.list[i]);
-        const bool master = tensor.data[c.operand] == nullptr;  // grad_norm was given masters as the parameters
-        tensor.data[master ? kMaster : c.operand] = copy.data_ptr();
+        tensor.data[c.operand] = copy.data_ptr();
         held_.push_back(copy);
         if (c.written) results_.push_back({c.list[i], copy});
       }
@@ -90,12 +89,13 @@ inline void read_rng(const char* op, const Target& target, const StableTensor& r
 }
 
 template <TargetOf target_of>
-void grad_norm(StableTensor stats, TensorList grads, TensorList params, bool adaptive, double eta) {
+void grad_norm(StableTensor stats, TensorList grads, TensorList params, TensorList masters, bool adaptive, double eta) {
   const char* op = "grad_norm";
   const Target target = target_of(stats);
   check_scalars(op, "stats", target.device, stats, ScalarType::Double, kStats);
   const Companions lists{{kGrad, "grads", grads, false},
-                         {kParam, "params", adaptive ? params : kNoTensors, false, adaptive}};
+                         {kParam, "params", adaptive ? params : kNoTensors, false, adaptive},
+                         {kMaster, "masters", adaptive ? masters : kNoTensors, false, false, false, true}};
   Table table = build_chunk_table(op, target.device, grads, lists, {static_cast<int64_t>(grads.size())});
   const Copies copies(target, table, adaptive ? params : grads, lists);
   OpParams op_params;
@@ -123,9 +123,10 @@ void perturb_(TensorList params, TensorList grads, TensorList backups, TensorLis
   const char* op = "perturb_";
   const Target target = target_of(stats);
   check_scalars(op, "stats", target.device, stats, ScalarType::Double, kStats);
+  const bool needs_backups = masters.empty() || are_remainders(masters);
   const Companions lists{{kParam, "params", params, true},
                          {kGrad, "grads", grads, false, true},
-                         {kBackup, "backups", backups_or_none(backups, masters), true, masters.empty()},
+                         {kBackup, "backups", backups_or_none(backups, masters), true, needs_backups},
                          {kMaster, "masters", masters, false}};
   Table table = build_chunk_table(op, target.device, params, lists, group_sizes);
   for (Tensor& tensor : table.tensors) tensor.index += first_index;
@@ -148,10 +149,10 @@ void restore_(TensorList params, TensorList backups, TensorList masters, TensorL
               StableTensor gamma, Sizes group_sizes) {
   const char* op = "restore_";
   const Target target = target_of(params.empty() ? gamma : params[0]);
-  const bool mixing = !first_grads.empty();
+  const bool mixing = !first_grads.empty(), needs_backups = masters.empty() || are_remainders(masters);
   const Companions lists{{kParam, "params", params, true},
                          {kGrad, "grads", mixing ? grads : kNoTensors, true, mixing},
-                         {kBackup, "backups", backups_or_none(backups, masters), false, masters.empty()},
+                         {kBackup, "backups", backups_or_none(backups, masters), false, needs_backups},
                          {kFirstGrad, "first_grads", first_grads, false},
                          {kMaster, "masters", masters, false}};
   Table table = build_chunk_table(op, target.device, params, lists, group_sizes);
@@ -202,7 +203,9 @@ void update(const StepArgs& args) {
   Copies copies(target, table, args.params, lists);
   if (found_inf == nullptr || *found_inf == 0) {
     target.ops.update(table, op_params, target.index, nullptr);
-  } else if (!args.backups.empty() || !args.masters.empty()) {  // AMP found an overflow: no step, but w comes back
+  } else if (!args.backups.empty() ||
+             (!args.masters.empty() &&
+              !are_remainders(args.masters))) {  // AMP found an overflow: no step, but w comes back
     for (Tensor& tensor : table.tensors) tensor.data[kFirstGrad] = nullptr;  // nothing to mix
     target.ops.restore(table, OpParams{}, target.index, nullptr);
   }

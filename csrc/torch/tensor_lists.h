@@ -17,6 +17,7 @@ struct Companion {
   bool written;
   bool required = false;  // else it may be absent, that is, empty
   bool rounded = false;   // may be bfloat16 beside float32 arithmetic, and is rounded stochastically then
+  bool some = false;      // masters: a parameter that has none stands for it
 };
 using Companions = std::vector<Companion>;
 
@@ -24,16 +25,22 @@ inline View view_of(const StableTensor& t) {
   return {t.data_ptr(), static_cast<int>(t.dim()), t.sizes().data(), t.strides().data()};
 }
 
+// Whether masters are what bfloat16 parameters lack, rather than copies: all of a call are alike.
+inline bool are_remainders(const TensorList& masters) {
+  return !masters.empty() && masters[0].scalar_type() == ScalarType::Short;
+}
+
 // `lead` is the list every other one must match.
 inline Table build_chunk_table(const char* op, const OpDevice& device, const TensorList& lead,
                                const Companions& companions, const Sizes& group_sizes) {
   check_group_sizes(op, group_sizes, lead.size());
-  bool masters = false;
+  const Companion* masters = nullptr;
   for (const Companion& c : companions) {
     STD_TORCH_CHECK(c.list.size() == lead.size() || (c.list.empty() && !c.required), "rst_fused::", op, ": ", c.name,
                     " has ", c.list.size(), " entries, expected ", lead.size(), ", one per parameter");
-    masters = masters || (c.operand == kMaster && !c.list.empty());
+    if (c.operand == kMaster && !c.list.empty()) masters = &c;
   }
+  const bool remainders = masters != nullptr && are_remainders(masters->list);
   Table table;
   table.tensors.resize(lead.size());
   size_t row = 0;
@@ -46,24 +53,22 @@ inline Table build_chunk_table(const char* op, const OpDevice& device, const Ten
     STD_TORCH_CHECK(describe(dtype, tensor), "rst_fused::", op, ": parameter ", i, " has dtype ", dtype,
                     ", expected float32, float64, bfloat16, float16, complex64 or complex128");
     const bool sixteen_bit = tensor.dtype == DType::BFloat16 || tensor.dtype == DType::Half;
-    STD_TORCH_CHECK(!masters || sixteen_bit, "rst_fused::", op,
-                    ": masters go with bfloat16 and float16 parameters, but "
-                    "parameter ",
-                    i, " has dtype ", dtype);
-    tensor.state_dtype = masters ? DType::Float : tensor.dtype;
+    const bool has_master = masters != nullptr && !(masters->some && masters->list[i].scalar_type() == dtype);
+    STD_TORCH_CHECK(!has_master || sixteen_bit, "rst_fused::", op,
+                    ": masters go with bfloat16 and float16 parameters, but parameter ", i, " has dtype ", dtype);
+    tensor.remainder = has_master && (masters->some ? masters->list[i].scalar_type() == ScalarType::Short : remainders);
+    STD_TORCH_CHECK(!tensor.remainder || tensor.dtype == DType::BFloat16, "rst_fused::", op,
+                    ": int16 masters, which are remainders, go with bfloat16 parameters, but parameter ", i,
+                    " has dtype ", dtype);
+    tensor.state_dtype = has_master ? DType::Float : tensor.dtype;
     tensor.row = static_cast<int>(row);
     View views[kOperands];
     for (const Companion& c : companions) {
       if (c.list.empty()) continue;
-      if (c.operand == kParam && sixteen_bit && c.list[i].scalar_type() == ScalarType::Float) {
-        // grad_norm of gradients whose weights are fp32 masters
-        check_like(op, c.name, device, i, c.list[i], lead[i], ScalarType::Float);
-        tensor.state_dtype = DType::Float;
-        views[kMaster] = view_of(c.list[i]);
-        continue;
-      }
+      if (c.operand == kMaster && !has_master) continue;
       const bool state = c.operand == kMaster || is_state(c.operand);
-      ScalarType expected = masters && state ? ScalarType::Float : dtype;
+      ScalarType expected = has_master && state ? ScalarType::Float : dtype;
+      if (c.operand == kMaster && tensor.remainder) expected = ScalarType::Short;
       if (c.rounded && c.list[i].scalar_type() == ScalarType::BFloat16 &&
           (expected == ScalarType::Float || expected == ScalarType::BFloat16)) {
         expected = ScalarType::BFloat16;
@@ -82,9 +87,9 @@ inline Table build_chunk_table(const char* op, const OpDevice& device, const Ten
 
 inline const TensorList kNoTensors;
 
-// A master takes the place of a backup.
+// A master copy takes the place of a backup.
 inline const TensorList& backups_or_none(const TensorList& backups, const TensorList& masters) {
-  return masters.empty() ? backups : kNoTensors;
+  return masters.empty() || are_remainders(masters) ? backups : kNoTensors;
 }
 
 }  // namespace rst

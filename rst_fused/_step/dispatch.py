@@ -100,13 +100,15 @@ def _parts(opt: StepOptimizer, device: DeviceState, here: list[columns.Columns],
     parts = []
     for number in range(opt._sharding.part_count):
         grads: list[Tensor] = []
-        sources: list[Tensor] = []
+        params: list[Tensor] = []
+        masters: list[Tensor] = []  # a parameter without one stands for itself
+        some = adaptive and any(c.masters for c in here)
         for c in here:
             mine = [i for i, part in enumerate(c.parts) if part == number]
-            weights = c.masters or c.params
             grads += [c.grads[i] for i in mine]
-            sources += [weights[i] for i in mine] if adaptive else []
-        parts.append(norm.Part(device, number, grads, sources))
+            params += [c.params[i] for i in mine] if adaptive else []
+            masters += [(c.masters or c.params)[i] for i in mine] if some else []
+        parts.append(norm.Part(device, number, grads, params, masters))
     return parts
 
 

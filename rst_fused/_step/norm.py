@@ -20,7 +20,8 @@ class Part(NamedTuple):
     device: DeviceState
     number: int  # see Sharding.part_of
     grads: list[Tensor]
-    sources: list[Tensor]  # for ASAM: the weights
+    params: list[Tensor]  # for ASAM
+    masters: list[Tensor]  # likewise, where there are any
 
 
 @torch.no_grad()
@@ -29,8 +30,8 @@ def grad_norm(opt: StepOptimizer, parts: Sequence[Part], stats: Tensor, adaptive
     finishes = needs_finish(opt)
     for part in parts:
         into = part.device.part_stats[part.number] if finishes else stats
-        grads, sources = locals_of(part.grads), locals_of(part.sources)
-        part.device.backend.ops.grad_norm(into, grads, sources, adaptive, opt.eta)
+        lists = map(locals_of, (part.grads, part.params, part.masters))
+        part.device.backend.ops.grad_norm(into, *lists, adaptive, opt.eta)
     if finishes:
         finish(opt, stats)
 
