@@ -46,12 +46,13 @@ class Mode:
         if self.peer is not None:
             return None
         o = self.options or {"schedule": 0.0}
-        masters = "master_weights" in o
+        masters = o.get("master_weights", False)
+        master = 2 if masters == "remainder" else 4 if masters else 0
         moment = 4 if masters else element
         first = o["state_dtype"].itemsize if "state_dtype" in o else moment
-        state = first + moment * (MOMENTS[self.base] - 1) + 4 * masters
+        state = first + moment * (MOMENTS[self.base] - 1) + master
         perturbs, mixes = o["schedule"] > 0, "gamma" in o
-        weights = element if perturbs and not masters else 0  # kept while they are perturbed
+        weights = element if perturbs and masters is not True else 0  # kept while they are perturbed
         firsts = element if mixes else 0
         second = 0 if "release_gradients" in o else element
         backup = weights if mixes else 0
@@ -60,6 +61,7 @@ class Mode:
 
 SGD: dict[str, Any] = {"momentum": 0.9}
 SAM, RELEASE, BF16_STATE = {"schedule": 1.0}, {"release_gradients": True}, {"state_dtype": torch.bfloat16}
+REMAINDER = {"master_weights": "remainder"}
 MODES = {
     "passes": Mode("no optimizer", peer="passes"),
     "torch-sgd": Mode("torch.optim.SGD, momentum, fused", dtypes=("fp32",)),
@@ -87,8 +89,22 @@ MODES = {
     "sgd-master": Mode("rst_fused: base SGD (p = 0), fp32 masters",
                        options={"schedule": 0.0, "master_weights": True}, dtypes=("bf16",)),
     "sam-master": Mode("rst_fused: SAM, SGD, fp32 masters", options={**SAM, "master_weights": True}, dtypes=("bf16",)),
+    "sam-release-master": Mode("rst_fused: SAM, SGD, fp32 masters, released",
+                               options={**SAM, **RELEASE, "master_weights": True}, dtypes=("bf16",)),
+    "sgd-remainder": Mode("rst_fused: base SGD (p = 0), remainders",
+                          options={"schedule": 0.0, **REMAINDER}, dtypes=("bf16",)),
+    "sam-remainder": Mode("rst_fused: SAM, SGD, remainders", options={**SAM, **REMAINDER}, dtypes=("bf16",)),
+    "sam-release-remainder": Mode("rst_fused: SAM, SGD, remainders, released",
+                                  options={**SAM, **RELEASE, **REMAINDER}, dtypes=("bf16",)),
     "sam-adamw-master": Mode("rst_fused: SAM, AdamW, fp32 masters", "adamw", {**SAM, "master_weights": True},
                              dtypes=("bf16",)),
+    "sam-adamw-release-master": Mode("rst_fused: SAM, AdamW, fp32 masters, released", "adamw",
+                                     {**SAM, **RELEASE, "master_weights": True}, dtypes=("bf16",)),
+    "sam-adamw-remainder": Mode("rst_fused: SAM, AdamW, remainders", "adamw", {**SAM, **REMAINDER}, dtypes=("bf16",)),
+    "sam-adamw-release-remainder": Mode("rst_fused: SAM, AdamW, remainders, released", "adamw",
+                                        {**SAM, **RELEASE, **REMAINDER}, dtypes=("bf16",)),
+    "sam-adamw-release-bf16-remainder": Mode("rst_fused: SAM, AdamW, remainders, bf16 exp_avg, released", "adamw",
+                                             {**SAM, **RELEASE, **BF16_STATE, **REMAINDER}, dtypes=("bf16",)),
 }  # fmt: skip
 
 # --- measuring --------------------------------------------------------------------------------------------------------

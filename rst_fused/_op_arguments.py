@@ -45,8 +45,8 @@ def check_lists(
     lead_name: str, lead: Tensors, like: Mapping[str, Tensors], masters: Tensors, state: Mapping[str, Tensors],
     required: Sequence[str], rounded: str = "",
 ) -> None:  # fmt: skip
-    """``like``: as the parameter; ``masters``: float32, or int16 beside bfloat16; ``state``: float32 beside masters, else
-    as the parameter; the list ``rounded`` of it may be bfloat16 in the place of float32.
+    """``like``: as the parameter; ``masters``: float32, or int16 beside bfloat16; ``state``: float32 beside masters,
+    else as the parameter; the list ``rounded`` of it may be bfloat16 in the place of float32.
 
     A list may be empty unless it is in ``required``.
     """

@@ -13,7 +13,8 @@ Conventions shared by all ops
     squares     float64: sums of squares, the squared_norm of several stats, which finish_norm adds in their order.
     masters     fp32 copies of bfloat16/float16 parameters, which take the place of backups; or, all of them int16, the
                 remainders that bfloat16 parameters (and their backups) lack to be fp32: see rst_fused.reference.join.
-                In grad_norm a parameter without a master stands for it. An update without backups or copies starts from the parameters: a step without a perturbation.
+                In grad_norm a parameter without a master stands for it. An update without backups or copies starts from
+                the parameters: a step without a perturbation.
     rng         int64 ``[seed, step]``: stochastic rounding is a pure function of both and of the element's position.
                 An update that is given it rounds the first list of its state stochastically where that is bfloat16,
                 which it may be wherever the arithmetic is in float32 (float32 and bfloat16 parameters, and those with
@@ -45,7 +46,8 @@ _UPDATE = "(Tensor(a!)[] params, Tensor[] grads, Tensor[] backups, Tensor[] firs
 _AMP = "bool maximize, Tensor? grad_scale, Tensor? found_inf, Tensor? rng, int[] indices, int[] shards) -> ()"
 
 SCHEMAS = {
-    "grad_norm": "(Tensor(a!) stats, Tensor[] grads, Tensor[] params, Tensor[] masters, bool adaptive, float eta) -> ()",
+    "grad_norm": "(Tensor(a!) stats, Tensor[] grads, Tensor[] params, Tensor[] masters, bool adaptive, "
+    "float eta) -> ()",
     "finish_norm": "(Tensor(a!) stats, Tensor squares) -> ()",
     "perturb_": "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] backups, Tensor[] masters, Tensor stats, "
     "Tensor rho, int[] group_sizes, bool adaptive, float eta, bool stochastic, Tensor rng, int first_index, "

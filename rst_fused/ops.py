@@ -6,7 +6,8 @@ of a parameter share its shape, dtype and device, except that state beside a mas
 copies of bfloat16 and float16 parameters, which take the place of backups, or, if they are int16, what bfloat16
 parameters and their backups lack to be float32: bits(w) = bits(b) * 2^16 + r, where b is w rounded to nearest, ties
 away from zero, so that 4 bytes per parameter keep what copies keep in 6. A hyperparameter is one number for all
-parameters, or a sequence with one per group of consecutive parameters, whose lengths are in ``group_sizes``. Results are in place. ``backend`` is "auto", "cuda", "cpu", "triton" or "reference".
+parameters, or a sequence with one per group of consecutive parameters, whose lengths are in ``group_sizes``. Results
+are in place. ``backend`` is "auto", "cuda", "cpu", "triton" or "reference".
 
 Errors: ValueError names the argument that does not fit, or tensors that are written and share memory (TypeError: what
 is not a tensor), before anything is changed; RuntimeError if a backend is missing. The traffic stated for each op is in
@@ -111,9 +112,10 @@ def perturb_(
 
     ``stats`` is what grad_norm returned, with the same ``adaptive`` and ``eta``. A zero or non-finite norm gives e = 0.
     A backup may be the gradient of its parameter itself, which is lost then: (w, g) <- (w + e, w), without more memory.
-    With float32 ``masters`` w is read there and no backup is written; ``backups`` is then None. With int16 ones w is the
-    parameter with its remainder, and the backup is that of the parameter alone. bfloat16 and float16 results are rounded stochastically, by bits that are a pure function of (seed,
-    step, first_index + position in the list, position of the element). rho may be negative: against the gradient.
+    With float32 ``masters`` w is read there and no backup is written; ``backups`` is then None. With int16 ones w is
+    the parameter with its remainder, and the backup is that of the parameter alone. bfloat16 and float16 results are
+    rounded stochastically, by bits that are a pure function of (seed, step, first_index + position in the list,
+    position of the element). rho may be negative: against the gradient.
     Where parameters are shards, ``shards`` has (offset, run, stride) for each, integers >= 0: element i, in the order
     of the shard's strides, has position ``offset + i // run * stride + i % run``, so that it is rounded as the whole
     tensor would be, however that is cut. A run of 0 stands for all elements: (0, 0, 0) is a whole tensor,
@@ -312,8 +314,8 @@ def _update_lists(
     check_lists("params", params, like, kept, state, ["grads", *required], first)
     check_apart(params=params, **state, masters=kept)
     return {
-        "params": list(params), "grads": list(grads), "backups": backed_up if not kept or are_remainders(kept) else [], "first_grads": firsts,
-        **state, "masters": kept,
+        "params": list(params), "grads": list(grads), "backups": backed_up if not kept or are_remainders(kept) else [],
+        "first_grads": firsts, **state, "masters": kept,
     }  # fmt: skip
 
 

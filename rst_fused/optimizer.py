@@ -69,8 +69,9 @@ class RST(SavedOptimizer):
         backend: "auto", "cuda", "cpu", "triton" or "reference" (see rst_fused._backends).
         model: the second pass of step(closure) and what runs within second_pass() leave its buffers (BatchNorm
             statistics and all others) as the first pass left them.
-        master_weights: keep fp32 copies of bfloat16/float16 parameters in the state and update those, with fp32 buffers
-            and no backup. The next step overwrites what others write into such parameters.
+        master_weights: True keeps fp32 copies of bfloat16/float16 parameters in the state and updates those, with fp32
+            buffers and no backup. The next step overwrites what others write into such parameters. "remainder" keeps
+            of bfloat16 parameters the 16 bits that they lack instead: the same weights in 2 bytes less.
         max_grad_norm: clip the norm of the gradient that an update applies (mixed, unscaled, over all ranks), as
             torch.nn.utils.clip_grad_norm_ does.
         stochastic_rounding: round w + e stochastically where w is bfloat16/float16: e is smaller than their spacing,
@@ -107,7 +108,7 @@ class RST(SavedOptimizer):
         seed: int = 0,
         backend: str = "auto",
         model: torch.nn.Module | None = None,
-        master_weights: bool = False,
+        master_weights: bool | str = False,
         stochastic_rounding: bool = True,
         state_dtype: torch.dtype | None = None,
         max_grad_norm: float | None = None,
@@ -130,7 +131,7 @@ class RST(SavedOptimizer):
         self.max_grad_norm = max_grad_norm
         self.adaptive, self.eta = as_flag("adaptive", adaptive), float(eta)
         self.seed = as_integer("seed", seed, 0, 2**63 - 1)
-        self.master_weights = as_flag("master_weights", master_weights)
+        self.master_weights = state_dtypes.checked_masters(master_weights, self.base is not None)
         self.state_dtype = state_dtypes.checked(state_dtype, self.base is not None)
         self.stochastic_rounding = as_flag("stochastic_rounding", stochastic_rounding)
         check_model(model)
@@ -161,8 +162,6 @@ class RST(SavedOptimizer):
         assert self.base is not None
         if hyper:
             raise TypeError(f"{sorted(hyper)} given beside an optimizer instance as base: set them there")
-        if self.master_weights:
-            raise ValueError("master_weights=True with an optimizer as base: only 'sgd', 'adam' and 'adamw' keep them")
         validation.check_base_instance(self.base, params)
         # Copies, so that an error leaves the groups of the base as they are.
         super().__init__([{**group} for group in self.base.param_groups], {**self.base.defaults, "rho": rho})

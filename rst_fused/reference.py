@@ -142,10 +142,11 @@ def stochastic_round(x: Tensor, random: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def split(w: Tensor) -> tuple[Tensor, Tensor]:
-    """float32 weights as bfloat16 and int16, exactly: (b, r) with bits(w) = bits(b) * 2^16 + r.
+    """Weights, rounded to float32, as bfloat16 and int16, exactly: (b, r) with bits(w) = bits(b) * 2^16 + r.
 
     b is w rounded to nearest, ties away from zero, and r has the lower half of w's bits. A NaN is quiet, without r.
     """
+    w = w.float()
     bits = torch.where(w.isnan(), 0x7FC00000, w.view(torch.int32).to(torch.int64) & _MASK32)
     return _signed(((bits + 0x8000) & _MASK32) >> 16).view(torch.bfloat16), _signed(bits & 0xFFFF)
 

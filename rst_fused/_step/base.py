@@ -28,7 +28,7 @@ class StepOptimizer(Optimizer):
     adaptive: bool
     eta: float
     seed: int
-    master_weights: bool
+    master_weights: bool | str
     stochastic_rounding: bool
     state_dtype: torch.dtype | None = None
     _model: torch.nn.Module | None

@@ -14,7 +14,7 @@ from rst_fused._step.base import StepOptimizer
 from rst_fused._step.devices import DeviceState, device_of
 from rst_fused._step.rules import Flags, Group
 from rst_fused._step.sharding import describe, local, positions_of, settled, waited
-from rst_fused._step.state_dtypes import dtype_of, has_master, positions_in
+from rst_fused._step.state_dtypes import dtype_of, has_master, new_master, positions_in
 from rst_fused._step.validation import is_usable
 
 
@@ -23,11 +23,11 @@ def master_kinds(opt: StepOptimizer) -> tuple[bool, ...]:
 
 
 def init_state(opt: StepOptimizer, group: Group, p: Tensor, updating: bool) -> None:
-    """Creates what p lacks: its fp32 master and, when ``updating``, what the base optimizer keeps, which is zero."""
+    """Creates what p lacks: its master and, when ``updating``, what the base optimizer keeps, which is zero."""
     rule, state = opt.rule, opt.state[p]
     known = set(state)
     if has_master(opt, p) and "master" not in state:
-        state["master"] = p.detach().to(torch.float32, memory_format=torch.preserve_format, copy=True)
+        state["master"] = new_master(opt, p)
     if rule is None or not updating:
         return
     for name in rule.state_names(group):
@@ -155,7 +155,7 @@ def init_group(
         grads += [readable(p) for p in members]
         if masters_only:
             masters += [state["master"] for state in kept]
-        elif not updating:
+        if not (updating or (masters_only and opt.master_weights is True)):
             backups += [keeper_of(opt, p) for p in members]
         if updating:
             for column, name in zip((state0, state1, state2), names, strict=False):
@@ -200,7 +200,7 @@ def gather(
     opt: StepOptimizer, indices: Iterable[int], updating: bool, masters_only: bool, device: DeviceState,
     only: list[list[Tensor]] | None = None,
 ) -> Columns:  # fmt: skip
-    """The columns of the given groups: parameters on one device, with a master copy or those without; of each group
+    """The columns of the given groups: parameters on one device, with a master or those without; of each group
     all, or those in ``only``."""
     out = Columns()
     where = None if len(opt._devices) == 1 else str(device.device)

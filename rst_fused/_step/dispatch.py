@@ -22,6 +22,7 @@ from rst_fused._step.rules import hyperparam_tensor
 from rst_fused._step.sharding import local, locals_of, with_locals
 from rst_fused._step.shards import set_grad
 from rst_fused._step.state import StepState
+from rst_fused._step.state_dtypes import kept_by_master
 from rst_fused._step.validation import is_usable, names_of_lost, still_fits
 
 Call = tuple[Callable[..., Any], tuple[Any, ...]]  # an op and its arguments
@@ -66,14 +67,14 @@ def perturb(opt: StepOptimizer, measured: bool = False) -> None:
     first_index = 0
     for device, c in calls:
         rho = hyperparam_tensor(columns.rho_rows(c), columns.graph_inputs(opt, c), c.params[0].device).flatten()
-        kept = c.masters if len(c.masters) > 0 else c.backups
+        kept = c.backups if len(c.backups) > 0 else c.masters
         saved = {**state.saved, **dict(zip(c.params, kept, strict=True))}
         after: dict[str, Any] = {"saved": saved}
         if state.mixing:
             kept_grads = first_grads.in_graph(c.grads) if is_compiling() else c.grads
             after["first_grads"] = {**state.first_grads, **dict(zip(c.params, kept_grads, strict=True))}
         arguments: tuple[Any, ...] = (
-            locals_of(c.params), locals_of(c.grads), [] if c.masters else c.backups, locals_of(c.masters),
+            locals_of(c.params), locals_of(c.grads), c.backups, locals_of(c.masters),
             device.stats, rho, c.sizes, opt.adaptive, opt.eta, opt.stochastic_rounding, device.rng, first_index,
             c.shards,
         )  # fmt: skip
@@ -169,7 +170,8 @@ def update(
                 continue
             if c.steps and c.steps[0].is_cpu and not is_compiling() and opt.capturing:
                 raise RuntimeError("Adam in a CUDA graph: its step count must lie on the GPU, pass capturable=True")
-            backups = [saved.get(p, p) for p in c.params] if state.perturbed and not c.masters else []
+            restores = state.perturbed and not (c.masters and opt.master_weights is True)
+            backups = [saved.get(p, p) for p in c.params] if restores else []
             mixed = [firsts.get(p, g) for p, g in zip(c.params, c.grads, strict=True)] if state.mixing else []
             hyper = hyperparam_tensor(columns.hyperparam_rows(opt, c), columns.graph_inputs(opt, c), c.params[0].device)
             steps = torch.stack([step.reshape(()) for step in c.steps]).double() + 1 if c.steps else None
@@ -269,7 +271,7 @@ def restore(opt: StepOptimizer, after: dict[str, Any], mixing: bool = False) -> 
 
 
 def restore_calls(opt: StepOptimizer, saved: Mapping[Tensor, Tensor], mixing: bool = False) -> list[Call]:
-    """w <- its backup or master, for these parameters."""
+    """w <- its backup or master copy, for these parameters."""
     calls: list[Call] = []
     firsts = opt._step_state.first_grads
     backends = {str(state.device): state.backend for state in opt._devices}
@@ -278,7 +280,7 @@ def restore_calls(opt: StepOptimizer, saved: Mapping[Tensor, Tensor], mixing: bo
         usable = is_compiling() or (is_usable(p) and is_usable(kept))
         if usable and still_fits(opt, p, kept) and str(device_of(p)) in backends:
             mixed = mixing and p.grad is not None and p in firsts
-            parts.setdefault((str(device_of(p)), columns.has_master(opt, p), mixed), []).append(p)
+            parts.setdefault((str(device_of(p)), kept_by_master(opt, p), mixed), []).append(p)
         elif usable and local(kept).shape == local(p).shape and local(p).numel() > 0:
             # Moved or converted meanwhile. Where its data was replaced or freed, nothing of it is perturbed.
             calls.append((Tensor.copy_, (local(p), local(kept))))

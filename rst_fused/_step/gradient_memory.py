@@ -22,7 +22,7 @@ from rst_fused._checks import PLAIN, last_offset
 from rst_fused._step.base import StepOptimizer
 from rst_fused._step.first_grads import USES_ALONE
 from rst_fused._step.sharding import is_dtensor, local
-from rst_fused._step.state_dtypes import has_master
+from rst_fused._step.state_dtypes import kept_by_master
 
 _KNOWN = hasattr(Tensor, "_use_count")
 
@@ -71,7 +71,7 @@ def choose(opt: StepOptimizer) -> None:
     if not never_mixes(opt) or opt.capturing or _len_torch_dispatch_stack() or not knows_references(opt.backend.plans):
         return
     params = (p for group in opt.param_groups for p in group["params"])
-    state.swaps = frozenset(map(id, serving(p for p in params if not has_master(opt, p))))  # else they need neither
+    state.swaps = frozenset(map(id, serving(p for p in params if not kept_by_master(opt, p))))
     if any(id(p) in state.swaps for p in state.backups):
         state.backups = {p: b for p, b in state.backups.items() if id(p) not in state.swaps}
 
@@ -79,8 +79,9 @@ def choose(opt: StepOptimizer) -> None:
 def swaps_of(
     opt: StepOptimizer, params: Sequence[Tensor], before: Mapping[Tensor, Tensor], updates: bool
 ) -> list[bool]:
-    """Which parameters a launch plan swaps: none with a master. ``before``: where weights are kept while they are
-    perturbed. ``updates``: the plan is not made for a perturbation, for which ``choose`` looks at gradients."""
+    """Which parameters a launch plan swaps: none that a master copy keeps. ``before``: where weights are kept while
+    they are perturbed. ``updates``: the plan is not made for a perturbation, for which ``choose`` looks at gradients.
+    """
     state = opt._step_state
     if not updates:
         swaps = [id(p) in state.swaps for p in params]
@@ -90,7 +91,7 @@ def swaps_of(
         swaps = [p not in state.backups and _is_dense(local(p)) for p in params]
     else:
         return [False] * len(params)
-    return [swap and not has_master(opt, p) for swap, p in zip(swaps, params, strict=True)]
+    return [swap and not kept_by_master(opt, p) for swap, p in zip(swaps, params, strict=True)]
 
 
 def serving(params: Iterable[Tensor]) -> list[Tensor]:

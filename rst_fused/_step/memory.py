@@ -36,7 +36,7 @@ class Memory:
             "weights": self.weights,
             "gradients": self.gradients,
             **self.state,
-            "master copies": self.masters,
+            "masters": self.masters,
             "backups": self.backups,
             "weights in gradients' memory": self.weights_in_gradients,
             "first gradients": self.first_gradients,

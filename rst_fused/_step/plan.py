@@ -26,6 +26,7 @@ from rst_fused._step.base import StepOptimizer
 from rst_fused._step.rules import Flags
 from rst_fused._step.sharding import local, locals_of
 from rst_fused._step.shards import Shards
+from rst_fused._step.state_dtypes import has_master, kept_by_master
 
 _FLOATS = {float}
 LOOK_AGAIN = 1000  # steps after which a plan with backups gives way, for gradients that could keep weights by now
@@ -206,14 +207,15 @@ class PlanCache:
         counters = [(type(s), s.device.type, s.dtype, s.numel()) for s in c.steps]
         if not c.params or set(counters) - {(Tensor, "cpu", torch.float32, 1)}:
             return False  # a plan counts in place
-        masters = [opt.state[p]["master"] if columns.has_master(opt, p) else None for p in c.params]
+        masters = [opt.state[p]["master"] if has_master(opt, p) else None for p in c.params]
         before = state.saved_now()
         swaps = gradient_memory.swaps_of(opt, c.params, before, for_update)
-        needing = [m is None and not swap for m, swap in zip(masters, swaps, strict=True)]  # a backup
+        copied = [kept_by_master(opt, p) for p in c.params]
+        needing = [not copy and not swap for copy, swap in zip(copied, swaps, strict=True)]  # a backup
         backed = not for_update or bool(state.backups) or not any(needing)
         needing = [backed and need for need in needing]
         backups = [columns.backup_of(opt, p) if need else None for p, need in zip(c.params, needing, strict=True)]
-        kept = [m if b is None else b for m, b in zip(masters, backups, strict=True)]
+        kept = [m if copy else b for m, b, copy in zip(masters, backups, copied, strict=True)]
         fixed = {p: w for p, w in zip(c.params, kept, strict=True) if w is not None}
         companions = [t for t in (*masters, *backups, *c.steps, *(t for s in c.states for t in s)) if t is not None]
         if not all(type(t) in PLAIN for t in locals_of(companions)):

@@ -15,7 +15,7 @@ from rst_fused._step.base import StepOptimizer
 from rst_fused._step.rules import RULES, check_current
 from rst_fused._step.sharding import describe, same_layout
 from rst_fused._step.state import StepState
-from rst_fused._step.state_dtypes import dtype_of
+from rst_fused._step.state_dtypes import dtype_of, has_master, loaded_master
 
 _STATE_NAMES = tuple(dict.fromkeys(name for rule in RULES.values() for name in rule.states))
 _LIMITS = {"rst_steps": 2**63 - 1, "rst_sam_steps": 2**63 - 1, "rst_seed": 2**63 - 1, "rst_non_finite_norms": 2**53}
@@ -160,7 +160,9 @@ def adapt(opt: StepOptimizer, saved: dict[str, Any]) -> None:
         if step is not None and not isinstance(step, Tensor):
             opt.state[p]["step"] = torch.tensor(float(step), dtype=torch.float32, device="cpu")
         for name in (*opt.rule.states, "master"):
-            if name in state and state[name] is None:
-                del opt.state[p][name]
+            if name in state and (state[name] is None or (name == "master" and not has_master(opt, p))):
+                del opt.state[p][name]  # a master that no update writes would be out of date
+            elif name == "master" and name in state:
+                opt.state[p][name] = loaded_master(opt, p, state[name])
             elif name in state and dtype_of(opt, p, name) != p.dtype:
                 opt.state[p][name] = state[name].detach().to(p.device, dtype_of(opt, p, name), copy=True)

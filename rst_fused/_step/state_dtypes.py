@@ -1,9 +1,10 @@
-"""In which dtype the fused base keeps its state, and what ``state_dtype`` asks for: a first moment in bfloat16.
+"""In which dtype the fused base keeps its state, and what ``state_dtype`` asks for: a first moment in bfloat16; and how
+16-bit parameters have weights in float32: as copies, or, ``master_weights="remainder"``, as what bfloat16 lacks.
 
-Each update rounds it stochastically. To nearest it would stand still: of exp_avg (beta1 = 0.99, say) a step changes
-less than half of what bfloat16 can tell apart. The random bits go by the position of a parameter among all of the
-optimizer, with a gradient or without, and by the position of an element in the whole parameter, so that a run does not
-depend on how a step is split into calls, or a parameter over ranks.
+Each update rounds the first moment stochastically. To nearest it would stand still: of exp_avg (beta1 = 0.99, say) a
+step changes less than half of what bfloat16 can tell apart. The random bits go by the position of a parameter among all
+of the optimizer, with a gradient or without, and by the position of an element in the whole parameter, so that a run
+does not depend on how a step is split into calls, or a parameter over ranks.
 """
 
 from __future__ import annotations
@@ -14,19 +15,69 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rst_fused._checks import SIXTEEN_BIT
+from rst_fused._checks import SIXTEEN_BIT, as_flag
 from rst_fused._step.base import StepOptimizer
+from rst_fused._step.sharding import local
+from rst_fused.reference import join, split
 
 
 def has_master(opt: StepOptimizer, p: Tensor) -> bool:
-    return opt.master_weights and p.dtype in SIXTEEN_BIT
+    return bool(opt.master_weights) and p.dtype in SIXTEEN_BIT
+
+
+def kept_by_master(opt: StepOptimizer, p: Tensor) -> bool:
+    """Whether its master is a copy, so that p needs no backup."""
+    return opt.master_weights is True and p.dtype in SIXTEEN_BIT
+
+
+def new_master(opt: StepOptimizer, p: Tensor) -> Tensor:
+    """A copy of p, or no remainder."""
+    if kept_by_master(opt, p):
+        return p.detach().to(torch.float32, memory_format=torch.preserve_format, copy=True)
+    return torch.zeros_like(p, dtype=torch.int16, memory_format=torch.preserve_format)
+
+
+def loaded_master(opt: StepOptimizer, p: Tensor, saved: Tensor) -> Tensor:
+    """The master of p out of that of a state_dict, which may be of the other kind.
+
+    A copy made of remainders needs the weights of p. Rounding took ties to even where a copy was kept: then the
+    remainder, from the weights of p, would be 2^15, which is one more than it can be.
+    """
+    saved, dtype = saved.detach().to(p.device), dtype_of(opt, p, "master")
+    if torch.int16 not in (saved.dtype, dtype):
+        return saved.to(dtype, copy=True)
+    master = torch.empty_like(p, dtype=dtype, memory_format=torch.preserve_format)
+    given, w, to = local(saved), local(p.detach()), local(master)
+    if saved.dtype == dtype:
+        to.copy_(given)
+    elif dtype == torch.float32:
+        to.copy_(join(w, given))
+    else:
+        b, r = split(given.to(torch.float32))
+        is_next = b.view(torch.int16) == w.view(torch.int16) + 1
+        to.copy_(torch.where((r == -(2**15)) & is_next, 2**15 - 1, r))
+    return master
 
 
 def dtype_of(opt: StepOptimizer, p: Tensor, name: str) -> torch.dtype:
     """That of a state tensor of p, or of its master."""
     if opt.state_dtype is not None and opt.rule is not None and name == opt.rule.states[0]:
         return opt.state_dtype
+    if name == "master" and has_master(opt, p) and not kept_by_master(opt, p):
+        return torch.int16
     return torch.float32 if has_master(opt, p) else p.dtype
+
+
+def checked_masters(given: Any, of_instance: bool) -> bool | str:
+    """The argument of the constructor. Raises ValueError, or TypeError, for another one."""
+    kind: bool | str = given if isinstance(given, str) else as_flag("master_weights", given)
+    if isinstance(kind, str) and kind != "remainder":
+        raise ValueError(f"master_weights={given!r}: expected True, False or 'remainder'")
+    if kind and of_instance:
+        raise ValueError(
+            f"master_weights={given!r} with an optimizer as base: only 'sgd', 'adam', 'adamw' and 'lion' keep them"
+        )
+    return kind
 
 
 def checked(given: Any, of_instance: bool) -> torch.dtype | None:
@@ -42,27 +93,28 @@ def checked(given: Any, of_instance: bool) -> torch.dtype | None:
 
 
 def check_params(opt: StepOptimizer, params: Iterable[Any]) -> None:
-    """Raises ValueError for parameters whose state no kernel keeps in ``state_dtype``."""
-    for i, p in enumerate(params if opt.state_dtype is not None else ()):
-        if isinstance(p, Tensor) and not serves(opt, p):
-            raise ValueError(f"params[{i}] is {p.dtype}{_EXPECTED}")
+    """Raises ValueError for parameters whose state no kernel keeps in ``state_dtype``, or that have no remainder."""
+    for i, p in enumerate(params):
+        if isinstance(p, Tensor) and (why := _refusal(opt, p)):
+            raise ValueError(f"params[{i}] is {p.dtype}{why}")
 
 
 def check_current(opt: StepOptimizer, what: str, p: Tensor) -> None:
     """Raises RuntimeError for a parameter that was converted since."""
-    if not serves(opt, p):
-        raise RuntimeError(f"{what} is {p.dtype}{_EXPECTED}")
+    if why := _refusal(opt, p):
+        raise RuntimeError(f"{what} is {p.dtype}{why}")
 
 
-_EXPECTED = (
-    ", whose state is not kept in state_dtype=torch.bfloat16: expected float32 or bfloat16, or float16 with "
-    "master_weights=True"
-)
-
-
-def serves(opt: StepOptimizer, p: Tensor) -> bool:
-    """Whether updates of p compute in float32."""
-    return opt.state_dtype is None or p.dtype in (torch.float32, torch.bfloat16) or has_master(opt, p)
+def _refusal(opt: StepOptimizer, p: Tensor) -> str:
+    """Why p is not served; empty if it is."""
+    if opt.master_weights == "remainder" and p.dtype == torch.float16:
+        return ", which has no remainder: expected bfloat16, or master_weights=True"
+    if opt.state_dtype is None or p.dtype in (torch.float32, torch.bfloat16) or has_master(opt, p):
+        return ""  # the updates of p compute in float32
+    return (
+        ", whose state is not kept in state_dtype=torch.bfloat16: expected float32 or bfloat16, or float16 with "
+        "master_weights=True"
+    )
 
 
 def positions_in(opt: StepOptimizer) -> dict[Tensor, int]:

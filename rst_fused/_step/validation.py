@@ -27,7 +27,7 @@ from rst_fused._step.sharding import (
     settle_grad,
 )
 from rst_fused._step.state_dtypes import check_current as check_served
-from rst_fused._step.state_dtypes import dtype_of, has_master
+from rst_fused._step.state_dtypes import dtype_of, has_master, kept_by_master
 
 _COMMON = (
     "schedule", "gamma", "adaptive", "eta", "seed", "backend", "master_weights", "stochastic_rounding", "process_group",
@@ -322,12 +322,12 @@ def still_fits(opt: StepOptimizer, p: Tensor, kept: Tensor) -> bool:
     """Whether a perturbed parameter is of the shape that it had then, and of a dtype that is served alike."""
     by_master = is_master(p, kept, opt)
     same_shape = local(kept).shape == local(p).shape
-    return same_shape and by_master == has_master(opt, p) and (by_master or kept.dtype == p.dtype)
+    return same_shape and by_master == kept_by_master(opt, p) and (by_master or kept.dtype == p.dtype)
 
 
 def is_master(p: Tensor, kept: Tensor, opt: StepOptimizer) -> bool:
     """Whether the weights of p are kept by its master copy, rather than by a backup or what was its gradient."""
-    if not opt.master_weights or kept is opt._step_state.backups.get(p) or kept.dtype != torch.float32:
+    if opt.master_weights is not True or kept is opt._step_state.backups.get(p) or kept.dtype != torch.float32:
         return False
     return p.dtype in SIXTEEN_BIT or kept is opt.state.get(p, {}).get("master")
 

@@ -339,6 +339,7 @@ _GRAD_NORM = (
     *_everywhere(),
     *(Spec(f"asam_{layout}", layout, ("params",), {"adaptive": True, "eta": 0.01}) for layout in LAYOUTS),
     Spec("asam", lists=("params",), options={"adaptive": True}),
+    Spec("asam_masters", "apart", ("params", "masters"), {"adaptive": True, "eta": 0.01}),
     Spec("params_unused", lists=("params",)),
 )
 _SQUARES = torch.tensor([0.1, 1e-3, 7.0, 2e5, 0.3], dtype=torch.float64)

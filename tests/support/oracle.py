@@ -50,8 +50,11 @@ def steepness(w: torch.Tensor, eta: float) -> Array:
     return (np.hypot(x[..., :1], x[..., 1:]) if w.is_complex() else np.abs(x)) + eta
 
 
-def grad_norm(grads: Any, params: Any = None, adaptive: bool = False, eta: float = 0.0) -> float:
+def grad_norm(
+    grads: Any, params: Any = None, adaptive: bool = False, eta: float = 0.0, masters: Any = None
+) -> float:
     """||g||, or ||T g||."""
+    params = masters or params
     terms = []
     for i, grad in enumerate(grads):
         g = numbers(grad) * (steepness(params[i], eta) if adaptive else 1.0)
