@@ -77,16 +77,18 @@ def test_the_reference_splits_exactly() -> None:
 
 @on_backends
 def test_every_kernel_splits_and_joins_as_the_reference(backend: str, device: str) -> None:
-    """A step without decay and gradient leaves the bits of each weight, and of each half of it."""
-    w = torch.cat([floats(EDGES), floats(random_bits(4000))])
-    w = w[~w.isinf()]  # decayed by 0 times itself, that is NaN
-    b, r = reference.split(w)
-    params, masters = [b.clone().to(device)], [r.clone().to(device)]
-    ops.sgd_step_(params, [torch.zeros_like(params[0])], lr=0.0, masters=masters, backend=backend)
-    numbers = ~w.isnan()
-    assert torch.equal(params[0].cpu().view(torch.int16)[numbers], b.view(torch.int16)[numbers])
-    assert torch.equal(masters[0].cpu()[numbers], r[numbers])
-    assert params[0].cpu()[~numbers].isnan().all() and not masters[0].cpu()[~numbers].any()
+    """What a step without decay and gradient leaves of each weight (of an infinite one a NaN): as of a copy."""
+    w = torch.cat([floats(EDGES), floats(random_bits(4000))]).to(device)
+    copies, (b, r) = [w.clone()], reference.split(w)
+    params, halves = ([b.clone()] for _ in range(2))
+    zeros, masters = [torch.zeros_like(b)], [r.clone()]
+    ops.sgd_step_(params, zeros, lr=0.0, masters=copies, backend=backend)
+    ops.sgd_step_(halves, zeros, lr=0.0, masters=masters, backend=backend)
+    numbers = ~copies[0].isnan()
+    for found, expected in zip((halves[0], masters[0]), reference.split(copies[0]), strict=True):
+        assert torch.equal(found.view(torch.int16)[numbers], expected.view(torch.int16)[numbers])
+    assert torch.equal(copies[0][numbers & (w != 0)], w[numbers & (w != 0)])
+    assert halves[0][~numbers].isnan().all() and not masters[0][~numbers].any()
 
 
 def in_halves(sample: Sample, op: OpInfo) -> Sample:
