@@ -25,11 +25,12 @@ struct Parameter {
   std::vector<std::vector<char>> memory;
   Tensor tensor;
 
-  Parameter(DType dtype, int64_t numel, unsigned operands, bool master, int shift, std::mt19937& random,
+  Parameter(DType dtype, int64_t numel, unsigned operands, Master master, int shift, std::mt19937& random,
             bool complex = false) {
     memory.resize(kOperands);
     tensor.dtype = dtype;
-    tensor.state_dtype = master ? DType::Float : dtype;
+    tensor.state_dtype = master == Master::None ? dtype : DType::Float;
+    tensor.remainder = master == Master::Remainder;
     tensor.numel = numel;
     tensor.complex = complex;
     for (int s = 0; s < kOperands; ++s) {
@@ -44,25 +45,12 @@ struct Parameter {
     }
   }
   void put(int s, int64_t i, double value) {
-    char* at = static_cast<char*>(tensor.data[s]) + i * size_of(tensor.dtype_of(s));
+    const DType type = tensor.dtype_of(s);
     const float single = static_cast<float>(value);
-    uint32_t bits;
-    std::memcpy(&bits, &single, 4);
-    const uint16_t top = static_cast<uint16_t>(bits >> 16), half = float_to_half_bits(single);
-    switch (tensor.dtype_of(s)) {
-      case DType::Double:
-        std::memcpy(at, &value, 8);
-        break;
-      case DType::Float:
-        std::memcpy(at, &single, 4);
-        break;
-      case DType::BFloat16:
-        std::memcpy(at, &top, 2);
-        break;
-      case DType::Half:
-        std::memcpy(at, &half, 2);
-        break;
-    }
+    const uint16_t top = static_cast<uint16_t>(to_bits(single) >> 16), half = float_to_half_bits(single);
+    const void* const as[kDTypes] = {&single, &value, &top, &half};  // in the order of DType
+    const int64_t size = size_of(type);
+    std::memcpy(static_cast<char*>(tensor.data[s]) + i * size, as[static_cast<int>(type)], size);
   }
 };
 
@@ -70,12 +58,14 @@ struct Model {
   std::vector<Parameter> parameters;
   Table table;
 
-  Model(unsigned operands, bool masters, unsigned seed) {
+  Model(unsigned operands, Master masters, unsigned seed) {
     std::mt19937 random(seed);
     int64_t index = 0;
     for (DType dtype : {DType::Float, DType::Double, DType::BFloat16, DType::Half}) {
-      const bool master = masters && size_of(dtype) == 2;
-      const unsigned own = master ? (operands | 1u << kMaster) & ~(1u << kBackup) : operands;
+      const bool has = masters == Master::Remainder ? dtype == DType::BFloat16 : size_of(dtype) == 2;
+      const Master master = has ? masters : Master::None;
+      unsigned own = master == Master::None ? operands : operands | bit(kMaster);
+      if (master == Master::Copy) own &= ~bit(kBackup);
       for (int64_t numel : {0, 1, 7, 16, 33, 1000, 16384, 16385, 40001}) {
         parameters.emplace_back(dtype, numel, own, master, static_cast<int>(index % 3), random,
                                 numel % 2 == 0 && size_of(dtype) > 2);
@@ -112,20 +102,21 @@ void choose(int rule, OpParams& params) {
   params.flag = true;
 }
 
+constexpr Master kKinds[] = {Master::None, Master::Copy, Master::Remainder};
 constexpr unsigned kAllStates = bit(kState0) | bit(kState1) | bit(kState2);
 constexpr unsigned kAll = bit(kParam) | bit(kGrad) | bit(kBackup) | bit(kFirstGrad) | kAllStates;
-static_assert(sizeof(KernelTable) / sizeof(Kernel) == 49 + 32 * kRuleVariants,
+static_assert(sizeof(KernelTable) / sizeof(Kernel) == 65 + 48 * kRuleVariants,
               "run the new kernel in run_everything, then count it here");
 
 bool is_half(const Tensor& t) { return t.dtype == DType::Half && !t.has(kMaster); }  // whose state no kernel rounds
-std::vector<std::vector<std::vector<char>>> run_everything(bool masters, const Threads& threads) {
+std::vector<std::vector<std::vector<char>>> run_everything(Master masters, const Threads& threads) {
   Model model(kAll, masters, 5);
   const auto before = model.bytes(kParam);
   double stats[kStats] = {};
   const double rho[] = {0.5};
   const double gammas[] = {2.0};
   std::vector<std::vector<std::vector<char>>> seen;
-  if (masters) restore(model.table, OpParams{}, threads);  // parameters start as their rounded masters
+  if (masters == Master::Copy) restore(model.table, OpParams{}, threads);  // parameters start as their rounded masters
   const auto start = model.bytes(kParam);
   for (bool adaptive : {false, true}) {
     OpParams params;
@@ -142,7 +133,7 @@ std::vector<std::vector<std::vector<char>>> run_everything(bool masters, const T
     restore(model.table, params, threads);
     EXPECT(model.bytes(kParam) == start);
   }
-  if (!masters) EXPECT(start == before);
+  if (masters != Master::Copy) EXPECT(start == before);
   OpParams params;
   for (int rule = 0; rule < kRules; ++rule) {
     for (int states = kRuleInfos[rule].fewest_states; states <= kRuleInfos[rule].most_states; ++states) {
@@ -161,7 +152,7 @@ std::vector<std::vector<std::vector<char>>> run_everything(bool masters, const T
 }
 
 void test_kernels() {
-  for (bool masters : {false, true}) {
+  for (Master masters : kKinds) {
     std::vector<std::vector<std::vector<char>>> expected;
     for (const KernelTable* level : runnable_kernels()) {
       EXPECT(select_kernels(level->name));
@@ -170,7 +161,7 @@ void test_kernels() {
       EXPECT(one == three);
       if (!expected.empty()) EXPECT(one == expected);
       expected = one;
-      std::printf("level %s, masters %d\n", level->name, masters);
+      std::printf("level %s, masters %d\n", level->name, static_cast<int>(masters));
     }
   }
 }
@@ -184,21 +175,21 @@ void test_streaming() {
   params.rhos = rho;
   params.stochastic = true;
   for (const KernelTable* level : runnable_kernels()) {
-    for (bool masters : {false, true}) {
+    for (Master masters : kKinds) {
       std::vector<std::vector<std::vector<char>>> seen[2];
       for (bool streaming : {false, true}) {
         Model model(kAll, masters, 7);
         for (const Tensor& t : model.table.tensors) {
           if (t.numel == 0) continue;
           const int dtype = static_cast<int>(t.dtype);
-          const bool master = t.data[kMaster] != nullptr;
+          const int master = static_cast<int>(t.master());
           std::vector<std::pair<Kernel, int>> kernels{{level->perturb[dtype][0][master], 0}};
           for (int rule = 0; rule < kRules; ++rule) {
             const RuleInfo& info = kRuleInfos[rule];
             const int variant = info.first_variant + info.most_states - info.fewest_states;
             for (bool mixing : {false, true}) kernels.push_back({level->update[variant][dtype][mixing][master], rule});
           }
-          kernels.push_back({level->restore[dtype][master], 0});
+          kernels.push_back({level->restore[dtype][t.master() == Master::Copy], 0});
           for (const auto& [kernel, rule] : kernels) {
             choose(rule, params);
             ChunkArgs c{};
@@ -207,7 +198,7 @@ void test_streaming() {
             c.count = static_cast<int>(std::min(t.numel, kChunk));
             c.streaming = streaming;
             std::copy(t.data, t.data + kOperands, c.data);
-            c.source = t.data[master ? kMaster : kBackup];
+            c.source = t.data[t.source(true)];
             kernel(c);
             seen[streaming].push_back(model.parameters[t.index].memory);
           }
@@ -220,7 +211,7 @@ void test_streaming() {
 
 void test_sgd_value() {
   std::mt19937 random(1);
-  Parameter p(DType::Double, 37, kAll, false, 0, random);
+  Parameter p(DType::Double, 37, kAll, Master::None, 0, random);
   std::vector<double> w(37), g(37), b(37), m(37), g1(37);
   std::memcpy(w.data(), p.tensor.data[kBackup], 37 * 8);
   std::memcpy(g.data(), p.tensor.data[kGrad], 37 * 8);
@@ -243,7 +234,7 @@ void test_sgd_value() {
 void test_non_finite() {
   std::mt19937 random(2);
   for (double bad : {0.0, static_cast<double>(NAN), static_cast<double>(INFINITY)}) {
-    Parameter p(DType::Float, 100, kAll, false, 0, random);
+    Parameter p(DType::Float, 100, kAll, Master::None, 0, random);
     for (int i = 0; i < 100; ++i) p.put(kGrad, i, bad);
     const auto before = p.memory[kParam];
     Table table;
@@ -326,7 +317,7 @@ void test_strided_norm() {
   constexpr int64_t kGap = 2;
   std::mt19937 random(4);
   for (DType dtype : {DType::Float, DType::Double, DType::BFloat16, DType::Half}) {
-    Parameter dense(dtype, 20011, 1u << kParam | 1u << kGrad, false, 0, random);
+    Parameter dense(dtype, 20011, 1u << kParam | 1u << kGrad, Master::None, 0, random);
     Tensor strided = dense.tensor;
     strided.sizes = {strided.numel};
     strided.strides.assign(kOperands, kGap);

@@ -70,9 +70,10 @@ def dtype_of(opt: StepOptimizer, p: Tensor, name: str) -> torch.dtype:
 
 def checked_masters(given: Any, of_instance: bool) -> bool | str:
     """The argument of the constructor. Raises ValueError, or TypeError, for another one."""
-    kind: bool | str = given if isinstance(given, str) else as_flag("master_weights", given)
-    if isinstance(kind, str) and kind != "remainder":
-        raise ValueError(f"master_weights={given!r}: expected True, False or 'remainder'")
+    try:
+        kind = given if isinstance(given, str) and given == "remainder" else as_flag("master_weights", given)
+    except ValueError as error:
+        raise ValueError(f"{error}, or 'remainder'") from None
     if kind and of_instance:
         raise ValueError(
             f"master_weights={given!r} with an optimizer as base: only 'sgd', 'adam', 'adamw' and 'lion' keep them"

@@ -38,17 +38,22 @@ def test_sixteen_bit_weights_do_not_depend_on_the_number_of_ranks(
 
 
 @functools.cache
-def bfloat16_state_alone(dtype: torch.dtype, master: bool) -> dict[str, Any]:
+def bfloat16_state_alone(dtype: torch.dtype, master: bool | str) -> dict[str, Any]:
     return ranks.run(1, cases.sixteen_bit, "alone", dtype, _with_state(master))[0]
 
 
-def _with_state(master: bool) -> dict[str, Any]:
-    return {"master_weights": master, "state_dtype": torch.bfloat16, "seed": 5, "stochastic_rounding": master}
+def _with_state(master: bool | str) -> dict[str, Any]:
+    return {"master_weights": master, "state_dtype": torch.bfloat16, "seed": 5, "stochastic_rounding": bool(master)}
 
 
-@pytest.mark.parametrize(("dtype", "master"), [(torch.float32, False), (torch.bfloat16, True)], ids=["fp32", "master"])
+@pytest.mark.parametrize(
+    ("dtype", "master"), [(torch.float32, False), (torch.bfloat16, True), (torch.bfloat16, "remainder")],
+    ids=["fp32", "master", "remainder"],
+)  # fmt: skip
 @pytest.mark.parametrize(("how", "size"), [("fsdp", 2), ("fsdp", 4), ("fsdp + tp", 4)])
-def test_a_bfloat16_state_does_not_depend_on_the_number_of_ranks(how: str, size: int, master: bool, dtype: torch.dtype):
+def test_a_bfloat16_state_does_not_depend_on_the_number_of_ranks(
+    how: str, size: int, master: bool | str, dtype: torch.dtype
+):
     expected = bfloat16_state_alone(dtype, master)
     for result in ranks.run(size, cases.sixteen_bit, how, dtype, _with_state(master)):
         for seen, wanted in zip(result["seen"][1::2], expected["seen"][1::2], strict=True):  # after each update

@@ -33,6 +33,7 @@ CASES: dict[str, dict[str, Any]] = {
     "lion": {"base": "lion", "gamma": 2.0},
     "rounding": {"momentum": 0.9, "dtype": torch.bfloat16},
     "masters": {"base": "adamw", "master_weights": True, "dtype": torch.bfloat16},
+    "remainders": {"base": "lion", "gamma": 2.0, "master_weights": "remainder", "dtype": torch.bfloat16},
     "two calls": {"groups": ({"momentum": 0.0}, {"momentum": 0.9})},  # groups that one call cannot serve
     "two calls of adam": {"base": "adam", "groups": ({"maximize": True}, {}), "gamma": 2.0},
     "held": {"momentum": 0.9, "held": True},  # some gradients are, and weights go to backups

@@ -20,6 +20,7 @@ CASES: dict[str, dict[str, Any]] = {
     "adam-mixed": {"base": "adam", "gamma": 2.0},
     "lion": {"base": "lion", "lr": 0.01},
     "masters": {"base": "adamw", "master_weights": True, "dtype": torch.bfloat16},
+    "remainders": {"momentum": 0.9, "master_weights": "remainder", "dtype": torch.bfloat16},
     "flags": {"momentum": 0.9, "dampening": 0.5},  # no launch plan
     "instance": {"instance": True, "gamma": 2.0},
     "held": {"momentum": 0.9, "lr": 0.05, "held": True},

@@ -56,7 +56,8 @@ STATES: dict[str, tuple[dict[str, int], int]] = {
     "sgd": ({"momentum_buffer": 4}, 4),
     "amsgrad": ({"exp_avg": 4, "exp_avg_sq": 4, "max_exp_avg_sq": 4}, 4),
     "lion-mixed": ({"exp_avg": 4}, 4),
-    "masters": ({"exp_avg": 4, "exp_avg_sq": 4, "master copies": 4}, 2),
+    "masters": ({"exp_avg": 4, "exp_avg_sq": 4, "masters": 4}, 2),
+    "remainders": ({"momentum_buffer": 4, "masters": 2}, 2),
     "instance": ({"momentum_buffer": 4}, 4),
 }
 
@@ -72,7 +73,7 @@ def test_state_of_the_base_by_name(mode: str, backend: str) -> None:
         expected["step"] = 4  # a counter that all parameters share, counted once
     report = opt.memory()
     assert _without_backups(report) == expected
-    assert report.masters == expected.get("master copies", 0)
+    assert report.masters == expected.get("masters", 0)
     kept = opt._step_state.backups
     assert report.backups == sum(b.numel() * b.element_size() for b in kept.values())
     assert report.backed_up == len(kept) and f"backups={len(kept)} of 4" in repr(opt)
@@ -97,7 +98,7 @@ def test_asking_changes_nothing(mode: str, backend: str) -> None:
 
 
 @every_backend
-@pytest.mark.parametrize("mode", ["sgd", "adam-mixed", "masters"])
+@pytest.mark.parametrize("mode", ["sgd", "adam-mixed", "masters", "remainders"])
 def test_between_the_passes(mode: str, backend: str) -> None:
     """The weights are kept once, in a backup, a master or the gradients' memory; G-RST has the first gradients, too."""
     params, opt = make(mode, backend)
@@ -108,7 +109,7 @@ def test_between_the_passes(mode: str, backend: str) -> None:
     opt.perturb()
     after = opt.memory()
     assert after.gradients == 0
-    weights = 0 if mode == "masters" else 4 * ELEMENTS
+    weights = {"masters": 0, "remainders": 2}.get(mode, 4) * ELEMENTS
     assert after.backups + after.weights_in_gradients == weights
     assert after.first_gradients == (4 * ELEMENTS if mode == "adam-mixed" else 0)
     assert (after.weights, after.state, after.masters) == (before.weights, before.state, before.masters)

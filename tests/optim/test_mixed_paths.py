@@ -30,7 +30,7 @@ COMPILED = ("compiled", "fullgraph")
 STEPS, SEED = 5, 9  # which draws base, SAM, SAM, SAM, base
 DTYPES: dict[str, dict[str, Any]] = {
     "fp32": {}, "bf16": {"dtype": torch.bfloat16}, "masters": {"dtype": torch.bfloat16, "master_weights": True},
-    "state": {"state_dtype": torch.bfloat16},
+    "remainders": {"dtype": torch.bfloat16, "master_weights": "remainder"}, "state": {"state_dtype": torch.bfloat16},
 }  # fmt: skip
 BASES: dict[str, dict[str, Any]] = {
     "sgd": {"base": "sgd", "momentum": 0.9, "weight_decay": 0.01}, "adamw": {"base": "adamw", "amsgrad": True},

@@ -26,6 +26,10 @@ BASES: dict[str, dict[str, Any]] = {
     "bfloat16 state beside masters": {
         "momentum": 0.9, "dtype": torch.float16, "master_weights": True, "state_dtype": torch.bfloat16, "gamma": 2.0,
     },
+    "remainders": {
+        "base": "adamw", "dtype": torch.bfloat16, "master_weights": "remainder", "state_dtype": torch.bfloat16,
+    },
+    "remainders of sgd": {"momentum": 0.9, "dtype": torch.bfloat16, "master_weights": "remainder", "gamma": 2.0},
     "masters of sgd": {"momentum": 0.9, "dtype": torch.float16, "master_weights": True, "gamma": 2.0},
 }
 every_base = pytest.mark.parametrize("base", BASES)
@@ -54,22 +58,26 @@ def names_of(opt: RST, p: nn.Parameter) -> list[str]:
     return [name for name, t in opt.state[p].items() if t.dim()]
 
 
+def halved(t: torch.Tensor) -> torch.Tensor:
+    return 0.5 * t if t.is_floating_point() else t // 2  # of the remainders
+
+
 def replace_all(params: list[nn.Parameter], opt: RST) -> None:
     for p in params:
         for name in names_of(opt, p):
-            opt.state[p][name] = 0.5 * opt.state[p][name]
+            opt.state[p][name] = halved(opt.state[p][name])
 
 
 def move_all(params: list[nn.Parameter], opt: RST) -> None:
     for p in params:
         for name in names_of(opt, p):
-            opt.state[p][name].data = 0.5 * opt.state[p][name]
+            opt.state[p][name].data = halved(opt.state[p][name])
 
 
 def write_all(params: list[nn.Parameter], opt: RST) -> None:
     for p in params:
         for name in names_of(opt, p):
-            opt.state[p][name].mul_(0.5)
+            opt.state[p][name].copy_(halved(opt.state[p][name]))
 
 
 def transpose(params: list[nn.Parameter], opt: RST) -> None:

@@ -25,6 +25,7 @@ MODES: dict[str, dict[str, Any]] = {
     "sgd": {"momentum": 0.9, "lr": 0.05},
     "adam-mixed": {"base": "adam", "gamma": 2.0},
     "masters": {"base": "adamw", "master_weights": True, "dtype": torch.bfloat16},
+    "remainders": {"momentum": 0.9, "master_weights": "remainder", "dtype": torch.bfloat16},
     "flags": {"momentum": 0.9, "dampening": 0.5},
 }
 every_mode = pytest.mark.parametrize("mode", MODES)

@@ -174,7 +174,7 @@ def test_errors() -> None:
     half = [nn.Parameter(torch.ones(3, dtype=torch.float16))]
     with pytest.raises(ValueError, match=r"params\[0\] is torch.float16, which has no remainder: expected bfloat16"):
         RST(half, lr=0.1, master_weights="remainder")
-    with pytest.raises(ValueError, match="master_weights='rest': expected True, False or 'remainder'"):
+    with pytest.raises(ValueError, match="master_weights='rest': expected True or False, or 'remainder'"):
         RST(half, lr=0.1, master_weights="rest")
     base = torch.optim.SGD(half, lr=0.1)
     with pytest.raises(ValueError, match="master_weights='remainder' with an optimizer as base"):

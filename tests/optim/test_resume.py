@@ -31,6 +31,7 @@ CASES: dict[str, dict[str, Any]] = {
     "bfloat16": {"dtype": torch.bfloat16, "base": "adamw", "lr": 0.02},  # stochastic rounding resumes too
     "masters": {"dtype": torch.bfloat16, "base": "adamw", "lr": 0.02, "master_weights": True},
     "masters-sgd": {"dtype": torch.float16, "momentum": 0.9, "master_weights": True, "gamma": 2.0},
+    "remainders": {"dtype": torch.bfloat16, "momentum": 0.9, "lr": 0.05, "master_weights": "remainder"},
     "state": {"base": "adam", "lr": 0.02, "state_dtype": torch.bfloat16, "gamma": 1.5},
     "state-of-halves": {"dtype": torch.bfloat16, "momentum": 0.9, "lr": 0.05, "state_dtype": torch.bfloat16},
     "state-masters": {

@@ -212,7 +212,6 @@ _MASTERS = ("masters",)
 _FIRST = ("first_grads",)
 _AMP = {"grad_scale": _float32(1024.0), "found_inf": _float32(0.0)}
 _GAMMAS = (0.0, 0.5, 1.0, 2.0)
-
 _RNG = {"rng": (7, 3)}  # the seed and the step by which a first state in bfloat16 is rounded
 
 

@@ -22,6 +22,7 @@ MODES: dict[str, dict[str, Any]] = {
     "amsgrad": {"base": "adamw", "amsgrad": True},
     "lion-mixed": {"base": "lion", "lr": 0.01, "gamma": 2.0},
     "masters": {"base": "adamw", "master_weights": True, "dtype": torch.bfloat16},
+    "remainders": {"momentum": 0.9, "lr": 0.05, "master_weights": "remainder", "dtype": torch.bfloat16},
     "bfloat16-state": {"base": "lion", "lr": 0.01, "gamma": 2.0, "state_dtype": torch.bfloat16},
     "flags": {"momentum": 0.9, "dampening": 0.5},  # no launch plan
     "instance": {"instance": True},
