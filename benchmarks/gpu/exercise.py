@@ -16,12 +16,16 @@ from torch import Tensor
 
 from rst_fused import ops
 from rst_fused._schemas import SCHEMAS, STATS
+from rst_fused.reference import join, split
 
 from .device import available_backends, device_of
 from .stages import write_part
 
 SIZES = (0, 1, 3, 17, 1025, 4097, 70001)  # around the widths of vectors, blocks and chunks
-MODES = {"fp32": (torch.float32, False), "bf16": (torch.bfloat16, False), "bf16, fp32 masters": (torch.bfloat16, True)}
+MODES: dict[str, tuple[torch.dtype, bool | str]] = {
+    "fp32": (torch.float32, False), "bf16": (torch.bfloat16, False), "bf16, fp32 masters": (torch.bfloat16, True),
+    "bf16, remainders": (torch.bfloat16, "remainder"),
+}  # fmt: skip
 CLOSE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # |difference| <= this * (1 + |expected|)
 # For the norm: squares of a few packs may be added in fp32, with up to 14 roundings of 2^-24 one after another (of T g
 # and its square, and of the additions), halved by the root. The smallest tensors apart, one element is worth 6e-6.
@@ -39,7 +43,7 @@ CALLS = (
 Lists = dict[str, list[Tensor]]
 
 
-def inputs(dtype: torch.dtype, masters: bool, shift: int = 0, rounded: bool = False) -> Lists:
+def inputs(dtype: torch.dtype, masters: bool | str, shift: int = 0, rounded: bool = False) -> Lists:
     """The lists that the ops take; each tensor starts ``shift`` elements after its storage does. ``rounded``: first
     moments are bfloat16."""
     generator = torch.Generator().manual_seed(0)
@@ -55,8 +59,10 @@ def inputs(dtype: torch.dtype, masters: bool, shift: int = 0, rounded: bool = Fa
         "momentum_buffers": tensors(first), "exp_avgs": tensors(first), "exp_avg_sqs": tensors(state, positive=True),
         "max_exp_avg_sqs": tensors(state, positive=True),
     }  # fmt: skip
-    if masters:
+    if masters is True:
         lists["masters"] = [p.float() for p in lists["params"]]
+    elif masters:
+        lists["masters"] = [split(w)[1] for w in tensors(torch.float32)]
     return lists
 
 
@@ -95,10 +101,10 @@ def run_op(call: str, lists: Lists, backend: str, adaptive: bool) -> list[Tensor
             params, grads, lists["backups"], **lion, **mixing, **own),
         "restore_": lambda: ops.restore_(params, lists["backups"], grads=grads, **mixing, **own),
     }  # fmt: skip
-    changed = [t for tensors in lists.values() for t in tensors]
+    changed = [t for name, tensors in lists.items() if name != "masters" for t in tensors]
     if op not in WITH_NORM:
         calls[op]()
-        return changed
+        return [*changed, *weights_of(params, masters or [])]
     scaled: dict[str, Any] = {"adaptive": adaptive, "eta": 0.01}
     stats = torch.zeros(len(STATS), dtype=torch.float64).to(device)
     ops.grad_norm(grads, params, stats=stats, backend=backend, **scaled)
@@ -108,7 +114,13 @@ def run_op(call: str, lists: Lists, backend: str, adaptive: bool) -> list[Tensor
         shards = [(5, 7, 11)] * len(params) if call.endswith(SHARDS) else None
         more = {**scaled, **own, "shards": shards}
         ops.perturb_(params, grads, lists["backups"], stats, rho=0.05, seed=1, step=2, **more)
-    return [*changed, stats]
+    return [*changed, stats]  # a perturbation only reads masters
+
+
+def weights_of(params: Sequence[Tensor], masters: Sequence[Tensor]) -> list[Tensor]:
+    """In float32: a remainder alone says nothing of how far off a weight is."""
+    pairs = zip(params, masters, strict=False)
+    return [join(p.cpu(), m.cpu()) if m.dtype == torch.int16 else m for p, m in pairs]
 
 
 def compare(call: str, backend: str, device: str, mode: str, shift: int, adaptive: bool) -> str | None:

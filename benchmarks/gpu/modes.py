@@ -21,7 +21,7 @@ class Mode:
 
     name: str
     dtype: torch.dtype
-    masters: bool = False
+    masters: bool | str = False
     adaptive: bool = False
     gamma: float = 1.0
     offset: int = 0
@@ -38,7 +38,7 @@ class Mode:
 
     def options(self) -> dict[str, Any]:
         """Those of RST."""
-        found: dict[str, Any] = {"master_weights": True} if self.masters else {}
+        found: dict[str, Any] = {"master_weights": self.masters} if self.masters else {}
         found |= {"adaptive": True, "eta": ETA} if self.adaptive else {}
         return found | ({"gamma": self.gamma} if self.mixing else {})
 
@@ -66,10 +66,13 @@ def moved(t: torch.Tensor, offset: int) -> torch.Tensor:
 FP32, BF16 = Mode("fp32", torch.float32), Mode("bf16", torch.bfloat16)
 MASTERS = Mode("bf16, fp32 masters", torch.bfloat16, masters=True)
 MAIN = (FP32, BF16, MASTERS)  # those with goals
+REMAINDERS = Mode("bf16, remainders", torch.bfloat16, masters="remainder")
 ASAM = Mode("fp32, ASAM", torch.float32, adaptive=True)
 GRST = Mode("fp32, G-RST", torch.float32, gamma=2.0)
 OFF_BY_4 = Mode("fp32, gradients off by 4 bytes", torch.float32, offset=4)
 OFF_BY_8 = Mode("bf16, gradients off by 8 bytes", torch.bfloat16, offset=8)
 ZERO_ROWS = Mode("bf16, half of the gradient rows zero", torch.bfloat16, zero_rows=True)
 # Those that are measured with one base optimizer only: which kernels differ from the main modes.
-SPECIAL = ((OFF_BY_4, "sgd"), (OFF_BY_8, "sgd"), (ZERO_ROWS, "adamw"), (ASAM, "sgd"), (GRST, "sgd"))
+SPECIAL = (
+    (OFF_BY_4, "sgd"), (OFF_BY_8, "sgd"), (ZERO_ROWS, "adamw"), (ASAM, "sgd"), (GRST, "sgd"), (REMAINDERS, "adamw"),
+)  # fmt: skip

@@ -12,13 +12,14 @@ FP32_BYTES = 4
 def kernel_bytes(kernel: str, mode: Mode) -> int:
     """Read plus written per element. ``kernel`` is norm, perturb, or the base optimizer of an update with restore."""
     size = mode.dtype.itemsize
-    kept = FP32_BYTES if mode.masters else size  # of the state, and of what w is restored from
+    kept = FP32_BYTES if mode.masters else size  # of the state, and of what w is read from, which may be two halves
+    copied = mode.masters is True
     if kernel == "norm":  # reads g, and ASAM w
         return size + (kept if mode.adaptive else 0)
-    if kernel == "perturb":  # reads w and g; writes w, and the backup where no master is one
-        return kept + size + size + (0 if mode.masters else size)
+    if kernel == "perturb":  # reads w and g; writes w, and the backup where no master copy is one
+        return kept + size + size + (0 if copied else size)
     # Reads the backup or master, g and the first g to mix; writes w and the master; reads and writes the state.
-    mixed, master = size if mode.mixing else 0, FP32_BYTES if mode.masters else 0
+    mixed, master = size if mode.mixing else 0, FP32_BYTES if copied else FP32_BYTES - size if mode.masters else 0
     return kept + size + mixed + size + master + 2 * STATES[kernel] * kept
 
 

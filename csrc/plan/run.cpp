@@ -141,7 +141,6 @@ bool Plan::update(std::vector<double> rows, bool restores, bool mixing, double s
   params.step = step;
   params.on_device.grad_scale = reinterpret_cast<const float*>(grad_scale);
   params.on_device.found_inf = reinterpret_cast<const float*>(found_inf);
-  const py::object kept = kept_;
   const UsesKept uses(kept_slots_);
   change_weights();
   run([&] { ops_.update(table_, params, device_, op_cache_.get()); });
