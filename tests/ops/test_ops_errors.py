@@ -331,12 +331,12 @@ NO_RNG: tuple[Any, ...] = (None, [], [])
 AMP: tuple[Any, ...] = (None, None, *NO_RNG)
 RESTORE: tuple[Any, ...] = (W(), W(), [], [])  # neither backups nor first gradients
 RAW: list[tuple[str, tuple[Any, ...], str]] = [
-    ("grad_norm", (STATS[:3], W(), [], False, 0.0), "stats has 3 elements"),
-    ("grad_norm", (STATS.float(), W(), [], False, 0.0), "stats must be a contiguous tensor of dtype"),
-    ("grad_norm", (torch.zeros(8, dtype=torch.float64)[::2], W(), [], False, 0.0), "stats must be a contiguous"),
-    ("grad_norm", (STATS, W(), [], True, 0.0), "params has 0 entries, expected 2"),
-    ("grad_norm", (STATS, W(), B(), True, 0.0), r"params\[1\] does not have the shape"),
-    ("grad_norm", (STATS, [torch.ones(3, dtype=torch.int32)], [], False, 0.0), "has dtype"),
+    ("grad_norm", (STATS[:3], W(), [], [], False, 0.0), "stats has 3 elements"),
+    ("grad_norm", (STATS.float(), W(), [], [], False, 0.0), "stats must be a contiguous tensor of dtype"),
+    ("grad_norm", (torch.zeros(8, dtype=torch.float64)[::2], W(), [], [], False, 0.0), "stats must be a contiguous"),
+    ("grad_norm", (STATS, W(), [], [], True, 0.0), "params has 0 entries, expected 2"),
+    ("grad_norm", (STATS, W(), B(), [], True, 0.0), r"params\[1\] does not have the shape"),
+    ("grad_norm", (STATS, [torch.ones(3, dtype=torch.int32)], [], [], False, 0.0), "has dtype"),
     ("perturb_", (W(), W()[:1], W(), [], STATS, D1, [2], False, 0.0, *RANDOM), "grads has 1 entries, expected 2"),
     ("perturb_", (W(), W(), [], [], STATS, D1, [2], False, 0.0, *RANDOM), "backups has 0 entries"),
     ("perturb_", (W(), B(), W(), [], STATS, D1, [2], False, 0.0, *RANDOM), r"grads\[1\] does not have the shape"),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 import gpu_simulator
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 from triton_processes import PURE_PYTHON
 
-from rst_fused import _backends, ops
+from rst_fused import _backends, ops, reference
 from rst_fused._step.state import StepState
 
 if os.environ.get(PURE_PYTHON) == "1":
@@ -47,7 +48,7 @@ class Planned:
 
     def __init__(
         self, kind: str, shapes: Sequence[tuple[int, ...]] = SHAPES, dtype: torch.dtype = torch.float32,
-        masters: bool = False, idle: int = 0, **more: Any,
+        masters: bool | str = False, idle: int = 0, **more: Any,
     ) -> None:  # fmt: skip
         self.kind, self.backend, self.dtype = kind, BACKEND[kind], dtype
         weights = [op_db.make("params", i, op_db.dense(shape), dtype, "cpu") for i, shape in enumerate(shapes)]
@@ -55,7 +56,9 @@ class Planned:
         self.params, self.idle = every[: len(every) - idle], every[len(every) - idle :]
         self.give("grads")
         self.masters = [p.detach().float() for p in self.params] if masters else []
-        self.backups = [] if masters else [torch.zeros_like(p.detach()) for p in self.params]
+        if masters == "remainder":
+            self.masters = [reference.split(1.001 * m)[1] for m in self.masters]
+        self.backups = [] if masters is True else [torch.zeros_like(p.detach()) for p in self.params]
         self.stats = torch.zeros(6, dtype=torch.float64)
         self.state = StepState()
         held = {p: {"master": m} for p, m in zip(self.params, self.masters, strict=False)}
@@ -79,7 +82,10 @@ class Planned:
 
     @property
     def sources(self) -> list[Tensor]:
-        return self.masters or [p.detach() for p in self.params]
+        params = [p.detach() for p in self.params]
+        if self.masters and self.backups:
+            return [reference.join(p, r) for p, r in zip(params, self.masters, strict=True)]
+        return self.masters or params
 
     def at(self, stats: Tensor) -> Any:
         return stats if self.kind == "triton" else stats.data_ptr()
@@ -101,18 +107,22 @@ class Planned:
     def expected(self, part: int, adaptive: bool = False, parts: Sequence[int] = PARTS) -> Tensor:
         """That of the op over the parameters of a part, in the order of the parameters' elements."""
         members = [i for i, number in enumerate(parts[: len(self.params)]) if number == part]
-        g, w = [self.grads[i].contiguous() for i in members], [self.sources[i] for i in members]
+        g, w = [self.grads[i].contiguous() for i in members], [self.params[i].detach() for i in members]
+        masters = [self.masters[i] for i in members if self.masters]
         stats = torch.zeros(6, dtype=torch.float64)
         kernels = _backends.backend_named(self.backend).ops
-        kernels.grad_norm(stats, g, w if adaptive else [], adaptive, 0.01 if adaptive else 0.0)
+        kernels.grad_norm(
+            stats, g, w if adaptive else [], masters if adaptive else [], adaptive, 0.01 if adaptive else 0.0
+        )
         return stats
 
 
 @pytest.mark.parametrize("adaptive", [False, True])
 @pytest.mark.parametrize(
-    ("dtype", "masters"), [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)]
+    ("dtype", "masters"),
+    [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True), (torch.bfloat16, "remainder")],
 )
-def test_norms_of_parts(dtype: torch.dtype, masters: bool, adaptive: bool, kind: str) -> None:
+def test_norms_of_parts(dtype: torch.dtype, masters: bool | str, adaptive: bool, kind: str) -> None:
     """Bit for bit those of the op over these parameters, of which there may be none; together, that over all."""
     run = Planned(kind, dtype=dtype, masters=masters, parts=list(PARTS))
     found = [run.grad_norm(part, adaptive) for part in range(5)]
@@ -145,15 +155,15 @@ def test_a_bad_norm_of_a_part_counts(kind: str) -> None:
 
 
 @pytest.mark.parametrize("adaptive", [False, True])
-@pytest.mark.parametrize("masters", [False, True])
-def test_a_norm_that_is_known(masters: bool, adaptive: bool, kind: str) -> None:
+@pytest.mark.parametrize("masters", [False, True, "remainder"])
+def test_a_norm_that_is_known(masters: bool | str, adaptive: bool, kind: str) -> None:
     """The perturbation takes the stats as they are, and leaves them so."""
     run = Planned(kind, dtype=torch.bfloat16, masters=masters, parts=list(PARTS))
     run.stats.copy_(torch.tensor([3.0, 1 / 3, 0, 5, 0, 9.0]))
     before, moved = run.stats.clone(), [p.detach().clone() for p in run.params]
     ops.perturb_(
-        moved, run.grads, None if masters else [torch.empty_like(p) for p in moved], before, rho=0.7, seed=3, step=7,
-        masters=run.masters or None, adaptive=adaptive, eta=0.01 if adaptive else 0.0, backend=run.backend,
+        moved, run.grads, None if masters is True else [torch.empty_like(p) for p in moved], before, rho=0.7, seed=3,
+        step=7, masters=run.masters or None, adaptive=adaptive, eta=0.01 if adaptive else 0.0, backend=run.backend,
     )  # fmt: skip
     old = [p.detach().clone() for p in run.params]
     assert run.perturb(measured=True, adaptive=adaptive) and run.state.perturbed
@@ -233,9 +243,10 @@ def test_wrong_parts_and_shards(kind: str) -> None:
         Planned(kind).grad_norm(-1)
 
 
-@pytest.mark.parametrize("masters", [False, True])
-@pytest.mark.parametrize("dtype", op_db.HALVES, ids=["bfloat16", "float16"])
-def test_shards_are_rounded_as_slices_of_the_whole(dtype: torch.dtype, masters: bool, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "masters"), [*product(op_db.HALVES, (False, True)), (torch.bfloat16, "remainder")], ids=str
+)
+def test_shards_are_rounded_as_slices_of_the_whole(dtype: torch.dtype, masters: bool | str, kind: str) -> None:
     """Rows and columns, cut unevenly, beside a tensor that is not cut; with the norm of the whole."""
     whole = Planned(kind, SHAPES, dtype, masters)
     assert whole.perturb()
