@@ -31,6 +31,7 @@ BASES: dict[str, Any] = {
     "amsgrad": ("adam", {"amsgrad": True}),
     "lion": ("lion", {}),
     "masters": ("sgd", {**SGD, "master_weights": True}),
+    "remainders": ("adamw", {"master_weights": "remainder"}),
     "instance of SGD": (lambda params: torch.optim.SGD(params, lr=0.1, **SGD), {}),
     "instance of AdamW": (lambda params: torch.optim.AdamW(params, lr=0.1), {}),
     "instance of RMSprop": (lambda params: torch.optim.RMSprop(params, lr=0.1, momentum=0.9, weight_decay=0.1), {}),
@@ -43,7 +44,7 @@ def make(name: str, seed: int = 7, weights: int = 0, **options: Any) -> tuple[to
     torch.manual_seed(weights)
     model = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1))
     base, hyper = (BASES | BASES_WITHOUT_STATE)[name]
-    if name == "masters":
+    if name in ("masters", "remainders"):
         model.bfloat16()
     groups = [{"params": list(model[0].parameters())}, {"params": list(model[2].parameters())}]
     options = {"seed": seed, "schedule": 0.5, "gamma": 1.5, "backend": "reference", **options}
@@ -150,10 +151,11 @@ def test_stateless_sgd_resumes_too():
         assert seen(other, resumed) == seen(model, opt)
 
 
-def test_masters_follow_weights_that_are_loaded_alone():
-    model, opt = make("masters", schedule=0.0)
+@pytest.mark.parametrize("name", ["masters", "remainders"])
+def test_masters_follow_weights_that_are_loaded_alone(name: str):
+    model, opt = make(name, schedule=0.0)
     get_optimizer_state_dict(model, opt)
-    other, fresh = make("masters", weights=1, schedule=0.0)
+    other, fresh = make(name, weights=1, schedule=0.0)
     model.load_state_dict(other.state_dict())
     train(model, opt, range(2))
     train(other, fresh, range(2))
