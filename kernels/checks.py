@@ -20,7 +20,7 @@ TRITON_DTYPE = {
     torch.complex64: tl.float32, torch.complex128: tl.float64,
 }  # fmt: skip
 STATS = 6  # numbers that grad_norm leaves behind, see rst_fused._schemas
-KEPT = "kept"  # dtype of weights: the parameter's, or float32 where they are the masters of a 16-bit parameter
+KEPT = "kept"  # dtype of masters among which a parameter that has none stands for it
 
 
 # --- lists and scalars ----------------------------------------------------------------------------------------------
@@ -68,6 +68,11 @@ def check_places(op: str, count: int, indices: Sequence[int], shards: Sequence[i
         are_shards(shards, count), op,
         f"shards has {len(shards)} numbers, expected none, or three numbers >= 0 for each of {count} parameters",
     )  # fmt: skip
+
+
+def are_remainders(masters: Sequence[Tensor]) -> bool:
+    """Whether masters are what bfloat16 parameters lack to be float32, rather than copies: all of a call are alike."""
+    return len(masters) > 0 and masters[0].dtype == torch.int16
 
 
 # --- memory layout --------------------------------------------------------------------------------------------------
@@ -120,13 +125,17 @@ def _check_operand(op: str, operand: Operand, lead: Sequence[Tensor], facts: Seq
     own_facts = list(map(_facts, operand.tensors))
     if operand.dtype is not None or own_facts != facts:
         for i, ((dtype, shape, device, layout), (own, *like)) in enumerate(zip(own_facts, facts, strict=True)):
-            require(
-                operand.name != "masters" or own in SIXTEEN_BIT, op,
-                f"masters go with bfloat16 and float16 parameters, but parameter {i} has dtype {own}",
-            )  # fmt: skip
             expected = own if operand.dtype is None else operand.dtype
             if operand.dtype == KEPT:
-                expected = torch.float32 if dtype == torch.float32 and own in SIXTEEN_BIT else own
+                expected = own if dtype == own else dtype if dtype == torch.int16 else torch.float32
+            require(
+                operand.name != "masters" or expected == own or own in SIXTEEN_BIT, op,
+                f"masters go with bfloat16 and float16 parameters, but parameter {i} has dtype {own}",
+            )  # fmt: skip
+            require(
+                expected != torch.int16 or own == torch.bfloat16, op,
+                f"int16 masters, which are remainders, go with bfloat16 parameters, but parameter {i} has dtype {own}",
+            )  # fmt: skip
             if operand.rounded and (dtype, expected) == (torch.bfloat16, torch.float32):
                 expected = dtype
             if dtype != expected or [device, layout] != like[1:]:

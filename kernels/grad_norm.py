@@ -20,20 +20,25 @@ from .launch_config import BUILT_IN
 from .launch_groups import LaunchGroup, launches, validated_groups
 from .launcher import Launch, run_all
 from .multi_tensor_apply import address, kernel, load, locate, magnitude
-from .sam_math import asam_scale, asam_squared_norm, squared_norm
+from .sam_math import asam_scale, asam_squared_norm, join, squared_norm
 
 NORM_EPS = tl.constexpr(1e-12)
-_GRAD, _WEIGHT, _SLOTS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+_GRAD, _PARAM, _MASTER, _SLOTS = (tl.constexpr(i) for i in range(4))
 _TICKET = tl.constexpr(4)  # in stats: how many programs are done, as a 32-bit number; 0 between launches
 _SQUARED_NORM = tl.constexpr(5)
 SUMS = 1024  # partial sums that the last stage reads at once
 
 
 @triton.jit
-def _add(sum, grad, weight, at, count, eta, ADAPTIVE: tl.constexpr, COMPLEX: tl.constexpr, WHOLE: tl.constexpr):
+def _add(
+    sum, grad, weight, remainder, at, count, eta, ADAPTIVE: tl.constexpr, COMPLEX: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
     g = load(grad, at, count, WHOLE).to(tl.float64)
     if ADAPTIVE:
-        w = load(weight, at, count, WHOLE).to(tl.float64)
+        w = load(weight, at, count, WHOLE)
+        if len(remainder) == 1:
+            w = join(w, load(remainder[0], at, count, WHOLE))
+        w = w.to(tl.float64)
         return asam_squared_norm(g, asam_scale(eta, magnitude(w, weight, at, count, COMPLEX, WHOLE)), sum)
     else:
         return squared_norm(g, sum)
@@ -64,18 +69,24 @@ def _finish(partials, count, stats, SUMS: tl.constexpr):
 
 @kernel
 def grad_norm_kernel(
-    table, tensors, partials, first, count, stats, eta, T: tl.constexpr, STATE: tl.constexpr, ADAPTIVE: tl.constexpr,
-    COMPLEX: tl.constexpr, FINISH: tl.constexpr, SUMS: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
+    table, tensors, partials, first, count, stats, eta, T: tl.constexpr, STATE: tl.constexpr,
+    REMAINDERS: tl.constexpr, ADAPTIVE: tl.constexpr, COMPLEX: tl.constexpr, FINISH: tl.constexpr, SUMS: tl.constexpr,
+    BLOCK: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """Its partial sums begin at ``first``; with ``FINISH`` it is the last launch, and adds all ``count`` of them."""
     record, begin, size, whole = locate(table, tensors, _SLOTS, BLOCK)
-    grad, weight = address(record, _GRAD, begin, T), address(record, _WEIGHT, begin, STATE)
+    grad, weight = address(record, _GRAD, begin, T), address(record, _PARAM, begin, T)
+    remainder = ()
+    if REMAINDERS:
+        remainder = (address(record, _MASTER, begin, tl.int16),)  # type: ignore[assignment]
+    elif T != STATE:
+        weight = address(record, _MASTER, begin, STATE)
     eta = tl.load(eta)
     sum, tail = tl.zeros([BLOCK], tl.float64), tl.zeros([TAIL], tl.float64)
     for at in range(0, whole, BLOCK):
-        sum = _add(sum, grad, weight, at + tl.arange(0, BLOCK), size, eta, ADAPTIVE, COMPLEX, True)
+        sum = _add(sum, grad, weight, remainder, at + tl.arange(0, BLOCK), size, eta, ADAPTIVE, COMPLEX, True)
     for at in range(whole, size, TAIL):
-        tail = _add(tail, grad, weight, at + tl.arange(0, TAIL), size, eta, ADAPTIVE, COMPLEX, False)
+        tail = _add(tail, grad, weight, remainder, at + tl.arange(0, TAIL), size, eta, ADAPTIVE, COMPLEX, False)
     tl.store(partials + first + tl.program_id(0), tl.sum(sum, 0) + tl.sum(tail, 0))
     if FINISH:
         # Release: the sum above is there for whoever sees this count. Acquire: the last one sees all other sums.
@@ -102,7 +113,10 @@ def finish_norm_kernel(squares, count, stats):
 
 
 def variant(group: LaunchGroup, adaptive: bool, finish: bool) -> dict[str, Any]:
-    return {"ADAPTIVE": adaptive, "COMPLEX": group.dtype.is_complex, "FINISH": finish, "SUMS": SUMS}
+    return {
+        "REMAINDERS": group.remainders, "ADAPTIVE": adaptive, "COMPLEX": group.dtype.is_complex, "FINISH": finish,
+        "SUMS": SUMS,
+    }  # fmt: skip
 
 
 def finish_starter(device: torch.device) -> Callable[..., None]:
@@ -111,12 +125,18 @@ def finish_starter(device: torch.device) -> Callable[..., None]:
 
 
 @torch.no_grad()
-def grad_norm(stats: Tensor, grads: Sequence[Tensor], params: Sequence[Tensor], adaptive: bool, eta: float) -> None:
+def grad_norm(
+    stats: Tensor, grads: Sequence[Tensor], params: Sequence[Tensor], masters: Sequence[Tensor], adaptive: bool,
+    eta: float,
+) -> None:  # fmt: skip
     op = "grad_norm"
     check_scalars(op, "stats", stats, torch.float64, STATS, on=grads[0].device if grads else None)
     runs_on(op, "stats", stats)
-    weights = Operand("params", params if adaptive else [], dtype=KEPT, optional=not adaptive)
-    works = [w for w in validated_groups(op, [Operand("grads", grads), weights], [len(grads)]) if w.group.chunks]
+    operands = [
+        Operand("grads", grads), Operand("params", params if adaptive else [], optional=not adaptive),
+        Operand("masters", masters if adaptive else [], dtype=KEPT, optional=True),
+    ]  # fmt: skip
+    works = [work for work in validated_groups(op, operands, [len(grads)]) if work.group.chunks]
     together = bool(works) and all(work.group.device == stats.device for work in works)
     counts = [work.group.chunks for work in works]
     etas = torch.tensor([eta], dtype=torch.float64, device="cpu")

@@ -33,7 +33,7 @@ class LaunchGroup:
 
     device: torch.device
     dtype: torch.dtype  # of the parameters
-    state: torch.dtype  # of what is kept beside them: dtype, or float32 beside masters
+    state: torch.dtype  # of what is kept beside them: dtype, or float32 beside masters, and of master copies
     members: list[int]
     lengths: tuple[int, ...]  # in scalars: a complex number is two
     rows: tuple[int, ...]
@@ -41,6 +41,7 @@ class LaunchGroup:
     in_place: bool  # whether all tensors can be worked on where they are
     shards: tuple[tuple[int, int, int], ...] = ()  # offset, run and stride of each; none where all are whole tensors
     rounds_state: bool = False  # the first state is bfloat16, and rounded stochastically
+    remainders: bool = False  # the masters are int16, and complete the parameters
 
     @cached_property
     def chunks(self) -> int:
@@ -131,10 +132,12 @@ def groups_of(
     # The state's dtype is the parameter's unless some operand is fixed to float32.
     fixed = next((s.tensors for s in operands if s.dtype is not None and s.tensors), lead)
     rounded = next((s.tensors for s in operands if s.rounded), None)
+    masters = next((s.tensors for s in operands if s.name == "masters" and s.tensors), lead)
     members_of: dict[Any, list[int]] = {}
-    for i, (p, kept) in enumerate(zip(lead, fixed, strict=True)):
-        rounds = rounded is not None and rounded[i].dtype == torch.bfloat16
-        members_of.setdefault((p.device, p.dtype, kept.dtype, rounds), []).append(i)
+    for i, (p, kept, master) in enumerate(zip(lead, fixed, masters, strict=True)):
+        rounds, completed = rounded is not None and rounded[i].dtype == torch.bfloat16, master.dtype == torch.int16
+        state = torch.float32 if completed else kept.dtype
+        members_of.setdefault((p.device, p.dtype, state, rounds, completed), []).append(i)
     wanted = [dense(p.shape, p.stride()) for p in lead]
     return [
         LaunchGroup(
@@ -145,9 +148,9 @@ def groups_of(
             in_place=all(_has_layout(s.tensors[i], wanted[i]) for s in operands if s.tensors for i in members),
             shards=_shards(shards, [(i, lead[i].numel()) for i in members])
             if rounds or (rounded is None and dtype in SIXTEEN_BIT) else (),
-            rounds_state=rounds,
+            rounds_state=rounds, remainders=completed,
         )
-        for (device, dtype, state, rounds), members in members_of.items()
+        for (device, dtype, state, rounds, completed), members in members_of.items()
     ]  # fmt: skip
 
 

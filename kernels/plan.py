@@ -1,8 +1,8 @@
 """A launch plan, as csrc/plan/plan.h describes it, in Python: what the kernels need to know of the tensors of one
 optimizer, kept between its steps. Each call compares every tensor that a kernel is going to read or write with it.
 
-A plan serves parameters of one dtype on one device, all with masters or all without, whose companions have their
-layout. ``matcher`` is a plan in C++, where there is one: it compares in a tenth of the time.
+A plan serves parameters of one dtype on one device, all with masters of one kind or all without, whose companions have
+their layout. ``matcher`` is a plan in C++, where there is one: it compares in a tenth of the time.
 """
 
 from collections import OrderedDict, deque
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import adam_step, device_cache, lion_step, perturb, restore, sgd_step, update
-from .checks import SIXTEEN_BIT, TRITON_DTYPE, Operand, are_shards
+from .checks import SIXTEEN_BIT, TRITON_DTYPE, Operand, are_remainders, are_shards
 from .grad_norm import finish_starter, grad_norm_kernel
 from .grad_norm import variant as norm_variant
 from .launch_groups import LaunchGroup, TensorGuards, groups_of, starter_for, table_of
@@ -62,7 +62,9 @@ class Plan(Match):
         self._sizes, self._states, self._steps, self._row_groups = sizes, states, steps, row_groups
         self._rule, self._option, self._maximize = RULES[rule], option, maximize
         self._step_state = step_state
-        self._keepers = self._masters or backups  # None where weights go where the gradient was
+        self._copies = [] if group.remainders else self._masters  # in the place of backups
+        self._remainders = self._masters if group.remainders else []
+        self._keepers = self._copies or backups  # None where weights go where the gradient was
         self._swapped, self.kept = [active[i] for i in swapped], KeptGrads()
         self.sees_references = matcher is not None and not lent
         self._tables: OrderedDict[Any, list[Tensor]] = OrderedDict()
@@ -84,13 +86,17 @@ class Plan(Match):
             return None
         if not complete(masters) and any(m is not None for m in masters):
             return None
-        own = Operand("masters", complete(masters), dtype=torch.float32)
+        own_masters = complete(masters)
+        kept_in = torch.int16 if are_remainders(own_masters) else torch.float32
+        own = Operand("masters", own_masters, dtype=kept_in)
         backed = [p if b is None else b for p, b in zip(active, backups, strict=True)]  # gradients lie as these do
         lists = [active, grads, backed, *states]
         first = Operand("", states[0] if indices and states else [], rounded=bool(indices and states))
         groups = groups_of([*(Operand("", tensors) for tensors in lists), own, first], sizes, 0, shards)
         if len(groups) != 1 or not groups[0].in_place or groups[0].chunks == 0 or not all(map(has_memory, grads)):
             return None
+        if groups[0].remainders and groups[0].dtype != torch.bfloat16:
+            raise ValueError(f"masters are int16, which go with bfloat16, but parameters are {groups[0].dtype}")
         return cls(
             groups[0], grads, active=active, masters=masters, states=states, backups=backups, sizes=sizes,
             indices=indices, **others,
@@ -120,7 +126,8 @@ class Plan(Match):
         if swapped and keep:
             return False
         tables = self._tables_for((stream, "perturb", adaptive, stochastic, measured, addresses), lambda: [
-            table_of(group, [self._active, self._masters or self._active, self._grads_now(), self._backed(swapped)]),
+            table_of(group, [self._active, self._copies or self._active, self._grads_now(), self._backed(swapped),
+                             self._remainders]),
             *([] if measured else [table_of(self._group, self._norm_lists(adaptive))]),
         ], self._grads_now)  # fmt: skip
         if tables is None:
@@ -209,9 +216,10 @@ class Plan(Match):
         if mixing and any(a == b != 0 for a, b in zip(first_addresses, addresses_of(self._grads_now()), strict=True)):
             return False  # a gradient was written over the first one
         kept = self.kept.tensors if restores else []
-        source = self._masters or (self._backed(kept) if restores else self._active)
+        source = self._copies or (self._backed(kept) if restores else self._active)
+        remainders = [self._remainders] if self._remainders else []  # which come last
         tables = self._tables_for((stream, restores, addresses, first_addresses, addresses_of(kept)), lambda: [
-            table_of(group, [self._active, source, self._grads_now(), firsts, *self._states])
+            table_of(group, [self._active, source, self._grads_now(), firsts, *self._states, *remainders])
         ], lambda: chain(self._grads_now(), firsts))  # fmt: skip
         hyper = self._rows(rows, stream)
         if tables is None or hyper is None:
@@ -236,7 +244,7 @@ class Plan(Match):
         if self._masters and not self._same_state():
             return False
         group, stream = self._group, self._stream()
-        kept = self._masters or self._backed(self.kept.tensors)
+        kept = self._copies or self._backed(self.kept.tensors)
         tables = self._tables_for((stream, "restore", addresses_of(self.kept.tensors)), lambda: [
             table_of(group, [self._active, kept, [], []])
         ])  # fmt: skip
@@ -265,9 +273,9 @@ class Plan(Match):
         return device_cache.stream_of(self._group.device)
 
     def _backed(self, swapped: Sequence[Tensor]) -> list[Tensor]:
-        """Where the weights of each parameter are kept, if not in masters. ``swapped``: of those without a backup."""
+        """Where the weights of each parameter are kept, if not in copies. ``swapped``: of those without a backup."""
         given = iter(swapped)
-        return [] if self._masters else [next(given) if b is None else b for b in self._keepers]
+        return [] if self._copies else [next(given) if b is None else b for b in self._keepers]
 
     def _notes(self, after: dict[str, Any]) -> Calls:
         """That the parameters changed, and where the step stands."""
@@ -293,7 +301,7 @@ class Plan(Match):
         return starter_for(grad_norm_kernel, self._group, **norm_variant(self._group, adaptive, finish=True))
 
     def _norm_lists(self, adaptive: bool) -> list[list[Tensor]]:
-        return [self._grads_now(), self._masters or self._active if adaptive else []]
+        return [self._grads_now(), self._active, self._masters] if adaptive else [self._grads_now(), [], []]
 
     def _update_starts(self, mixing: bool) -> tuple[Any]:
         variant = update.variant(self._rule, self._updated, self._option, len(self._states), mixing)

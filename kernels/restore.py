@@ -1,4 +1,4 @@
-"""restore: reads the backup (or master), writes w: 8 bytes per fp32 parameter.
+"""restore: reads the backup (or master copy), writes w: 8 bytes per fp32 parameter.
 
 With mixing (G-RST) also g <- (1 - gamma) g1 + gamma g: 20 bytes per fp32 parameter.
 """
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .checks import Operand, check_scalars
+from .checks import Operand, are_remainders, check_scalars
 from .device_cache import on_device
 from .launch_groups import launches, validated_groups
 from .launcher import run_all
@@ -30,7 +30,7 @@ def _restore_block(
     if MIXING:
         g1, g2 = load(first_grad, at, count, WHOLE).to(V), load(grad, at, count, WHOLE).to(V)
         store(grad, at, count, mix(gamma, one_minus_gamma, g1, g2).to(T), WHOLE)
-    # Without masters, source has dtype T: the bits are copied, including the payload of a NaN.
+    # Without master copies, source has dtype T: the bits are copied, including the payload of a NaN.
     store(param, at, count, kept.to(T), WHOLE)
 
 
@@ -59,7 +59,8 @@ def restore_(
 ) -> None:  # fmt: skip
     op = "restore_"
     check_scalars(op, "gamma", gamma, torch.float64, len(group_sizes))
-    source = Operand("masters", masters, dtype=torch.float32) if masters else Operand("backups", backups)
+    copies = bool(masters) and not are_remainders(masters)  # remainders stay as they are, and beside backups
+    source = Operand("masters", masters, dtype=torch.float32) if copies else Operand("backups", backups)
     operands = [
         Operand("params", params, written=True, read=False), source,
         Operand("grads", grads if first_grads else [], written=True, optional=not first_grads),

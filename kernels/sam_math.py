@@ -78,6 +78,22 @@ def mix(gamma, one_minus_gamma, g1, g2):
 
 
 @triton.jit
+def split(w):
+    """float32 weights as bfloat16 and an int16, exactly: their bits are those of the first, with zeros below, plus the
+    second. The first is w rounded to nearest, ties away from zero. A NaN is quiet, and has no remainder."""
+    bits = tl.where(w == w, w.to(tl.uint32, bitcast=True), tl.full([], 0x7FC00000, tl.uint32))
+    upper = ((bits + 0x8000) >> 16).to(tl.uint16)
+    return upper.to(tl.bfloat16, bitcast=True), bits.to(tl.uint16).to(tl.int16, bitcast=True)
+
+
+@triton.jit
+def join(b, r):
+    """The float32 weights that split has split."""
+    upper = b.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
+    return (upper + r.to(tl.int32).to(tl.uint32, bitcast=True)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def mixed(x):
     """The finalizer of MurmurHash3 (public domain): full avalanche. x is uint32."""
     x ^= x >> 16

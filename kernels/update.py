@@ -2,8 +2,8 @@
 
 A rule is two functions. ``PREPARE(row, FLAG, V)`` reads its row of hyperparameters and returns the tuple that
 ``STEP(prepared, w, g, state, FLAG)`` takes, which returns the new w and the new state tensors (more than there are in
-``state``: the rest is not stored). Weights are read from the backup or the master where they are perturbed, so that the
-restore is part of the update.
+``state``: the rest is not stored). Weights are read from the backup or the master copy where they are perturbed, so
+that the restore is part of the update.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,32 +16,39 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .checks import Operand, check_places, check_scalars
+from .checks import Operand, are_remainders, check_places, check_scalars
 from .device_cache import on_device
 from .launch_groups import LaunchGroup, launches, validated_groups
 from .launcher import run_all
 from .multi_tensor_apply import INDEX, ROW, address, kernel, load, locate, store
 from .random_bits import BLOCK_OF_POSITIONS, SHARD_NUMBERS, STATE_BITS, place_of_chunk, random_of_run, random_of_shard
-from .sam_math import key_in_block, mix, random_key, to_bfloat16
+from .sam_math import join, key_in_block, mix, random_key, split, to_bfloat16
 
-_PARAM, _SOURCE, _GRAD, _FIRST_GRAD, _STATE = (tl.constexpr(i) for i in range(5))  # state tensors come last
+_PARAM, _SOURCE, _GRAD, _FIRST_GRAD, _STATE = (tl.constexpr(i) for i in range(5))
+# State tensors follow one another, and then there is the remainder.
 
 
 @triton.jit
 def _update_block(
-    param, source, grad, first_grad, state, begin, count, prepared, grad_multiplier, gamma, one_minus_gamma, skipped,
-    key, first, shard, STEP: tl.constexpr, FLAG: tl.constexpr, T: tl.constexpr, STATE: tl.constexpr, V: tl.constexpr,
-    MIXING: tl.constexpr, ROUNDS: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr,
+    param, source, grad, first_grad, state, remainder, begin, count, prepared, grad_multiplier, gamma, one_minus_gamma,
+    skipped, key, first, shard, STEP: tl.constexpr, FLAG: tl.constexpr, T: tl.constexpr, STATE: tl.constexpr,
+    V: tl.constexpr, MIXING: tl.constexpr, ROUNDS: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     at = begin + tl.arange(0, BLOCK)
     kept = load(source, at, count, WHOLE)
     w, g = kept.to(V), load(grad, at, count, WHOLE).to(V)
+    if len(remainder) == 1:
+        w = join(kept, load(remainder[0], at, count, WHOLE))
     if MIXING:
         g = mix(gamma, one_minus_gamma, load(first_grad, at, count, WHOLE).to(V), g)
     old = ()
     for s in tl.static_range(len(state)):
         old = old + (load(state[s], at, count, WHOLE).to(V),)  # type: ignore[assignment]
     updated, new = STEP(prepared, w, grad_multiplier * g, old, FLAG)
+    if len(remainder) == 1:
+        rounded, rest = split(updated)
+    else:
+        rounded, rest = updated.to(T), updated
     if not skipped:
         for s in tl.static_range(len(state)):
             if ROUNDS and s == 0:
@@ -52,27 +59,29 @@ def _update_block(
                 store(state[s], at, count, to_bfloat16(new[s], random).to(tl.bfloat16), WHOLE)
             else:
                 store(state[s], at, count, new[s].to(STATE), WHOLE)
-        if T != STATE:  # the source is a master
+        if len(remainder) == 1:
+            store(remainder[0], at, count, rest, WHOLE)
+        elif T != STATE:  # the source is a master copy
             store(source, at, count, updated.to(STATE), WHOLE)
-    store(param, at, count, tl.where(skipped, kept.to(T), updated.to(T)), WHOLE)
+    store(param, at, count, tl.where(skipped, kept.to(T), rounded), WHOLE)
 
 
 @triton.jit
 def _update_chunk(
-    param, source, grad, first_grad, state, whole, count, prepared, grad_multiplier, gamma, one_minus_gamma, skipped,
-    key, first, shard, STEP: tl.constexpr, FLAG: tl.constexpr, T: tl.constexpr, STATE: tl.constexpr, V: tl.constexpr,
-    MIXING: tl.constexpr, ROUNDS: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
+    param, source, grad, first_grad, state, remainder, whole, count, prepared, grad_multiplier, gamma, one_minus_gamma,
+    skipped, key, first, shard, STEP: tl.constexpr, FLAG: tl.constexpr, T: tl.constexpr, STATE: tl.constexpr,
+    V: tl.constexpr, MIXING: tl.constexpr, ROUNDS: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """``first``: the position of the first element, from which on all follow one another in one block of positions.
     Otherwise there is a ``shard``."""
     for at in range(0, whole, BLOCK):
-        _update_block(param, source, grad, first_grad, state, at, count, prepared, grad_multiplier, gamma,
-                      one_minus_gamma, skipped, key, first, shard, STEP, FLAG, T, STATE, V, MIXING, ROUNDS, True,
-                      BLOCK)  # fmt: skip
+        _update_block(param, source, grad, first_grad, state, remainder, at, count, prepared, grad_multiplier,
+                      gamma, one_minus_gamma, skipped, key, first, shard, STEP, FLAG, T, STATE, V, MIXING, ROUNDS,
+                      True, BLOCK)  # fmt: skip
     for at in range(whole, count, TAIL):
-        _update_block(param, source, grad, first_grad, state, at, count, prepared, grad_multiplier, gamma,
-                      one_minus_gamma, skipped, key, first, shard, STEP, FLAG, T, STATE, V, MIXING, ROUNDS, False,
-                      TAIL)  # fmt: skip
+        _update_block(param, source, grad, first_grad, state, remainder, at, count, prepared, grad_multiplier,
+                      gamma, one_minus_gamma, skipped, key, first, shard, STEP, FLAG, T, STATE, V, MIXING, ROUNDS,
+                      False, TAIL)  # fmt: skip
 
 
 def kernel_name(constants: dict[str, Any]) -> str:
@@ -84,13 +93,14 @@ def kernel_name(constants: dict[str, Any]) -> str:
 def update_kernel(
     table, tensors, hyperparams, maximize_sign, grad_scale, found_inf, rng, PREPARE: tl.constexpr, STEP: tl.constexpr,
     COLUMNS: tl.constexpr, FLAG: tl.constexpr, T: tl.constexpr, STATE: tl.constexpr, V: tl.constexpr,
-    STATES: tl.constexpr, MIXING: tl.constexpr, ROUNDS: tl.constexpr, SHARDS: tl.constexpr, BLOCK: tl.constexpr,
-    TAIL: tl.constexpr,
+    STATES: tl.constexpr, REMAINDERS: tl.constexpr, MIXING: tl.constexpr, ROUNDS: tl.constexpr, SHARDS: tl.constexpr,
+    BLOCK: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """Rows have ``COLUMNS`` hyperparameters, the last of which is gamma. ``ROUNDS``: the first state is bfloat16, and
     rounded stochastically."""
-    record, begin, count, whole = locate(table, tensors, _STATE + STATES + (SHARD_NUMBERS if SHARDS else 0), BLOCK)
-    param, source = address(record, _PARAM, begin, T), address(record, _SOURCE, begin, STATE)
+    SLOTS: tl.constexpr = _STATE + STATES + (1 if REMAINDERS else 0)
+    record, begin, count, whole = locate(table, tensors, SLOTS + (SHARD_NUMBERS if SHARDS else 0), BLOCK)
+    param, source = address(record, _PARAM, begin, T), address(record, _SOURCE, begin, T if REMAINDERS else STATE)
     grad, first_grad = address(record, _GRAD, begin, T), address(record, _FIRST_GRAD, begin, T)
     state = ()
     for s in tl.static_range(STATES):
@@ -98,6 +108,9 @@ def update_kernel(
             state = state + (address(record, _STATE + s, begin, tl.bfloat16),)  # type: ignore[assignment]
         else:
             state = state + (address(record, _STATE + s, begin, STATE),)  # type: ignore[assignment]
+    remainder = ()
+    if REMAINDERS:
+        remainder = (address(record, _STATE + STATES, begin, tl.int16),)  # type: ignore[assignment]
     row = hyperparams + tl.load(record + ROW) * COLUMNS
     prepared = PREPARE(row, FLAG, V)
     gamma = tl.load(row + COLUMNS - 1)
@@ -108,21 +121,21 @@ def update_kernel(
     if ROUNDS:
         key = random_key(tl.load(rng), tl.load(rng + 1), tl.load(record + INDEX) + STATE_BITS)
     if SHARDS:
-        first, together, shard = place_of_chunk(record, _STATE + STATES, begin)
+        first, together, shard = place_of_chunk(record, SLOTS, begin)
         if (first % 2 == 0) & (together >= count):
             key = key_in_block(key, first // BLOCK_OF_POSITIONS)
-            _update_chunk(param, source, grad, first_grad, state, whole, count, prepared, grad_multiplier, gamma,
-                          one_minus_gamma, skipped, key, first, (), STEP, FLAG, T, STATE, V, MIXING, ROUNDS, BLOCK,
-                          TAIL)  # fmt: skip
+            _update_chunk(param, source, grad, first_grad, state, remainder, whole, count, prepared, grad_multiplier,
+                          gamma, one_minus_gamma, skipped, key, first, (), STEP, FLAG, T, STATE, V, MIXING, ROUNDS,
+                          BLOCK, TAIL)  # fmt: skip
         else:
-            _update_chunk(param, source, grad, first_grad, state, whole, count, prepared, grad_multiplier, gamma,
-                          one_minus_gamma, skipped, key, first, shard, STEP, FLAG, T, STATE, V, MIXING, ROUNDS, BLOCK,
-                          TAIL)  # fmt: skip
+            _update_chunk(param, source, grad, first_grad, state, remainder, whole, count, prepared, grad_multiplier,
+                          gamma, one_minus_gamma, skipped, key, first, shard, STEP, FLAG, T, STATE, V, MIXING, ROUNDS,
+                          BLOCK, TAIL)  # fmt: skip
     else:
         if ROUNDS:
             key = key_in_block(key, begin // BLOCK_OF_POSITIONS)  # which no chunk straddles
-        _update_chunk(param, source, grad, first_grad, state, whole, count, prepared, grad_multiplier, gamma,
-                      one_minus_gamma, skipped, key, begin, (), STEP, FLAG, T, STATE, V, MIXING, ROUNDS, BLOCK,
+        _update_chunk(param, source, grad, first_grad, state, remainder, whole, count, prepared, grad_multiplier,
+                      gamma, one_minus_gamma, skipped, key, begin, (), STEP, FLAG, T, STATE, V, MIXING, ROUNDS, BLOCK,
                       TAIL)  # fmt: skip
 
 
@@ -160,12 +173,15 @@ class Rule:
 
 
 def variant(rule: Rule, group: LaunchGroup, flag: bool, states: int, mixing: bool) -> dict[str, Any]:
+    wide_state = group.state != group.dtype or (group.rounds_state and group.dtype == torch.float32)
+    if group.remainders:
+        wide_state = states > group.rounds_state
     return {
-        **rule.constants, "FLAG": flag, "STATES": states, "MIXING": mixing, "V": group.arithmetic,
-        "ROUNDS": group.rounds_state, "SHARDS": bool(group.shards),
-        "wide_state": group.state != group.dtype or (group.rounds_state and group.dtype == torch.float32),
-        # Both kinds of numbers side by side are not what was timed: they keep the built-in configuration.
-        "name": kernel_name(rule.constants) + (" rounding" if group.rounds_state else ""),
+        **rule.constants, "FLAG": flag, "STATES": states, "REMAINDERS": group.remainders, "MIXING": mixing,
+        "V": group.arithmetic, "ROUNDS": group.rounds_state, "SHARDS": bool(group.shards), "wide_state": wide_state,
+        # What was not timed keeps the built-in configuration.
+        "name": kernel_name(rule.constants) + (" remainders" if group.remainders else "")
+        + (" rounding" if group.rounds_state else ""),
     }  # fmt: skip
 
 
@@ -187,8 +203,8 @@ def op_of(rule: Rule) -> Callable[..., None]:
         amp = scaling(op, grad_scale, found_inf)
         check_scalars(op, "rng", NO_RNG if rng is None else rng, torch.int64, 2)
         check_places(op, len(params), indices, shards)
-        wide = torch.float32 if masters else None
-        if masters:
+        wide, remainders = torch.float32 if masters else None, are_remainders(masters)
+        if masters and not remainders:
             source = Operand("masters", masters, written=True, dtype=wide)
         else:
             source = Operand("backups", backups) if backups else Operand("params", params)
@@ -199,6 +215,7 @@ def op_of(rule: Rule) -> Callable[..., None]:
             Operand("first_grads", first_grads, optional=True),
             *(Operand(name, tensors, written=True, dtype=wide, rounded=rng is not None and s == 0)
               for s, (name, tensors) in enumerate(state)),
+            *([Operand("masters", masters, written=True, dtype=torch.int16)] if remainders else []),
         ]  # fmt: skip
         calls: list[Callable[[], Any]] = []
         places = (shards, indices) if rng is not None else ()

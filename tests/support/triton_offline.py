@@ -53,12 +53,17 @@ F32, F64, BF16, F16 = tl.float32, tl.float64, tl.bfloat16, tl.float16
 
 
 def _updating(rule: Any, state: Any) -> dict[str, Any]:
-    plain = {"ROUNDS": False, "SHARDS": False}
+    plain = {"REMAINDERS": False, "ROUNDS": False, "SHARDS": False}
     return {**rule.constants, **plain, "config": BUILT_IN if state is None else WIDE_STATE}
 
 
 def _rounding(constants: dict[str, Any], shards: bool = False) -> dict[str, Any]:
     return {**constants, "ROUNDS": True, "SHARDS": shards}
+
+
+def _completed(constants: dict[str, Any], config: Any = BUILT_IN) -> dict[str, Any]:
+    """With remainders beside bfloat16 parameters."""
+    return {**constants, "REMAINDERS": True, "STATE": F32, "config": config}
 
 
 def _types(t: Any, state: Any = None, arithmetic: bool = True) -> dict[str, Any]:
@@ -70,11 +75,11 @@ def _perturb(
     t: Any, state: Any = None, adaptive: bool = False, is_complex: bool = False, shards: bool = False
 ) -> dict[str, Any]:
     flags = {"ADAPTIVE": adaptive, "COMPLEX": is_complex, "STOCHASTIC": t in (BF16, F16), "SHARDS": shards}
-    return _types(t, state) | flags
+    return _types(t, state) | flags | {"REMAINDERS": False}
 
 
-def _sgd(t: Any, state: Any = None, mixing: bool = False) -> dict[str, Any]:
-    flags = {"FLAG": mixing, "STATES": 1, "MIXING": mixing}
+def _sgd(t: Any, state: Any = None, mixing: bool = False, states: int = 1) -> dict[str, Any]:
+    flags = {"FLAG": mixing, "STATES": states, "MIXING": mixing}
     return _types(t, state) | flags | _updating(sgd_step.RULE, state)
 
 
@@ -88,7 +93,7 @@ def _lion(t: Any, state: Any = None, mixing: bool = False) -> dict[str, Any]:
 
 
 def _norm(t: Any, adaptive: bool = False, is_complex: bool = False) -> dict[str, Any]:
-    flags = {"ADAPTIVE": adaptive, "COMPLEX": is_complex, "FINISH": True, "SUMS": SUMS}
+    flags = {"ADAPTIVE": adaptive, "COMPLEX": is_complex, "FINISH": True, "SUMS": SUMS, "REMAINDERS": False}
     return _types(t, arithmetic=False) | flags
 
 
@@ -117,6 +122,11 @@ VARIANTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "amsgrad bf16 master mixing": (update_kernel, _adam(BF16, F32, True, 3)),
     "lion fp32": (update_kernel, _lion(F32)),
     "lion bf16 master mixing": (update_kernel, _lion(BF16, F32, True)),
+    "grad_norm asam bf16 remainder": (grad_norm_kernel, _completed(_norm(BF16, True))),
+    "perturb asam bf16 remainder shards": (perturb_kernel, _completed(_perturb(BF16, None, True, shards=True))),
+    "sgd bf16 remainder": (update_kernel, _completed(_sgd(BF16, states=0))),
+    "amsgrad bf16 remainder mixing": (update_kernel, _completed(_adam(BF16, F32, True, 3), WIDE_STATE)),
+    "lion bf16 remainder rounding": (update_kernel, _completed(_rounding(_lion(BF16)))),
 }
 
 

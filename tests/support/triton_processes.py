@@ -16,6 +16,7 @@ from typing import Any
 
 SUPPORT = Path(__file__).parent
 TESTS = SUPPORT.parent
+REMAINDERS = SUPPORT / "remainder_checks.py"
 MISSING = None if importlib.util.find_spec("triton") is not None else "triton is not installed (pip install triton)"
 SIMULATOR = "RST_FUSED_PTXSIM"
 PURE_PYTHON = "RST_FUSED_TESTS_PURE_PYTHON"  # 1: plans of Triton find no extension, and compare in Python

@@ -60,7 +60,7 @@ def test_norm(dtype: torch.dtype) -> None:
 def sam_step(w: list[Any], g: list[Any], backups: list[Any], buffers: list[Any], numbers: dict[str, Any]) -> None:
     """Through the registered ops, with all scalars on the device."""
     triton = torch.ops.rst_fused_triton
-    triton.grad_norm(numbers["stats"], g, [], False, 0.0)
+    triton.grad_norm(numbers["stats"], g, [], [], False, 0.0)
     triton.perturb_(
         w, g, backups, [], numbers["stats"], numbers["rho"], [len(w)], False, 0.0, True, numbers["rng"], 0, []
     )
@@ -113,7 +113,7 @@ def test_no_host_sync() -> None:
     w, backups, rng = [torch.ones(1000, device="cuda")], [torch.ones(1000, device="cuda")], torch.tensor([0, 1])
     torch.cuda.set_sync_debug_mode("error")
     try:
-        torch.ops.rst_fused_triton.grad_norm(stats, g, [], False, 0.0)
+        torch.ops.rst_fused_triton.grad_norm(stats, g, [], [], False, 0.0)
         torch.ops.rst_fused_triton.perturb_(w, g, backups, [], stats, rho, [1], False, 0.0, True, rng, 0, [])
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from triton_processes import FLOAT32, MISSING, TESTS, run_pytest
+from triton_processes import FLOAT32, MISSING, REMAINDERS, TESTS, run_pytest
 
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 
@@ -24,15 +24,26 @@ BROKEN = [
     ("grad_norm.py", "sum += tl.load(squares + i)", "sum += tl.load(squares)", "finish_norm-several-float64-triton"),
     ("random_bits.py", "to(tl.int64) * shard[4]", "to(tl.int64) * shard[3]",
      "SHARDS[columns-False-False-bfloat16-triton]"),
+    ("sam_math.py", "(bits + 0x8000) >> 16", "bits >> 16", "REMAINDERS::test_update[sgd-]"),
+    ("update.py", "remainder[0], at, count, rest,", "remainder[0], at, count, rest + 1,",
+     "REMAINDERS::test_update[lion-without a perturbation]"),
+    ("perturb.py", "w = join(kept, load(remainder[0], offsets, count, WHOLE))", "w = w",
+     "REMAINDERS::test_perturb[sam-nearest-backup-]"),
+    ("grad_norm.py", "w = join(w, load(remainder[0], at, count, WHOLE))", "w = w",
+     "REMAINDERS::test_norm[remainders]"),
     ("perturb.py", "(first % 2 == 0) & ", "", "SHARDS[uneven rows-False-False-bfloat16-triton]"),
 ]
-SHARD_TEST = "tests/ops/test_shards.py::test_a_shard_is_a_slice_of_the_whole"
+LONG = {  # test names, see BROKEN
+    "SHARDS": "tests/ops/test_shards.py::test_a_shard_is_a_slice_of_the_whole",
+    "REMAINDERS": "tests/support/remainder_checks.py",
+}
 
 
 def test_op_table_and_errors() -> None:
-    """In float32 only, but for shards; all dtypes, and mixed ones, run from PTX."""
-    files = (TESTS / "ops/test_ops.py", TESTS / "ops/test_ops_errors.py", TESTS / "ops/test_shards.py")
-    done = run_pytest("interpreted", *files, "-k", f"triton and ({FLOAT32} or {ERRORS} or {SHARDS})")
+    """In float32 only, but for shards and remainders; all dtypes, and mixed ones, run from PTX."""
+    files = (*(TESTS / f"ops/test_{name}.py" for name in ("ops", "ops_errors", "shards")), REMAINDERS)
+    chosen = f"triton and ({FLOAT32} or {ERRORS} or {SHARDS}) or remainder_checks"
+    done = run_pytest("interpreted", *files, "-k", chosen)
     assert done.get("passed", 0) > 200 and set(done) == {"passed"}
 
 
@@ -53,9 +64,9 @@ def broken_copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_broken_formulas_are_caught(broken_copy: Path) -> None:
     oracle_test = "tests/ops/test_ops.py::test_against_oracle"
-    ids = [
-        f"{SHARD_TEST}{test.removeprefix('SHARDS')}" if test.startswith("SHARDS") else f"{oracle_test}[{test}]"
-        for *_, test in BROKEN
-    ]  # fmt: skip
+    ids = []
+    for *_, test in BROKEN:
+        long = next((name for name in LONG if test.startswith(name)), None)
+        ids.append(f"{oracle_test}[{test}]" if long is None else LONG[long] + test.removeprefix(long))
     done = run_pytest("interpreted", *ids, folder=broken_copy)
     assert done == {"failed": len(BROKEN)}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from triton_processes import MISSING, MIXED, SIMULATOR, SUPPORT, TESTS, run_pytest, run_python
+from triton_processes import MISSING, MIXED, REMAINDERS, SIMULATOR, SUPPORT, TESTS, run_pytest, run_python
 
 NO_SIMULATOR = None if os.environ.get(SIMULATOR) else f"{SIMULATOR} does not name the folder of a PTX interpreter"
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
@@ -67,7 +67,8 @@ def test_whole_blocks_on_amd_have_no_narrow_accesses(report: list[dict[str, Any]
     kinds = [(row["kernel"], row["target"], row["buffer"]) for row in rows]
 
     def has_both(kernel: str) -> bool:
-        return "master mixing" in kernel or ("rounding" in kernel and "bf16" not in kernel)
+        mixing = "master mixing" in kernel or "remainder mixing" in kernel
+        return mixing or ("rounding" in kernel and "bf16" not in kernel)
 
     assert [row for row in kinds if row[2] not in ([16], [8, 16] if has_both(row[0]) else [16])] == []
 
@@ -85,5 +86,7 @@ def test_compile_time(report: list[dict[str, Any]]) -> None:
 def test_op_table(cache: str) -> None:
     of_ops = (TESTS / f"ops/test_{name}.py" for name in ("ops", "stochastic_rounding", "shards", "state_rounding"))
     chosen = f"triton and ({MIXED} or test_shards or known_bits) or triton_checks or agree_bit_for_bit"
-    done = run_pytest("executed_ptx", *of_ops, SUPPORT / "triton_checks.py", "-k", chosen, TRITON_CACHE_DIR=cache)
+    chosen += " or remainder_checks and (adamw or asam-stochastic or test_norm)"
+    files = *of_ops, SUPPORT / "triton_checks.py", REMAINDERS
+    done = run_pytest("executed_ptx", *files, "-k", chosen, TRITON_CACHE_DIR=cache)
     assert done.get("passed", 0) > 400 and set(done) == {"passed"}

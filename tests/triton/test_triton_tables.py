@@ -69,7 +69,7 @@ def test_cpu_tensors_are_refused_by_the_kernels_too() -> None:
     stats = torch.zeros(6, dtype=torch.float64)
     op = torch.ops.rst_fused_triton.grad_norm
     with pytest.raises(RuntimeError, match="rst_fused::grad_norm: stats is on the CPU, where Triton does not run"):
-        op(stats, [torch.ones(3)], [], False, 0.0)
+        op(stats, [torch.ones(3)], [], [], False, 0.0)
 
 
 # --- tables ---------------------------------------------------------------------------------------------------------
