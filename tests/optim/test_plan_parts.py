@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from itertools import product
 from typing import Any
 
 import gpu_simulator
@@ -18,8 +17,9 @@ import torch
 from torch import Tensor
 from triton_processes import PURE_PYTHON
 
-from rst_fused import _backends, ops, reference
+from rst_fused import _backends, ops
 from rst_fused._step.state import StepState
+from rst_fused.reference import join, split
 
 if os.environ.get(PURE_PYTHON) == "1":
     _backends._matcher = lambda **facts: None
@@ -57,7 +57,10 @@ class Planned:
         self.give("grads")
         self.masters = [p.detach().float() for p in self.params] if masters else []
         if masters == "remainder":
-            self.masters = [reference.split(1.001 * m)[1] for m in self.masters]
+            halves = [split(1.001 * w) for w in self.masters]
+            self.masters = [remainder for _, remainder in halves]
+            for p, (upper, _) in zip(self.params, halves, strict=True):
+                p.data.copy_(upper)
         self.backups = [] if masters is True else [torch.zeros_like(p.detach()) for p in self.params]
         self.stats = torch.zeros(6, dtype=torch.float64)
         self.state = StepState()
@@ -82,10 +85,11 @@ class Planned:
 
     @property
     def sources(self) -> list[Tensor]:
-        params = [p.detach() for p in self.params]
-        if self.masters and self.backups:
-            return [reference.join(p, r) for p, r in zip(params, self.masters, strict=True)]
-        return self.masters or params
+        """The weights, in the dtype that they are kept in."""
+        weights = [p.detach() for p in self.params]
+        if self.masters and self.masters[0].dtype == torch.int16:
+            return list(map(join, weights, self.masters))
+        return self.masters or weights
 
     def at(self, stats: Tensor) -> Any:
         return stats if self.kind == "triton" else stats.data_ptr()
@@ -107,13 +111,11 @@ class Planned:
     def expected(self, part: int, adaptive: bool = False, parts: Sequence[int] = PARTS) -> Tensor:
         """That of the op over the parameters of a part, in the order of the parameters' elements."""
         members = [i for i, number in enumerate(parts[: len(self.params)]) if number == part]
-        g, w = [self.grads[i].contiguous() for i in members], [self.params[i].detach() for i in members]
-        masters = [self.masters[i] for i in members if self.masters]
+        g, w = ([each[i].detach().contiguous() for i in members] for each in (self.grads, self.params))
+        masters = [self.masters[i] for i in members] if self.masters and adaptive else []
         stats = torch.zeros(6, dtype=torch.float64)
         kernels = _backends.backend_named(self.backend).ops
-        kernels.grad_norm(
-            stats, g, w if adaptive else [], masters if adaptive else [], adaptive, 0.01 if adaptive else 0.0
-        )
+        kernels.grad_norm(stats, g, w if adaptive else [], masters, adaptive, 0.01 if adaptive else 0.0)
         return stats
 
 
@@ -223,6 +225,20 @@ def test_what_is_not_as_it_was_is_not_served(spoil: Any, parts: list[int], kind:
     assert not run.perturb(measured=True)
 
 
+def test_an_update_writes_both_halves(kind: str) -> None:
+    """Of backups beside remainders; what the parameters hold meanwhile does not matter."""
+    run = Planned(kind, dtype=torch.bfloat16, masters="remainder")
+    params, masters = [p.detach().clone() for p in run.params], [m.clone() for m in run.masters]
+    assert run.perturb() and all(map(op_db.same_bits, run.backups, params))
+    assert all(map(op_db.same_bits, run.masters, masters))
+    run.give("first_grads")
+    ops.sgd_step_(params, run.grads, lr=0.1, masters=masters, backend=run.backend)
+    scale = (0, 0) if kind != "triton" else (torch.ones(1), torch.zeros(1))
+    assert run.plan.update([0.1, 0.0, 0.0, 0.0, 1.0], True, False, 1.0, *scale, 3, 1, {"perturbed": False})
+    assert all(op_db.same_bits(p.detach(), b) for p, b in zip(run.params, params, strict=True))
+    assert all(map(op_db.same_bits, run.masters, masters))
+
+
 def test_gradients_in_another_layout(kind: str) -> None:
     """The CPU kernels gather them, others leave them to the ops; and back."""
     run = Planned(kind, parts=list(PARTS))
@@ -243,10 +259,9 @@ def test_wrong_parts_and_shards(kind: str) -> None:
         Planned(kind).grad_norm(-1)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "masters"), [*product(op_db.HALVES, (False, True)), (torch.bfloat16, "remainder")], ids=str
-)
-def test_shards_are_rounded_as_slices_of_the_whole(dtype: torch.dtype, masters: bool | str, kind: str) -> None:
+@pytest.mark.parametrize("masters", [False, True])
+@pytest.mark.parametrize("dtype", op_db.HALVES, ids=["bfloat16", "float16"])
+def test_shards_are_rounded_as_slices_of_the_whole(dtype: torch.dtype, masters: bool, kind: str) -> None:
     """Rows and columns, cut unevenly, beside a tensor that is not cut; with the norm of the whole."""
     whole = Planned(kind, SHAPES, dtype, masters)
     assert whole.perturb()

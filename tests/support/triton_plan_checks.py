@@ -34,6 +34,10 @@ BASES: dict[str, dict[str, Any]] = {
     "amsgrad-mixed": {"base": "adam", "amsgrad": True, "gamma": 0.5},
     "lion": {"base": "lion", "maximize": True},
     "masters-mixed": {"base": "adamw", "master_weights": True, "gamma": 2.0, "dtype": torch.bfloat16},
+    "remainders-asam": {
+        "base": "adamw", "adaptive": True, "master_weights": "remainder", "state_dtype": torch.bfloat16,
+        "dtype": torch.bfloat16,
+    },
     "bfloat16": {"momentum": 0.9, "dtype": torch.bfloat16},
 }
 
