@@ -15,7 +15,7 @@ from op_db import OPS
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 
-from rst_fused import ops
+from rst_fused import ops, reference
 from rst_fused.kernels import launch_config, multi_tensor_apply
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -105,6 +105,29 @@ def test_state_beside_masters_moves_in_16_bytes() -> None:
     n = 4 * CHUNK
     assert 16 * launch["ld_width"][16] == 12 * n and 16 * launch["st_width"][16] == 12 * n
     assert 8 * launch["st_width"][8] == 2 * n and launch["bar"] == 0
+
+
+@pytest.mark.parametrize(("op", "states"), [("perturb_", 0), ("sgd_step_", 0), ("adam_step_", 2)])
+def test_remainders_move_in_16_bytes(op: str, states: int) -> None:
+    """8 where float32 state is beside them."""
+    n = 2 * CHUNK
+    (p, r), g = reference.split(torch.full((n,), 3.001)), torch.ones(n, dtype=torch.bfloat16)
+    stats = torch.tensor([1.0, 1.0, 0, 0, 0, 1.0], dtype=torch.float64)
+    executed_ptx.launches.clear()
+    if op == "perturb_":
+        ops.perturb_([p], [g], [torch.empty_like(p)], stats, rho=0.5, masters=[r], backend="triton")
+    else:
+        state = [[torch.zeros(n)] for _ in range(states)]
+        options = {"step": 1} if states else {}
+        getattr(ops, op)([p], [g], *state, lr=0.5, masters=[r], **options, backend="triton")
+    (launch,) = executed_ptx.launches
+    moved = [{w: w * launch[f"{kind}_width"].get(w, 0) for w in (8, 16)} for kind in ("ld", "st")]
+    if states:
+        assert moved[0][16] == moved[1][16] == 8 * n and moved[1][8] == 4 * n
+        assert 6 * n <= moved[0][8] <= 6 * n + n // CHUNK * HEADER
+    else:
+        assert (moved[0][16], moved[1][16]) == (6 * n, 4 * n)
+        assert launch["st_bytes"] == moved[1][16] and launch["bar"] == 0
 
 
 # --- bits -----------------------------------------------------------------------------------------------------------
