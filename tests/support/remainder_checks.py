@@ -170,6 +170,24 @@ def test_update(base: str, how: str) -> None:
         assert all(map(same_numbers, states_beside, states_there))
 
 
+@pytest.mark.parametrize("columns", [(0, 91), (91, 250)])
+def test_shards_are_rounded_as_slices_of_the_whole(columns: tuple[int, int]) -> None:
+    """The weights by perturb_, and a first state by an update."""
+    a, b = columns
+    w, g, m = (torch.randn((40, 250), generator=torch.Generator().manual_seed(i)) for i in range(3))
+    stats, found = torch.tensor([1.0, 1.0, 0, 0, 0, 1.0], dtype=torch.float64), []
+    for piece, shard in ((slice(None), None), (slice(a, b), [(a, b - a, 250)])):
+        halves = split(w[:, piece].contiguous())
+        (p, r), grad, buffer = halves, g[:, piece].bfloat16(), m[:, piece].bfloat16()
+        backup = torch.empty_like(p)
+        options: dict[str, Any] = {"masters": [r], "shards": shard, "backend": "triton"}
+        ops.perturb_([p], [grad], [backup], stats, rho=0.5, seed=5, step=9, **options)
+        perturbed = p.clone()
+        ops.restore_sgd_step_([p], [grad], [backup], [buffer], lr=0.5, momentum=0.9, rng=(7, 3), **options)
+        found.append([perturbed, p, r, buffer])
+    assert same([t[:, a:b] for t in found[0]], found[1])
+
+
 def test_layouts_that_differ() -> None:
     """Backups, remainders and parameters with strides of their own: copies go through, and back."""
     w = torch.randn(30, 20)

@@ -86,7 +86,7 @@ def test_compile_time(report: list[dict[str, Any]]) -> None:
 def test_op_table(cache: str) -> None:
     of_ops = (TESTS / f"ops/test_{name}.py" for name in ("ops", "stochastic_rounding", "shards", "state_rounding"))
     chosen = f"triton and ({MIXED} or test_shards or known_bits) or triton_checks or agree_bit_for_bit"
-    chosen += " or remainder_checks and (adamw or asam-stochastic or test_norm)"
+    chosen += " or remainder_checks and (adamw or asam-stochastic or test_norm or test_shards)"
     files = *of_ops, SUPPORT / "triton_checks.py", REMAINDERS
     done = run_pytest("executed_ptx", *files, "-k", chosen, TRITON_CACHE_DIR=cache)
     assert done.get("passed", 0) > 400 and set(done) == {"passed"}
