@@ -61,13 +61,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 # --- what a kernel's name says --------------------------------------------------------------------------------------
 def bytes_per_element(name: str) -> int:
-    """rst_adam_step_bfloat16_master_amsgrad_mixing -> 42."""
+    """rst_adam_step_bfloat16_master_amsgrad_mixing -> 38."""
     words = name.removeprefix("rst_").split("_")
     size = next(SIZES[word] for word in words if word in SIZES)
-    state = 4 if "master" in words else size
+    state = 4 if {"master", "remainder"} & {*words} else size
     if words[0] == "grad":
         return TRAFFIC["grad_norm_adaptive" if "adaptive" in words else "grad_norm"](size, state)
     found = TRAFFIC[words[0]](size, state)
+    if "remainder" in words:  # perturb reads it beside w; an update has it in the place of the upper half of a copy
+        found += 2 if words[0] == "perturb" else -2
     if "rounding" in words:  # a first moment in bfloat16, read and written
         found += 2 * (2 - state)
     return found + sum(TRAFFIC[word](size, state) for word in ("momentum", "amsgrad", "mixing") if word in words)

@@ -65,12 +65,14 @@ struct Args {
   uint16_t row[kTensors];
 };
 
-// The operands of each kernel, in the order of Args::data.
-enum NormOperand : int { kNormGrad, kNormWeight, kNormOperands };
-enum PerturbOperand : int { kPerturbParam, kPerturbGrad, kPerturbCopy, kPerturbOperands };  // copy: backup or master
+// The operands of each kernel, in the order of Args::data. copy: the backup, or a master copy. rest: a remainder, else
+// null.
+enum NormOperand : int { kNormGrad, kNormWeight, kNormRest, kNormOperands };
+enum PerturbOperand : int { kPerturbParam, kPerturbGrad, kPerturbCopy, kPerturbRest, kPerturbOperands };
 enum RestoreOperand : int { kRestoreParam, kRestoreSource, kRestoreOperands };
 enum MixOperand : int { kMixGrad, kMixFirst, kMixOperands };
-// source: where w is read, the backup, the master or the parameter itself. The states of the rule are last.
+// source: where w is read, the backup, the master copy or the parameter itself. The states of the rule follow, and
+// where there are remainders, these: as one more operand for all, they would take room of tensors in every launch.
 enum UpdateOperand : int { kUpdateParam, kUpdateGrad, kUpdateSource, kUpdateFirst, kUpdateState0 };
 
 using NormArgs = Args<kNormOperands, NoRow>;
@@ -81,12 +83,14 @@ struct PerturbShardArgs : Args<kPerturbOperands, double, sizeof(Shard)> {
 };
 using RestoreArgs = Args<kRestoreOperands, NoRow>;
 using MixArgs = Args<kMixOperands, double>;  // gamma
-template <class Rule, int States>
-using UpdateArgs = Args<kUpdateState0 + States, UpdateRow<Rule>>;
+template <class Rule, int States, bool Remainders = false>
+struct UpdateArgs : Args<kUpdateState0 + States + Remainders, UpdateRow<Rule>> {
+  static constexpr bool kRemainders = Remainders;
+};
 // Of kernels that round the first state stochastically.
-template <class Rule, int States>
-struct RoundingUpdateArgs : Args<kUpdateState0 + States, UpdateRow<Rule>, sizeof(Shard)> {
-  static constexpr bool kShards = true, kState = true;
+template <class Rule, int States, bool Remainders = false>
+struct RoundingUpdateArgs : Args<kUpdateState0 + States + Remainders, UpdateRow<Rule>, sizeof(Shard)> {
+  static constexpr bool kRemainders = Remainders, kShards = true, kState = true;
   Shard shard[RoundingUpdateArgs::kTensors];
 };
 

@@ -9,9 +9,9 @@
 namespace rst::cuda {
 
 // V: in which the squares of one turn are added.
-template <class T, class V, bool Adaptive, bool Complex, bool Master>
+template <class T, class V, bool Adaptive, bool Complex, Master master>
 struct GradNorm {
-  const void *grad, *weight;
+  const void *grad, *weight, *rest;
   AsamScale<V> scale;
   V of_turn{};
   double sum = 0;
@@ -20,13 +20,13 @@ struct GradNorm {
   template <int N>
   struct In {
     Pack<T, N> g;
-    Pack<State<T, Master>, N> w;
+    Weights<T, master, N> w;
   };
   template <int N, Access access>
   __device__ __forceinline__ In<N> load(int64_t i) const {
     In<N> in;
     in.g = cuda::load<N, T, access>(grad, i);
-    if constexpr (Adaptive) in.w = cuda::load<N, State<T, Master>, access>(weight, i);
+    if constexpr (Adaptive) in.w = load_weights<N, T, master, access>(weight, rest, i);
     return in;
   }
   template <int N, Access access>
@@ -107,16 +107,18 @@ __device__ __forceinline__ void add_partials(const LaunchParams& c) {
 }
 
 // The sum of this thread's part of the chunk, and whether a gradient was not 0.
-template <class T, class V, int Packs, bool Adaptive, bool Complex, bool Master>
+template <class T, class V, int Packs, bool Adaptive, bool Complex, Master master>
 __device__ __forceinline__ BlockSum sum_of(const NormArgs& args, const Piece& piece) {
-  GradNorm<T, V, Adaptive, Complex, Master> op{};
+  GradNorm<T, V, Adaptive, Complex, master> op{};
   op.grad = static_cast<const T*>(args.data[kNormGrad][piece.tensor]) + piece.begin;
   if constexpr (Adaptive) {
-    op.weight = static_cast<const State<T, Master>*>(args.data[kNormWeight][piece.tensor]) + piece.begin;
+    op.weight = static_cast<const Stored<T, master>*>(args.data[kNormWeight][piece.tensor]) + piece.begin;
+  }
+  if constexpr (Adaptive && master == Master::Remainder) {
+    op.rest = static_cast<const T*>(args.data[kNormRest][piece.tensor]) + piece.begin;
   }
   op.scale = {static_cast<V>(args.params.eta)};
-  bool packs = is_multiple(args.data[kNormGrad][piece.tensor], 16);
-  if constexpr (Adaptive) packs = packs && is_multiple(args.data[kNormWeight][piece.tensor], 16);
+  const bool packs = Adaptive ? aligned(args, piece.tensor) : is_multiple(args.data[kNormGrad][piece.tensor], 16);
   if constexpr (Packs == 0) {
     for_each_pack_anywhere<T, Complex ? 2 : 1>(piece.count, op);
   } else {
@@ -125,7 +127,7 @@ __device__ __forceinline__ BlockSum sum_of(const NormArgs& args, const Piece& pi
   return {op.sum, (op.seen & kMagnitudeBits<T>) != 0};
 }
 
-template <class T, bool Adaptive, bool Complex, bool Master>
+template <class T, bool Adaptive, bool Complex, Master master>
 __device__ __forceinline__ void grad_norm(const NormArgs& args) {
   using V = Arithmetic<T>;
   const LaunchParams& c = args.params;
@@ -133,7 +135,7 @@ __device__ __forceinline__ void grad_norm(const NormArgs& args) {
   BlockSum found{};
   if (c.tensors > 0) {
     piece = piece_of(args, blockIdx.x);
-    found = sum_of<T, V, Adaptive ? 2 : 4, Adaptive, Complex, Master>(args, piece);
+    found = sum_of<T, V, Adaptive ? 2 : 4, Adaptive, Complex, master>(args, piece);
   }
   found = block_sum(found.sum, found.any);
   __shared__ bool again, last;
@@ -145,7 +147,7 @@ __device__ __forceinline__ void grad_norm(const NormArgs& args) {
   __syncthreads();
   if constexpr (std::is_same_v<V, float>) {
     if (again) {
-      found = sum_of<T, double, 0, Adaptive, Complex, Master>(args, piece);
+      found = sum_of<T, double, 0, Adaptive, Complex, master>(args, piece);
       found = block_sum(found.sum, false);
       if (threadIdx.x == 0) last = publish(c, found.sum);
       __syncthreads();

@@ -7,16 +7,16 @@
 
 namespace rst::cuda {
 
-// By dtype, then by the flags. A name of null: there is no such kernel. Only 16-bit dtypes have masters, and only
-// others can be complex.
-extern const GpuKernel grad_norm_kernels[kDTypes][2][2];  // adaptive, complex or master
+// By dtype, then by the flags and by the kind of master. A name of null: there is no such kernel. Only 16-bit dtypes
+// have masters, and only others can be complex: for ASAM these have the place of master copies.
+extern const GpuKernel grad_norm_kernels[kDTypes][2][kMasters];  // adaptive, master or complex
 extern const GpuKernel finish_norm_kernel;
-extern const GpuKernel perturb_kernels[kDTypes][2][2];        // adaptive, complex or master
-extern const GpuKernel perturb_shard_kernels[kDTypes][2][2];  // of 16-bit dtypes alone: adaptive, master
-extern const GpuKernel restore_kernels[kDTypes][2];           // master
+extern const GpuKernel perturb_kernels[kDTypes][2][kMasters];        // adaptive, master or complex
+extern const GpuKernel perturb_shard_kernels[kDTypes][2][kMasters];  // of 16-bit dtypes alone: adaptive, master
+extern const GpuKernel restore_kernels[kDTypes][2];                  // from a master copy
 extern const GpuKernel mix_kernels[kDTypes];
-extern const GpuKernel update_kernels[kRuleVariants][kDTypes][2][2];  // mixing, master
+extern const GpuKernel update_kernels[kRuleVariants][kDTypes][2][kMasters];  // mixing, master
 // Those that round the first state: of float32, of bfloat16, and of 16-bit dtypes with masters.
-extern const GpuKernel update_rounding_kernels[kRuleVariants][kDTypes][2][2];
+extern const GpuKernel update_rounding_kernels[kRuleVariants][kDTypes][2][kMasters];
 
 }  // namespace rst::cuda

@@ -43,9 +43,12 @@ LaunchParams launch_params_of(const OpParams& params) {
 
 int dtype(const Tensor& tensor) { return static_cast<int>(tensor.dtype); }
 
-void* source_of(const Tensor& tensor, const OpParams& params) {
-  if (tensor.has(kMaster)) return tensor.data[kMaster];
-  return tensor.data[tensor.has(kBackup) && params.restoring ? kBackup : kParam];
+void* source_of(const Tensor& tensor, const OpParams& params) { return tensor.data[tensor.source(params.restoring)]; }
+void* remainder_of(const Tensor& tensor) { return tensor.remainder ? tensor.data[kMaster] : nullptr; }
+int master(const Tensor& tensor) { return static_cast<int>(tensor.master()); }
+// Where complex numbers are not pairs of scalars: see kernels.h.
+int master_or_complex(const Tensor& tensor, const OpParams& params) {
+  return params.adaptive && tensor.complex ? static_cast<int>(Master::Copy) : master(tensor);
 }
 
 const GpuKernel* present(const GpuKernel& kernel) { return &kernel; }
@@ -77,25 +80,28 @@ auto preparing(const OpParams& params) {
   };
 }
 
-// The tensors with the states of one variant whose first state is rounded, or those of which it is not.
-template <class Rule, int States, class A>
-void update_some(Launches<A>& launches, int variant, const Table& table, const OpParams& params,
-                 const Launcher& launcher) {
+// The tensors with the states of one variant that have remainders, or not, and whose first state is rounded, or not.
+template <class A, class Rule, int States>
+void update_some(int variant, bool mixing, const Table& table, const OpParams& params, const Launcher& launcher,
+                 LaunchCache* cache) {
+  std::unique_ptr<OpLaunches> own;
+  auto& launches = launches_in<A>(cache, LaunchCache::update(variant, mixing, A::kState, A::kRemainders), own);
   const bool by_value = params.hyperparams != nullptr || params.steps != nullptr;
   const int most_rows = by_value ? kRows : kRowsOnDevice;
   if (!launches.arranged()) {
     launches.arrange(table, chunk_of(table), most_rows, [&](const Tensor& t) {
       const auto& kernels = A::kState ? update_rounding_kernels : update_kernels;
-      const bool ours = variant_of(params.rule, t) == variant && t.rounds_state == A::kState;
-      return ours ? present(kernels[variant][dtype(t)][t.has(kFirstGrad)][t.has(kMaster)]) : nullptr;
+      const bool alike = t.rounds_state == A::kState && t.remainder == A::kRemainders;
+      const bool ours = alike && variant_of(params.rule, t) == variant;
+      return ours ? present(kernels[variant][dtype(t)][t.has(kFirstGrad)][master(t)]) : nullptr;
     });
   }
   launches.start(
       table, launch_params_of(params), Rule::kColumns, launcher,
       [&](const Tensor& t) {
-        std::array<void*, kUpdateState0 + States> data{t.data[kParam], t.data[kGrad], source_of(t, params),
-                                                       t.data[kFirstGrad]};
+        std::array<void*, A::kOperands> data{t.data[kParam], t.data[kGrad], source_of(t, params), t.data[kFirstGrad]};
         std::copy_n(t.data + kState0, States, &data[kUpdateState0]);
+        if constexpr (A::kRemainders) data[kUpdateState0 + States] = remainder_of(t);
         return data;
       },
       preparing<Rule>(params));
@@ -108,14 +114,11 @@ void update_variant(int variant, const Table& table, const OpParams& params, con
   const auto first =
       std::find_if(table.tensors.begin(), table.tensors.end(), [](const Tensor& t) { return t.numel > 0; });
   const bool mixing = first != table.tensors.end() && first->has(kFirstGrad);
-  std::unique_ptr<OpLaunches> own, own_rounding;
-  using A = UpdateArgs<Rule, States>;
-  auto& launches = launches_in<A>(cache, LaunchCache::kUpdate + 2 * variant + mixing, own);
-  update_some<Rule, States>(launches, variant, table, params, launcher);
+  update_some<UpdateArgs<Rule, States>, Rule, States>(variant, mixing, table, params, launcher, cache);
+  update_some<UpdateArgs<Rule, States, true>, Rule, States>(variant, mixing, table, params, launcher, cache);
   if constexpr (States > 0) {
-    using R = RoundingUpdateArgs<Rule, States>;
-    auto& rounding = launches_in<R>(cache, LaunchCache::kUpdateRounding + 2 * variant + mixing, own_rounding);
-    update_some<Rule, States>(rounding, variant, table, params, launcher);
+    update_some<RoundingUpdateArgs<Rule, States>, Rule, States>(variant, mixing, table, params, launcher, cache);
+    update_some<RoundingUpdateArgs<Rule, States, true>, Rule, States>(variant, mixing, table, params, launcher, cache);
   }
 }
 
@@ -128,14 +131,15 @@ void perturb_some(Launches<A>& launches, const Table& table, const OpParams& par
   if (!launches.arranged()) {
     launches.arrange(table, chunk_of(table), rows_in_launch(params.on_device.hyperparams), [&](const Tensor& t) {
       const auto& kernels = A::kShards ? perturb_shard_kernels : perturb_kernels;
-      const bool special = t.has(kMaster) || (params.adaptive && t.complex);
-      return is_shard(t) == A::kShards ? present(kernels[dtype(t)][params.adaptive][special]) : nullptr;
+      const GpuKernel& kernel = kernels[dtype(t)][params.adaptive][master_or_complex(t, params)];
+      return is_shard(t) == A::kShards ? present(kernel) : nullptr;
     });
   }
   launches.start(
       table, launch_params_of(params), 1, launcher,
       [](const Tensor& t) {
-        return std::array{t.data[kParam], t.data[kGrad], t.data[t.has(kMaster) ? kMaster : kBackup]};
+        return std::array{t.data[kParam], t.data[kGrad], t.data[t.master() == Master::Copy ? kMaster : kBackup],
+                          remainder_of(t)};
       },
       copying(params.rhos));
 }
@@ -169,7 +173,7 @@ void grad_norm(const Table& table, const OpParams& params, double* partials, con
   auto& launches = launches_in<NormArgs>(cache, LaunchCache::kNorm + params.adaptive, own);
   if (!launches.arranged()) {
     launches.arrange(table, norm_chunk_of(table), kRowsOnDevice, [&](const Tensor& t) {
-      return present(grad_norm_kernels[dtype(t)][params.adaptive][params.adaptive && (t.complex || t.has(kMaster))]);
+      return present(grad_norm_kernels[dtype(t)][params.adaptive][params.adaptive ? master_or_complex(t, params) : 0]);
     });
     if (launches.empty()) launches.add(grad_norm_kernels[0][0][0]);  // one block, for the norm of nothing
   }
@@ -178,7 +182,7 @@ void grad_norm(const Table& table, const OpParams& params, double* partials, con
   launch.all_partials = norm_partials(table);
   launches.start(
       table, launch, 0, launcher,
-      [](const Tensor& t) { return std::array{t.data[kGrad], t.data[t.has(kMaster) ? kMaster : kParam]}; }, kNoRows);
+      [](const Tensor& t) { return std::array{t.data[kGrad], t.data[t.source(false)], remainder_of(t)}; }, kNoRows);
 }
 
 void finish_norm(const double* squares, int64_t count, double* stats, const Launcher& launcher) {
@@ -209,7 +213,7 @@ void restore(const Table& table, const OpParams& params, const Launcher& launche
   const LaunchParams launch = launch_params_of(params);
   Launches<RestoreArgs> launches;
   launches.arrange(table, chunk_of(table), kRowsOnDevice,
-                   [](const Tensor& t) { return present(restore_kernels[dtype(t)][t.has(kMaster)]); });
+                   [](const Tensor& t) { return present(restore_kernels[dtype(t)][t.master() == Master::Copy]); });
   launches.start(
       table, launch, 0, launcher, [&](const Tensor& t) { return std::array{t.data[kParam], source_of(t, params)}; },
       kNoRows);

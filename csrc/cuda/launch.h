@@ -33,9 +33,11 @@ class LaunchCache {
     kPerturb = kNorm + 2,
     kPerturbShards = kPerturb + 2,
     kUpdate = kPerturbShards + 2,
-    kUpdateRounding = kUpdate + 2 * kRuleVariants,
-    kOps = kUpdateRounding + 2 * kRuleVariants
+    kOps = kUpdate + 8 * kRuleVariants
   };
+  static constexpr int update(int variant, bool mixing, bool rounding, bool remainders) {
+    return kUpdate + 8 * variant + 4 * mixing + 2 * rounding + remainders;
+  }
   std::unique_ptr<OpLaunches>& of(int op) { return launches_[op]; }
 
  private:

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cuda/args.h"
-#include "cuda/pack.cuh"
+#include "cuda/weights.cuh"
 
 namespace rst::cuda {
 
@@ -119,6 +119,12 @@ __device__ __forceinline__ double hyperparam(const Args& args, int tensor) {
   return on_device == nullptr ? args.rows[row] : on_device[row];
 }
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+constexpr bool kNeedsMoreRegisters = true;  // than the same code does for older GPUs
+#else
+constexpr bool kNeedsMoreRegisters = false;
+#endif
+
 }  // namespace rst::cuda
 
 // How a kernel gets its name, and its entry in a table of cuda/kernels.h. `blocks` of it fit into one multiprocessor:
@@ -132,11 +138,12 @@ __device__ __forceinline__ double hyperparam(const Args& args, int tensor) {
 // X(name, T, adaptive, complex, master): the kernels of an op that has an ASAM form. Without ASAM complex numbers are
 // pairs of scalars.
 #define RST_ASAM_FORMS(X, name, T, special, complex, master) \
-  X(name, T, false, false, false)                            \
-  X(name##_adaptive, T, true, false, false)                  \
+  X(name, T, false, false, None)                             \
+  X(name##_adaptive, T, true, false, None)                   \
   X(name##_adaptive##special, T, true, complex, master)
 #define RST_WITH_ASAM(X)                                      \
-  RST_ASAM_FORMS(X, float32, float, _complex, true, false)    \
-  RST_ASAM_FORMS(X, float64, double, _complex, true, false)   \
-  RST_ASAM_FORMS(X, bfloat16, BFloat16, _master, false, true) \
-  RST_ASAM_FORMS(X, float16, Half, _master, false, true)
+  RST_ASAM_FORMS(X, float32, float, _complex, true, None)     \
+  RST_ASAM_FORMS(X, float64, double, _complex, true, None)    \
+  RST_ASAM_FORMS(X, bfloat16, BFloat16, _master, false, Copy) \
+  RST_ASAM_FORMS(X, float16, Half, _master, false, Copy)      \
+  X(bfloat16_adaptive_remainder, BFloat16, true, false, Remainder)

@@ -15,9 +15,6 @@ struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Pack {
 
 template <class T>
 using Arithmetic = std::conditional_t<std::is_same_v<T, double>, double, float>;
-// A parameter's state has its format, or is fp32 beside a master copy.
-template <class T, bool Master>
-using State = std::conditional_t<Master, float, T>;
 
 __device__ __forceinline__ float widen(float x) { return x; }
 __device__ __forceinline__ double widen(double x) { return x; }
@@ -126,18 +123,6 @@ __device__ __forceinline__ void store(void* base, int64_t i, const Pack<T, N>& v
     }
   }
   *reinterpret_cast<P*>(at) = values;
-}
-
-// |w| of element k; for complex w, |w| of the pair that it belongs to.
-template <class A, bool Complex, class T, int N>
-__device__ __forceinline__ A magnitude(const Pack<T, N>& pack, int k) {
-  const A w = widen(pack.at[k]);
-  if constexpr (Complex) {
-    const A other = widen(pack.at[k ^ 1]);
-    return rst::sqrt(w * w + other * other);
-  } else {
-    return rst::abs(w);
-  }
 }
 
 }  // namespace rst::cuda

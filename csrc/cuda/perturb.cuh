@@ -1,5 +1,6 @@
 // perturb: reads w, g; writes w + e and the backup, 16 bytes per fp32 parameter; the backup may be g. With a master
-// copy it reads that and g and writes the rounded w + e, 8 bytes per bf16 parameter.
+// copy it reads that and g and writes the rounded w + e, 8 bytes per bf16 parameter. With a remainder it reads w,
+// remainder and g, and writes the rounded w + e and the backup of w without its remainder, 10 bytes.
 #pragma once
 
 #include "core/params.h"
@@ -8,12 +9,11 @@
 
 namespace rst::cuda {
 
-template <class T, bool Adaptive, bool Complex, bool Master, class Bits>
+template <class T, bool Adaptive, bool Complex, Master master, class Bits>
 struct PerturbEach : NothingAtEndOfTurn {
   using A = Arithmetic<T>;
-  using W = State<T, Master>;
-  void *param, *copy;  // the backup, or the master, which is only read
-  const void* grad;
+  void *param, *copy;  // the backup, or the master copy, which is only read
+  const void *grad, *rest;
   Perturb<A> sam;
   AsamPerturb<A> asam;
   AsamScale<A> scale;
@@ -22,16 +22,17 @@ struct PerturbEach : NothingAtEndOfTurn {
 
   template <int N>
   struct In {
-    Pack<W, N> w;
+    Weights<T, master, N> w;
     Pack<T, N> g;
   };
   template <int N, Access access>
   __device__ __forceinline__ In<N> load(int64_t i) const {
-    return {cuda::load<N, W, access>(Master ? copy : param, i), cuda::load<N, T, access>(grad, i)};
+    return {load_weights<N, T, master, access>(master == Master::Copy ? copy : param, rest, i),
+            cuda::load<N, T, access>(grad, i)};
   }
   template <int N>
   __device__ __forceinline__ A moved(const In<N>& in, int k) const {
-    const A w = widen(in.w.at[k]), g = widen(in.g.at[k]);
+    const A w = in.w[k], g = widen(in.g.at[k]);
     if constexpr (Adaptive) {
       return asam(w, g, scale(magnitude<A, Complex>(in.w, k)));
     } else {
@@ -40,7 +41,7 @@ struct PerturbEach : NothingAtEndOfTurn {
   }
   template <int N, Access access>
   __device__ __forceinline__ void finish(int64_t i, const In<N>& in) const {
-    if constexpr (!Master) store<access>(copy, i, in.w);
+    if constexpr (master != Master::Copy) store<access>(copy, i, in.w.stored);
     if constexpr (sizeof(T) == 2) {
       if (stochastic) {
         auto bits = random_bits.template of_pack<N>(i);
@@ -58,20 +59,26 @@ struct PerturbEach : NothingAtEndOfTurn {
   }
 };
 
-template <class T, bool Adaptive, bool Complex, bool Master, class Args>
+// Blocks per multiprocessor, so many that no register spills.
+template <bool Adaptive, Master master, bool Shards = false>
+RST_HD constexpr int perturb_blocks() {
+  return master == Master::Remainder && (Adaptive || Shards) && kNeedsMoreRegisters ? 1 : 2;
+}
+
+template <class T, bool Adaptive, bool Complex, Master master, class Args>
 __device__ __forceinline__ void perturb(const Args& args) {
   using A = Arithmetic<T>;
-  using W = State<T, Master>;
   const LaunchParams& c = args.params;
   // The norm has read the last gradients last: they are still in the L2 cache.
   const Piece piece = piece_of(args, gridDim.x - 1 - blockIdx.x);
   T* const param = static_cast<T*>(args.data[kPerturbParam][piece.tensor]) + piece.begin;
-  W* const copy = static_cast<W*>(args.data[kPerturbCopy][piece.tensor]) + piece.begin;
+  auto* const copy = static_cast<Stored<T, master>*>(args.data[kPerturbCopy][piece.tensor]) + piece.begin;
   const T* const grad = static_cast<const T*>(args.data[kPerturbGrad][piece.tensor]) + piece.begin;
+  const T* const rest = static_cast<const T*>(args.data[kPerturbRest][piece.tensor]) + piece.begin;
   const bool packs = aligned(args, piece.tensor);
   const double inverse = c.stats[kInverse];
   if (inverse == 0) {  // e = 0 whatever g is, and 0 * inf would be NaN: there is only the backup to write
-    if constexpr (!Master) {
+    if constexpr (master != Master::Copy) {
       RestoreEach<T, false> keep(copy, param);
       for_each_pack_anywhere<T, 1>(piece.count, keep);
     }
@@ -83,8 +90,8 @@ __device__ __forceinline__ void perturb(const Args& args) {
     if (c.stochastic) key = random_key(c, static_cast<uint64_t>(args.index[piece.tensor]));
   }
   const auto op_with = [&](const auto& bits) {
-    return PerturbEach<T, Adaptive, Complex, Master, std::decay_t<decltype(bits)>>{
-        {}, param, copy, grad, {factor}, {factor}, {static_cast<A>(c.eta)}, c.stochastic, bits};
+    return PerturbEach<T, Adaptive, Complex, master, std::decay_t<decltype(bits)>>{
+        {}, param, copy, grad, rest, {factor}, {factor}, {static_cast<A>(c.eta)}, c.stochastic, bits};
   };
   // A chunk of a whole tensor never straddles a multiple of 2^32 elements: both are powers of two.
   uint64_t first = static_cast<uint64_t>(piece.begin);
@@ -102,7 +109,7 @@ __device__ __forceinline__ void perturb(const Args& args) {
     if (c.stochastic) random = RandomBits::of(key, first >> 32);
   }
   auto op = op_with(BitsOfRun{random, static_cast<uint32_t>(first)});
-  for_each_pack<T, Master ? 1 : 2, Complex ? 2 : 1>(packs, piece.count, op);
+  for_each_pack<T, master == Master::None ? 2 : 1, Complex ? 2 : 1>(packs, piece.count, op);
 }
 
 }  // namespace rst::cuda

@@ -6,9 +6,9 @@
 
 namespace rst::cuda {
 
-template <class T, bool Master>
+template <class T, bool FromMaster>
 struct RestoreEach : NothingAtEndOfTurn {
-  using W = State<T, Master>;
+  using W = std::conditional_t<FromMaster, float, T>;
   void* param;
   const void* source;
 
@@ -19,7 +19,7 @@ struct RestoreEach : NothingAtEndOfTurn {
   }
   template <int N, Access access>
   __device__ __forceinline__ void finish(int64_t i, const Pack<W, N>& in) const {
-    if constexpr (Master) {
+    if constexpr (FromMaster) {
       store<access>(param, i, narrow_all<T>(in.at));
     } else {
       store<access>(param, i, in);
@@ -27,12 +27,12 @@ struct RestoreEach : NothingAtEndOfTurn {
   }
 };
 
-template <class T, bool Master>
+template <class T, bool FromMaster>
 __device__ __forceinline__ void restore(const RestoreArgs& args) {
   const Piece piece = piece_of(args, blockIdx.x);
-  RestoreEach<T, Master> op(
-      static_cast<T*>(args.data[kRestoreParam][piece.tensor]) + piece.begin,
-      static_cast<const State<T, Master>*>(args.data[kRestoreSource][piece.tensor]) + piece.begin);
+  using Op = RestoreEach<T, FromMaster>;
+  Op op(static_cast<T*>(args.data[kRestoreParam][piece.tensor]) + piece.begin,
+        static_cast<const typename Op::W*>(args.data[kRestoreSource][piece.tensor]) + piece.begin);
   for_each_pack<T, 4, 1>(aligned(args, piece.tensor), piece.count, op);
 }
 

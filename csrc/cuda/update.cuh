@@ -1,5 +1,6 @@
 // restore + mix + one step of any base optimizer: reads the backup (or master, or w), g, all state and with mixing g1;
-// writes w and the state. Per fp32 parameter that is 12 bytes, 8 for each state tensor and 4 with mixing.
+// writes w and the state. Per fp32 parameter that is 12 bytes, 8 for each state tensor and 4 with mixing. A remainder
+// is read beside the backup or w, and written beside w.
 #pragma once
 
 #include "core/params.h"
@@ -16,13 +17,13 @@ struct RoundedState {
 };
 
 // V: what it computes in. Bits: those by which the first state is rounded, which is bfloat16 then.
-template <class Rule, int N, class T, class V, bool Mixing, bool Master, class Bits>
+template <class Rule, int N, class T, class V, bool Mixing, Master master, class Bits>
 struct UpdateEach : NothingAtEndOfTurn {
   static constexpr bool kRounds = !std::is_same_v<Bits, NoBits>;
   using A = Arithmetic<T>;
-  using S = State<T, Master>;
+  using S = State<T, master>;
   static constexpr int kArrays = N > 0 ? N : 1;
-  void *param, *source, *state[kArrays];  // the source is written where it is a master
+  void *param, *source, *rest, *state[kArrays];  // the source is written where it is a master copy
   const void *grad, *first;
   PreparedRow<Rule, V> row;
   Bits random_bits;
@@ -31,13 +32,14 @@ struct UpdateEach : NothingAtEndOfTurn {
 
   template <int Count>
   struct In : std::conditional_t<kRounds, RoundedState<Count>, NoBits> {
-    Pack<S, Count> w, state[kArrays];
+    Weights<T, master, Count> w;
+    Pack<S, Count> state[kArrays];
     Pack<T, Count> g, g1;
   };
   template <int Count, Access access>
   __device__ __forceinline__ In<Count> load(int64_t i) const {
     In<Count> in;
-    in.w = cuda::load<Count, S, access>(source, i);
+    in.w = load_weights<Count, T, master, access>(source, rest, i);
     in.g = cuda::load<Count, T, access>(grad, i);
     if constexpr (Mixing) in.g1 = cuda::load<Count, T, access>(first, i);
 #pragma unroll
@@ -56,7 +58,7 @@ struct UpdateEach : NothingAtEndOfTurn {
 #pragma unroll
       for (int s = kRounds; s < N; ++s) states[s] = widen(in.state[s].at[k]);
       if constexpr (kRounds) states[0] = widen(in.rounded.at[k]);
-      updated[k] = scalar(row.step(V(widen(in.w.at[k])), g, states));
+      updated[k] = scalar(row.step(V(in.w[k]), g, states));
 #pragma unroll
       for (int s = 0; s < N; ++s) kept[s][k] = scalar(states[s]);
     }
@@ -69,8 +71,12 @@ struct UpdateEach : NothingAtEndOfTurn {
       for (int k = 0; k < Count; ++k) rounded.at[k] = stochastic_round<BFloat16>(kept[0][k], bits.next(k) & 0xffffu);
       store<access>(state[0], i, rounded);
     }
-    if constexpr (Master) store<access>(source, i, narrow_all<S>(updated));
-    store<access>(param, i, narrow_all<T>(updated));
+    if constexpr (master == Master::Remainder) {
+      store_split<access>(param, rest, i, updated);
+    } else {
+      if constexpr (master == Master::Copy) store<access>(source, i, narrow_all<S>(updated));
+      store<access>(param, i, narrow_all<T>(updated));
+    }
   }
 
  private:
@@ -117,52 +123,53 @@ __device__ __forceinline__ PreparedRow<Rule, A> row_on_device(const Args& args, 
 #ifndef RST_CUDA_ADAM_BLOCKS
 #define RST_CUDA_ADAM_BLOCKS 2
 #endif
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
-constexpr bool kNeedsMoreRegisters = true;  // than the same code does for older ones
-#else
-constexpr bool kNeedsMoreRegisters = false;
-#endif
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-constexpr bool kNeedsMoreToRound = true;  // the same of stochastic rounding
+constexpr bool kNeedsMoreToRound = true;  // than older GPUs, for stochastic rounding
 #else
 constexpr bool kNeedsMoreToRound = false;
 #endif
-template <int N, class T, bool Mixing, bool Master>
+template <Master master>
+constexpr bool kHasMaster = master != Master::None;
+template <int N, class T, bool Mixing, Master master>
 RST_HD constexpr int update_blocks() {
   constexpr bool kSixteenBit = sizeof(T) == 2;
   if (sizeof(T) == 8 || N > 2) return 1;
-  if (N == 2 && Mixing && kSixteenBit && (Master || kNeedsMoreRegisters)) return 1;
+  if (N == 2 && Mixing && kSixteenBit && (kHasMaster<master> || kNeedsMoreRegisters)) return 1;
+  if (N == 2 && master == Master::Remainder && kNeedsMoreRegisters) return 1;
   return N == 2 ? RST_CUDA_ADAM_BLOCKS : 2;
 }
 // Packs in flight in every thread. Only SGD has registers left for two packs of 16-bit elements.
-template <class Rule, int N, class T, bool Mixing, bool Master>
+template <class Rule, int N, class T, bool Mixing, Master master>
 RST_HD constexpr int update_packs() {
   constexpr bool kSgd = std::is_same_v<Rule, Sgd>;
-  if (Master || (sizeof(T) == 2 && !kSgd) || (N > 1 && Mixing)) return 1;
+  if (kHasMaster<master> || (sizeof(T) == 2 && !kSgd) || (N > 1 && Mixing)) return 1;
   return kNeedsMoreRegisters && N == 1 && !kSgd ? 1 : 2;
 }
 
 // The same where the first state is rounded stochastically, which takes a few registers more.
-template <int N, class T, bool Mixing, bool Master>
+template <int N, class T, bool Mixing, Master master>
 RST_HD constexpr int rounding_blocks() {
-  if (Master || kNeedsMoreRegisters || (N == 2 && (kNeedsMoreToRound || (Mixing && sizeof(T) == 2)))) return 1;
-  return update_blocks<N, T, Mixing, Master>();
+  if (kHasMaster<master> || kNeedsMoreRegisters) return 1;
+  if (N == 2 && (kNeedsMoreToRound || (Mixing && sizeof(T) == 2))) return 1;
+  return update_blocks<N, T, Mixing, master>();
 }
-template <class Rule, int N, class T, bool Mixing, bool Master>
+template <class Rule, int N, class T, bool Mixing, Master master>
 RST_HD constexpr int rounding_packs() {
-  const bool two_blocks = rounding_blocks<N, T, Mixing, Master>() > 1;
-  return kNeedsMoreToRound && two_blocks ? 1 : update_packs<Rule, N, T, Mixing, Master>();
+  const bool two_blocks = rounding_blocks<N, T, Mixing, master>() > 1;
+  return kNeedsMoreToRound && two_blocks ? 1 : update_packs<Rule, N, T, Mixing, master>();
 }
 
-template <class Rule, int N, class T, class V, int Packs, bool Mixing, bool Master, class Args, class Row,
+template <class Rule, int N, class T, class V, int Packs, bool Mixing, Master master, class Args, class Row,
           class Bits = NoBits>
 __device__ __forceinline__ void update_with(const Args& args, const Piece& piece, const Row& row,
                                             const Bits& bits = {}) {
-  using S = State<T, Master>;
+  using S = State<T, master>;
   const int t = piece.tensor;
-  UpdateEach<Rule, N, T, V, Mixing, Master, Bits> op(bits);
+  UpdateEach<Rule, N, T, V, Mixing, master, Bits> op(bits);
   op.param = static_cast<T*>(args.data[kUpdateParam][t]) + piece.begin;
-  op.source = static_cast<S*>(args.data[kUpdateSource][t]) + piece.begin;
+  op.source = static_cast<Stored<T, master>*>(args.data[kUpdateSource][t]) + piece.begin;
+  op.rest = nullptr;
+  if constexpr (Args::kRemainders) op.rest = static_cast<T*>(args.data[kUpdateState0 + N][t]) + piece.begin;
   op.grad = static_cast<const T*>(args.data[kUpdateGrad][t]) + piece.begin;
   op.first = Mixing ? static_cast<const T*>(args.data[kUpdateFirst][t]) + piece.begin : nullptr;
   constexpr int kFirst = decltype(op)::kRounds;
@@ -198,36 +205,37 @@ __device__ __forceinline__ RunOfPiece run_of(const Args& args, const Piece& piec
 
 // Rounds the first state stochastically. Elements that do not follow one another, and exact roots, are rare: they share
 // a loop.
-template <class Rule, int N, class T, bool Mixing, bool Master, class Args, class Row>
+template <class Rule, int N, class T, bool Mixing, Master master, class Args, class Row>
 __device__ __forceinline__ void update_rounding(const Args& args, const Piece& piece, const RunOfPiece& run,
                                                 const Row& row) {
   using V = std::conditional_t<Rule::kDivides, FastFloat, float>;
-  constexpr int kPacks = rounding_packs<Rule, N, T, Mixing, Master>();
+  constexpr int kPacks = rounding_packs<Rule, N, T, Mixing, master>();
   bool exact = false;
   if constexpr (Rule::kDivides) exact = !row.step.ignores_small_roots();
   if (run.found && !exact) {
-    update_with<Rule, N, T, V, kPacks, Mixing, Master>(args, piece, row, run.bits);
+    update_with<Rule, N, T, V, kPacks, Mixing, master>(args, piece, row, run.bits);
     return;
   }
   const BitsOfShard bits{state_key(args, piece), args.shard[piece.tensor], piece.begin};
   if constexpr (Rule::kDivides) {
     if (exact) {
-      update_with<Rule, N, T, float, 0, Mixing, Master>(args, piece, row, bits);
+      update_with<Rule, N, T, float, 0, Mixing, master>(args, piece, row, bits);
       return;
     }
   }
-  update_with<Rule, N, T, V, 0, Mixing, Master>(args, piece, row, bits);
+  update_with<Rule, N, T, V, 0, Mixing, master>(args, piece, row, bits);
 }
 
-template <class Rule, int N, class T, bool Mixing, bool Master, class Args>
+template <class Rule, int N, class T, bool Mixing, Master master, class Args>
 __device__ __forceinline__ void update(const Args& args) {
   using A = Arithmetic<T>;
   const LaunchParams& c = args.params;
   const Piece piece = piece_of(args, blockIdx.x);
   const int t = piece.tensor;
   if (overflowed(c)) {
-    RestoreEach<T, Master> undo(static_cast<T*>(args.data[kUpdateParam][t]) + piece.begin,
-                                static_cast<const State<T, Master>*>(args.data[kUpdateSource][t]) + piece.begin);
+    RestoreEach<T, master == Master::Copy> undo(
+        static_cast<T*>(args.data[kUpdateParam][t]) + piece.begin,
+        static_cast<const Stored<T, master>*>(args.data[kUpdateSource][t]) + piece.begin);
     for_each_pack_anywhere<T, 1>(piece.count, undo);
     return;
   }
@@ -238,17 +246,17 @@ __device__ __forceinline__ void update(const Args& args) {
   if (const float* const scale = c.on_device.grad_scale) {
     row.step.grad_multiplier = static_cast<A>(c.grad_multiplier / static_cast<double>(*scale));
   }
-  constexpr int kPacks = update_packs<Rule, N, T, Mixing, Master>();
+  constexpr int kPacks = update_packs<Rule, N, T, Mixing, master>();
   if constexpr (Args::kState) {
-    update_rounding<Rule, N, T, Mixing, Master>(args, piece, run, row);
+    update_rounding<Rule, N, T, Mixing, master>(args, piece, run, row);
   } else if constexpr (Rule::kDivides && std::is_same_v<A, float>) {
     if (row.step.ignores_small_roots()) {
-      update_with<Rule, N, T, FastFloat, kPacks, Mixing, Master>(args, piece, row);
+      update_with<Rule, N, T, FastFloat, kPacks, Mixing, master>(args, piece, row);
     } else {
-      update_with<Rule, N, T, A, 0, Mixing, Master>(args, piece, row);
+      update_with<Rule, N, T, A, 0, Mixing, master>(args, piece, row);
     }
   } else {
-    update_with<Rule, N, T, A, kPacks, Mixing, Master>(args, piece, row);
+    update_with<Rule, N, T, A, kPacks, Mixing, master>(args, piece, row);
   }
 }
 

@@ -62,7 +62,9 @@ def test_loops_of_a_disassembly() -> None:
         ("rst_sgd_step_bfloat16_master_momentum", 20), ("rst_adam_step_float32_amsgrad", 36),
         ("rst_adam_step_bfloat16_master_amsgrad_mixing", 38), ("rst_lion_step_float16_master", 20),
         ("rst_adam_step_float32_rounding", 24), ("rst_sgd_step_bfloat16_master_rounding_momentum", 16),
-        ("rst_lion_step_bfloat16_rounding", 10),
+        ("rst_lion_step_bfloat16_rounding", 10), ("rst_perturb_bfloat16_adaptive_remainder_shard", 10),
+        ("rst_grad_norm_bfloat16_adaptive_remainder", 6), ("rst_sgd_step_bfloat16_remainder", 10),
+        ("rst_adam_step_bfloat16_remainder_rounding_amsgrad_mixing", 32),
     ],
 )  # fmt: skip
 def test_bytes_of_an_element(name: str, expected: int) -> None:

@@ -52,36 +52,44 @@ WITH_MASTERS = {
 }  # fmt: skip
 
 
+# Beside remainders, which are 2 of the bytes of w.
+WITH_REMAINDERS = {
+    "perturb_": (6, 4), "restore_": (2, 2), "restore_sgd_step_": (10, 8), "restore_adam_step_": (14, 12),
+    "restore_lion_step_": (10, 8), "adam_step_": (14, 12),
+}  # fmt: skip
+
+
 def test_every_op_has_its_traffic() -> None:
     """But for one over no parameters."""
     assert set(TRAFFIC) == op_db.FUNCTIONS - {"finish_norm"}
 
 
-def run_op(op: str, dtype: torch.dtype, masters: bool, n: int = N) -> None:
+def run_op(op: str, dtype: torch.dtype, masters: torch.dtype | None, n: int = N) -> None:
     state = F32 if masters else dtype
     p, g, b = (aligned(n, dtype) for _ in range(3))
-    m, v, master = (aligned(n, state) for _ in range(3))
-    given = {"masters": [master]} if masters else {}
+    m, v = (aligned(n, state) for _ in range(2))
+    given = {"masters": [aligned(n, masters)]} if masters else {}
+    copies = masters == F32
     options: dict[str, Any] = {"backend": "simulated"}
     stats = torch.tensor([1.0, 1.0, 0, 0, 0, 1.0], dtype=F64)
     if op == "grad_norm":
         ops.grad_norm([g], **options)
     elif op == "perturb_":
-        ops.perturb_([p], [g], None if masters else [b], stats, rho=0.1, **given, **options)
+        ops.perturb_([p], [g], None if copies else [b], stats, rho=0.1, **given, **options)
     elif op == "restore_":
-        ops.restore_([p], None if masters else [b], **given, **options)
+        ops.restore_([p], None if copies else [b], **given, **options)
     elif op == "sgd_step_":
         ops.sgd_step_([p], [g], [m], lr=0.1, momentum=0.9, **given, **options)
     elif op == "restore_sgd_step_":
-        ops.restore_sgd_step_([p], [g], [b], momentum_buffers=[m], lr=0.1, momentum=0.9, **options)
+        ops.restore_sgd_step_([p], [g], [b], [m], lr=0.1, momentum=0.9, **given, **options)
     elif op == "adam_step_":
         ops.adam_step_([p], [g], [m], [v], lr=0.1, step=1, **given, **options)
     elif op == "restore_adam_step_":
-        ops.restore_adam_step_([p], [g], [b], [m], [v], lr=0.1, step=1, **options)
+        ops.restore_adam_step_([p], [g], [b], [m], [v], lr=0.1, step=1, **given, **options)
     elif op == "lion_step_":
         ops.lion_step_([p], [g], [m], lr=0.1, **given, **options)
     else:
-        ops.restore_lion_step_([p], [g], [b], [m], lr=0.1, **options)
+        ops.restore_lion_step_([p], [g], [b], [m], lr=0.1, **given, **options)
 
 
 @pytest.mark.parametrize("dtype", [F32, F64, *HALVES])
@@ -89,15 +97,21 @@ def run_op(op: str, dtype: torch.dtype, masters: bool, n: int = N) -> None:
 def test_moves_the_fewest_bytes_16_at_a_time(
     op: str, dtype: torch.dtype, simulator: gpu_simulator.Simulator
 ) -> None:
-    run_op(op, dtype, masters=False)
+    run_op(op, dtype, masters=None)
     check_traffic(simulator, TRAFFIC[op](dtype.itemsize, dtype.itemsize))
 
 
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("op", WITH_MASTERS)
 def test_masters_move_the_fewest_bytes(op: str, dtype: torch.dtype, simulator: gpu_simulator.Simulator) -> None:
-    run_op(op, dtype, masters=True)
+    run_op(op, dtype, masters=F32)
     check_traffic(simulator, WITH_MASTERS[op](2, 4))
+
+
+@pytest.mark.parametrize("op", WITH_REMAINDERS)
+def test_remainders_move_the_fewest_bytes(op: str, simulator: gpu_simulator.Simulator) -> None:
+    run_op(op, BF16, masters=torch.int16)
+    check_traffic(simulator, WITH_REMAINDERS[op])
 
 
 @pytest.mark.parametrize("dtype", [F32, F64, *HALVES])
@@ -206,12 +220,15 @@ def test_the_norm_does_not_depend_on_addresses(
 
 # --- splits ---------------------------------------------------------------------------------------------------------
 def test_400_tensors_need_one_launch_each(kernels: gpu_simulator.Simulator) -> None:
-    """But for AMSGrad, which has one more tensor for each, and updates that round a moment, which have a shard."""
+    """But for AMSGrad and remainders, which are one more tensor each, and updates that round a moment, which have a
+    shard."""
     capacities = {name: gpu_simulator.capacity(name) for name in kernels.kernels if "finish" not in name}
     rounding = {name: n for name, n in capacities.items() if "rounding" in name}
     others = {name: n for name, n in capacities.items() if name not in rounding}
-    assert min(n for name, n in others.items() if "amsgrad" not in name) >= 400
-    assert min(others.values()) >= 350 and min(rounding.values()) >= 275
+    longer = {name: n for name, n in others.items() if {"amsgrad", "remainder"} & {*name.split("_")}}
+    assert min(n for name, n in others.items() if name not in longer) >= 400
+    assert min(n for name, n in longer.items() if "amsgrad" not in name or "remainder" not in name) >= 350
+    assert min(longer.values()) >= 325 and min(rounding.values()) >= 250
 
 
 @pytest.mark.parametrize("beyond", [-1, 0, 1, 4000])

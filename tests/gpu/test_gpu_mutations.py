@@ -51,7 +51,8 @@ FAULTS = [
     ("small roots that matter", "math/rules/adam.h", ">= 0x1p-36f", ">= 0", "adam_step"),
     ("halves change places", "cuda/pack.cuh", '"f"(high), "f"(low)', '"f"(low), "f"(high)', "sgd_step"),
     ("climbs down", "math/sam_math.h", "return fma(scale, g, w); }", "return fma(-scale, g, w); }", "perturb"),
-    ("no backup", "cuda/perturb.cuh", "if constexpr (!Master) store<access>(copy, i, in.w);", "", "perturb"),
+    ("no backup", "cuda/perturb.cuh", "if constexpr (master != Master::Copy) store<access>(copy, i, in.w.stored);", "",
+     "perturb"),
     ("neighbours share random bits", "cuda/random.cuh", ": bits >> 16;", ": bits;", "perturb"),
     ("shards thought even", "cuda/perturb.cuh", "first % 2 != 0 || ", "", "perturb"),
     ("runs thought endless", "cuda/perturb.cuh", " || shard.together(piece.begin) < piece.count", "", "perturb"),
@@ -66,6 +67,12 @@ FAULTS = [
     ("one part for all", "core/params.h", "sum += squares[i]", "sum = squares[i]", "grad_norm"),
     ("momentum forgotten", "cuda/update.cuh", "store<access>(state[s], i, narrow_all<S>(kept[s]));", "", "sgd_step"),
     ("largest second moment forgotten", "math/rules/adam.h", "maximum(state[2], v)", "v", "adam_step"),
+    ("remainders without a sign", "math/sam_math.h", "upper + ((lower ^ 0x8000u) - 0x8000u)", "upper + lower",
+     "remainder"),
+    ("remainders forgotten", "cuda/weights.cuh", "store<access>(rest, i, lower);", "", "remainder"),
+    ("remainders of others", "cuda/weights.cuh", "first, second, 0x5410", "second, first, 0x5410", "remainder"),
+    ("parameters cut off", "math/sam_math.h", "return {bits + 0x8000u, bits};", "return {bits, bits};", "remainder"),
+    ("remainders unread by perturb", "cuda/weights.cuh", "join(upper, rest.at[k].bits)", "join(upper, 0)", "perturb"),
     ("beta1 for beta2", "math/rules/lion.h", "fma(one_minus_beta2, g - m", "fma(one_minus_beta1, g - m", "lion_step"),
     ("numbers before they are there", "cuda/update.cuh", "  __syncthreads();\n  return prepared", "  return prepared",
      "adam_step on device"),
@@ -87,6 +94,7 @@ ON_DEVICE = " on device"  # where the kernel reads hyperparameters and step coun
 UPDATES = {
     "sgd_step": ("Sgd", 1, "_momentum"), "adam_step": ("Adam", 3, "_amsgrad"), "lion_step": ("Lion", 1, ""),
     "rounding": ("Lion", 1, ""),  # of a state in bfloat16
+    "remainder": ("Sgd", 1, "_momentum"),
 }  # fmt: skip
 
 
@@ -122,6 +130,10 @@ def run_op(op: str, backend: str) -> list[Tensor]:
                 for shard in SHARDS:
                     written.append(p[1].clone())
                     ops.perturb_(p, g, b, stats, rho=RATES, shards=[shard] * len(p), backend=backend, **GROUPS)
+                remainders = [aligned(n + offset, torch.int16)[offset:] for n in SIZES]
+                for r in remainders:
+                    r.copy_(torch.arange(-20_000, r.numel() - 20_000))
+                ops.perturb_(p, g, b, stats, rho=RATES, masters=remainders, backend=backend, **GROUPS)
         elif op == "restore":
             ops.restore_(p, b, backend=backend)
         elif op == "sgd_step":
@@ -133,6 +145,16 @@ def run_op(op: str, backend: str) -> list[Tensor]:
             for shard in ((0, 0, 0), (5, 0, 0), (2**32 - 1000, 0, 0), (2, 35, 71)):
                 shards = [shard] * len(p)
                 ops.lion_step_(p, g, m, lr=0.1, rng=(1, 2), shards=shards, backend=backend)
+        elif op == "remainder":
+            if dtype == BF16:
+                remainders = [aligned(n + offset, torch.int16)[offset:] for n in SIZES]
+                for r in remainders:
+                    r.copy_(torch.arange(-20_000, r.numel() - 20_000))
+                momentum = [t.float() for t in m]
+                ops.restore_sgd_step_(
+                    p, g, b, momentum, lr=RATES, momentum=0.9, masters=remainders, backend=backend, **GROUPS
+                )
+                written += [*remainders, *momentum]
         else:
             for t in (*g, *m, *v, *largest):
                 t[::7] = 0
@@ -202,8 +224,10 @@ def update_source(op: str, rule: str, states: int, suffix: str) -> str:
     """The two kernels of an update that run_op uses: all of them take long to compile."""
     lines = ['#include "cuda/update.cuh"', "namespace rst::cuda {"]
     args, suffix = ("RoundingUpdateArgs", "_rounding") if op == "rounding" else ("UpdateArgs", suffix)
-    op = op.replace("rounding", "lion_step")
-    for name, dtype in (("float32", "float"), ("bfloat16", "BFloat16")):
-        signature = f"RST_KERNEL(rst_{op}_{name}{suffix}, 1, {args}<rst::{rule}, {states}>)"
-        lines.append(f"{signature} {{ update<rst::{rule}, {states}, {dtype}, false, false>(args); }}")
+    remainders = op == "remainder"
+    suffix, master = ("_remainder" + suffix, "Remainder") if remainders else (suffix, "None")
+    op = op.replace("rounding", "lion_step").replace("remainder", "sgd_step")
+    for name, dtype in (("float32", "float"), ("bfloat16", "BFloat16"))[remainders:]:
+        signature = f"RST_KERNEL(rst_{op}_{name}{suffix}, 1, {args}<rst::{rule}, {states}, {str(remainders).lower()}>)"
+        lines.append(f"{signature} {{ update<rst::{rule}, {states}, {dtype}, false, Master::{master}>(args); }}")
     return "\n".join([*lines, "}", ""])

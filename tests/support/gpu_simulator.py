@@ -31,11 +31,12 @@ VARIABLE = "RST_FUSED_PTXSIM"
 ROWS, ARGUMENT_BYTES, THREADS = 64, 32764, 512  # csrc/cuda/args.h
 STATS_BYTES = 8 * len(STATS)
 SIZES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2, "16": 2, "32": 4, "64": 8}
-# Operands of each kernel, in order: r read, w written, s state (fp32 beside a master), c copy (the backup or master).
-# Those of an update are followed by its states.
+# Operands of each kernel, in order: r read, w written, s state (fp32 beside a master), k where weights are kept (fp32
+# in a master copy, which an update writes), c copy (the backup or such a master), m remainders (where there are any).
+# Those of an update are followed by its states, and by its remainders.
 OPERANDS = {
-    "grad_norm": ("r", "rs"), "finish_norm": (), "perturb": ("w", "r", "c"), "restore": ("w", "rs"), "mix": ("w", "r"),
-    "sgd_step": ("w", "r", "ws", "r"), "adam_step": ("w", "r", "ws", "r"), "lion_step": ("w", "r", "ws", "r"),
+    "grad_norm": ("r", "k", "m"), "finish_norm": (), "perturb": ("w", "r", "c", "m"), "restore": ("w", "k"),
+    "mix": ("w", "r"), **dict.fromkeys(("sgd_step", "adam_step", "lion_step"), ("w", "r", "k", "r")),
 }  # fmt: skip
 STATES = {"momentum": 1, "adam": 2, "amsgrad": 1, "lion": 1}  # by the words in the name of an update
 # Bytes of a row of hyperparameters: rho, gamma, or what an update makes of its own.
@@ -88,8 +89,10 @@ def op_of(kernel: str) -> str:
 
 
 def operands_of(kernel: str) -> tuple[str, ...]:
-    states = sum(count for word, count in STATES.items() if word in kernel.split("_"))
-    return OPERANDS[op_of(kernel)] + ("ws",) * states
+    words = kernel.split("_")
+    states = sum(count for word, count in STATES.items() if word in words)
+    remainders = ("wm",) if "step" in words and "remainder" in words else ()
+    return OPERANDS[op_of(kernel)] + ("ws",) * states + remainders
 
 
 def rounds(kernel: str) -> bool:
@@ -175,7 +178,7 @@ class Simulator:
         if op == "finish_norm":
             return [(_bytes_at(args.squares, 8 * args.count), False), (_bytes_at(args.stats, STATS_BYTES), True)]
         size = next(SIZES[part] for part in kernel.removeprefix(f"rst_{op}_").split("_") if part in SIZES)
-        master = "master" in kernel
+        copies, remainders, updates = "master" in kernel, "remainder" in kernel, "step" in kernel
         params = args.params
         found: dict[int, tuple[int, bool]] = {}
 
@@ -185,8 +188,8 @@ class Simulator:
                 found[address] = (max(before[0], length), before[1] or written)
 
         for s, kind in enumerate(operands):
-            wide = master and kind in ("rs", "ws", "c")
-            written = kind[0] == "w" or (kind == "c" and not master)
+            wide = (copies and kind in ("k", "c")) or (kind == "ws" and (copies or remainders))
+            written = kind[0] == "w" or (kind == "c" and not copies) or (kind == "k" and copies and updates)
             each = 2 if rounds(kernel) and s == len(OPERANDS[op]) else 4 if wide else size
             for t in range(params.tensors):
                 allow(args.data[s][t], args.numel[t] * each, written)
