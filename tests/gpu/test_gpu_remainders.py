@@ -281,3 +281,28 @@ def test_more_tensors_than_a_launch_takes(simulator: gpu_simulator.Simulator) ->
     given = update_lists("adam", tensors(*[5] * n, seed=1), False, False)
     check_alike(updated("simulated", "adam", given), updated("cpu", "adam", given))
     assert len(simulator.launches) == -(-n // gpu_simulator.capacity(simulator.launches[0][0])) == 2
+
+
+def test_a_launch_that_fails_halfway_through_the_perturbation(
+    simulator: gpu_simulator.Simulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the launch before it has perturbed goes back, from the backups."""
+    n = gpu_simulator.capacity("rst_perturb_bfloat16_remainder") + 1
+    lists = halves(tensors(*[5] * n, seed=1))
+    before = {name: [t.clone() for t in ts] for name, ts in lists.items()}
+    launch, moved = simulator.launch, []
+
+    def failing(kernel: str, *args: Any) -> None:
+        moved.append((kernel, not same(lists["params"][0], before["params"][0])))
+        if len(moved) == 2:
+            raise RuntimeError("out of memory")
+        launch(kernel, *args)
+
+    monkeypatch.setattr(simulator, "launch", failing)
+    grads = tensors(*[5] * n, dtype=BF16, seed=2)
+    stats = torch.tensor(STATS, dtype=F64)
+    with gpu_simulator.simulated(simulator, monkeypatch), pytest.raises(RuntimeError, match="out of memory"):
+        ops.perturb_(**lists, grads=grads, backups=grads, stats=stats, rho=0.5, backend="simulated")
+    kernel = "rst_perturb_bfloat16_remainder"
+    assert moved == [(kernel, False), (kernel, True), ("rst_restore_16_bits", True)]
+    check_alike(before, lists)
