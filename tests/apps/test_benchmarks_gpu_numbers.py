@@ -354,7 +354,8 @@ def test_every_op_is_exercised_and_a_wrong_one_found(monkeypatch: pytest.MonkeyP
     assert {call.partition(" ")[0] for call in exercise.CALLS} == op_db.FUNCTIONS
     for call in exercise.CALLS:
         assert exercise.compare(call, "reference", "cpu", "fp32", 0, False) is None
-    assert exercise.compare("restore_sgd_step_", "reference", "cpu", "bf16, fp32 masters", 1, False) is None
+    for mode in ("bf16, fp32 masters", "bf16, remainders"):
+        assert exercise.compare("restore_sgd_step_", "reference", "cpu", mode, 1, False) is None
     assert exercise.compare("perturb_", "reference", "cpu", "fp32", 1, True) is None
     genuine = exercise.ops.adam_step_
     calls = iter([{}, {"maximize": True}])
@@ -364,5 +365,5 @@ def test_every_op_is_exercised_and_a_wrong_one_found(monkeypatch: pytest.MonkeyP
 
 
 def test_inputs_lie_off_the_alignment_on_the_device_too() -> None:
-    lists = exercise.moved(exercise.inputs(torch.float32, False, shift=1), "cpu")
+    lists = exercise.moved(exercise.inputs(torch.float32, None, shift=1), "cpu")
     assert {t.data_ptr() % 16 for tensors in lists.values() for t in tensors if t.numel()} == {4}
