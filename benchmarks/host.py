@@ -14,7 +14,8 @@ from .cases import HOST_COUNTS, HOST_GOAL, HOST_SIZE, Hyper, many
 from .peers import Unavailable, make
 from .runner import Plan, Race, entry
 
-SETS = {"same gradients": 1, "new gradient addresses": 2}
+# How many sets of gradients, and whether somebody holds them: new ones of a backward, and two ways of keeping them.
+SETS = {"fresh gradients": (1, False), "same gradients": (1, True), "new gradient addresses": (2, True)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     data: dict[str, Any] = {**env, "command": "host", "races": [], "notes": []}
     for count in args.count:
         case = many(count, HOST_SIZE)
-        for label, sets in SETS.items():
+        for label, (sets, held) in SETS.items():
             competitors = {}
             for name in args.peer:
                 try:
@@ -56,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
                 warmup=20,
                 reduce=statistics.median,
             )
-            race = Race(competitors, grads)
+            race = Race(competitors, grads, held=held)
             race.run(plan)
             data["races"].append(entry(race, case, label))
     data["notes"] += _goal_notes(data["races"])

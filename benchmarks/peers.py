@@ -30,6 +30,15 @@ def attach(params: Iterable[torch.Tensor], grads: Iterable[torch.Tensor]) -> Non
         p.grad = g
 
 
+def attach_copies(params: Sequence[torch.Tensor], grads: Iterable[torch.Tensor]) -> None:
+    """Sets every ``p.grad`` to a copy that nobody else refers to, after the old ones were dropped: as zero_grad() and a
+    backward do."""
+    for p in params:
+        p.grad = None
+    for p, g in zip(params, grads, strict=True):
+        p.grad = g.clone()
+
+
 def torch_base(base: str, params: Sequence[torch.Tensor], hyper: Hyper) -> torch.optim.Optimizer:
     """The fastest SGD or AdamW of torch that is right here: fused, or foreach where fused does nothing."""
     fused = params[0].is_cuda or params[0].dtype in FUSED_ON_CPU

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from .cases import GOALS, Case
-from .peers import Competitor, attach
+from .peers import Competitor, attach, attach_copies
 from .probe import Probe
 from .record import cache_bytes
 
@@ -82,10 +82,12 @@ def quiet() -> Iterator[None]:
 
 @dataclass
 class Race:
-    """The competitors over one case, and the gradients that all of them share.
+    """The competitors over one case, and the gradients that all of them get.
 
-    ``grads`` holds one or more sets of gradients, which take turns: with two, every call meets other
-    addresses than the same call before it.
+    ``grads`` holds one or more sets of gradients, which take turns. Every call has copies of its own, made before its
+    time begins, that nobody else refers to, as a backward leaves them. ``held``: it has the sets themselves, which
+    the race holds on to, so that no memory of theirs can keep weights; with two sets, every call meets other addresses
+    than the same call before it.
     """
 
     competitors: Mapping[str, Competitor]
@@ -93,13 +95,15 @@ class Race:
     probe: Probe | None = None
     before: Callable[[], object] = lambda: None  # before each call that is timed
     clock: Clock = wall_clock
+    held: bool = False
     times: dict[str, Times] = field(default_factory=dict)
     others: float = 0.0  # how many cores other processes kept busy during the rounds, on average
 
     def one_step(self, competitor: Competitor, sets: Iterator[Sequence[torch.Tensor]]) -> dict[str, float]:
         seconds = {}
+        give = attach if self.held else attach_copies
         for what in ("perturb", "update", "base"):
-            attach(competitor.params, next(sets))
+            give(competitor.params, next(sets))
             self.before()
             seconds[what] = self.clock(getattr(competitor, what))
         seconds["step"] = seconds["perturb"] + seconds["update"]

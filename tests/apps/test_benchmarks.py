@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import shutil
@@ -11,12 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import record
+from benchmarks import cpu, record
 from benchmarks.__main__ import main
 from benchmarks.cases import CASES, Hyper, many
 from benchmarks.peers import Competitor, Ours, Unavailable, attach, make
 from benchmarks.probe import ALIGNMENT, ARRAYS, BLOCKS, DISTINCT, KEEP, Probe, cut
 from benchmarks.runner import Plan, Race, entry, ratios
+from rst_fused._step.gradient_memory import serving
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="the bandwidth probe needs g++")
 
@@ -84,10 +86,12 @@ class Recorded(Competitor):
         super().__init__([torch.nn.Parameter(torch.ones(3))], Hyper())
         self.name, self.calls, self.factor = name, calls, factor
         self.addresses: list[int] = []
+        self.given: list[tuple[float, bool]] = []  # the gradient, and whether somebody else has it
 
     def _note(self, what: str) -> None:
         self.calls.append((self.name, what))
         self.addresses.append(self.grads()[0].data_ptr())
+        self.given.append((float(self.grads()[0][0]), serving(self.params) != self.params))
         self.params[0].data.mul_(self.factor)
         self.params[0].grad = None  # as a perturbation that consumes the gradients does
 
@@ -101,19 +105,24 @@ class Recorded(Competitor):
         self._note("base")
 
 
-def test_a_race_interleaves_its_competitors_and_gives_gradients_back() -> None:
+@pytest.mark.parametrize("held", [False, True])
+def test_a_race_interleaves_its_competitors_and_gives_gradients_back(held: bool) -> None:
     calls: list[tuple[str, str]] = []
     racers = {name: Recorded(name, calls) for name in ("a", "b")}
-    race = Race(racers, [[torch.zeros(3)], [torch.zeros(3)]])
+    race = Race(racers, [[torch.zeros(3)], [torch.ones(3)]], held=held)
     times = race.run(Plan(rounds=2, calls=2, warmup=1, settle=0))
     one = ["perturb", "update", "base"]
     expected = [("a", w) for w in one] + [("b", w) for w in one]  # warm-up
     expected += ([("a", w) for w in one * 2] + [("b", w) for w in one * 2]) * 2
     assert calls == expected
     assert {len(rounds) for parts in times.values() for rounds in parts.values()} == {2}
+    for racer in racers.values():
+        turns = itertools.cycle([0.0, 1.0])
+        assert racer.given == [(next(turns), held) for _ in racer.given], "the sets of gradients take turns"
     addresses = racers["a"].addresses
-    assert len(set(addresses)) == 2
-    assert all(x != y for x, y in itertools.pairwise(addresses)), "the sets of gradients take turns"
+    if held:
+        assert len(set(addresses)) == 2
+        assert all(x != y for x, y in itertools.pairwise(addresses))
 
 
 def test_a_round_is_the_reduced_time_of_its_calls() -> None:
@@ -126,6 +135,27 @@ def test_a_round_is_the_reduced_time_of_its_calls() -> None:
     race = Race({"ours": Recorded("ours", [])}, [[torch.zeros(3)]], clock=clock)
     times = race.run(Plan(rounds=1, calls=2, warmup=1, settle=0))
     assert times == {"ours": {"perturb": [1.0], "update": [5.0], "base": [2.0], "step": [8.0]}}
+
+
+@needs_compiler
+@pytest.mark.parametrize(("dtype", "probe"), [("fp32", True), ("bf16", False)])
+def test_no_backup_is_made_in_a_run(dtype: str, probe: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights are kept where the gradients were, as in a training loop: beside other competitors, and the probe."""
+    monkeypatch.setitem(CASES, "1000x1000", lambda: many(40, 1000))
+    perturb, seen = Ours.perturb, []
+
+    def noting(self: Ours) -> None:
+        perturb(self)
+        seen.append((self.optimizer.memory(), repr(self.optimizer)))
+
+    monkeypatch.setattr(Ours, "perturb", noting)
+    args = argparse.Namespace(rounds=1, calls=2, no_probe=not probe)
+    found = cpu.measure("1000x1000", dtype, ["usual", "foreach", "ours"], args)
+    assert [len(race["results"]) for race in found["races"]] == ([12, 8] if probe else [12])
+    assert len(seen) == 4 + (12 if probe else 0)  # warm-up, and calls in one round and in five
+    for memory, shown in seen:
+        assert (memory.backed_up, memory.backups, memory.weights_in_gradients) == (0, 0, memory.weights)
+        assert "backups=0 of 40" in shown
 
 
 def test_ratios_are_of_single_rounds() -> None:
@@ -163,13 +193,13 @@ def probed(threads: int) -> Probe:
 def test_the_probe_touches_every_byte_once(threads: int, keep: int) -> None:
     probe = probed(threads)
     assert probe.bytes == sum(PROBED)
+    generator = torch.Generator().manual_seed(0)
+    before = {name: [torch.empty_like(t).random_(0, 256, generator=generator) for t in tensors]
+              for name, tensors in probe.streams.items()}  # fmt: skip
     for mix, variants in DISTINCT.items():
         for variant, block, backwards in itertools.product(variants, BLOCKS, (False, True)):
-            generator = torch.Generator().manual_seed(variant)
-            for tensors in probe.streams.values():
-                for t in tensors:
-                    t.random_(0, 256, generator=generator)
-            before = {name: [t.clone() for t in tensors] for name, tensors in probe.streams.items()}
+            for name, tensors in probe.streams.items():
+                torch._foreach_copy_(tensors, before[name])
             probe.run(mix, variant, block, backwards, keep)
             mask = keep & 0xFF
             for i in range(len(PROBED)):
@@ -244,7 +274,9 @@ def test_results_are_append_only(tmp_path: Path, capsys: pytest.CaptureFixture[s
     arguments += ["--threads", "1", "--out", str(out)]
     assert main(arguments) == 0
     data = record.read(out)
-    assert [race["label"] for race in data["races"]] == ["same gradients", "new gradient addresses"]
+    assert [race["label"] for race in data["races"]] == [
+        "fresh gradients", "same gradients", "new gradient addresses"
+    ]  # fmt: skip
     assert all(len(r["rounds_s"]) == 2 for race in data["races"] for r in race["results"])
     assert out.with_suffix(".md").read_text() == record.markdown(data)
     kept = out.read_text()
