@@ -47,3 +47,12 @@ def test_an_exception_in_the_second_pass() -> None:
 
 def test_an_optimizer_of_one_process() -> None:
     assert all(ranks.run(2, release_on_ranks.alone, {"base": "adamw", "schedule": 0.5}))
+
+
+def test_first_gradients_of_each_rank_alone_are_not_mixed() -> None:
+    """Nothing is updated before the ranks have compared their norms, which step() would only do afterwards."""
+    results = ranks.run(2, release_on_ranks.mixes_gradients_of_its_own, seconds=60)
+    for words, unchanged, back, steps, weights in results:
+        assert "rank 1 and rank 0" in words and "||g1|| is" in words and "With gamma != 1" in words
+        assert unchanged and back and steps == 1
+        assert all(map(torch.equal, weights, results[0][-1]))

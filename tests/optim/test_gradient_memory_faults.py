@@ -15,12 +15,13 @@ from typing import Any
 
 import pytest
 import torch
-from held_gradients import value_for
+from held_gradients import Seen, value_for
 from oracle_optimizer import bits
-from paths import every_executor, needs_plans, no_plans, observed
-from torch import nn
+from paths import every_executor, has_plan, needs_plans, no_plans, observed
+from torch import Tensor, nn
 
 from rst_fused import RST
+from rst_fused._step.plan import PlanCache
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PATHS = ("plan", "ops")
@@ -166,6 +167,71 @@ def test_what_is_refused_while_weights_are_in_gradients(call: Callable[[RST], An
     opt.restore()
     assert bits(params) == before
     copy.deepcopy(opt), pickle.dumps(opt)
+
+
+# --- references that come after Python has counted ------------------------------------------------------------------
+def saved_by_autograd(g: Tensor) -> Seen:
+    x = torch.ones_like(g, requires_grad=True)
+    product = (g * x).sum()
+    return lambda: torch.autograd.grad(product, x, retain_graph=True)[0]
+
+
+def alias_saved_by_autograd(g: Tensor) -> Seen:
+    """A tensor of its own, with the same storage."""
+    return saved_by_autograd(g.detach())
+
+
+def list_of_scripts(g: Tensor) -> Seen:
+    held = torch.jit.script([g])
+    return lambda: held[0]
+
+
+def attribute_of_scripts(g: Tensor) -> Seen:
+    module = torch.jit.script(nn.Identity())
+    module._c._register_attribute("held", torch._C.TensorType.get(), g)
+    return lambda: module._c.getattr("held")
+
+
+@needs_plans
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+@pytest.mark.parametrize("hold", [saved_by_autograd, alias_saved_by_autograd, list_of_scripts, attribute_of_scripts])
+def test_a_plan_refuses_gradients_that_python_has_accepted(
+    hold: Callable[[Tensor], Seen], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """C++ takes a reference between the two. Weights go into backups, and what is held stays a gradient."""
+    renew, seen = PlanCache.renew, []
+    swaps: list[int] = []
+    held: list[Seen] = []
+
+    def holding(cache: PlanCache, opt: RST, for_update: bool) -> bool:
+        """When a plan is there that relies on what Python has counted."""
+        done = renew(cache, opt, for_update)
+        swaps.append(len(opt._step_state.swaps))
+        if len(swaps) == 1:
+            held.append(hold(opt.param_groups[0]["params"][1].grad))
+        return done
+
+    for disturbed in (False, True):
+        params, opt = made()
+        for t in range(1, 4):
+            give(params, t)
+            expected = params[1].grad.clone()
+            if disturbed and t == 2:
+                opt._plans.drop()
+                with monkeypatch.context() as patch:
+                    patch.setattr(PlanCache, "renew", holding)
+                    opt.perturb()
+                assert swaps == [3, 0] and has_plan(opt) and len(held) == 1
+                assert torch.equal(held[0](), expected)
+            else:
+                opt.perturb()
+            assert len(opt._step_state.backups) == (3 if disturbed and t >= 2 else 0)
+            give(params, t, 1)
+            opt.step()
+            if held and t == 2:
+                assert torch.equal(held[0](), expected)
+        seen.append(observed(params, opt))
+    assert seen[0] == seen[1]
 
 
 # --- threads --------------------------------------------------------------------------------------------------------

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from sharded import BATCH, batches, make_model, sharded_model, steps_of, whole
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from rst_fused import RST
@@ -95,6 +97,37 @@ def one_rank_fails() -> tuple[int, bool, int]:
         pass
     changed = [not torch.equal(b, whole(p)) for b, p in zip(before, model.parameters(), strict=True)]
     return sum(changed), not opt._step_state.perturbed and not any(changed[:2]), opt.steps
+
+
+def mixes_gradients_of_its_own() -> tuple[str, bool, bool, int, list[torch.Tensor]]:
+    """Replicated parameters whose gradients are those of each rank alone: what the second backward said, whether
+    anything changed by then, whether the weights came back, and the steps and weights after one more step, in which all
+    ranks have the same gradients."""
+    release.BUCKET = 1
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    params = [nn.Parameter(distribute_tensor(torch.ones(n), mesh, [Replicate()])) for n in (4, 3)]
+    opt = RST(params, lr=0.1, momentum=0.9, schedule=1.0, gamma=2.0, release_gradients=True)
+
+    def backward(scale: float) -> None:
+        torch.stack([(scale * p.to_local().square()).sum() for p in params]).sum().backward()
+
+    before = [whole(p) for p in params]
+    backward(1.0 + dist.get_rank())
+    opt.perturb()
+    moved, words = [whole(p) for p in params], ""
+    try:
+        backward(1.0 + dist.get_rank())
+    except RuntimeError as error:
+        words = str(error)
+    unchanged = all(map(torch.equal, moved, map(whole, params))) and not any(map(opt.state.get, params))
+    opt.restore()
+    back = all(map(torch.equal, before, map(whole, params)))
+    opt.zero_grad()
+    backward(1.0)
+    opt.perturb()
+    backward(1.0)
+    opt.step()
+    return words, unchanged, back, opt.steps, [p.detach().to_local().clone() for p in params]
 
 
 def alone(options: dict[str, Any]) -> Any:
