@@ -12,8 +12,7 @@ from sharded import RECIPES, TOLERANCE, alone, difference
 STEPS = 18
 
 
-@pytest.mark.parametrize("recipe", ["g-rst", "adamw"])
-@pytest.mark.parametrize("form", ["nested", "flattened"])
+@pytest.mark.parametrize(("form", "recipe"), [("nested", "g-rst"), ("flattened", "adamw")])
 def test_resumes_on_other_numbers_of_ranks(tmp_path: Path, form: str, recipe: str):
     load = ""
     for first, size in ((0, 2), (6, 4), (12, 1)):
@@ -35,8 +34,7 @@ def test_resumes_on_other_numbers_of_ranks(tmp_path: Path, form: str, recipe: st
 def test_resumes_bit_exactly(tmp_path: Path, how: str, size: int, form: str, asynchronous: bool):
     at = str(tmp_path)
     recipe = {**RECIPES["g-rst"], "dampening": 0.5}
-    whole = ranks.run(size, checkpoints.go_on, how, recipe, form, 0, 12, 12, "", "")
-    ranks.run(size, checkpoints.go_on, how, recipe, form, 0, 6, 12, "", at, asynchronous)
+    whole = ranks.run(size, checkpoints.whole_and_half, how, recipe, form, 12, at, asynchronous)
     resumed = ranks.run(size, checkpoints.go_on, how, recipe, form, 6, 12, 12, at, "")
     for a, b in zip(whole, resumed, strict=True):
         assert difference(a["weights"], b["weights"]) == 0
@@ -45,8 +43,7 @@ def test_resumes_bit_exactly(tmp_path: Path, how: str, size: int, form: str, asy
 
 def test_resumes_after_a_rank_was_killed(tmp_path: Path):
     at, recipe = str(tmp_path), RECIPES["g-rst"]
-    whole = ranks.run(2, checkpoints.go_on, "fsdp", recipe, "nested", 0, 12, 12, "", "")
-    ranks.run(2, checkpoints.go_on, "fsdp", recipe, "nested", 0, 6, 12, "", at)
+    whole = ranks.run(2, checkpoints.whole_and_half, "fsdp", recipe, "nested", 12, at)
     results, errors = ranks.outcomes(2, checkpoints.go_on_until_a_rank_is_killed, recipe, "nested", 12, at, seconds=20)
     assert "SIGKILL" in errors[1] and "not done" not in errors.get(0, "not done") and not results
     resumed = ranks.run(2, checkpoints.go_on, "fsdp", recipe, "nested", 6, 12, 12, at, "")

@@ -11,8 +11,9 @@ STEPS = 10
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["g-rst", "adamw"])
-@pytest.mark.parametrize(("how", "size", "model_too"), [("fsdp", 2, True), ("fsdp + tp", 4, False)])
+@pytest.mark.parametrize(
+    ("how", "size", "model_too", "recipe"), [("fsdp", 2, True, "g-rst"), ("fsdp + tp", 4, False, "adamw")]
+)
 def test_full_graphs_train_as_one_process(how: str, size: int, model_too: bool, recipe: str):
     results = ranks.run(size, compiled_on_ranks.train, how, RECIPES[recipe], model_too, STEPS, seconds=600)
     expected = alone(RECIPES[recipe], STEPS)

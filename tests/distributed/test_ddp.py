@@ -39,11 +39,10 @@ SETUPS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("gamma", [1.0, 1.5])
 @pytest.mark.parametrize("setup", SETUPS)
-def test_as_one_process(setup: str, gamma: float) -> None:
+def test_as_one_process(setup: str) -> None:
     more = {"unused": setup == "unused parameters"}
-    check(2, [("sgd", form, {"gamma": gamma}, SETUPS[setup], more) for form in FORMS])
+    check(2, [("sgd", form, {"gamma": gamma}, SETUPS[setup], more) for gamma in (1.0, 1.5) for form in FORMS])
 
 
 @pytest.mark.parametrize("views", [False, True])
@@ -53,15 +52,15 @@ def test_other_bases_and_backends(views: bool) -> None:
     check(2, [*cases, ("sgd", "closure", {"gamma": 1.5, "backend": "reference"}, wrapper, {})])
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_on_four_ranks(form: str) -> None:
+def test_on_four_ranks() -> None:
     options = {"gamma": 1.5, "adaptive": True}
-    check(4, [(base, form, options, {"gradient_as_bucket_view": True}, {}) for base in ("sgd", "adamw")])
+    wrapper = {"gradient_as_bucket_view": True}
+    check(4, [(base, form, options, wrapper, {}) for base, form in zip(("sgd", "adamw"), FORMS, strict=True)])
 
 
-@pytest.mark.parametrize("views", [False, True])
-def test_micro_batches_in_no_sync(views: bool) -> None:
-    check(2, [("sgd", form, {"gamma": 1.5}, {"gradient_as_bucket_view": views}, {"micros": 3}) for form in FORMS])
+def test_micro_batches_in_no_sync() -> None:
+    wrappers = [{"gradient_as_bucket_view": views} for views in (False, True)]
+    check(2, [("sgd", form, {"gamma": 1.5}, wrapper, {"micros": 3}) for wrapper in wrappers for form in FORMS])
 
 
 @needs_plans

@@ -49,6 +49,15 @@ def go_on(
     return result(opt, model)
 
 
+def whole_and_half(
+    how: str, recipe: dict[str, Any], form: str, total: int, save: str, asynchronous: bool = False
+) -> dict[str, Any]:
+    """What an uninterrupted run comes to, after which another one saves half way."""
+    whole = go_on(how, recipe, form, 0, total, total, "", "")
+    go_on(how, recipe, form, 0, total // 2, total, "", save, asynchronous)
+    return whole
+
+
 def _load(model: nn.Module, opt: RST, options: StateDictOptions, load: str) -> None:
     weights, state = get_state_dict(model, opt, options=options)
     dcp.load({"model": weights, "optim": state}, checkpoint_id=load)

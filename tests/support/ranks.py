@@ -21,7 +21,9 @@ import torch
 import torch.distributed as dist
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch.distributed.tensor", "torch.distributed.fsdp", "rst_fused", "pytest"])
+_context.set_forkserver_preload(
+    ["torch.distributed.tensor", "torch.distributed.fsdp", "torch._dynamo", "rst_fused", "pytest"]
+)
 
 
 class RankError(Exception):
