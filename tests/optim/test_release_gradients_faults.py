@@ -28,7 +28,6 @@ MODES: dict[str, dict[str, Any]] = {
     "remainders": {"momentum": 0.9, "master_weights": "remainder", "dtype": torch.bfloat16},
     "flags": {"momentum": 0.9, "dampening": 0.5},
 }
-every_mode = pytest.mark.parametrize("mode", MODES)
 
 
 @pytest.fixture(autouse=True)
@@ -88,11 +87,10 @@ def check(params: list[nn.Parameter], opt: RST, before: list[Any], after: list[A
 
 # --- exceptions -------------------------------------------------------------------------------------------------------
 @every_backend
-@every_mode
+@pytest.mark.parametrize(("mode", "error"), [*((m, ArithmeticError) for m in MODES), ("sgd", KeyboardInterrupt)])
 @pytest.mark.parametrize(
     "form", ["closure", "second_pass", "restore", "step", "base closure", "base restore", "base step"]
 )
-@pytest.mark.parametrize("error", [ArithmeticError, KeyboardInterrupt])
 def test_exception_in_the_middle_of_a_backward(
     error: type[BaseException], form: str, mode: str, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,6 +194,7 @@ def test_gradient_that_does_not_fit(which: str, backend: str) -> None:
 
 
 CASES = {"sgd": "sgd", "adam-mixed": "adam-mixed", "masters": "masters", "flags": "flags", "base step": "adam-mixed"}
+FORMS = [(case, "closure") for case in CASES] + [("sgd", "two phases"), ("base step", "two phases")]
 
 
 def second_step(params: list[nn.Parameter], opt: RST, form: str, stop: int) -> tuple[int, bool]:
@@ -217,8 +216,7 @@ def second_step(params: list[nn.Parameter], opt: RST, form: str, stop: int) -> t
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("form", ["closure", "two phases"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "form"), FORMS)
 def test_interrupt_at_every_line(case: str, form: str, backend: str) -> None:
     """Each parameter has all of its update, state and counter included, or nothing of it."""
 

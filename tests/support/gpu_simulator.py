@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import numpy as np
 import ptx_order
 import pytest
 import torch
+from side_by_side import side_by_side
 
 from rst_fused import _backends
 from rst_fused._schemas import ADAM_HYPER, LION_HYPER, SCHEMAS, SGD_HYPER, STATS
@@ -132,12 +133,16 @@ def nvcc_flags() -> list[str]:
 
 def compile_ptx(folder: Path, architecture: str = "sm_90", csrc: Path = ROOT / "csrc") -> dict[str, Path]:
     """The PTX of every source, by its stem."""
-    made = {}
-    for source in sorted((csrc / "cuda").glob("*.cu")):
-        made[source.stem] = folder / f"{source.stem}.ptx"
-        command = ["nvcc", *nvcc_flags(), f"-I{csrc}", f"-arch={architecture}", "-ptx", str(source)]
-        subprocess.run([*command, "-o", str(made[source.stem])], check=True, capture_output=True)
-    return made
+
+    def compiled(source: Path) -> Path:
+        made = folder / f"{source.stem}.ptx"
+        command = ["nvcc", *nvcc_flags(), f"-I{csrc}", f"-arch={architecture}", "-ptx", str(source), "-o", str(made)]
+        subprocess.run(command, check=True, capture_output=True)
+        return made
+
+    sources = sorted((csrc / "cuda").glob("*.cu"), key=lambda source: "update" not in source.stem)  # longest first
+    with side_by_side({source.stem: partial(compiled, source) for source in sources}) as started:
+        return {stem: made.result() for stem, made in started.items()}
 
 
 def decoded(kernel: str, data: bytes) -> Any:

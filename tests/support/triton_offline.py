@@ -7,7 +7,10 @@ Pointers and scalars are described as a launch describes them: kernels specializ
 
 from __future__ import annotations
 
+import itertools
 import json
+import multiprocessing
+import os
 import re
 import subprocess
 import sys
@@ -182,19 +185,21 @@ AMD_BYTES = {
 }  # fmt: skip
 
 
+def row(name: str, label: str) -> dict[str, Any]:
+    (kernel, constants), target = VARIANTS[name], TARGETS[label]
+    start = time.perf_counter()
+    binary = compiled(kernel, for_target(constants, target), target)
+    seconds = round(time.perf_counter() - start, 2)
+    asm = binary.asm
+    found = nvidia_resources(asm["ptx"], target) if "ptx" in asm else amd_resources(asm["amdgcn"])
+    found |= {"shared": binary.metadata.shared, **widths(asm)}
+    names = {"kernel": name, "function": kernel.__name__, "symbol": binary.metadata.name}
+    return {**names, "target": label, **found, "seconds": seconds}
+
+
 def report() -> list[dict[str, Any]]:
-    rows = []
-    for name, (kernel, constants) in VARIANTS.items():
-        for label, target in TARGETS.items():
-            start = time.perf_counter()
-            binary = compiled(kernel, for_target(constants, target), target)
-            seconds = round(time.perf_counter() - start, 2)
-            asm = binary.asm
-            found = nvidia_resources(asm["ptx"], target) if "ptx" in asm else amd_resources(asm["amdgcn"])
-            found |= {"shared": binary.metadata.shared, **widths(asm)}
-            names = {"kernel": name, "function": kernel.__name__, "symbol": binary.metadata.name}
-            rows.append({**names, "target": label, **found, "seconds": seconds})
-    return rows
+    with multiprocessing.get_context("fork").Pool(os.cpu_count()) as several:
+        return several.starmap(row, itertools.product(VARIANTS, TARGETS), chunksize=1)
 
 
 def as_text(rows: list[dict[str, Any]]) -> str:

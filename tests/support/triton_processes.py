@@ -48,10 +48,15 @@ def run_python(*arguments: object, folder: Path = TESTS.parent, **variables: str
 
 
 def run_pytest(plugin: str, *arguments: object, folder: Path = TESTS.parent, **variables: str) -> dict[str, int]:
+    return counts(pytest_process(plugin, *arguments, folder=folder, **variables))
+
+
+def pytest_process(plugin: str, *arguments: object, **more: Any) -> subprocess.CompletedProcess[str]:
+    return run_python("-m", "pytest", "-p", plugin, "-q", "-p", "no:cacheprovider", *arguments, **more)
+
+
+def counts(done: subprocess.CompletedProcess[str]) -> dict[str, int]:
     """{"passed": .., "failed": ..}; the output of failures becomes the test's own."""
-    done = run_python(
-        "-m", "pytest", "-p", plugin, "-q", "-p", "no:cacheprovider", *arguments, folder=folder, **variables
-    )
     print(done.stdout[-20000:], done.stderr[-4000:])
     summary = done.stdout.strip().splitlines()[-1] if done.stdout.strip() else ""
     return {what: int(count) for count, what in re.findall(r"(\d+) (passed|failed|errors?|skipped)", summary)}
