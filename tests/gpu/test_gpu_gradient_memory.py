@@ -21,6 +21,7 @@ STEPS = 6
 CASES: dict[str, dict[str, Any]] = {
     "sgd": {}, "nesterov": {"momentum": 0.9, "nesterov": True}, "asam": {"adaptive": True, "eta": 0.01},
     "adamw": {"base": "adamw"}, "amsgrad": {"base": "adam", "amsgrad": True}, "lion": {"base": "lion", "lr": 0.01},
+    "remainders": {"base": "adamw", "master_weights": "remainder"},
 }  # fmt: skip
 
 
