@@ -13,6 +13,7 @@ from paths import has_plan, no_plans, observed
 from torch import nn
 
 from rst_fused import RST, _backends
+from rst_fused._step import release
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), gpu_simulator.needed]
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
@@ -97,3 +98,42 @@ def test_a_launch_that_fails_in_the_middle_of_perturb(
         opt.perturb()
         opt.restore()
         assert bits(params) == before
+
+
+def test_an_update_within_a_backward_that_fails_between_launches(
+    simulator: gpu_simulator.Simulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights of all are back, those of the first launch too, and nothing is counted."""
+    params, opt = make(F32, F64, base="adam", release_gradients=True)
+    monkeypatch.setattr(release, "BUCKET", sum(p.nbytes for p in params))
+    launch, launches = simulator.launch, 0
+
+    def failing(*args: Any) -> None:
+        nonlocal launches
+        launches += 1
+        if launches == 2:
+            raise RuntimeError("this launch fails")
+        launch(*args)
+
+    def passes(t: int) -> None:
+        noise = torch.Generator().manual_seed(t)
+        sum((p * torch.randn(p.shape, generator=noise).to(p)).sum() for p in params).backward()
+
+    def step(t: int) -> None:
+        passes(t)
+        opt.perturb()
+        passes(t + 1)
+        opt.step()
+
+    step(0)
+    before = bits(params)
+    passes(2)
+    opt.perturb()
+    _backends.plan_extension().simulate_gpu(failing)
+    with pytest.raises(RuntimeError, match="this launch fails"):
+        passes(3)
+    _backends.plan_extension().simulate_gpu(launch)
+    opt.restore()
+    assert launches == 2 and bits(params) == before and opt.steps == 1
+    step(4)
+    assert opt.steps == 2 and all(p.isfinite().all() for p in params)
