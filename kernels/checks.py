@@ -129,7 +129,7 @@ def _check_operand(op: str, operand: Operand, lead: Sequence[Tensor], facts: Seq
             if operand.dtype == KEPT:
                 expected = own if dtype == own else dtype if dtype == torch.int16 else torch.float32
             require(
-                operand.name != "masters" or expected == own or own in SIXTEEN_BIT, op,
+                operand.name != "masters" or (operand.dtype == KEPT and expected == own) or own in SIXTEEN_BIT, op,
                 f"masters go with bfloat16 and float16 parameters, but parameter {i} has dtype {own}",
             )  # fmt: skip
             require(

@@ -88,9 +88,11 @@ def split(w):
 
 @triton.jit
 def join(b, r):
-    """The float32 weights that split has split."""
+    """The float32 weights that split has split; b alone where that, written by somebody else, is 0 or infinite and r
+    leads out of all numbers."""
     upper = b.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
-    return (upper + r.to(tl.int32).to(tl.uint32, bitcast=True)).to(tl.float32, bitcast=True)
+    w = (upper + r.to(tl.int32).to(tl.uint32, bitcast=True)).to(tl.float32, bitcast=True)
+    return tl.where(w == w, w, upper.to(tl.float32, bitcast=True))
 
 
 @triton.jit

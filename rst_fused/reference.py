@@ -152,9 +152,11 @@ def split(w: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def join(b: Tensor, r: Tensor) -> Tensor:
-    """The float32 weights that ``split`` has split."""
+    """The float32 weights that ``split`` has split; b alone where that, written by somebody else, is 0 or infinite and
+    r leads out of all numbers."""
     bits = (b.view(torch.int16).to(torch.int64) * 0x10000 + r) & _MASK32
-    return torch.where(bits >= 1 << 31, bits - (1 << 32), bits).to(torch.int32).view(torch.float32)
+    w = torch.where(bits >= 1 << 31, bits - (1 << 32), bits).to(torch.int32).view(torch.float32)
+    return torch.where(w.isnan(), b.float(), w)
 
 
 def _signed(half: Tensor) -> Tensor:
@@ -190,6 +192,11 @@ def _result(
 def _write(results: Sequence[tuple[Tensor, Tensor]]) -> None:
     """All of them within one C call, which no interrupt parts."""
     deque(starmap(Tensor.copy_, results), maxlen=0)
+
+
+def _are_copies(masters: Tensors) -> bool:
+    """Whether masters take the place of backups."""
+    return len(masters) > 0 and masters[0].dtype != torch.int16
 
 
 def _weights(params: Tensors, masters: Tensors, i: int) -> Tensor:
@@ -268,7 +275,7 @@ def perturb_(
             bits = random_bits(rng, first_index + i, _positions(p, shards, i))
             moved = stochastic_round(moved.float(), bits, p.dtype)
         # The backup, which may be the gradient, first: p changes with it, or not at all.
-        kept = [(backups[i], p)] if backups else []
+        kept = [] if _are_copies(masters) else [(backups[i], p)]
         _write([*kept, _result(p, moved, p, scale == 0)])  # 0 * inf would be NaN
 
 
@@ -277,7 +284,7 @@ def restore_(
     params: Tensors, backups: Tensors, masters: Tensors, grads: Tensors, first_grads: Tensors, gamma: Tensor,
     group_sizes: Sequence[int],
 ) -> None:  # fmt: skip
-    for p, saved in zip(params, backups or masters, strict=True):
+    for p, saved in zip(params, masters if _are_copies(masters) else backups, strict=True):
         p.copy_(saved)
     if first_grads:
         for i, row in enumerate(_rows(group_sizes)):
@@ -315,7 +322,7 @@ def _op_of(formula: Formula, states: int, counts_steps: bool = False) -> Op:
             skip = None if found_inf is None else (found_inf != 0).to(w.device)
             results += [_result(old, new, old, skip) for old, new in zip(state, new_state, strict=True)]
             kept = source
-            if masters and masters[i].dtype == torch.int16:
+            if masters and not _are_copies(masters):
                 kept = (backups or params)[i]
                 updated, remainder = split(updated)
                 results.append(_result(masters[i], remainder, masters[i], skip))

@@ -20,7 +20,7 @@ struct Joined<Twin> {
   using Each = Remainder<FloatV, UintV>;
   static RST_INLINE Twin join(Raw upper, Raw lower) {
     const UintV b = reinterpret<UintV>(upper), r = reinterpret<UintV>(lower);
-    return {from_bits(Each::join(b << 16, r & 0xffffu)), from_bits(Each::join(b & 0xffff0000u, r >> 16))};
+    return {Each::join(b << 16, r & 0xffffu), Each::join(b & 0xffff0000u, r >> 16)};
   }
   static RST_INLINE Pair<Raw> split(Twin w) {
     const Each even = Each::split(w.a), odd = Each::split(w.b);
@@ -33,7 +33,7 @@ struct Joined<DoubleV> {
   using Floats = Vector<float, kDoubleLanes>;
   static RST_INLINE DoubleV join(Raw upper, Raw lower) {
     const auto bits = zero_extend(upper) << 16;
-    return to_double(reinterpret<Floats>(Remainder<Floats, decltype(bits + bits)>::join(bits, zero_extend(lower))));
+    return to_double(Remainder<Floats, decltype(bits + bits)>::join(bits, zero_extend(lower)));
   }
 };
 

@@ -26,7 +26,7 @@ struct Weights<BFloat16, Master::Remainder, N> {
 
   __device__ __forceinline__ float operator[](int k) const {
     const uint32_t upper = static_cast<uint32_t>(stored.at[k].bits) << 16;
-    return from_bits(Remainder<float, uint32_t>::join(upper, rest.at[k].bits));
+    return Remainder<float, uint32_t>::join(upper, rest.at[k].bits);
   }
 };
 

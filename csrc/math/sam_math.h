@@ -125,18 +125,22 @@ struct States {
 };
 
 // fp32 weights as bfloat16 and an int16, exactly: their bits are those of b, with zeros below, plus r. b is w rounded
-// to nearest, ties away from zero, and r has the lower half of w's bits. A NaN is quiet, and has no remainder. V is
-// float and U uint32_t, or vectors of them.
+// to nearest, ties away from zero, and r has the lower half of w's bits. A NaN is quiet, and has no remainder. Where
+// somebody else has written b, that may be 0 or infinite beside a remainder that leads out of all numbers: then it
+// counts alone. V is float and U uint32_t, or vectors of them.
 template <class V, class U>
 struct Remainder {
-  U upper, lower;  // b in the upper half and r in the lower one; the other halves are arbitrary
+  U upper, lower;  // of split: b in the upper half and r in the lower one; the other halves are arbitrary
 
   static RST_HD Remainder split(V w) {
     const U bits = to_bits(w == w ? w : from_bits(U{} + 0x7fc00000u));
     return {bits + 0x8000u, bits};
   }
-  // The bits of w. The other halves are 0.
-  static RST_HD U join(U upper, U lower) { return upper + ((lower ^ 0x8000u) - 0x8000u); }
+  // Here the other halves have to be 0.
+  static RST_HD V join(U upper, U lower) {
+    const V w = reinterpret<V>(upper + ((lower ^ 0x8000u) - 0x8000u));
+    return w == w ? w : reinterpret<V>(upper);
+  }
 };
 
 // The random bits of stochastic rounding: a pure function of (seed, step), the tensor's index and the element's. Two

@@ -14,7 +14,7 @@ from rst_fused._step.base import StepOptimizer
 from rst_fused._step.devices import DeviceState, device_of
 from rst_fused._step.rules import Flags, Group
 from rst_fused._step.sharding import describe, local, positions_of, settled, waited
-from rst_fused._step.state_dtypes import dtype_of, has_master, new_master, positions_in
+from rst_fused._step.state_dtypes import create_master, dtype_of, has_master, master_name, positions_in
 from rst_fused._step.validation import is_usable
 
 
@@ -26,9 +26,10 @@ def init_state(opt: StepOptimizer, group: Group, p: Tensor, updating: bool) -> N
     """Creates what p lacks: its master and, when ``updating``, what the base optimizer keeps, which is zero."""
     rule, state = opt.rule, opt.state[p]
     known = set(state)
-    if has_master(opt, p) and "master" not in state:
-        state["master"] = new_master(opt, p)
+    if has_master(opt, p) and master_name(opt) not in state:
+        create_master(opt, p)
     if rule is None or not updating:
+        _refuse_new_state(opt, set(state) - known)
         return
     for name in rule.state_names(group):
         if name not in state:
@@ -43,7 +44,11 @@ def init_state(opt: StepOptimizer, group: Group, p: Tensor, updating: bool) -> N
         # A CUDA graph sees no changes on the CPU.
         device = p.device if group.get("capturable") else "cpu" if like is None else like.device
         state["step"] = torch.zeros((), dtype=torch.float32, device=device)
-    if set(state) != known and not torch.compiler.is_compiling() and opt.capturing:
+    _refuse_new_state(opt, set(state) - known)
+
+
+def _refuse_new_state(opt: StepOptimizer, created: set[str]) -> None:
+    if created and not torch.compiler.is_compiling() and opt.capturing:
         raise RuntimeError(
             "a CUDA graph would make the optimizer's state again at every replay: take a step with the same parameters "
             "before capturing"
@@ -128,7 +133,7 @@ def init_group(
     states: list[dict[str, Any]] = [{}] * len(active)
     is_new = [False] * len(active)
     if rule is not None:
-        needed = {"master"} if masters_only else set()
+        needed = {master_name(opt)} if masters_only else set()
         if updating:
             needed.update(names, ("step",) if rule.counts_steps else ())
         creates = updating or masters_only  # a perturbation that is abandoned leaves no state of the base behind
@@ -154,7 +159,7 @@ def init_group(
         indices += [positions[p] for p in members] if rounds_state else []
         grads += [readable(p) for p in members]
         if masters_only:
-            masters += [state["master"] for state in kept]
+            masters += [state[master_name(opt)] for state in kept]
         if not (updating or (masters_only and opt.master_weights is True)):
             backups += [keeper_of(opt, p) for p in members]
         if updating:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rst_fused._step.base import StepOptimizer
+from rst_fused._step.state_dtypes import MASTERS
 
 
 @dataclass(frozen=True, repr=False)
@@ -65,12 +66,13 @@ def memory_of(opt: StepOptimizer) -> Memory:
         return sum(nbytes for _, _, nbytes in found)
 
     weights = size(*params)  # in this order, since masters and backups are also among what keeps weights
-    masters = size(*(state["master"] for state in owner.state.values() if opt.master_weights and "master" in state))
+    states = owner.state.values() if opt.master_weights else ()
+    masters = size(*(t for state in states for name, t in state.items() if name in MASTERS))
     backups = size(*step.backups.values())
     state: dict[str, int] = {}
     for of_one in owner.state.values():
         for name, value in of_one.items() if isinstance(of_one, Mapping) else ():
-            if name != "master" or not opt.master_weights:
+            if name not in MASTERS or not opt.master_weights:
                 state[name] = state.get(name, 0) + size(value)
     firsts = step.first_grads
     return Memory(

@@ -26,7 +26,7 @@ from rst_fused._step.base import StepOptimizer
 from rst_fused._step.rules import Flags
 from rst_fused._step.sharding import local, locals_of
 from rst_fused._step.shards import Shards
-from rst_fused._step.state_dtypes import has_master, kept_by_master
+from rst_fused._step.state_dtypes import has_master, kept_by_master, master_name
 
 _FLOATS = {float}
 LOOK_AGAIN = 1000  # steps after which a plan with backups gives way, for gradients that could keep weights by now
@@ -207,7 +207,7 @@ class PlanCache:
         counters = [(type(s), s.device.type, s.dtype, s.numel()) for s in c.steps]
         if not c.params or set(counters) - {(Tensor, "cpu", torch.float32, 1)}:
             return False  # a plan counts in place
-        masters = [opt.state[p]["master"] if has_master(opt, p) else None for p in c.params]
+        masters = [opt.state[p][master_name(opt)] if has_master(opt, p) else None for p in c.params]
         before = state.saved_now()
         swaps = gradient_memory.swaps_of(opt, c.params, before, for_update)
         copied = [kept_by_master(opt, p) for p in c.params]

@@ -43,6 +43,14 @@ def local(t: Tensor) -> Tensor:
     return waited(t)
 
 
+def as_dtype(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """A view of the same bits, of a dtype as wide."""
+    if not is_dtensor(t):
+        return t.view(dtype)
+    of = {"device_mesh": t.device_mesh, "placements": t.placements, "shape": t.shape, "stride": t.stride()}  # type: ignore
+    return type(t).from_local(local(t).view(dtype), **of, run_check=False)  # type: ignore[attr-defined]
+
+
 def locals_of(tensors: Iterable[Tensor]) -> list[Tensor]:
     return [t if type(t) in PLAIN else local(t) for t in tensors]
 

@@ -15,7 +15,7 @@ from rst_fused._step.base import StepOptimizer
 from rst_fused._step.rules import RULES, check_current
 from rst_fused._step.sharding import describe, same_layout
 from rst_fused._step.state import StepState
-from rst_fused._step.state_dtypes import dtype_of, has_master, loaded_master
+from rst_fused._step.state_dtypes import MASTERS, dtype_of, exported, loaded
 
 _STATE_NAMES = tuple(dict.fromkeys(name for rule in RULES.values() for name in rule.states))
 _LIMITS = {"rst_steps": 2**63 - 1, "rst_sam_steps": 2**63 - 1, "rst_seed": 2**63 - 1, "rst_non_finite_norms": 2**53}
@@ -40,7 +40,10 @@ def completed(opt: StepOptimizer, saved: dict[str, Any]) -> dict[str, Any]:
         group["rst_non_finite_norms"] = opt.non_finite_norms
     if opt.rule is not None:
         saved["state"] = {
-            key: {**state, "step": state["step"].clone()} if isinstance(state.get("step"), Tensor) else state
+            key: {
+                name: value.clone() if name == "step" and isinstance(value, Tensor) else exported(name, value)
+                for name, value in state.items()
+            }
             for key, state in saved["state"].items()
         }
     return saved
@@ -122,12 +125,12 @@ def check(opt: StepOptimizer, saved: dict[str, Any]) -> None:
                 f"state_dict has {others} of parameter {i}, which base={rule.name!r} does not keep: it was saved "
                 "by another base optimizer"
             )
-        for name in (*rule.states, "master"):
+        for name in (*rule.states, *MASTERS):
             if name not in state:
                 continue
             value = state[name]
             if not isinstance(value, Tensor):
-                if value is None and name != "master" and name not in rule.state_names({**rule.added, **group}):
+                if value is None and name not in MASTERS and name not in rule.state_names({**rule.added, **group}):
                     continue  # a momentum_buffer that torch.optim.SGD does not use
                 raise ValueError(f"state_dict has {name}={value!r} of parameter {i}: expected a tensor")
             if value.shape != p.shape:
@@ -159,10 +162,14 @@ def adapt(opt: StepOptimizer, saved: dict[str, Any]) -> None:
         step = state.get("step")
         if step is not None and not isinstance(step, Tensor):
             opt.state[p]["step"] = torch.tensor(float(step), dtype=torch.float32, device="cpu")
-        for name in (*opt.rule.states, "master"):
-            if name in state and (state[name] is None or (name == "master" and not has_master(opt, p))):
-                del opt.state[p][name]  # a master that no update writes would be out of date
-            elif name == "master" and name in state:
-                opt.state[p][name] = loaded_master(opt, p, state[name])
-            elif name in state and dtype_of(opt, p, name) != p.dtype:
+        for name in (name for name in opt.rule.states if name in state):
+            if state[name] is None:
+                del opt.state[p][name]
+            elif dtype_of(opt, p, name) != p.dtype:
                 opt.state[p][name] = state[name].detach().to(p.device, dtype_of(opt, p, name), copy=True)
+        for name in (name for name in MASTERS if name in state):
+            master = loaded(opt, p, name, state[name])
+            if master is None:
+                del opt.state[p][name]
+            else:
+                opt.state[p][name] = master

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rst_fused._checks import SIXTEEN_BIT, as_flag
 from rst_fused._step.base import StepOptimizer
-from rst_fused._step.sharding import local
+from rst_fused._step.sharding import as_dtype, local
 from rst_fused.reference import join, split
 
 
@@ -30,40 +30,56 @@ def kept_by_master(opt: StepOptimizer, p: Tensor) -> bool:
     return opt.master_weights is True and p.dtype in SIXTEEN_BIT
 
 
-def new_master(opt: StepOptimizer, p: Tensor) -> Tensor:
-    """A copy of p, or no remainder."""
-    if kept_by_master(opt, p):
-        return p.detach().to(torch.float32, memory_format=torch.preserve_format, copy=True)
-    return torch.zeros_like(p, dtype=torch.int16, memory_format=torch.preserve_format)
+def master_name(opt: StepOptimizer) -> str:
+    """Of the state that is a copy or a remainder: names of their own, so that no checkpoint takes one for the other."""
+    return "remainder" if opt.master_weights == "remainder" else "master"
 
 
-def loaded_master(opt: StepOptimizer, p: Tensor, saved: Tensor) -> Tensor:
-    """The master of p out of that of a state_dict, which may be of the other kind.
+def create_master(opt: StepOptimizer, p: Tensor) -> None:
+    """A copy of p, or no remainder; or from a master of the other kind, which a state_dict has brought. Not before a
+    step needs it: weights may be loaded after the state.
 
-    A copy made of remainders needs the weights of p. Rounding took ties to even where a copy was kept: then the
-    remainder, from the weights of p, would be 2^15, which is one more than it can be.
+    A copy rounds ties to even: then the remainder, from the weights of p, would be 2^15, one more than it can be.
     """
-    saved, dtype = saved.detach().to(p.device), dtype_of(opt, p, "master")
-    if torch.int16 not in (saved.dtype, dtype):
-        return saved.to(dtype, copy=True)
-    master = torch.empty_like(p, dtype=dtype, memory_format=torch.preserve_format)
-    given, w, to = local(saved), local(p.detach()), local(master)
-    if saved.dtype == dtype:
-        to.copy_(given)
-    elif dtype == torch.float32:
-        to.copy_(join(w, given))
+    state, copies = opt.state[p], kept_by_master(opt, p)
+    other = state.pop("remainder" if copies else "master", None)
+    master = torch.empty_like(p, dtype=torch.float32 if copies else torch.int16, memory_format=torch.preserve_format)
+    w, to, given = local(p.detach()), local(master), None if other is None else local(other)
+    if copies:
+        to.copy_(w if given is None or w.dtype != torch.bfloat16 else join(w, given))
+    elif given is None:
+        to.zero_()
     else:
-        b, r = split(given.to(torch.float32))
+        b, r = split(given)
         is_next = b.view(torch.int16) == w.view(torch.int16) + 1
         to.copy_(torch.where((r == -(2**15)) & is_next, 2**15 - 1, r))
-    return master
+    state[master_name(opt)] = master
+
+
+def exported(name: str, value: Any) -> Any:
+    """As a state_dict has it: remainders look like numbers of the dtype of their parameters. Collectives know no int16,
+    and torch.optim converts state to that dtype."""
+    return as_dtype(value, torch.bfloat16) if name == "remainder" and isinstance(value, Tensor) else value
+
+
+def loaded(opt: StepOptimizer, p: Tensor, name: str, saved: Tensor) -> Tensor | None:
+    """A master or a remainder out of a state_dict; None where it is out of date: no update of p would write it, or an
+    optimizer of torch has converted it and gone on without it."""
+    if not has_master(opt, p) or saved.dtype != _KEPT_AS[name]:
+        return None
+    saved = saved.detach().to(p.device, copy=True)
+    return saved if name == "master" else as_dtype(saved, torch.int16)
+
+
+MASTERS = ("master", "remainder")
+_KEPT_AS = {"master": torch.float32, "remainder": torch.bfloat16}
 
 
 def dtype_of(opt: StepOptimizer, p: Tensor, name: str) -> torch.dtype:
     """That of a state tensor of p, or of its master."""
     if opt.state_dtype is not None and opt.rule is not None and name == opt.rule.states[0]:
         return opt.state_dtype
-    if name == "master" and has_master(opt, p) and not kept_by_master(opt, p):
+    if name == "remainder":
         return torch.int16
     return torch.float32 if has_master(opt, p) else p.dtype
 

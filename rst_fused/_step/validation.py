@@ -27,7 +27,7 @@ from rst_fused._step.sharding import (
     settle_grad,
 )
 from rst_fused._step.state_dtypes import check_current as check_served
-from rst_fused._step.state_dtypes import dtype_of, has_master, kept_by_master
+from rst_fused._step.state_dtypes import dtype_of, has_master, kept_by_master, master_name
 
 _COMMON = (
     "schedule", "gamma", "adaptive", "eta", "seed", "backend", "master_weights", "stochastic_rounding", "process_group",
@@ -268,7 +268,7 @@ def check_state(opt: StepOptimizer, only: Only = None) -> None:
                 continue
             where, state = f"parameter {j} of group {i}", opt.state.get(p, {})
             check_served(opt, where, p)
-            for name in (*names, "master") if has_master(opt, p) else names:
+            for name in (*names, master_name(opt)) if has_master(opt, p) else names:
                 if name in state:
                     _check_entry(f"state {name!r} of {where}", state[name], p, dtype_of(opt, p, name))
             if rule.counts_steps and "step" in state:

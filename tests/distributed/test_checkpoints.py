@@ -7,6 +7,7 @@ from pathlib import Path
 import checkpoints_on_ranks as checkpoints
 import pytest
 import ranks
+import torch
 from sharded import RECIPES, TOLERANCE, alone, difference
 
 STEPS = 18
@@ -54,6 +55,12 @@ def test_resumes_after_a_rank_was_killed(tmp_path: Path):
 def test_nothing_is_saved_between_the_passes():
     for said in ranks.run(2, checkpoints.refuses_to_save_while_perturbed):
         assert "restore()" in said[0]
+
+
+def test_remainders_are_gathered_and_resumed():
+    """Also by collectives that know no int16; a checkpoint of the other kind is not read in their place."""
+    for result in ranks.run(2, checkpoints.remainders_in_full):
+        assert result == {"dtypes": {torch.bfloat16}, "resumed": True}
 
 
 def test_state_of_another_layout_is_refused():

@@ -91,6 +91,28 @@ def test_every_kernel_splits_and_joins_as_the_reference(backend: str, device: st
     assert halves[0][~numbers].isnan().all() and not masters[0][~numbers].any()
 
 
+@on_backends
+def test_any_two_halves_are_a_number_unless_the_parameter_is_none(backend: str, device: str) -> None:
+    """Somebody else may have written the parameter: 0 beside a negative remainder, say."""
+    b = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    b = b[~b.isinf()]  # of which the step makes NaN, as of copies
+    for r in (-(2**15), -1, 1, 2**15 - 1):
+        params, masters = [b.to(device)], [torch.full_like(b, r, dtype=torch.int16, device=device)]
+        ops.sgd_step_(params, [torch.zeros_like(params[0])], lr=0.0, masters=masters, backend=backend)
+        after = reference.join(params[0].cpu(), masters[0].cpu())
+        assert torch.equal(after.isnan(), b.isnan())
+        off = (after.double() - b.double())[~b.isnan()].abs()
+        spacing = 2.0 ** (b[~b.isnan()].double().abs().clamp_min(2.0**-126).log2().floor() - 7)
+        assert (off <= spacing / 2).all()
+
+
+def test_infinite_parameters_stay_so() -> None:
+    b = torch.tensor([torch.inf, torch.inf, -torch.inf, -torch.inf, 0.0, -0.0], dtype=torch.bfloat16)
+    r = torch.tensor([1, 2**15 - 1, 1, 0, -1, -(2**15)], dtype=torch.int16)
+    joined = reference.join(b, r)
+    assert torch.equal(joined, b.float()) and torch.equal(joined.signbit(), b.signbit())
+
+
 def in_halves(sample: Sample, op: OpInfo) -> Sample:
     """The same weights as parameters, or backups, in bfloat16 with remainders; each tensor is laid out as it was."""
     halves = sample.copied()

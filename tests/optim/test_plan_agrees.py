@@ -91,7 +91,7 @@ def turn_parameter(params: list[nn.Parameter], opt: RST) -> None:
 
 
 def forget(params: list[nn.Parameter], opt: RST) -> None:
-    opt.state[params[1]] = {name: t for name, t in opt.state[params[1]].items() if name == "master"}
+    opt.state[params[1]] = {name: t for name, t in opt.state[params[1]].items() if name in ("master", "remainder")}
 
 
 def move_parameter(params: list[nn.Parameter], opt: RST) -> None:
@@ -167,7 +167,7 @@ def test_an_abandoned_perturbation_creates_no_state(compiled: bool, base: str, s
         opt.draw()
         assert perturb(True)
         opt.restore()
-        assert [set(opt.state.get(p, {})) - {"master"} for p in params] == [set(), set()]
+        assert [set(opt.state.get(p, {})) - {"master", "remainder"} for p in params] == [set(), set()]
     torch._dynamo.reset()
 
 

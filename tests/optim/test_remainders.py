@@ -58,12 +58,12 @@ def train(params: list[nn.Parameter], opt: RST, steps: range) -> None:
 
 def weights(params: list[nn.Parameter], opt: RST) -> list[torch.Tensor]:
     """In float32."""
-    masters = [opt.state[p].get("master") for p in params]
-    halves = [m is not None and m.dtype == torch.int16 for m in masters]
-    return [
-        reference.join(p.detach(), m) if half else p.detach() if m is None else m
-        for p, m, half in zip(params, masters, halves, strict=True)
-    ]
+    found = []
+    for p in params:
+        remainder, copy = opt.state[p].get("remainder"), opt.state[p].get("master", p.detach())
+        assert remainder is None or (remainder.dtype == torch.int16 and copy.dtype == BF16)
+        found.append(copy if remainder is None else reference.join(p.detach(), remainder))
+    return found
 
 
 @every_case
@@ -87,8 +87,8 @@ def test_what_it_keeps(backend: str) -> None:
     params, opt = make("sgd", backend, schedule=1.0)
     train(params, opt, range(2))
     elements = sum(p.numel() for p in params[:-1])
-    assert [opt.state[p]["master"].dtype for p in params[:-1]] == [torch.int16] * (len(params) - 1)
-    assert "master" not in opt.state[params[-1]]
+    assert [opt.state[p]["remainder"].dtype for p in params[:-1]] == [torch.int16] * (len(params) - 1)
+    assert set(opt.state[params[-1]]) == {"momentum_buffer"}
     memory = opt.memory()
     assert (memory.masters, memory.backups) == (2 * elements, 0)
     assert memory.state == {"momentum_buffer": 4 * (elements + 7)}
@@ -102,26 +102,30 @@ def test_what_it_keeps(backend: str) -> None:
 def test_a_perturbation_that_is_abandoned(executor: str) -> None:
     params, opt = make("adam-mixed", executor.split()[0], schedule=1.0)
     train(params, opt, range(2))
-    before, halves = bits(params), bits([opt.state[p]["master"] for p in params[:-1]])
+    before, halves = bits(params), bits([opt.state[p]["remainder"] for p in params[:-1]])
     backward(params, 2)
     assert opt.perturb() and bits(params) != before
     opt.restore()
-    assert bits(params) == before and bits([opt.state[p]["master"] for p in params[:-1]]) == halves
+    assert bits(params) == before and bits([opt.state[p]["remainder"] for p in params[:-1]]) == halves
 
 
 @every_backend
 def test_what_is_written_into_a_parameter_counts(backend: str) -> None:
-    params, opt = make("sgd", backend, schedule=0.0, lr=0.0)
-    train(params, opt, range(1))
-    with torch.no_grad():
-        params[0].fill_(3.0)
-    train(params, opt, range(1, 2))
-    assert params[0].eq(3.0).all()
+    for number in (3.0, 0.0, -0.0):
+        params, opt = make("sgd", backend, schedule=0.0)
+        train(params, opt, range(3))
+        assert {bool(x) for x in opt.state[params[0]]["remainder"] < 0} == {False, True}
+        opt.param_groups[0]["lr"] = 0.0
+        with torch.no_grad():
+            params[0].fill_(number)
+        train(params, opt, range(3, 4))
+        assert params[0].eq(number).all()
 
 
 @every_backend
+@pytest.mark.parametrize("first", ["model", "optimizer"])
 @pytest.mark.parametrize("masters", [True, "remainder"])
-def test_checkpoints_of_the_other_kind(masters: bool | str, backend: str) -> None:
+def test_checkpoints_of_the_other_kind(masters: bool | str, first: str, backend: str) -> None:
     """The run goes on with the same weights. A copy rounds ties to even, and then a remainder is one too small."""
     other = True if masters == "remainder" else "remainder"
     params, opt = make("amsgrad", backend, masters)
@@ -134,13 +138,17 @@ def test_checkpoints_of_the_other_kind(masters: bool | str, backend: str) -> Non
             opt.state[params[0]]["master"][:4] = w
             params[0][:4] = w.to(BF16)
         else:
-            for half, whole in zip((params[0], opt.state[params[0]]["master"]), reference.split(w), strict=True):
+            for half, whole in zip((params[0], opt.state[params[0]]["remainder"]), reference.split(w), strict=True):
                 half[:4] = whole
     others, loaded = make("amsgrad", backend, other)
-    with torch.no_grad():
-        for q, p in zip(others, params, strict=True):
-            q.copy_(p)
+    if first == "model":
+        load_weights(others, params)
     loaded.load_state_dict(opt.state_dict())
+    load_weights(others, params)
+    backward(others, 9)
+    assert loaded.perturb(fire=True)
+    loaded.restore()
+    assert not any({"master", "remainder"} <= state.keys() for state in loaded.state.values())
     off = [
         (a.view(torch.int32) - b.view(torch.int32)).abs()
         for a, b in zip(weights(params, opt), weights(others, loaded), strict=True)
@@ -152,14 +160,41 @@ def test_checkpoints_of_the_other_kind(masters: bool | str, backend: str) -> Non
     assert all(p.isfinite().all() for p in others)
 
 
-def test_torch_optim_reads_its_checkpoints() -> None:
-    params, opt = make("amsgrad", "cpu")
+def load_weights(params: list[nn.Parameter], others: list[nn.Parameter]) -> None:
+    with torch.no_grad():
+        for p, q in zip(params, others, strict=True):
+            p.copy_(q)
+
+
+@pytest.mark.parametrize("masters", [True, "remainder"])
+@pytest.mark.parametrize("back", [True, "remainder"])
+def test_torch_optim_reads_its_checkpoints(back: bool | str, masters: bool | str) -> None:
+    """And what it has trained since is not undone: by less than half of a spacing, which a remainder may hold."""
+    params, opt = make("amsgrad", "cpu", masters)
     train(params, opt, range(3))
-    plain = torch.optim.AdamW(params, amsgrad=True)
+    plain = torch.optim.AdamW(params, amsgrad=True, lr=0.05)
     plain.load_state_dict(opt.state_dict())
     backward(params, 3)
     plain.step()
     assert [float(plain.state[p]["step"]) for p in params] == [4.0] * len(params)
+    others, again = make("amsgrad", "cpu", back)
+    load_weights(others, params)
+    again.load_state_dict(plain.state_dict())
+    backward(others, 4)
+    again.perturb(fire=True)
+    again.restore()
+    for p, w in zip(params, weights(others, again), strict=True):
+        assert torch.allclose(w, p.float(), rtol=2**-8, atol=0)
+
+
+def test_checkpoints_have_numbers_of_the_parameters_dtype() -> None:
+    """The same memory: what torch.distributed.checkpoint loads into it is loaded."""
+    params, opt = make("sgd", "cpu")
+    train(params, opt, range(2))
+    saved = opt.state_dict()["state"]
+    for i, p in enumerate(params[:-1]):
+        assert saved[i]["remainder"].dtype == BF16
+        assert saved[i]["remainder"].data_ptr() == opt.state[p]["remainder"].data_ptr()
 
 
 def test_masters_that_nobody_would_write_are_not_loaded() -> None:
@@ -167,7 +202,7 @@ def test_masters_that_nobody_would_write_are_not_loaded() -> None:
     train(params, opt, range(2))
     others, loaded = make("sgd", "cpu", masters=False)
     loaded.load_state_dict(opt.state_dict())
-    assert not any("master" in state for state in loaded.state.values())
+    assert not any({"master", "remainder"} & state.keys() for state in loaded.state.values())
 
 
 def test_errors() -> None:
@@ -186,7 +221,7 @@ def test_errors() -> None:
         opt.step()
     params, opt = make("sgd", "cpu", schedule=1.0)
     train(params, opt, range(1))
-    opt.state[params[0]]["master"] = opt.state[params[0]]["master"].float()
+    opt.state[params[0]]["remainder"] = opt.state[params[0]]["remainder"].float()
     backward(params, 1)
-    with pytest.raises(RuntimeError, match="'master' of parameter 0 of group 0 is .*float32.* needs .*int16"):
+    with pytest.raises(RuntimeError, match="'remainder' of parameter 0 of group 0 is .*float32.* needs .*int16"):
         opt.perturb()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from sharded import batches, result, sharded_model, steps_of
+from sharded import batches, make_model, result, sharded_model, steps_of
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -17,6 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_state_dict,
     set_state_dict,
 )
+from torch.distributed.fsdp import fully_shard
 
 from rst_fused import RST
 
@@ -110,3 +113,31 @@ def refuses_state_of_another_layout() -> list[str]:
         said.append(str(caught.value))
         assert opt.steps == before["steps"] and all(type(p) is not nn.Parameter for p in opt.state)
     return said
+
+
+
+def remainders_in_full() -> dict[str, Any]:
+    """FSDP2 of bfloat16 parameters with remainders: in full and back again, and by a file that is read for copies."""
+
+    def make(masters: bool | str) -> tuple[nn.Module, RST]:
+        model = fully_shard(make_model().bfloat16())
+        return model, RST(model.parameters(), "adamw", lr=0.1, schedule=0.0, master_weights=masters)
+
+    def remainders(model: nn.Module, opt: RST) -> list[torch.Tensor]:
+        return [opt.state[p]["remainder"].to_local() for p in model.parameters()]
+
+    one, other, copies = make("remainder"), make("remainder"), make(True)
+    for x, _ in batches(4):
+        one[1].zero_grad()
+        one[0](x.bfloat16()).float().square().mean().backward()
+        one[1].step()
+    assert any(r.any() for r in remainders(*one))
+    weights, state = get_state_dict(*one, options=FORMS["full"])
+    dtypes = {held["remainder"].dtype for held in state["state"].values()}
+    set_state_dict(*other, model_state_dict=weights, optim_state_dict=state, options=FORMS["full"])
+    folder = [tempfile.mkdtemp() if dist.get_rank() == 0 else ""]
+    dist.broadcast_object_list(folder)
+    dcp.save({"optim": get_optimizer_state_dict(*one)}, checkpoint_id=folder[0])
+    with pytest.raises(dcp.api.CheckpointException, match="Missing key.*master"):
+        dcp.load({"optim": get_optimizer_state_dict(*copies)}, checkpoint_id=folder[0])
+    return {"dtypes": dtypes, "resumed": all(map(torch.equal, remainders(*one), remainders(*other)))}
