@@ -225,6 +225,8 @@ class RST(SavedOptimizer):
         """
         if is_compiling():
             return self._perturb_in_graph(fire)
+        if outside_of_graphs.is_around():
+            return outside_of_graphs.call["perturb"](self, fire)
         self._refuse_while_perturbed("perturb")
         if self.base is not None:
             self._adopt()
@@ -271,6 +273,8 @@ class RST(SavedOptimizer):
         True; where nothing was drawn, a warning says once that these are base steps. An exception, an interrupt too,
         leaves weights, state and counters all as before the update or all as after it.
         """
+        if outside_of_graphs.is_around():
+            return outside_of_graphs.call["step"](self, closure)
         state = self._step_state
         if closure is not None:
             self._refuse_while_perturbed("step(closure)")
@@ -346,7 +350,8 @@ class RST(SavedOptimizer):
         """Abandons a step: the weights are bit for bit those before perturb(). No update, no step counted. Parameters
         that release_gradients=True has updated already stay so."""
         compiling = is_compiling()
-        if compiling and (self.release_gradients or self._step_state.is_kept_by_plan()):
+        kept = compiling and (self.release_gradients or self._step_state.is_kept_by_plan())
+        if kept or (not compiling and outside_of_graphs.is_around()):
             outside_of_graphs.call["restore"](self)
         else:
             step.restore(self, compiling)

@@ -16,6 +16,13 @@ _REASONS = {
     "perturb() too, for what it keeps to be in reach of the graph; with release_gradients=True call it outside",
 }
 call: dict[str, Callable[..., Any]] = {}
+_callback: Callable[[], Any] = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", lambda: None)
+
+
+def is_around() -> bool:
+    """Whether torch.compile runs its caller eagerly, but would trace what that calls: pieces of a step, of which none
+    knows that it is compiled."""
+    return _callback() not in (None, False)
 
 
 def prepare(**functions: Callable[..., Any]) -> None:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -112,7 +112,9 @@ class PlanCache:
         """||g|| of the gradients in p.grad, in the first device's update_stats."""
         if self._plan is None or not self._is_current(opt):
             return False
-        with nullcontext(True) if self._shards is None else self._shards.lent() as lent:
+        if self._shards is None:
+            return self._grad_norm(opt, opt._devices[0].update_stats, False)
+        with self._shards.lent() as lent:
             return lent and self._grad_norm(opt, opt._devices[0].update_stats, False)
 
     def _grad_norm(self, opt: StepOptimizer, stats: Tensor, adaptive: bool) -> bool:
@@ -230,19 +232,24 @@ class PlanCache:
         flags = _flags_of(opt)  # which agree among the groups
         shards = Shards(c.params, companions, opt._sharding.dtensors) if opt._sharding.dtensors else None
         self._shards = shards  # before it lends anything
-        with nullcontext(True) if shards is None else shards.lent() as lent:
-            plan = None if not lent else new_plan(
-                opt.backend.plans, groups=list(opt.param_groups), everything=params, active=locals_of(c.params),
-                idle=[p for p in params if p.grad is None], sizes=c.sizes,
-                masters=[m if m is None else local(m) for m in masters], states=[locals_of(s) for s in c.states],
-                backups=backups, steps=c.steps, row_groups=[id(group) for group, _ in c.rows],
-                rule=0 if rule is None else rule.index, option=flags[0].option if flags else False,
-                maximize=flags[0].maximize if flags else False,
-                state={} if rule is None else opt.state,  # that of an optimizer instance is its own affair
-                step_state=state, parts=c.parts, indices=c.indices,
-                shards=columns.shards_of(opt, c.params, bool(c.indices)),
-                swapped=[i for i, swap in enumerate(swaps) if swap], lent=shards is not None,
-            )  # fmt: skip
+        make = partial(
+            new_plan, opt.backend.plans, groups=list(opt.param_groups), everything=params, active=locals_of(c.params),
+            idle=[p for p in params if p.grad is None], sizes=c.sizes,
+            masters=[m if m is None else local(m) for m in masters], states=[locals_of(s) for s in c.states],
+            backups=backups, steps=c.steps, row_groups=[id(group) for group, _ in c.rows],
+            rule=0 if rule is None else rule.index, option=flags[0].option if flags else False,
+            maximize=flags[0].maximize if flags else False,
+            state={} if rule is None else opt.state,  # that of an optimizer instance is its own affair
+            step_state=state, parts=c.parts, indices=c.indices,
+            shards=columns.shards_of(opt, c.params, bool(c.indices)),
+            swapped=[i for i, swap in enumerate(swaps) if swap], lent=shards is not None,
+        )  # fmt: skip
+        # Not in one block: Dynamo, which may come by, cannot leave a graph within one of nullcontext.
+        if shards is None:
+            plan = make()
+        else:
+            with shards.lent() as lent:
+                plan = make() if lent else None
         if plan is None:
             return False
         c.grads.clear()  # a kept gradient would be memory that zero_grad cannot free

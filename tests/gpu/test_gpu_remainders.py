@@ -194,7 +194,7 @@ def test_numbers_at_the_ends(rule: str, simulator: gpu_simulator.Simulator) -> N
 def test_a_nan_of_any_bits_is_quiet_and_has_no_remainder(simulator: gpu_simulator.Simulator) -> None:
     """That of GPUs has all bits set, which rounding would turn into -0."""
     lists = update_lists("lion", [torch.zeros(9)], False, False)
-    lists["backups"] = [torch.tensor([-0x8000, 0x7FFF, -1] * 3, dtype=I16).view(BF16)]
+    lists["backups"] = [torch.tensor([0x7FC1, 0x7FFF, -1] * 3, dtype=I16).view(BF16)]
     lists["masters"] = [torch.tensor([-1, 5, -7] * 3, dtype=I16)]
     found = updated("simulated", "lion", lists)
     assert op_db.bits(found["params"][0]).tolist() == [0x7FC0] * 9 and not found["masters"][0].any()

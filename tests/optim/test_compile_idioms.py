@@ -150,3 +150,27 @@ def test_gradients_are_released_in_compiled_autograd(base: str, monkeypatch: pyt
         assert ours.opt._step_state.released
         ours.opt.step()
         assert ours.seen() == eager.seen()
+
+
+@pytest.mark.parametrize("schedule", [0.5, 1.0])
+@every_base
+def test_a_whole_step_in_one_compiled_function(base: str, schedule: float) -> None:
+    """Its backward breaks the graph, and so does perturb(); what runs eagerly then may be traced in pieces."""
+    runs = [Training(base, "auto", schedule=schedule) for _ in range(2)]
+
+    def whole(run: Training, x: torch.Tensor) -> None:
+        run.opt.zero_grad()
+        run.model(x).square().mean().backward()
+        if run.opt.perturb():
+            run.opt.zero_grad()
+            run.model(x).square().mean().backward()
+        run.opt.step()
+
+    compiled = torch.compile(whole)
+    for t in range(4):
+        x = torch.randn(8, 4, generator=torch.Generator().manual_seed(t))
+        whole(runs[0], x)
+        compiled(runs[1], x)
+    assert runs[0].opt.sam_steps == runs[1].opt.sam_steps > 0
+    for p, q in zip(runs[0].params, runs[1].params, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
