@@ -225,3 +225,13 @@ def test_errors() -> None:
     backward(params, 1)
     with pytest.raises(RuntimeError, match="'remainder' of parameter 0 of group 0 is .*float32.* needs .*int16"):
         opt.perturb()
+
+
+@pytest.mark.parametrize("masters", [True, "remainder"])
+def test_none_is_made_while_a_graph_is_captured(masters: bool | str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every replay would make it again."""
+    params, opt = make("sgd-plain", "cpu", masters, schedule=1.0)
+    backward(params, 0)
+    monkeypatch.setattr(RST, "capturing", True)
+    with pytest.raises(RuntimeError, match="would make the optimizer's state again at every replay"):
+        opt.perturb(fire=True)

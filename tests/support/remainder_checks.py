@@ -216,3 +216,21 @@ def test_of_other_parameters(dtype: torch.dtype, complaint: str) -> None:
         triton.perturb_(p, p, p, r, stats, torch.ones(1).double(), [1], False, 0.0, False, torch.zeros(2).long(), 0, [])
     with pytest.raises(RuntimeError, match=complaint):
         triton.restore_sgd_step_(p, p, p, [], [], r, hyper, [1], False, False, None, None, None, [], [])
+
+
+@pytest.mark.parametrize("master", [torch.float32, torch.float64, torch.int16])
+@pytest.mark.parametrize("what", ["perturb", "update", "restore"])
+def test_masters_that_kernels_would_take_for_others_are_refused(what: str, master: torch.dtype) -> None:
+    """By the raw ops: of parameters that are as wide there are none."""
+    raw, p, g = torch.ops.rst_fused_triton, torch.ones(9), torch.ones(9)
+    masters, one = [torch.ones(9).to(master)], torch.ones(1, dtype=torch.float64)
+    stats, rng = torch.ones(6, dtype=torch.float64), torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match="masters.*go with|expected"):
+        if what == "perturb":
+            raw.perturb_([p], [g], [], masters, stats, one, [1], False, 0.0, True, rng, 0, [])
+        elif what == "restore":
+            raw.restore_([p], [], masters, [], [], one, [1])
+        else:
+            hyper = torch.ones(1, 5, dtype=torch.float64)
+            raw.restore_sgd_step_([p], [g], [], [], [], masters, hyper, [1], False, False, None, None, None, [], [])
+    assert p.eq(1).all()
