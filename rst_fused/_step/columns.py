@@ -14,7 +14,7 @@ from rst_fused._step.base import StepOptimizer
 from rst_fused._step.devices import DeviceState, device_of
 from rst_fused._step.rules import Flags, Group
 from rst_fused._step.sharding import describe, local, positions_of, settled, waited
-from rst_fused._step.state_dtypes import create_master, dtype_of, has_master, master_name, positions_in
+from rst_fused._step.state_dtypes import MASTERS, create_master, dtype_of, has_master, master_name, positions_in
 from rst_fused._step.validation import is_usable
 
 
@@ -141,6 +141,8 @@ def init_group(
         if rule.splits_first_step(group):
             is_new = [names[0] not in state for state in states]
         for p, state in zip(active, states, strict=True):
+            for name in MASTERS if updating and not masters_only else ():
+                state.pop(name, None)  # of a parameter that was converted: it would be out of date from here on
             if not needed <= state.keys():
                 init_state(opt, group, p, updating)
         if rule.counts_steps:  # in both phases: it decides the order of the parameters

@@ -52,8 +52,9 @@ def train(params: list[nn.Parameter], opt: RST, steps: range) -> None:
         opt.step()
         if opt.master_weights is True:  # its ties are at even numbers
             with torch.no_grad():
-                for p in params[:-1]:
-                    p.copy_(reference.split(opt.state[p]["master"])[0])
+                for p in params:
+                    if "master" in opt.state[p]:
+                        p.copy_(reference.split(opt.state[p]["master"])[0])
 
 
 def weights(params: list[nn.Parameter], opt: RST) -> list[torch.Tensor]:
@@ -225,6 +226,30 @@ def test_errors() -> None:
     backward(params, 1)
     with pytest.raises(RuntimeError, match="'remainder' of parameter 0 of group 0 is .*float32.* needs .*int16"):
         opt.perturb()
+
+
+@every_backend
+@pytest.mark.parametrize("masters", [True, "remainder"])
+def test_a_master_does_not_outlive_the_dtype(masters: bool | str, backend: str) -> None:
+    """What a parameter learns in float32 is not undone when it is bfloat16 again."""
+    params, opt = make("sgd", backend, masters)
+    train(params, opt, range(2))
+    for dtype in (torch.float32, BF16):
+        for p in params[:-1]:
+            p.data, p.grad = p.detach().to(dtype), None
+            del opt.state[p]["momentum_buffer"]
+        before = [p.detach().float() for p in params]
+        if dtype == torch.float32:
+            with torch.no_grad():
+                for p in params:
+                    p.add_(1.0)
+            train(params, opt, range(2, 5))
+            assert not any({"master", "remainder"} & state.keys() for state in opt.state.values())
+        else:
+            opt.param_groups[0]["lr"] = 0.0
+            train(params, opt, range(5, 6))
+            for p, w in zip(params, before, strict=True):
+                assert torch.equal(p.detach().float(), w)
 
 
 @pytest.mark.parametrize("masters", [True, "remainder"])
