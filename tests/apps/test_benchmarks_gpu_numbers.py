@@ -221,9 +221,9 @@ def test_the_races_that_have_goals_or_other_kernels() -> None:
     named = {(mode.name, base) for mode, base in races.ALL}
     assert named >= {(mode.name, base) for mode in modes.MAIN for base in ("sgd", "adamw")}
     others = {mode for mode, _ in races.ALL} - set(modes.MAIN)
-    assert {(m.adaptive, m.mixing, m.offset, m.zero_rows) for m in others} == {
-        (True, False, 0, False), (False, True, 0, False), (False, False, 4, False), (False, False, 8, False),
-        (False, False, 0, True),
+    assert {(m.masters, m.adaptive, m.mixing, m.offset, m.zero_rows) for m in others} == {
+        (False, True, False, 0, False), (False, False, True, 0, False), (False, False, False, 4, False),
+        (False, False, False, 8, False), (False, False, False, 0, True), ("remainder", False, False, 0, False),
     }  # fmt: skip
 
 
