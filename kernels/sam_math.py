@@ -91,8 +91,10 @@ def join(b, r):
     """The float32 weights that split has split; b alone where that, written by somebody else, is 0 or infinite and r
     leads out of all numbers."""
     upper = b.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
-    w = (upper + r.to(tl.int32).to(tl.uint32, bitcast=True)).to(tl.float32, bitcast=True)
-    return tl.where(w == w, w, upper.to(tl.float32, bitcast=True))
+    magnitude = (upper & 0x7FFFFFFF).to(tl.int32)  # clamped, which holds no conditions in registers
+    most = tl.maximum(magnitude, 0x7F800000)
+    found = tl.maximum(tl.minimum(magnitude + r.to(tl.int32), most), 0).to(tl.uint32)
+    return (found | (upper & 0x80000000)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
