@@ -93,7 +93,7 @@ def join(b, r):
     upper = b.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
     magnitude = (upper & 0x7FFFFFFF).to(tl.int32)  # clamped, which holds no conditions in registers
     most = tl.maximum(magnitude, 0x7F800000)
-    found = tl.maximum(tl.minimum(magnitude + r.to(tl.int32), most), 0).to(tl.uint32)
+    found = tl.minimum(tl.maximum(magnitude + r.to(tl.int32), 0), most).to(tl.uint32)
     return (found | (upper & 0x80000000)).to(tl.float32, bitcast=True)
 
 
