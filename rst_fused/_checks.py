@@ -15,6 +15,11 @@ SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, torch.float64, *SIXTEEN_BIT, torch.complex64, torch.complex128)
 
 
+def are_copies(masters: Sequence[Any]) -> bool:
+    """Whether masters, all of them alike, take the place of backups: int16 ones are what bfloat16 parameters lack."""
+    return len(masters) > 0 and getattr(masters[0], "dtype", None) != torch.int16
+
+
 def as_integer(name: str, value: Any, low: int, high: float = math.inf) -> int:
     """``value`` as an int from low to high. Takes numpy's integers; refuses bool and every float."""
     if type(value) is int and low <= value <= high:

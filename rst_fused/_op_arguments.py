@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from rst_fused._backends import backend_for, backend_named
-from rst_fused._checks import DTYPES, SIXTEEN_BIT, as_integer, check_number, first_overlap
+from rst_fused._checks import DTYPES, SIXTEEN_BIT, are_copies, as_integer, check_number, first_overlap
 
 Number = float | Tensor | Sequence[float | Tensor]
 Tensors = Sequence[Tensor]
@@ -55,7 +55,7 @@ def check_lists(
         for i, t in enumerate(needed(name, tensors)):
             if not isinstance(t, Tensor):
                 raise TypeError(f"{name}[{i}] is {type(t).__name__}: expected a tensor")
-    remainders = are_remainders(masters)
+    remainders = len(masters) > 0 and not are_copies(masters)
     for i, p in enumerate(lead):
         if p.layout != torch.strided or p.dtype not in DTYPES:
             raise ValueError(f"{lead_name}[{i}] is {p.layout} of {p.dtype}: expected a dense tensor of {DTYPES}")
@@ -77,11 +77,6 @@ def check_lists(
                     f"{name}[{i}] is {tuple(t.shape)} {t.dtype} {t.layout} on {t.device}, expected "
                     f"{tuple(p.shape)} {dtype} {torch.strided} on {p.device} as {lead_name}[{i}]"
                 )
-
-
-def are_remainders(masters: Tensors) -> bool:
-    """Whether masters are what bfloat16 parameters lack, rather than copies."""
-    return len(masters) > 0 and getattr(masters[0], "dtype", None) == torch.int16
 
 
 def check_apart(**lists: Tensors) -> None:

@@ -28,11 +28,10 @@ import torch
 from torch import Tensor
 
 from rst_fused._backends import bump_versions
-from rst_fused._checks import as_integer
+from rst_fused._checks import are_copies, as_integer
 from rst_fused._op_arguments import (
     Number,
     Tensors,
-    are_remainders,
     check_apart,
     check_lists,
     check_numbers,
@@ -123,7 +122,7 @@ def perturb_(
     8, with remainders 10.
     """
     masters = listed("masters", masters)
-    copies = bool(masters) and not are_remainders(masters)
+    copies = are_copies(masters)
     backups = [] if copies else needed("backups", backups)
     check_numbers("eta", eta, 0)
     like = {"grads": grads, "backups": backups}
@@ -151,7 +150,7 @@ def restore_(
     traced by torch.compile: the data dependence keeps the restore behind the second pass. Traffic: 8 (20 with mixing).
     """
     masters = listed("masters", masters)
-    copies = bool(masters) and not are_remainders(masters)
+    copies = are_copies(masters)
     backups = [] if copies else needed("backups", backups)
     firsts = listed("first_grads", first_grads)
     if firsts and grads is None:
@@ -314,7 +313,7 @@ def _update_lists(
     check_lists("params", params, like, kept, state, ["grads", *required], first)
     check_apart(params=params, **state, masters=kept)
     return {
-        "params": list(params), "grads": list(grads), "backups": backed_up if not kept or are_remainders(kept) else [],
+        "params": list(params), "grads": list(grads), "backups": [] if are_copies(kept) else backed_up,
         "first_grads": firsts, **state, "masters": kept,
     }  # fmt: skip
 

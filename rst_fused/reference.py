@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rst_fused._checks import are_copies
+
 NORM_EPS = 1e-12
 _MASK32 = 0xFFFFFFFF
 STATE_BITS = 1 << 32  # added to the index of a tensor for the random bits of its state, which no weight has
@@ -194,11 +196,6 @@ def _write(results: Sequence[tuple[Tensor, Tensor]]) -> None:
     deque(starmap(Tensor.copy_, results), maxlen=0)
 
 
-def _are_copies(masters: Tensors) -> bool:
-    """Whether masters take the place of backups."""
-    return len(masters) > 0 and masters[0].dtype != torch.int16
-
-
 def _weights(params: Tensors, masters: Tensors, i: int) -> Tensor:
     """Those of one parameter, or of its backup, in the dtype that they are kept in."""
     if not masters:
@@ -275,7 +272,7 @@ def perturb_(
             bits = random_bits(rng, first_index + i, _positions(p, shards, i))
             moved = stochastic_round(moved.float(), bits, p.dtype)
         # The backup, which may be the gradient, first: p changes with it, or not at all.
-        kept = [] if _are_copies(masters) else [(backups[i], p)]
+        kept = [] if are_copies(masters) else [(backups[i], p)]
         _write([*kept, _result(p, moved, p, scale == 0)])  # 0 * inf would be NaN
 
 
@@ -284,7 +281,7 @@ def restore_(
     params: Tensors, backups: Tensors, masters: Tensors, grads: Tensors, first_grads: Tensors, gamma: Tensor,
     group_sizes: Sequence[int],
 ) -> None:  # fmt: skip
-    for p, saved in zip(params, masters if _are_copies(masters) else backups, strict=True):
+    for p, saved in zip(params, masters if are_copies(masters) else backups, strict=True):
         p.copy_(saved)
     if first_grads:
         for i, row in enumerate(_rows(group_sizes)):
@@ -322,7 +319,7 @@ def _op_of(formula: Formula, states: int, counts_steps: bool = False) -> Op:
             skip = None if found_inf is None else (found_inf != 0).to(w.device)
             results += [_result(old, new, old, skip) for old, new in zip(state, new_state, strict=True)]
             kept = source
-            if masters and not _are_copies(masters):
+            if masters and not are_copies(masters):
                 kept = (backups or params)[i]
                 updated, remainder = split(updated)
                 results.append(_result(masters[i], remainder, masters[i], skip))

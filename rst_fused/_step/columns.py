@@ -14,7 +14,15 @@ from rst_fused._step.base import StepOptimizer
 from rst_fused._step.devices import DeviceState, device_of
 from rst_fused._step.rules import Flags, Group
 from rst_fused._step.sharding import describe, local, positions_of, settled, waited
-from rst_fused._step.state_dtypes import MASTERS, create_master, dtype_of, has_master, master_name, positions_in
+from rst_fused._step.state_dtypes import (
+    MASTERS,
+    copies_masters,
+    create_master,
+    dtype_of,
+    has_master,
+    master_name,
+    positions_in,
+)
 from rst_fused._step.validation import is_usable
 
 
@@ -140,9 +148,11 @@ def init_group(
         states = [opt.state[p] if creates else opt.state.get(p, {}) for p in active]
         if rule.splits_first_step(group):
             is_new = [names[0] not in state for state in states]
+        # Of parameters that were converted: their masters would be out of date from here on.
+        stale = MASTERS if updating and opt.master_weights and not masters_only else ()
         for p, state in zip(active, states, strict=True):
-            for name in MASTERS if updating and not masters_only else ():
-                state.pop(name, None)  # of a parameter that was converted: it would be out of date from here on
+            for name in stale:
+                state.pop(name, None)
             if not needed <= state.keys():
                 init_state(opt, group, p, updating)
         if rule.counts_steps:  # in both phases: it decides the order of the parameters
@@ -162,7 +172,7 @@ def init_group(
         grads += [readable(p) for p in members]
         if masters_only:
             masters += [state[master_name(opt)] for state in kept]
-        if not (updating or (masters_only and opt.master_weights is True)):
+        if not (updating or (masters_only and copies_masters(opt))):
             backups += [keeper_of(opt, p) for p in members]
         if updating:
             for column, name in zip((state0, state1, state2), names, strict=False):

@@ -22,7 +22,7 @@ from rst_fused._step.rules import hyperparam_tensor
 from rst_fused._step.sharding import local, locals_of, with_locals
 from rst_fused._step.shards import set_grad
 from rst_fused._step.state import StepState
-from rst_fused._step.state_dtypes import kept_by_master
+from rst_fused._step.state_dtypes import copies_masters, kept_by_master
 from rst_fused._step.validation import is_usable, names_of_lost, still_fits
 
 Call = tuple[Callable[..., Any], tuple[Any, ...]]  # an op and its arguments
@@ -170,7 +170,7 @@ def update(
                 continue
             if c.steps and c.steps[0].is_cpu and not is_compiling() and opt.capturing:
                 raise RuntimeError("Adam in a CUDA graph: its step count must lie on the GPU, pass capturable=True")
-            restores = state.perturbed and not (c.masters and opt.master_weights is True)
+            restores = state.perturbed and not (c.masters and copies_masters(opt))
             backups = [saved.get(p, p) for p in c.params] if restores else []
             mixed = [firsts.get(p, g) for p, g in zip(c.params, c.grads, strict=True)] if state.mixing else []
             hyper = hyperparam_tensor(columns.hyperparam_rows(opt, c), columns.graph_inputs(opt, c), c.params[0].device)

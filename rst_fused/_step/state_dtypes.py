@@ -20,14 +20,22 @@ from rst_fused._step.base import StepOptimizer
 from rst_fused._step.sharding import as_dtype, local
 from rst_fused.reference import join, split
 
+MASTERS = ("master", "remainder")  # the names of their state
+_EXPORTED_AS = {"master": torch.float32, "remainder": torch.bfloat16}
+
 
 def has_master(opt: StepOptimizer, p: Tensor) -> bool:
     return bool(opt.master_weights) and p.dtype in SIXTEEN_BIT
 
 
+def copies_masters(opt: StepOptimizer) -> bool:
+    """Whether masters are copies, which take the place of backups, rather than remainders."""
+    return opt.master_weights is True
+
+
 def kept_by_master(opt: StepOptimizer, p: Tensor) -> bool:
     """Whether its master is a copy, so that p needs no backup."""
-    return opt.master_weights is True and p.dtype in SIXTEEN_BIT
+    return copies_masters(opt) and p.dtype in SIXTEEN_BIT
 
 
 def master_name(opt: StepOptimizer) -> str:
@@ -59,20 +67,16 @@ def create_master(opt: StepOptimizer, p: Tensor) -> None:
 def exported(name: str, value: Any) -> Any:
     """As a state_dict has it: remainders look like numbers of the dtype of their parameters. Collectives know no int16,
     and torch.optim converts state to that dtype."""
-    return as_dtype(value, torch.bfloat16) if name == "remainder" and isinstance(value, Tensor) else value
+    return as_dtype(value, _EXPORTED_AS[name]) if name == "remainder" and isinstance(value, Tensor) else value
 
 
 def loaded(opt: StepOptimizer, p: Tensor, name: str, saved: Tensor) -> Tensor | None:
     """A master or a remainder out of a state_dict; None where it is out of date: no update of p would write it, or an
     optimizer of torch has converted it and gone on without it."""
-    if not has_master(opt, p) or saved.dtype != _KEPT_AS[name]:
+    if not has_master(opt, p) or saved.dtype != _EXPORTED_AS[name]:
         return None
     saved = saved.detach().to(p.device, copy=True)
     return saved if name == "master" else as_dtype(saved, torch.int16)
-
-
-MASTERS = ("master", "remainder")
-_KEPT_AS = {"master": torch.float32, "remainder": torch.bfloat16}
 
 
 def dtype_of(opt: StepOptimizer, p: Tensor, name: str) -> torch.dtype:

@@ -27,7 +27,7 @@ from rst_fused._step.sharding import (
     settle_grad,
 )
 from rst_fused._step.state_dtypes import check_current as check_served
-from rst_fused._step.state_dtypes import dtype_of, has_master, kept_by_master, master_name
+from rst_fused._step.state_dtypes import copies_masters, dtype_of, has_master, kept_by_master, master_name
 
 _COMMON = (
     "schedule", "gamma", "adaptive", "eta", "seed", "backend", "master_weights", "stochastic_rounding", "process_group",
@@ -327,7 +327,7 @@ def still_fits(opt: StepOptimizer, p: Tensor, kept: Tensor) -> bool:
 
 def is_master(p: Tensor, kept: Tensor, opt: StepOptimizer) -> bool:
     """Whether the weights of p are kept by its master copy, rather than by a backup or what was its gradient."""
-    if opt.master_weights is not True or kept is opt._step_state.backups.get(p) or kept.dtype != torch.float32:
+    if not copies_masters(opt) or kept is opt._step_state.backups.get(p) or kept.dtype != torch.float32:
         return False
     return p.dtype in SIXTEEN_BIT or kept is opt.state.get(p, {}).get("master")
 
