@@ -123,10 +123,9 @@ void perturb_(TensorList params, TensorList grads, TensorList backups, TensorLis
   const char* op = "perturb_";
   const Target target = target_of(stats);
   check_scalars(op, "stats", target.device, stats, ScalarType::Double, kStats);
-  const bool needs_backups = masters.empty() || are_remainders(masters);
   const Companions lists{{kParam, "params", params, true},
                          {kGrad, "grads", grads, false, true},
-                         {kBackup, "backups", backups_or_none(backups, masters), true, needs_backups},
+                         {kBackup, "backups", backups_or_none(backups, masters), true, !are_copies(masters)},
                          {kMaster, "masters", masters, false}};
   Table table = build_chunk_table(op, target.device, params, lists, group_sizes);
   for (Tensor& tensor : table.tensors) tensor.index += first_index;
@@ -149,10 +148,10 @@ void restore_(TensorList params, TensorList backups, TensorList masters, TensorL
               StableTensor gamma, Sizes group_sizes) {
   const char* op = "restore_";
   const Target target = target_of(params.empty() ? gamma : params[0]);
-  const bool mixing = !first_grads.empty(), needs_backups = masters.empty() || are_remainders(masters);
+  const bool mixing = !first_grads.empty();
   const Companions lists{{kParam, "params", params, true},
                          {kGrad, "grads", mixing ? grads : kNoTensors, true, mixing},
-                         {kBackup, "backups", backups_or_none(backups, masters), false, needs_backups},
+                         {kBackup, "backups", backups_or_none(backups, masters), false, !are_copies(masters)},
                          {kFirstGrad, "first_grads", first_grads, false},
                          {kMaster, "masters", masters, false}};
   Table table = build_chunk_table(op, target.device, params, lists, group_sizes);
@@ -203,9 +202,7 @@ void update(const StepArgs& args) {
   Copies copies(target, table, args.params, lists);
   if (found_inf == nullptr || *found_inf == 0) {
     target.ops.update(table, op_params, target.index, nullptr);
-  } else if (!args.backups.empty() ||
-             (!args.masters.empty() &&
-              !are_remainders(args.masters))) {  // AMP found an overflow: no step, but w comes back
+  } else if (!args.backups.empty() || are_copies(args.masters)) {  // AMP found an overflow: no step, but w comes back
     for (Tensor& tensor : table.tensors) tensor.data[kFirstGrad] = nullptr;  // nothing to mix
     target.ops.restore(table, OpParams{}, target.index, nullptr);
   }

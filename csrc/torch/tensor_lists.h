@@ -25,9 +25,9 @@ inline View view_of(const StableTensor& t) {
   return {t.data_ptr(), static_cast<int>(t.dim()), t.sizes().data(), t.strides().data()};
 }
 
-// Whether masters are what bfloat16 parameters lack, rather than copies: all of a call are alike.
-inline bool are_remainders(const TensorList& masters) {
-  return !masters.empty() && masters[0].scalar_type() == ScalarType::Short;
+// Whether masters, all of them alike, take the place of backups: int16 ones are what bfloat16 parameters lack.
+inline bool are_copies(const TensorList& masters) {
+  return !masters.empty() && masters[0].scalar_type() != ScalarType::Short;
 }
 
 // `lead` is the list every other one must match.
@@ -40,7 +40,7 @@ inline Table build_chunk_table(const char* op, const OpDevice& device, const Ten
                     " has ", c.list.size(), " entries, expected ", lead.size(), ", one per parameter");
     if (c.operand == kMaster && !c.list.empty()) masters = &c;
   }
-  const bool remainders = masters != nullptr && are_remainders(masters->list);
+  const bool remainders = masters != nullptr && !are_copies(masters->list);
   Table table;
   table.tensors.resize(lead.size());
   size_t row = 0;
@@ -87,9 +87,8 @@ inline Table build_chunk_table(const char* op, const OpDevice& device, const Ten
 
 inline const TensorList kNoTensors;
 
-// A master copy takes the place of a backup.
 inline const TensorList& backups_or_none(const TensorList& backups, const TensorList& masters) {
-  return masters.empty() || are_remainders(masters) ? backups : kNoTensors;
+  return are_copies(masters) ? kNoTensors : backups;
 }
 
 }  // namespace rst
