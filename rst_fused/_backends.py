@@ -27,6 +27,7 @@ from rst_fused._schemas import NAMESPACE, OPAQUE_NAMESPACE, SCHEMAS, TRITON_NAME
 
 _BUILD_HINT = "with torch and a C++17 compiler, run in its source folder: pip install --no-build-isolation ."
 _SIMD_VARIABLE = "RST_FUSED_SIMD"
+_THRESHOLD_VARIABLE = "RST_FUSED_NON_TEMPORAL_THRESHOLD"
 
 
 @dataclass(frozen=True)
@@ -124,8 +125,18 @@ def _select_simd() -> None:
         )
 
 
+def _set_non_temporal_threshold() -> None:
+    wanted = os.environ.get(_THRESHOLD_VARIABLE)
+    if not wanted:
+        return
+    if not wanted.isascii() or not wanted.isdigit() or int(wanted) >= 2**63:
+        raise ValueError(f"{_THRESHOLD_VARIABLE}={wanted!r}: expected a number of bytes, such as {16 << 20}")
+    _plan_ext.set_non_temporal_threshold(int(wanted))
+
+
 if _plan_ext is not None:
     _select_simd()
+    _set_non_temporal_threshold()
 
 
 def _ops(namespace: str) -> Any:
@@ -341,8 +352,19 @@ def build_info() -> dict[str, str]:
 
 
 def cache_bytes() -> int | None:
-    """Bytes of the last-level cache, past which the CPU kernels write larger data; None without the extension."""
+    """Bytes of the last-level cache; None without the extension."""
     return None if _plan_ext is None else int(_plan_ext.cache_bytes())
+
+
+def non_temporal_threshold() -> int | None:
+    """How many bytes of data a CPU kernel on all of torch's threads may touch before it writes past the caches what it
+    does not read; None without the extension.
+
+    By default four times the second-level caches of the threads, and no more than the last-level cache; the environment
+    variable RST_FUSED_NON_TEMPORAL_THRESHOLD is another number, 0 for all data. It decides about time alone: results are
+    the same bits.
+    """
+    return None if _plan_ext is None else int(_plan_ext.non_temporal_threshold(torch.get_num_threads()))
 
 
 def simd_level() -> str:

@@ -35,6 +35,7 @@ def collect() -> dict[str, Any]:
         ],
         "simd": _backends.simd_level(),
         "last_level_cache_bytes": _backends.cache_bytes(),
+        "non_temporal_threshold_bytes": _backends.non_temporal_threshold(),
         "torch": str(torch.__version__),
         "cuda": {
             "available": torch.cuda.is_available(),
@@ -58,7 +59,7 @@ def as_text(facts: dict[str, Any]) -> str:
         rows.append((f"backend: {backend['name']}", f"{state}: {backend['reason']}"))
     rows += [
         ("SIMD", facts["simd"]),
-        *([("cache", f"{cache / 2**20:g} MiB, last level")] if (cache := facts["last_level_cache_bytes"]) else []),
+        *cache_rows(facts),
         ("torch", facts["torch"]),
         ("CUDA", cuda_line(facts["cuda"])),
         ("threads", str(facts["threads"])),
@@ -67,6 +68,14 @@ def as_text(facts: dict[str, Any]) -> str:
     ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def cache_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    cache, threshold = facts["last_level_cache_bytes"], facts["non_temporal_threshold_bytes"]
+    if cache is None:
+        return []
+    stores = f"beyond {threshold / 2**20:g} MiB of data (RST_FUSED_NON_TEMPORAL_THRESHOLD)"
+    return [("cache", f"{cache / 2**20:g} MiB, last level"), ("non-temporal stores", stores)]
 
 
 def cuda_line(cuda: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-// Which SIMD level runs.
+// Which SIMD level runs, and how.
 #include <atomic>
 #include <cstring>
 
@@ -21,8 +21,32 @@ std::vector<const KernelTable*> runnable_kernels() {
   return found;
 }
 
+bool needs_prefetching() {
+#if defined(__x86_64__)
+  static const bool needs = [] {
+    __builtin_cpu_init();
+    return __builtin_cpu_is("intel") != 0;
+  }();
+  return needs;
+#else
+  return false;
+#endif
+}
+
 static std::atomic<const KernelTable*>& chosen() {
-  static std::atomic<const KernelTable*> table{runnable_kernels().back()};
+  bool needs_prefetching() {
+#if defined(__x86_64__)
+  static const bool needs = [] {
+    __builtin_cpu_init();
+    return __builtin_cpu_is("intel") != 0;
+  }();
+  return needs;
+#else
+  return false;
+#endif
+}
+
+static std::atomic<const KernelTable*> table{runnable_kernels().back()};
   return table;
 }
 

@@ -25,9 +25,11 @@ struct Job {
   double* sums;
   bool backwards;  // from the last block to the first
   const KernelTable& kernels = rst::kernels();
-  bool streaming = false;
+  bool prefetches = needs_prefetching();
+  bool streaming = false;  // the data is larger than what caches keep
+  int threads = 1;
   int blocks = 1;
-  std::atomic<int> next{0};
+  std::vector<std::atomic<bool>> taken;  // per block
 };
 
 void run_strided(const Job& job, const Tensor& tensor, Kernel kernel, ChunkArgs c) {
@@ -61,6 +63,7 @@ void run_chunk(const Job& job, int64_t index) {
   c.begin = chunk.begin;
   c.count = chunk.count;
   c.streaming = job.streaming;
+  c.prefetches = job.prefetches;
   if (job.sums != nullptr) c.sum = job.sums + index;
   const int source = tensor.source(job.params->restoring);
   const Kernel kernel = job.pick(job.kernels, tensor, *job.params);
@@ -78,13 +81,17 @@ void run_chunk(const Job& job, int64_t index) {
   }
 }
 
-// Each thread takes the next block when it has finished one. So all threads work in one region of memory, which DRAM
-// serves better than regions far apart, and a delayed thread does not delay the others. Which thread takes a block does
-// not change its result.
-void run_blocks(int, void* context) {
+// Each thread takes the next block that is left when it has finished one, so a delayed thread does not delay the others.
+// Large data: all threads work in one region of memory, which DRAM serves better than regions far apart. Smaller data:
+// each begins with its own share, which the op before may have left in its cache. Which thread takes a block does not
+// change its result.
+void run_blocks(int thread, void* context) {
   Job& job = *static_cast<Job*>(context);
-  for (int turn = job.next++; turn < job.blocks; turn = job.next++) {
-    const int b = job.backwards ? job.blocks - 1 - turn : turn;
+  const int turn = job.backwards ? job.threads - 1 - thread : thread;
+  const int first = job.streaming ? 0 : static_cast<int>(int64_t{turn} * job.blocks / job.threads);
+  for (int i = 0; i < job.blocks; ++i) {
+    const int forwards = (first + i) % job.blocks, b = job.backwards ? job.blocks - 1 - forwards : forwards;
+    if (job.taken[b].exchange(true, std::memory_order_relaxed)) continue;
     const int64_t end = first_chunk(*job.table, b + 1, job.blocks);
     for (int64_t i = first_chunk(*job.table, b, job.blocks); i < end; ++i) run_chunk(job, i);
   }
@@ -101,15 +108,17 @@ void run(const Table& table, const OpParams& params, Pick pick, unsigned reads, 
   for (int s = 0; s < kOperands && !table.chunks.empty(); ++s) {  // of the first tensor that has elements
     if (table.tensors[table.chunks.front().tensor].data[s] != nullptr) present |= 1u << s;
   }
-  const int operands = __builtin_popcount(job.reads & present) + __builtin_popcount(job.writes & present);
-  // Bypassing the cache pays only when the data would not have stayed in it for the next op.
-  job.streaming = job.table->bytes.back() * operands > cache_bytes();
-  const int parts = threads.parallel == nullptr ? 1 : useful_threads(table, operands, threads.count);
-  job.blocks = static_cast<int>(std::max<int64_t>(parts == 1 ? 1 : 4 * parts, table.bytes.back() / kBlockBytes));
-  if (parts == 1) {
+  const int moved = __builtin_popcount(reads & present) + __builtin_popcount(writes & present);
+  const int touched = __builtin_popcount((reads | writes) & present);
+  job.threads = threads.parallel == nullptr ? 1 : useful_threads(table, moved, threads.count);
+  job.streaming = table.bytes.back() * touched > non_temporal_threshold(job.threads);
+  job.blocks =
+      static_cast<int>(std::max<int64_t>(job.threads == 1 ? 1 : 4 * job.threads, table.bytes.back() / kBlockBytes));
+  job.taken = std::vector<std::atomic<bool>>(job.blocks);
+  if (job.threads == 1) {
     run_blocks(0, &job);
   } else {
-    threads.parallel(parts, run_blocks, &job);
+    threads.parallel(job.threads, run_blocks, &job);
   }
 }
 

@@ -21,6 +21,9 @@ CoreApi make_api() {
   api.select_kernels = &select_kernels;
   api.kernels = &kernels;
   api.cache_bytes = &cache_bytes;
+  api.core_cache_bytes = &core_cache_bytes;
+  api.non_temporal_threshold = &non_temporal_threshold;
+  api.set_non_temporal_threshold = &set_non_temporal_threshold;
 #ifdef RST_CUDA_VERSION
   api.gpu = &cuda_ops();
   api.cuda_description = &cuda::build_description;

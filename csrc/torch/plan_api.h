@@ -129,6 +129,9 @@ struct CoreApi {
   bool (*select_kernels)(const char* name);
   const KernelTable& (*kernels)();
   int64_t (*cache_bytes)();
+  int64_t (*core_cache_bytes)();
+  int64_t (*non_temporal_threshold)(int threads);
+  void (*set_non_temporal_threshold)(int64_t bytes);
 
   // Null where the extension was built without CUDA.
   const char* (*cuda_description)();
