@@ -34,19 +34,7 @@ bool needs_prefetching() {
 }
 
 static std::atomic<const KernelTable*>& chosen() {
-  bool needs_prefetching() {
-#if defined(__x86_64__)
-  static const bool needs = [] {
-    __builtin_cpu_init();
-    return __builtin_cpu_is("intel") != 0;
-  }();
-  return needs;
-#else
-  return false;
-#endif
-}
-
-static std::atomic<const KernelTable*> table{runnable_kernels().back()};
+  static std::atomic<const KernelTable*> table{runnable_kernels().back()};
   return table;
 }
 

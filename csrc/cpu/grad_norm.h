@@ -115,6 +115,7 @@ bool sum_in_fp32(const ChunkArgs& c) {
   const T* g = static_cast<const T*>(c.data[kGrad]);
   int64_t i = 0;
   constexpr int kStride = kNormBlocks<T> * kNormBlock<T>;
+  static_assert(kNormBlock<T> * sizeof(T) == 64);
   static_assert(kGather % kStride == 0, "pieces of a chunk would be summed in another order than the whole");
   for (; i + kStride <= c.count; i += kStride) {
     if constexpr (sizeof(T) == 2) {
@@ -126,8 +127,9 @@ bool sum_in_fp32(const ChunkArgs& c) {
     const int64_t whole = (c.count - i) / kNormBlock<T>, left = (c.count - i) % kNormBlock<T>;
     T rest[kNormBlock<T>];
     if (left > 0) {
-      std::memset(rest, 0, sizeof(rest));
-      std::memcpy(rest, g + c.count - left, left * sizeof(T));
+      using Block = Vector<uint16_t, 32>;  // of 64 bytes, whatever T is
+      const auto block = load_some<Block>(g + c.count - left, left * sizeof(T));
+      std::memcpy(rest, &block, sizeof(rest));
     }
     add_blocks<T>(g + i, static_cast<int>(whole), left > 0 ? rest : nullptr, sums);
   }

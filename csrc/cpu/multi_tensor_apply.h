@@ -48,19 +48,11 @@ struct At {
   // The elements as they are stored.
   template <class T>
   RST_INLINE typename Convert<V, T>::Raw read(const void* base) const {
-    typename Convert<V, T>::Raw raw{};
-    const T* p = static_cast<const T*>(base) + i;
     if constexpr (part != Part::Some) {
       constexpr bool always = sizeof(T) == 2 && (part == Part::Whole || kLanes<V> * sizeof(T) < kLine);
-      if (always || prefetches) prefetch_lines<kRead, T>(p);
+      if (always || prefetches) prefetch_lines<kRead>(static_cast<const T*>(base) + i);
     }
-    if constexpr (part != Part::Some && kIsPair<decltype(raw)>) {
-      std::memcpy(&raw.a, p, sizeof(raw.a));
-      std::memcpy(&raw.b, p + kLanes<V> / 2, sizeof(raw.b));
-    } else {
-      std::memcpy(&raw, p, bytes<T>());
-    }
-    return raw;
+    return get<T>(base);
   }
   template <class T, Values values>
   RST_INLINE void store(void* base, V v) const {
@@ -74,18 +66,16 @@ struct At {
   // The bits as they are: not even the payload of a NaN changes.
   template <class T>
   RST_INLINE void copy(void* to, const void* from) const {
-    typename Convert<V, T>::Raw raw{};
-    std::memcpy(&raw, static_cast<const T*>(from) + i, bytes<T>());
-    write_only<T>(to, raw);
+    write_only<T>(to, get<T>(from));
   }
   template <class T, class Raw>
   RST_INLINE void put(void* base, Raw raw) const {
     T* p = static_cast<T*>(base) + i;
-    if constexpr (part != Part::Some && kIsPair<Raw>) {
-      std::memcpy(p, &raw.a, sizeof(raw.a));
-      std::memcpy(p + kLanes<V> / 2, &raw.b, sizeof(raw.b));
+    if constexpr (kIsPair<Raw>) {
+      put_bytes(p, raw.a, first_half<T>());
+      put_bytes(p + kLanes<V> / 2, raw.b, bytes<T>() - first_half<T>());
     } else {
-      std::memcpy(p, &raw, bytes<T>());
+      put_bytes(p, raw, bytes<T>());
     }
   }
   template <class T, class Raw>
@@ -93,12 +83,36 @@ struct At {
     if constexpr (part == Part::WholeStreaming) {
       stream(static_cast<T*>(base) + i, raw);
     } else {
-      if constexpr (part == Part::Whole) prefetch_lines<kWrite, T>(static_cast<T*>(base) + i);
+      if constexpr (part == Part::Whole) prefetch_lines<kWrite>(static_cast<T*>(base) + i);
       put<T>(base, raw);
     }
   }
 
  private:
+  template <class T>
+  RST_INLINE typename Convert<V, T>::Raw get(const void* base) const {
+    typename Convert<V, T>::Raw raw{};
+    const T* p = static_cast<const T*>(base) + i;
+    if constexpr (kIsPair<decltype(raw)>) {
+      raw.a = get_bytes<decltype(raw.a)>(p, first_half<T>());
+      raw.b = get_bytes<decltype(raw.b)>(p + kLanes<V> / 2, bytes<T>() - first_half<T>());
+    } else {
+      raw = get_bytes<decltype(raw)>(p, bytes<T>());
+    }
+    return raw;
+  }
+  template <class Raw>
+  RST_INLINE Raw get_bytes(const void* p, size_t bytes) const {
+    if constexpr (part == Part::Some) return load_some<Raw>(p, bytes);
+    Raw raw;
+    std::memcpy(&raw, p, sizeof(raw));
+    return raw;
+  }
+  template <class Raw>
+  RST_INLINE void put_bytes(void* p, Raw raw, size_t bytes) const {
+    if constexpr (part == Part::Some) return store_some(p, raw, bytes);
+    std::memcpy(p, &raw, sizeof(raw));
+  }
   // Those that lie as far ahead of this vector as prefetch looks, each of them once.
   template <int access, class T>
   RST_INLINE void prefetch_lines(const T* p) const {
@@ -118,7 +132,13 @@ struct At {
   }
   template <class T>
   RST_INLINE size_t bytes() const {
-    return part == Part::Some ? lanes * sizeof(T) : kLanes<V> * sizeof(T);
+    return lanes * sizeof(T);
+  }
+  // Of a Pair.
+  template <class T>
+  RST_INLINE size_t first_half() const {
+    constexpr int half = kLanes<V> / 2;
+    return (lanes < half ? lanes : half) * sizeof(T);
   }
 };
 

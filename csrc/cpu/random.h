@@ -44,7 +44,11 @@ struct BitsOfStretch {
 template <class Run>
 RST_INLINE void for_each_stretch(const ChunkArgs& c, uint64_t index, Run run) {
   const Shard& shard = c.tensor->shard;
-  const uint32_t key = RandomBits::key_of(c.params->seed, c.params->step, index);
+  const uint32_t key = RandomBits::key_of_tensor(c.key, index);
+  if (shard.in_one_stretch(c.begin, c.count)) {
+    const uint64_t position = static_cast<uint64_t>(shard.offset) + static_cast<uint64_t>(c.begin);
+    return run(c, RandomBits::of(key, position >> 32), position);
+  }
   ChunkArgs piece = c;
   for (int64_t done = 0; done < c.count; done += piece.count) {
     const uint64_t position = shard.position(c.begin + done);

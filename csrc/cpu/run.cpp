@@ -26,10 +26,11 @@ struct Job {
   bool backwards;  // from the last block to the first
   const KernelTable& kernels = rst::kernels();
   bool prefetches = needs_prefetching();
+  uint32_t key = RandomBits::key_of_step(params->seed, params->step);
   bool streaming = false;  // the data is larger than what caches keep
   int threads = 1;
   int blocks = 1;
-  std::vector<std::atomic<bool>> taken;  // per block
+  std::vector<std::atomic<bool>> taken{};  // per block
 };
 
 void run_strided(const Job& job, const Tensor& tensor, Kernel kernel, ChunkArgs c) {
@@ -64,6 +65,7 @@ void run_chunk(const Job& job, int64_t index) {
   c.count = chunk.count;
   c.streaming = job.streaming;
   c.prefetches = job.prefetches;
+  c.key = job.key;
   if (job.sums != nullptr) c.sum = job.sums + index;
   const int source = tensor.source(job.params->restoring);
   const Kernel kernel = job.pick(job.kernels, tensor, *job.params);

@@ -323,6 +323,38 @@ struct Convert<Twin, BFloat16Beside<Half>> {
   }
 };
 
+// The first bytes of a vector: those that are missing are read as zero and not written.
+#if RST_SIMD_LEVEL == 2
+RST_INLINE __mmask64 first_bytes(size_t count) {
+  const __mmask64 all = ~__mmask64{0};
+  return count < 64 ? ~(all << count) : all;
+}
+#endif
+template <class V>
+RST_INLINE V load_some(const void* p, size_t bytes) {
+#if RST_SIMD_LEVEL == 2
+  if constexpr (sizeof(V) == 64) {
+    return reinterpret<V>(_mm512_maskz_loadu_epi8(first_bytes(bytes), p));
+  } else if constexpr (sizeof(V) == 32) {
+    return reinterpret<V>(_mm256_maskz_loadu_epi8(static_cast<__mmask32>(first_bytes(bytes)), p));
+  }
+#endif
+  V v{};
+  std::memcpy(&v, p, bytes);
+  return v;
+}
+template <class V>
+RST_INLINE void store_some(void* p, V v, size_t bytes) {
+#if RST_SIMD_LEVEL == 2
+  if constexpr (sizeof(V) == 64) {
+    return _mm512_mask_storeu_epi8(p, first_bytes(bytes), reinterpret<__m512i>(v));
+  } else if constexpr (sizeof(V) == 32) {
+    return _mm256_mask_storeu_epi8(p, static_cast<__mmask32>(first_bytes(bytes)), reinterpret<__m256i>(v));
+  }
+#endif
+  std::memcpy(p, &v, bytes);
+}
+
 // Exchanges the two halves of every (real, imaginary) pair.
 template <class V>
 RST_INLINE V swap_pairs(V v) {

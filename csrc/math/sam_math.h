@@ -164,8 +164,11 @@ struct RandomBits {
     return mixed(h ^ static_cast<uint32_t>(x >> 32)) + 0x9e3779b9u;
   }
   static RST_HD uint32_t key_of(uint64_t seed, uint64_t step, uint64_t tensor) {
-    return folded(folded(folded(0u, seed), step), tensor);
+    return key_of_tensor(key_of_step(seed, step), tensor);
   }
+  // The same in two steps: what all tensors share, and the rest.
+  static RST_HD uint32_t key_of_step(uint64_t seed, uint64_t step) { return folded(folded(0u, seed), step); }
+  static RST_HD uint32_t key_of_tensor(uint32_t of_step, uint64_t tensor) { return folded(of_step, tensor); }
   // `block` is the element index divided by 2^32, so that tensors beyond 2^32 elements never repeat.
   static RST_HD RandomBits of(uint32_t key, uint64_t block) { return {folded(key, block)}; }
   // For elements 2 * index (the low 16 bits) and 2 * index + 1 (the high ones).

@@ -19,6 +19,12 @@ struct Shard {
     return static_cast<uint64_t>(offset) + static_cast<uint64_t>(i / run) * static_cast<uint64_t>(stride) +
            static_cast<uint64_t>(i % run);
   }
+  // Whether elements [i, i + n), of which there are some, are at offset + i and after it, within one block: nearly always,
+  // and asked without a division.
+  RST_HD bool in_one_stretch(int64_t i, int64_t n) const {
+    const uint64_t first = static_cast<uint64_t>(offset) + static_cast<uint64_t>(i);
+    return i + n <= run && first / kBlock == (first + static_cast<uint64_t>(n) - 1) / kBlock;
+  }
   // How many elements from i on follow one another in the whole tensor, within one block.
   RST_HD int64_t together(int64_t i) const {
     const int64_t in_run = run - i % run;
