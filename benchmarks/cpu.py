@@ -65,7 +65,7 @@ def measure(case_name: str, dtype: str, names: list[str], args: argparse.Namespa
         attach(mine.params, grads[0])
         probe = Probe(mine.streams(), torch.get_num_threads())
         # Many short rounds: the fraction of a ceiling needs more precision than a ratio of 2 or 10.
-        race = Race(ours, grads, probe) if small else Race(ours, grads, probe, OtherData())
+        race = Race(ours, grads, probe, held=True) if small else Race(ours, grads, probe, OtherData(), held=True)
         race.run(Plan(5 * rounds, calls))
         state = "" if small else ", from empty caches"
         races.append(entry(race, case, f"{dtype}, beside the bandwidth probe{state}"))

@@ -19,14 +19,15 @@ constexpr int kLanes = sizeof(V) / (std::is_same_v<V, DoubleV> ? sizeof(double) 
 // does not look far enough ahead at their speed, and it stops at the end of every page. With fp32 the effect is a few
 // hundredths either way. Where a vector fills a line and stores bypass the cache (AVX-512, measured on Zen 5), an update
 // becomes a thirtieth slower and a perturbation gains nothing, so there is none. But on a Xeon of the fifth generation
-// the same kernels take a fifth less time with it, and those of fp32 up to a twentieth: ChunkArgs::prefetches.
+// the same kernels take a fifth less time with it, and those of fp32 up to a twentieth, and it pays to look further
+// ahead: ChunkArgs::prefetches.
 // What is only written is prefetched too, unless it bypasses the cache: a store that misses waits for its line.
-constexpr int64_t kLine = 64, kPrefetchDistance = 2048, kPrefetchDistanceOfWrites = 1024;  // bytes
-constexpr int kRead = 0, kWrite = 1;
-template <int access = kRead>
+constexpr int64_t kLine = 64, kNear = 2048, kFar = 4096;  // bytes
+constexpr int kRead = 0, kWrite = 1;                      // what for
+constexpr int kIntoSecondLevel = 2, kIntoFirstLevel = 3;  // of the caches
+template <int64_t distance, int access = kRead, int level = kIntoFirstLevel>
 RST_INLINE void prefetch(const void* current) {
-  constexpr int64_t distance = access == kWrite ? kPrefetchDistanceOfWrites : kPrefetchDistance;
-  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(current) + distance), access);
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(current) + distance), access, level);
 }
 
 enum class Part { Whole, WholeStreaming, Some };
@@ -49,8 +50,13 @@ struct At {
   template <class T>
   RST_INLINE typename Convert<V, T>::Raw read(const void* base) const {
     if constexpr (part != Part::Some) {
+      const T* const p = static_cast<const T*>(base) + i;
       constexpr bool always = sizeof(T) == 2 && (part == Part::Whole || kLanes<V> * sizeof(T) < kLine);
-      if (always || prefetches) prefetch_lines<kRead>(static_cast<const T*>(base) + i);
+      if (prefetches) {
+        prefetch_lines<kFar, kRead>(p);
+      } else if (always) {
+        prefetch_lines<kNear, kRead>(p);
+      }
     }
     return get<T>(base);
   }
@@ -83,7 +89,7 @@ struct At {
     if constexpr (part == Part::WholeStreaming) {
       stream(static_cast<T*>(base) + i, raw);
     } else {
-      if constexpr (part == Part::Whole) prefetch_lines<kWrite>(static_cast<T*>(base) + i);
+      if constexpr (part == Part::Whole) prefetch_lines<kNear, kWrite>(static_cast<T*>(base) + i);
       put<T>(base, raw);
     }
   }
@@ -114,11 +120,13 @@ struct At {
     std::memcpy(p, &raw, sizeof(raw));
   }
   // Those that lie as far ahead of this vector as prefetch looks, each of them once.
-  template <int access, class T>
+  template <int64_t distance, int access, class T>
   RST_INLINE void prefetch_lines(const T* p) const {
     constexpr int64_t width = kLanes<V> * sizeof(T);
     if (width < kLine && i * static_cast<int64_t>(sizeof(T)) % kLine >= width) return;
-    for (int64_t line = 0; line < width; line += kLine) prefetch<access>(reinterpret_cast<const char*>(p) + line);
+    for (int64_t line = 0; line < width; line += kLine) {
+      prefetch<distance, access>(reinterpret_cast<const char*>(p) + line);
+    }
   }
   template <class T, Values values>
   RST_INLINE auto narrow(V v) const {
