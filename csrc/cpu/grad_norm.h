@@ -112,7 +112,7 @@ RST_INLINE void add_blocks(const T* blocks, int count, const T* last, NormSums& 
 template <class T>
 bool sum_in_fp32(const ChunkArgs& c) {
   NormSums sums = sums_before(c);
-  const bool prefetches = c.prefetches;
+  const bool far = c.prefetches && c.streaming;  // data that is in the caches is near
   const T* g = static_cast<const T*>(c.data[kGrad]);
   int64_t i = 0;
   constexpr int kStride = kNormBlocks<T> * kNormBlock<T>;
@@ -120,7 +120,7 @@ bool sum_in_fp32(const ChunkArgs& c) {
   static_assert(kGather % kStride == 0, "pieces of a chunk would be summed in another order than the whole");
   for (; i + kStride <= c.count; i += kStride) {
     for (int64_t k = 0; k < kStride; k += kLine / static_cast<int64_t>(sizeof(T))) {
-      if (prefetches) {
+      if (far) {
         prefetch<kFar, kRead, kIntoSecondLevel>(g + i + k);
       } else if (sizeof(T) == 2) {
         prefetch<kNear>(g + i + k);

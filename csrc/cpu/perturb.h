@@ -18,6 +18,8 @@ RST_INLINE Twin stochastic_round(Twin v, UintV bits) {
       return {from_bits(Round::own_upper_half(v.a, random.a)), from_bits(Round::own_upper_half(v.b, random.b))};
     }
     return {Round::to_bfloat16(v.a, random.a), Round::to_bfloat16(v.b, random.b)};
+  } else if constexpr (Own) {
+    return {Round::own_to_float16(v.a, random.a), Round::own_to_float16(v.b, random.b)};
   } else {
     return {Round::to_float16(v.a, random.a), Round::to_float16(v.b, random.b)};
   }

@@ -204,13 +204,14 @@ struct StochasticRound {
   // The same in the upper half; the lower half is arbitrary.
   static RST_HD U own_upper_half(V x, U random) { return to_bits(x) + random; }
   // Below 2^-14 a float16 has the fixed quantum 2^-24: there x is rounded as 2^-14 + |x|, which has that quantum.
-  static RST_HD V to_float16(V x, U random) {
+  static RST_HD V to_float16(V x, U random) { return x == x ? own_to_float16(x, random) : x; }
+  // For an x whose NaNs have nothing below the cut.
+  static RST_HD V own_to_float16(V x, U random) {
     V magnitude = abs(x);
     V shift = magnitude < 0x1p-14f ? V{} + 0x1p-14f : V{};
     U bits = (to_bits(magnitude + shift) + (random & 0x1fffu)) & 0xffffe000u;
     U sign = to_bits(x) & 0x80000000u;
-    V rounded = from_bits(to_bits(from_bits(bits) - shift) | sign);
-    return x == x ? rounded : x;
+    return from_bits(to_bits(from_bits(bits) - shift) | sign);
   }
 };
 
