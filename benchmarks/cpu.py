@@ -58,14 +58,18 @@ def measure(case_name: str, dtype: str, names: list[str], args: argparse.Namespa
         if not distance <= AGREEMENT[dtype]:
             notes.append(f"{case_name}, {dtype}: weights of {name} are {distance:.1e} away from those of {first}")
     ours = {name: c for name, c in competitors.items() if name in OURS}
+    beside = {**ours, **{name: c for name, c in competitors.items() if name == "foreach" and not small}}
     if "ours" in ours and not args.no_probe:
         del competitors, race  # the memory of the others
         mine = ours["ours"]
         assert isinstance(mine, Ours)
         attach(mine.params, grads[0])
         probe = Probe(mine.streams(), torch.get_num_threads())
-        # Many short rounds: the fraction of a ceiling needs more precision than a ratio of 2 or 10.
-        race = Race(ours, grads, probe, held=True) if small else Race(ours, grads, probe, OtherData(), held=True)
+        # Many short rounds: the fraction of a ceiling needs more precision than a ratio of 2 or 10. The gradients are
+        # held, so that the weights are kept in the very backups that the probe has.
+        race = Race(beside, grads, probe, held=True)
+        if not small:
+            race.before = OtherData()
         race.run(Plan(5 * rounds, calls))
         state = "" if small else ", from empty caches"
         races.append(entry(race, case, f"{dtype}, beside the bandwidth probe{state}"))

@@ -32,11 +32,10 @@ def attach(params: Iterable[torch.Tensor], grads: Iterable[torch.Tensor]) -> Non
 
 def attach_copies(params: Sequence[torch.Tensor], grads: Iterable[torch.Tensor]) -> None:
     """Sets every ``p.grad`` to a copy that nobody else refers to, after the old ones were dropped: as zero_grad() and a
-    backward do."""
+    backward do, which leaves no Python object of a gradient."""
     for p in params:
         p.grad = None
-    for p, g in zip(params, grads, strict=True):
-        p.grad = g.clone()
+    torch.autograd.backward(params, list(grads))  # copies what somebody holds
 
 
 def torch_base(base: str, params: Sequence[torch.Tensor], hyper: Hyper) -> torch.optim.Optimizer:

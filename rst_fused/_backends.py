@@ -361,8 +361,8 @@ def non_temporal_threshold() -> int | None:
     does not read; None without the extension.
 
     By default four times the second-level caches of the threads, and no more than the last-level cache; the environment
-    variable RST_FUSED_NON_TEMPORAL_THRESHOLD is another number, 0 for all data. It decides about time alone: results are
-    the same bits.
+    variable RST_FUSED_NON_TEMPORAL_THRESHOLD is another number, 0 for all data. It changes time alone, not a bit of
+    the results.
     """
     return None if _plan_ext is None else int(_plan_ext.non_temporal_threshold(torch.get_num_threads()))
 

@@ -19,8 +19,8 @@ struct ChunkArgs {
   bool streaming;   // write-only outputs bypass the cache
   bool prefetches;  // whatever is read
   uint32_t key;     // RandomBits::key_of_step of this call
-  double* sum;     // grad_norm: where the sum of the chunk goes: of this piece and of those before it
-  double* lanes;   // grad_norm: kNormLanes running sums of a chunk that comes in pieces; else null
+  double* sum;      // grad_norm: where the sum of the chunk goes: of this piece and of those before it
+  double* lanes;    // grad_norm: kNormLanes running sums of a chunk that comes in pieces; else null
 };
 
 using Kernel = void (*)(const ChunkArgs&);

@@ -17,11 +17,11 @@ constexpr int kLanes = sizeof(V) / (std::is_same_v<V, DoubleV> ? sizeof(double) 
 
 // Kernels over 16-bit dtypes prefetch what they read, which saves up to a sixth of their time: the hardware prefetcher
 // does not look far enough ahead at their speed, and it stops at the end of every page. With fp32 the effect is a few
-// hundredths either way. Where a vector fills a line and stores bypass the cache (AVX-512, measured on Zen 5), an update
-// becomes a thirtieth slower and a perturbation gains nothing, so there is none. But on a Xeon of the fifth generation
-// the same kernels take a fifth less time with it, and those of fp32 up to a twentieth, and it pays to look further
-// ahead: ChunkArgs::prefetches.
-// What is only written is prefetched too, unless it bypasses the cache: a store that misses waits for its line.
+// hundredths either way. Where a vector fills a line and stores bypass the cache (AVX-512, measured on Zen 5), an
+// update becomes a thirtieth slower and a perturbation gains nothing, so there is none. But on a Xeon of the fifth
+// generation the same kernels take a fifth less time with it, and those of fp32 up to a twentieth, and it pays to look
+// further ahead: ChunkArgs::prefetches. What is only written is prefetched too, unless it bypasses the cache: a store
+// that misses waits for its line.
 constexpr int64_t kLine = 64, kNear = 2048, kFar = 4096;  // bytes
 constexpr int kRead = 0, kWrite = 1;                      // what for
 constexpr int kIntoSecondLevel = 2, kIntoFirstLevel = 3;  // of the caches

@@ -83,10 +83,10 @@ void run_chunk(const Job& job, int64_t index) {
   }
 }
 
-// Each thread takes the next block that is left when it has finished one, so a delayed thread does not delay the others.
-// Large data: all threads work in one region of memory, which DRAM serves better than regions far apart. Smaller data:
-// each begins with its own share, which the op before may have left in its cache. Which thread takes a block does not
-// change its result.
+// Each thread takes the next block that is left when it has finished one, so a delayed thread does not delay the
+// others. Large data: all threads work in one region of memory, which DRAM serves better than regions far apart.
+// Smaller data: each begins with its own share, which the op before may have left in its cache. Which thread takes a
+// block does not change its result.
 void run_blocks(int thread, void* context) {
   Job& job = *static_cast<Job*>(context);
   const int turn = job.backwards ? job.threads - 1 - thread : thread;

@@ -21,8 +21,8 @@ int64_t core_cache_bytes();
 
 // How many bytes of data an op on so many threads may touch before it writes with non-temporal stores what it does not
 // read, and before its threads work side by side instead of each in a share of its own. A last-level cache says little:
-// a virtual machine sees all of it, but has it together with others. So by default this is four times the caches that the
-// threads have for themselves, and no more than the last-level cache.
+// a virtual machine sees all of it, but has it together with others. So by default this is four times the caches that
+// the threads have for themselves, and no more than the last-level cache.
 int64_t non_temporal_threshold(int threads);
 constexpr int64_t kAutomaticThreshold = -1;
 void set_non_temporal_threshold(int64_t bytes);  // for this process

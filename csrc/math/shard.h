@@ -19,8 +19,8 @@ struct Shard {
     return static_cast<uint64_t>(offset) + static_cast<uint64_t>(i / run) * static_cast<uint64_t>(stride) +
            static_cast<uint64_t>(i % run);
   }
-  // Whether elements [i, i + n), of which there are some, are at offset + i and after it, within one block: nearly always,
-  // and asked without a division.
+  // Whether elements [i, i + n), of which there are some, are at offset + i and after it, within one block: nearly
+  // always, and asked without a division.
   RST_HD bool in_one_stretch(int64_t i, int64_t n) const {
     const uint64_t first = static_cast<uint64_t>(offset) + static_cast<uint64_t>(i);
     return i + n <= run && first / kBlock == (first + static_cast<uint64_t>(n) - 1) / kBlock;

@@ -95,9 +95,10 @@ PYBIND11_MODULE(_plan_ext, m) {
   m.def("discard_gpu_launches", &discard_gpu_launches);
   m.def("cache_bytes", [] { return core().cache_bytes(); });
   m.def("core_cache_bytes", [] { return core().core_cache_bytes(); });
-  m.def("non_temporal_threshold", [](int threads) { return core().non_temporal_threshold(threads); },
-        py::arg("threads"));
-  m.def("set_non_temporal_threshold", [](int64_t bytes) { core().set_non_temporal_threshold(bytes); }, py::arg("bytes"));
+  m.def(
+      "non_temporal_threshold", [](int threads) { return core().non_temporal_threshold(threads); }, py::arg("threads"));
+  m.def(
+      "set_non_temporal_threshold", [](int64_t bytes) { core().set_non_temporal_threshold(bytes); }, py::arg("bytes"));
   m.def("simd_levels", &simd_levels);
   m.def("simd_level", [] { return std::string(core().kernels().name); });
   m.def("select_simd", [](const std::string& name) { return core().select_kernels(name.c_str()); }, py::arg("name"));

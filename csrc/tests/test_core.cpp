@@ -157,8 +157,11 @@ void test_kernels() {
     for (const KernelTable* level : runnable_kernels()) {
       EXPECT(select_kernels(level->name));
       const auto one = run_everything(masters, Threads{});
-      const auto three = run_everything(masters, Threads{3, run_threads});
-      EXPECT(one == three);
+      for (int64_t threshold : {kAutomaticThreshold, int64_t{0}, INT64_MAX}) {
+        set_non_temporal_threshold(threshold);
+        EXPECT(one == run_everything(masters, Threads{3, run_threads}));
+      }
+      set_non_temporal_threshold(kAutomaticThreshold);
       if (!expected.empty()) EXPECT(one == expected);
       expected = one;
       std::printf("level %s, masters %d\n", level->name, static_cast<int>(masters));
@@ -196,7 +199,7 @@ void test_streaming() {
             c.params = &params;
             c.tensor = &t;
             c.count = static_cast<int>(std::min(t.numel, kChunk));
-            c.streaming = streaming;
+            c.streaming = c.prefetches = streaming;
             std::copy(t.data, t.data + kOperands, c.data);
             c.source = t.data[t.source(true)];
             kernel(c);
@@ -369,6 +372,10 @@ void test_shards() {
       const bool ends = (i + 1) % shard.run == 0 || next / Shard::kBlock != place / Shard::kBlock;
       EXPECT(ends == (shard.together(i) == 1) && (ends || next == place + 1));
       EXPECT(shard.together(i) == 1 || shard.together(i + 1) == shard.together(i) - 1);
+      for (int64_t n = 1; n < 100; ++n) {
+        const bool alike = place == static_cast<uint64_t>(shard.offset + i) && n <= shard.together(i);
+        EXPECT(shard.in_one_stretch(i, n) == (alike && i + n <= shard.run));
+      }
     }
   }
 }

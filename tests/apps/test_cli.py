@@ -63,6 +63,7 @@ def test_info_json_states_the_facts(capsys):
     assert facts["build"] == _backends.build_info()
     assert facts["simd"] == _backends.simd_level()
     assert facts["last_level_cache_bytes"] == _backends.cache_bytes()
+    assert facts["non_temporal_threshold_bytes"] == _backends.non_temporal_threshold()
     shown = [(backend["name"], backend["available"]) for backend in facts["backends"]]
     assert shown == [(backend.name, backend.available) for backend in _backends.backends()]
     assert ("reference", True) in shown
@@ -73,7 +74,8 @@ def test_info_text_is_two_aligned_columns(capsys):
     lines = capsys.readouterr().out.splitlines()
     column = lines[0].index(rst_fused.__version__)
     assert all(line[column - 2 : column] == "  " and line[column] != " " for line in lines)
-    for name in ("rst_fused", "backend: reference", "SIMD", "torch", "CUDA", "threads", "Python"):
+    stores = ["non-temporal stores"] if _backends.cache_bytes() is not None else []
+    for name in ("rst_fused", "backend: reference", "SIMD", *stores, "torch", "CUDA", "threads", "Python"):
         assert any(line.startswith(name) for line in lines), name
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +11,6 @@ import torch
 from op_db import OPS, Sample
 from torch import Tensor
 
-from benchmarks.record import cache_bytes as listed_cache_bytes
 from rst_fused import _backends, ops
 
 host = _backends.plan_extension()
@@ -131,59 +128,6 @@ def test_rounding_to_16_bits_is_torchs(dtype: torch.dtype) -> None:
         assert w[0][nan].isnan().all() and op_db.same_bits(w[0][~nan], expected[~nan])
 
 
-# --- data beyond the cache: write-only streams bypass it ------------------------------------------------------------
-def cache_bytes() -> int:
-    """As the kernels find it; glibc's _SC_LEVEL3_CACHE_SIZE is 194, a name that Python does not have."""
-    try:
-        found = os.sysconf(194) if sys.platform == "linux" else 0
-    except OSError:
-        found = 0
-    return found if found > 0 else 32 << 20
-
-
-# Op, lists, dtype, numbers, and the least number of streams that the op moves.
-_BUFFER, _MOMENTS = ("momentum_buffers",), ("exp_avgs", "exp_avg_sqs")
-# Random bits depend on the position within the tensor, so pieces can only be rounded to nearest.
-_STATS = torch.tensor([1.0, 1.0, 0, 0, 0, 1.0], dtype=torch.float64)
-_DIRECT = {"stats": _STATS, "rho": 10.0, "stochastic_rounding": False}
-_MOMENTUM = {"lr": 0.1, "momentum": 0.9}
-STREAMED: list[tuple[str, tuple[str, ...], torch.dtype, dict[str, Any], int]] = [
-    ("perturb_", ("backups",), torch.float32, _DIRECT, 4),
-    ("perturb_", ("backups",), torch.bfloat16, _DIRECT, 4),
-    ("restore_sgd_step_", ("backups", *_BUFFER), torch.float32, _MOMENTUM, 5),
-    ("restore_sgd_step_", ("masters", *_BUFFER), torch.bfloat16, {**_MOMENTUM, "backups": None}, 5),
-    ("restore_adam_step_", ("backups", *_MOMENTS), torch.float16, {"lr": 0.1, "step": 3}, 7),
-]
-
-
-@pytest.mark.skipif(cache_bytes() > 600 << 20, reason="this cache holds more than the tests should allocate")
-@pytest.mark.parametrize(("op", "lists", "dtype", "options", "streams"), STREAMED)
-def test_large_data_is_computed_as_small_data(
-    op: str, lists: tuple[str, ...], dtype: torch.dtype, options: dict[str, Any], streams: int
-) -> None:
-    """Streaming stores change nothing: one large misaligned tensor against its pieces, each far below the cache."""
-    n = cache_bytes() // streams // dtype.itemsize + 50_000
-    block = torch.randn(1 << 16, generator=torch.Generator().manual_seed(0)) * 0.1
-
-    def tensors() -> dict[str, Tensor]:
-        """One element off the alignment that streaming stores need."""
-        made = {}
-        for k, name in enumerate(("params", "grads", *lists)):
-            wide = "masters" in lists and name in ("masters", *_BUFFER)
-            source = (block.roll(k).abs() if name == "exp_avg_sqs" else block.roll(k)).repeat(n // len(block) + 1)[:n]
-            made[name] = torch.empty(n + 1, dtype=torch.float32 if wide else dtype)[1:].copy_(source)
-        return made
-
-    for level in (LEVELS[0], LEVELS[-1]):
-        host.select_simd(level)
-        whole, parts = tensors(), tensors()
-        Sample({name: [t] for name, t in whole.items()}, options).run(op, "cpu")
-        for begin in range(0, n, 1 << 20):
-            Sample({name: [t[begin : begin + (1 << 20)]] for name, t in parts.items()}, options).run(op, "cpu")
-        for name, t in whole.items():
-            assert op_db.same_bits(t, parts[name]), f"{name} at level {level}"
-
-
 def test_a_norm_that_flushes_denormal_numbers() -> None:
     """Squares too small for fp32 count where they make up the norm, even if the processor takes them for zero."""
     g = torch.full((16384,), 0.9e-19)
@@ -196,11 +140,3 @@ def test_a_norm_that_flushes_denormal_numbers() -> None:
     finally:
         torch.set_flush_denormal(False)
     assert norms == pytest.approx([expected] * len(LEVELS), rel=1e-6)
-
-
-@pytest.mark.skipif(listed_cache_bytes() is None, reason="no cache is listed")
-def test_the_cache_is_no_larger_than_the_system_says() -> None:
-    """A C library may know only what the hypervisor's host has; writing past a cache that is not there is slow."""
-    listed = listed_cache_bytes()
-    assert listed is not None
-    assert 0 < _backends.cache_bytes() <= listed
