@@ -8,12 +8,13 @@ from collections.abc import Sequence
 
 import torch
 
-from . import cpu, gpu, host, machine_code, memory, report
+from . import cpu, gpu, host, machine_code, memory, report, stores
 
 COMMANDS = {
     "cpu": cpu, "gpu": gpu, "host": host, "machine-code": machine_code, "memory": memory, "report": report,
+    "stores": stores,
 }  # fmt: skip
-MEASURING = ("cpu", "host", "memory")
+MEASURING = ("cpu", "host", "memory", "stores")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -140,7 +140,7 @@ def test_a_round_is_the_reduced_time_of_its_calls() -> None:
 @needs_compiler
 @pytest.mark.parametrize(("dtype", "probe"), [("fp32", True), ("bf16", False)])
 def test_where_weights_are_kept_in_a_run(dtype: str, probe: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beside other competitors weights are kept where the gradients were, as in a training loop, and beside the probe in
+    """Beside other competitors weights are kept where the gradients were, as in a training loop; beside the probe in
     backups, which it has too."""
     monkeypatch.setitem(CASES, "1000x1000", lambda: many(40, 1000))
     perturb, seen = Ours.perturb, []
@@ -289,6 +289,19 @@ def test_results_are_append_only(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert out.read_text() == kept
     assert main([*arguments, "--force"]) == 0
     assert out.read_text() != kept
+
+
+@needs_compiler
+def test_stores_compares_both_kinds_with_the_choice_by_size(tmp_path: Path) -> None:
+    out = tmp_path / "stores.json"
+    assert main(["stores", "--dtype", "bf16", "--megabytes", "1", "--rounds", "1", "--out", str(out)]) == 0
+    data = record.read(out)
+    labels = [race["label"] for race in data["races"]]
+    assert labels == [f"bf16, 1 MiB of weights, {state}" for state in ("kept in the caches", "from empty caches")]
+    for race in data["races"]:
+        assert race["elements"] == 1 << 19
+        assert {r["who"] for r in race["results"]} == {"plain stores", "non-temporal stores", "ours"}
+        assert {r["against"] for r in race["ratios"]} == {"plain stores", "non-temporal stores"}
 
 
 def test_cpu_writes_a_summary_that_report_prints_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
