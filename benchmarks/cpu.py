@@ -58,11 +58,15 @@ def measure(case_name: str, dtype: str, names: list[str], args: argparse.Namespa
         if not distance <= AGREEMENT[dtype]:
             notes.append(f"{case_name}, {dtype}: weights of {name} are {distance:.1e} away from those of {first}")
     ours = {name: c for name, c in competitors.items() if name in OURS}
+    # Torch's own base step is compared with our update from empty caches, too.
     beside = {**ours, **{name: c for name, c in competitors.items() if name == "foreach" and not small}}
     if "ours" in ours and not args.no_probe:
         del competitors, race  # the memory of the others
         mine = ours["ours"]
         assert isinstance(mine, Ours)
+        for call in (mine.perturb, mine.update):  # with gradients that are held, so that there are backups
+            attach(mine.params, grads[0])
+            call()
         attach(mine.params, grads[0])
         probe = Probe(mine.streams(), torch.get_num_threads())
         # Many short rounds: the fraction of a ceiling needs more precision than a ratio of 2 or 10. The gradients are

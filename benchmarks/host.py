@@ -31,9 +31,10 @@ def _goal_notes(races: list[dict[str, Any]]) -> list[str]:
     for race in races:
         for goal in HOST_GOALS:
             for r in race["ratios"]:
-                if not SETS[race["label"]][1] or race["case"] not in goal.cases:
+                held = SETS[race["label"]][1]
+                if not held or race["case"] not in goal.cases:
                     continue
-                if (r["what"], r["against"]) == (goal.what, goal.against):
+                if (r["ours"], r["what"], r["against"]) == ("ours", goal.what, goal.against):
                     met = "met" if r["median"] >= goal.value else "MISSED"
                     what = f"{goal.against}: {goal.what}, {race['tensors']} tensors, {race['label']}"
                     notes.append(f"goal: {what}: {goal.value:g} times the time of ours; {r['median']:.1f}, {met}")

@@ -129,8 +129,10 @@ def _set_non_temporal_threshold() -> None:
     wanted = os.environ.get(_THRESHOLD_VARIABLE)
     if not wanted:
         return
-    if not wanted.isascii() or not wanted.isdigit() or int(wanted) >= 2**63:
-        raise ValueError(f"{_THRESHOLD_VARIABLE}={wanted!r}: expected a number of bytes, such as {16 << 20}")
+    if not wanted.isascii() or not wanted.isdigit() or len(wanted) > 19 or int(wanted) >= 2**63:
+        raise ValueError(
+            f"{_THRESHOLD_VARIABLE}={wanted!r}: expected a number of bytes below 2**63, such as {16 << 20}"
+        )
     _plan_ext.set_non_temporal_threshold(int(wanted))
 
 
@@ -357,12 +359,12 @@ def cache_bytes() -> int | None:
 
 
 def non_temporal_threshold() -> int | None:
-    """How many bytes of data a CPU kernel on all of torch's threads may touch before it writes past the caches what it
+    """About how many bytes of data a CPU kernel on all threads may touch before it writes past the caches what it
     does not read; None without the extension.
 
-    By default four times the second-level caches of the threads, and no more than the last-level cache; the environment
-    variable RST_FUSED_NON_TEMPORAL_THRESHOLD is another number, 0 for all data. It changes time alone, not a bit of
-    the results.
+    By default four times the second-level caches of the threads, and no more than the last-level cache; the
+    environment variable RST_FUSED_NON_TEMPORAL_THRESHOLD is another number, 0 for all data. It changes time alone, not
+    a bit of the results.
     """
     return None if _plan_ext is None else int(_plan_ext.non_temporal_threshold(torch.get_num_threads()))
 

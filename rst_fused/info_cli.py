@@ -74,7 +74,8 @@ def cache_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     cache, threshold = facts["last_level_cache_bytes"], facts["non_temporal_threshold_bytes"]
     if cache is None:
         return []
-    stores = f"beyond {threshold / 2**20:g} MiB of data (RST_FUSED_NON_TEMPORAL_THRESHOLD)"
+    when = "for all data" if threshold == 0 else f"beyond {threshold / 2**20:g} MiB of data"
+    stores = f"{when if threshold < 2**62 else 'never'} (RST_FUSED_NON_TEMPORAL_THRESHOLD)"
     return [("cache", f"{cache / 2**20:g} MiB, last level"), ("non-temporal stores", stores)]
 
 

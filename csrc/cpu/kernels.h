@@ -16,8 +16,8 @@ struct ChunkArgs {
   void* data[kOperands];
   const void* source;
   int64_t begin, count;
-  bool streaming;   // write-only outputs bypass the cache
-  bool prefetches;  // whatever is read
+  bool streaming;   // the data is larger than what caches keep: write-only outputs bypass them
+  bool prefetches;  // what is read, see multi_tensor_apply.h
   uint32_t key;     // RandomBits::key_of_step of this call
   double* sum;      // grad_norm: where the sum of the chunk goes: of this piece and of those before it
   double* lanes;    // grad_norm: kNormLanes running sums of a chunk that comes in pieces; else null
@@ -52,7 +52,7 @@ const KernelTable& kernel_table();
 const KernelTable& kernels();
 // The levels that this processor can run, best last.
 std::vector<const KernelTable*> runnable_kernels();
-// Whether kernels have to prefetch all that they read: the processor's own prefetchers fall behind.
+// Whether kernels have to prefetch what they read: the processor's own prefetchers fall behind.
 bool needs_prefetching();
 // Chooses a level by name for this process; false if it is unknown or cannot run here.
 bool select_kernels(const char* name);

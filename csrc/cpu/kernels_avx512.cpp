@@ -1,6 +1,8 @@
 #if defined(__x86_64__)
 #include "cpu/standard_headers.h"
 
+// prfchw needs no test: processors without prefetchw take it for nothing.
+
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prfchw"))), \
                              apply_to = function)

@@ -79,7 +79,7 @@ struct At {
     T* p = static_cast<T*>(base) + i;
     if constexpr (kIsPair<Raw>) {
       put_bytes(p, raw.a, first_half<T>());
-      put_bytes(p + kLanes<V> / 2, raw.b, bytes<T>() - first_half<T>());
+      put_bytes(p + first_half<T>() / sizeof(T), raw.b, bytes<T>() - first_half<T>());
     } else {
       put_bytes(p, raw, bytes<T>());
     }
@@ -101,7 +101,7 @@ struct At {
     const T* p = static_cast<const T*>(base) + i;
     if constexpr (kIsPair<decltype(raw)>) {
       raw.a = get_bytes<decltype(raw.a)>(p, first_half<T>());
-      raw.b = get_bytes<decltype(raw.b)>(p + kLanes<V> / 2, bytes<T>() - first_half<T>());
+      raw.b = get_bytes<decltype(raw.b)>(p + first_half<T>() / sizeof(T), bytes<T>() - first_half<T>());
     } else {
       raw = get_bytes<decltype(raw)>(p, bytes<T>());
     }

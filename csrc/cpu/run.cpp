@@ -27,7 +27,8 @@ struct Job {
   const KernelTable& kernels = rst::kernels();
   bool prefetches = needs_prefetching();
   uint32_t key = RandomBits::key_of_step(params->seed, params->step);
-  bool streaming = false;  // the data is larger than what caches keep
+  bool streaming = false;     // see ChunkArgs
+  bool side_by_side = false;  // the data is larger than all caches
   int threads = 1;
   int blocks = 1;
   std::vector<std::atomic<bool>> taken{};  // per block
@@ -84,16 +85,17 @@ void run_chunk(const Job& job, int64_t index) {
 }
 
 // Each thread takes the next block that is left when it has finished one, so a delayed thread does not delay the
-// others. Large data: all threads work in one region of memory, which DRAM serves better than regions far apart.
-// Smaller data: each begins with its own share, which the op before may have left in its cache. Which thread takes a
-// block does not change its result.
+// others. It begins with its own share, which the op before may have left in its cache; but data from DRAM is taken
+// side by side, since DRAM serves one region of memory better than several far apart. Which thread takes a block does
+// not change its result.
 void run_blocks(int thread, void* context) {
   Job& job = *static_cast<Job*>(context);
   const int turn = job.backwards ? job.threads - 1 - thread : thread;
-  const int first = job.streaming ? 0 : static_cast<int>(int64_t{turn} * job.blocks / job.threads);
+  const int first = job.side_by_side ? 0 : static_cast<int>(int64_t{turn} * job.blocks / job.threads);
   for (int i = 0; i < job.blocks; ++i) {
     const int forwards = (first + i) % job.blocks, b = job.backwards ? job.blocks - 1 - forwards : forwards;
-    if (job.taken[b].exchange(true, std::memory_order_relaxed)) continue;
+    std::atomic<bool>& taken = job.taken[b];
+    if (taken.load(std::memory_order_relaxed) || taken.exchange(true, std::memory_order_relaxed)) continue;
     const int64_t end = first_chunk(*job.table, b + 1, job.blocks);
     for (int64_t i = first_chunk(*job.table, b, job.blocks); i < end; ++i) run_chunk(job, i);
   }
@@ -106,14 +108,23 @@ void run(const Table& table, const OpParams& params, Pick pick, unsigned reads, 
          double* sums = nullptr, bool backwards = false) {
   constexpr int64_t kBlockBytes = 512 << 10;  // of one operand
   Job job{&table, &params, pick, reads, writes, sums, backwards};
-  unsigned present = 0;
-  for (int s = 0; s < kOperands && !table.chunks.empty(); ++s) {  // of the first tensor that has elements
-    if (table.tensors[table.chunks.front().tensor].data[s] != nullptr) present |= 1u << s;
+  // By the operands of the first tensor that has elements: how many are read and written, and the bytes of all together
+  // for each of the parameter's. A backup that takes the place of the gradient is no other memory.
+  int moved = 0;
+  double touched = 0;
+  for (int s = 0; s < kOperands && !table.chunks.empty(); ++s) {
+    const Tensor& first = table.tensors[table.chunks.front().tensor];
+    if (!first.has(s)) continue;
+    moved += (reads >> s & 1) + (writes >> s & 1);
+    const bool is_other = s != kBackup || first.data[kBackup] != first.data[kGrad];
+    if (((reads | writes) >> s & 1) && is_other) {
+      touched += static_cast<double>(size_of(first.dtype_of(s))) / static_cast<double>(size_of(first.dtype));
+    }
   }
-  const int moved = __builtin_popcount(reads & present) + __builtin_popcount(writes & present);
-  const int touched = __builtin_popcount((reads | writes) & present);
+  const double bytes = static_cast<double>(table.bytes.back()) * touched;
   job.threads = threads.parallel == nullptr ? 1 : useful_threads(table, moved, threads.count);
-  job.streaming = table.bytes.back() * touched > non_temporal_threshold(job.threads);
+  job.streaming = bytes > static_cast<double>(non_temporal_threshold(job.threads));
+  job.side_by_side = bytes > static_cast<double>(cache_bytes());
   job.blocks =
       static_cast<int>(std::max<int64_t>(job.threads == 1 ? 1 : 4 * job.threads, table.bytes.back() / kBlockBytes));
   job.taken = std::vector<std::atomic<bool>>(job.blocks);

@@ -19,10 +19,11 @@ void update(const Table& table, const OpParams& params, const Threads& threads);
 int64_t cache_bytes();
 int64_t core_cache_bytes();
 
-// How many bytes of data an op on so many threads may touch before it writes with non-temporal stores what it does not
-// read, and before its threads work side by side instead of each in a share of its own. A last-level cache says little:
-// a virtual machine sees all of it, but has it together with others. So by default this is four times the caches that
-// the threads have for themselves, and no more than the last-level cache.
+// About how many bytes of data an op on so many threads may touch before it writes with non-temporal stores what it
+// does not read. A last-level cache says little: a virtual machine sees all of it, but has it together with others. So
+// by default this is four times the caches that the threads have for themselves, and no more than the last-level cache.
+// Four times: below that, on a Xeon, plain stores win more where the caches have kept the data than they lose from
+// empty ones (`python -m benchmarks stores`).
 int64_t non_temporal_threshold(int threads);
 constexpr int64_t kAutomaticThreshold = -1;
 void set_non_temporal_threshold(int64_t bytes);  // for this process

@@ -24,9 +24,11 @@ compile() {
 compile "" cpu/kernels_*.cpp $(ls cpu/*.cpp | grep -v kernels_) core/*.cpp tests/*.cpp
 $CXX $FLAGS "$out"/{core,cpu}.*.o "$out/tests.test_core.cpp.o" -o "$out/test_core"
 $CXX $FLAGS "$out"/{core,cpu}.*.o "$out/tests.test_ends.cpp.o" -o "$out/test_ends"
+$CXX $FLAGS "$out"/{core,cpu}.*.o "$out/tests.test_threads.cpp.o" -o "$out/test_threads"
 $CXX $FLAGS "$out/tests.test_fast_float.cpp.o" -o "$out/test_fast_float"
 ASAN_OPTIONS=detect_leaks=1 UBSAN_OPTIONS=print_stacktrace=1 "$out/test_core"
 "$out/test_ends"
+"$out/test_threads"
 "$out/test_fast_float"
 
 # The package beside its tests, with modules that check every access.

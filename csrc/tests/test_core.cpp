@@ -169,7 +169,7 @@ void test_kernels() {
   }
 }
 
-// Stores past the cache, which otherwise only models take that are larger than it.
+// Stores past the caches, kernel by kernel.
 void test_streaming() {
   double stats[kStats] = {1, 1};
   const double rho[] = {0.5};

@@ -15,10 +15,10 @@ namespace {
 
 using namespace rst;
 
-// So many bytes at the end of a page, with a forbidden page behind them.
-class Cornered {
+// So many bytes before a guard page.
+class GuardedMemory {
  public:
-  explicit Cornered(size_t bytes) : bytes_(bytes) {
+  explicit GuardedMemory(size_t bytes) : bytes_(bytes) {
     const auto page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
     room_ = (bytes + kBefore + page - 1) / page * page;
     memory_ =
@@ -27,9 +27,9 @@ class Cornered {
     mapped_ = room_ + page;
     std::memset(memory_, kFiller, room_);
   }
-  ~Cornered() { munmap(memory_, mapped_); }
-  Cornered(const Cornered&) = delete;
-  Cornered& operator=(const Cornered&) = delete;
+  ~GuardedMemory() { munmap(memory_, mapped_); }
+  GuardedMemory(const GuardedMemory&) = delete;
+  GuardedMemory& operator=(const GuardedMemory&) = delete;
 
   char* data() const { return memory_ + room_ - bytes_; }
   std::vector<char> bytes() const { return {data(), data() + bytes_}; }
@@ -57,12 +57,12 @@ std::vector<std::vector<char>> run_all(DType dtype, int64_t numel, Master master
   tensor.remainder = master == Master::Remainder;
   tensor.rounds_state = rounds_state;
   tensor.numel = numel;
-  std::vector<std::unique_ptr<Cornered>> memory(kOperands);
+  std::vector<std::unique_ptr<GuardedMemory>> memory(kOperands);
   for (int s = 0; s < kOperands; ++s) {
     if (!((master == Master::None ? kUsed : kUsed | bit(kMaster)) >> s & 1)) continue;
     if (s == kBackup && master == Master::Copy) continue;
     const DType type = tensor.dtype_of(s);
-    memory[s] = std::make_unique<Cornered>(numel * size_of(type));
+    memory[s] = std::make_unique<GuardedMemory>(numel * size_of(type));
     tensor.data[s] = memory[s]->data();
     for (int64_t i = 0; i < numel; ++i) {
       const double value = (s == kState1 ? 1 : (i + s) % 3 - 1) * (1 + static_cast<double>(i) / 128);
@@ -84,7 +84,13 @@ std::vector<std::vector<char>> run_all(DType dtype, int64_t numel, Master master
   params.hyperparams = row;
   params.steps = step;
   params.rule = kAdam;
-  grad_norm(table, params, Threads{});
+  for (bool adaptive : {true, false}) {
+    params.adaptive = adaptive;
+    params.eta = 0.01;
+    grad_norm(table, params, Threads{});
+    perturb(table, params, Threads{});
+    restore(table, params, Threads{});
+  }
   perturb(table, params, Threads{});
   update(table, params, Threads{});
   params.gammas = gammas;

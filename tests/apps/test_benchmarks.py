@@ -8,11 +8,12 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import cpu, record
+from benchmarks import cpu, host, record
 from benchmarks.__main__ import main
 from benchmarks.cases import CASES, Hyper, many
 from benchmarks.peers import Competitor, Ours, Unavailable, attach, make
@@ -153,11 +154,11 @@ def test_where_weights_are_kept_in_a_run(dtype: str, probe: bool, monkeypatch: p
     args = argparse.Namespace(rounds=1, calls=2, no_probe=not probe)
     found = cpu.measure("1000x1000", dtype, ["usual", "foreach", "ours"], args)
     assert [len(race["results"]) for race in found["races"]] == ([12, 8] if probe else [12])
-    assert len(seen) == 4 + (12 if probe else 0)  # warm-up, and calls in one round and in five
+    assert len(seen) == 4 + (13 if probe else 0)  # warm-up, and calls in one round and in five
     for memory, shown in seen[:4]:
         assert (memory.backed_up, memory.backups, memory.weights_in_gradients) == (0, 0, memory.weights)
         assert "backups=0 of 40" in shown
-    for memory, shown in seen[4:]:
+    for memory, shown in seen[5:]:  # after the one that makes them for the probe
         assert (memory.backups, memory.weights_in_gradients) == (memory.weights, 0)
         assert "backups=40 of 40" in shown
 
@@ -289,6 +290,47 @@ def test_results_are_append_only(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert out.read_text() == kept
     assert main([*arguments, "--force"]) == 0
     assert out.read_text() != kept
+
+
+@needs_compiler
+def test_the_probe_has_the_backups_of_the_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(CASES, "1000x1000", lambda: many(3, 1000))
+    streams, run, seen = Ours.streams, Race.run, []
+
+    def noting(self: Ours) -> dict[str, list[torch.Tensor]]:
+        seen.append((self, streams(self)))
+        return seen[-1][1]
+
+    def compared(self: Race, plan: Plan) -> Any:
+        times = run(self, plan)
+        if self.probe is not None:
+            mine, probed = seen[-1]
+            backups = mine.optimizer._step_state.backups
+            assert [b.data_ptr() for b in probed["backup"]] == [backups[p].data_ptr() for p in mine.params]
+            assert [g.data_ptr() for g in probed["g"]] == [g.data_ptr() for g in mine.grads()]
+            seen.append((mine, {}))
+        return times
+
+    monkeypatch.setattr(Ours, "streams", noting)
+    monkeypatch.setattr(Race, "run", compared)
+    cpu.measure("1000x1000", "fp32", ["ours"], argparse.Namespace(rounds=1, calls=2, no_probe=False))
+    assert len(seen) == 2
+
+
+def test_goals_of_host_time_are_ratios_of_ours() -> None:
+    def race(label: str, ours: str) -> dict[str, Any]:
+        ratios = [
+            {"ours": ours, "what": "step", "against": "foreach", "median": 24.9},
+            {"ours": ours, "what": "update", "against": "torch base", "median": 20.0},
+            {"ours": ours, "what": "base", "against": "foreach", "median": 1.0},
+        ]
+        return {"case": "150x64", "tensors": 150, "label": label, "ratios": ratios}
+
+    races = [race("same gradients", "ours"), race("same gradients", "ours-master"), race("fresh gradients", "ours")]
+    assert host._goal_notes([*races, {**races[0], "case": "3x64"}]) == [
+        "goal: foreach: step, 150 tensors, same gradients: 25 times the time of ours; 24.9, MISSED",
+        "goal: torch base: update, 150 tensors, same gradients: 20 times the time of ours; 20.0, met",
+    ]
 
 
 @needs_compiler

@@ -1,0 +1,40 @@
+// More data than all caches hold, which threads take side by side: one gradient, many times over.
+#include <cstdio>
+#include <cstring>
+#include <thread>
+#include <vector>
+
+#include "cpu/run.h"
+#include "tests/expect.h"
+
+using namespace rst;
+
+static void run_threads(int n, void (*fn)(int, void*), void* context) {
+  std::vector<std::thread> pool;
+  for (int k = 0; k < n; ++k) pool.emplace_back(fn, k, context);
+  for (std::thread& thread : pool) thread.join();
+}
+
+int main() {
+  std::vector<float> g(1 << 20);
+  for (size_t i = 0; i < g.size(); ++i) g[i] = static_cast<float>(i % 1000) / 1000;
+  Tensor tensor;
+  tensor.numel = static_cast<int64_t>(g.size());
+  tensor.data[kParam] = tensor.data[kGrad] = g.data();
+  Table table;
+  table.tensors.assign(cache_bytes() / static_cast<int64_t>(g.size() * sizeof(float)) + 2, tensor);
+  table.cut();
+  double one[kStats] = {};
+  OpParams params;
+  params.stats = one;
+  grad_norm(table, params, Threads{});
+  EXPECT(one[kNorm] > 0 && one[kInverse] > 0);
+  for (int threads : {2, 3, 8}) {
+    double several[kStats] = {};
+    params.stats = several;
+    grad_norm(table, params, Threads{threads, run_threads});
+    EXPECT(std::memcmp(one, several, sizeof(one)) == 0);
+  }
+  std::printf(failures == 0 ? "all passed\n" : "%d failures\n", failures);
+  return failures == 0 ? 0 : 1;
+}
