@@ -21,7 +21,7 @@ from .runner import OtherData, Plan, Race, entry
 
 NEVER, ALWAYS, BY_SIZE = 2**63 - 1, 0, -1  # bytes of data beyond which stores are non-temporal
 CHOICES = {"plain stores": NEVER, "non-temporal stores": ALWAYS, "ours": BY_SIZE}
-MEGABYTES = (1, 4, 16, 64)
+MEGABYTES = (1, 2, 4, 16, 64)
 TENSOR = 1 << 14  # elements
 
 

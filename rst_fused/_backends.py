@@ -362,7 +362,7 @@ def non_temporal_threshold() -> int | None:
     """About how many bytes of data a CPU kernel on all threads may touch before it writes past the caches what it
     does not read; None without the extension.
 
-    By default four times the second-level caches of the threads, and no more than the last-level cache; the
+    By default two times the second-level caches of the threads, and no more than the last-level cache; the
     environment variable RST_FUSED_NON_TEMPORAL_THRESHOLD is another number, 0 for all data. It changes time alone, not
     a bit of the results.
     """

@@ -64,7 +64,7 @@ int64_t core_cache_bytes() {
 
 int64_t non_temporal_threshold(int threads) {
   const int64_t bytes = chosen_threshold().load(std::memory_order_relaxed);
-  return bytes != kAutomaticThreshold ? bytes : std::min(cache_bytes(), 4 * threads * core_cache_bytes());
+  return bytes != kAutomaticThreshold ? bytes : std::min(cache_bytes(), 2 * threads * core_cache_bytes());
 }
 
 void set_non_temporal_threshold(int64_t bytes) { chosen_threshold().store(bytes, std::memory_order_relaxed); }

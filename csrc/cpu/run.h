@@ -21,9 +21,9 @@ int64_t core_cache_bytes();
 
 // About how many bytes of data an op on so many threads may touch before it writes with non-temporal stores what it
 // does not read. A last-level cache says little: a virtual machine sees all of it, but has it together with others. So
-// by default this is four times the caches that the threads have for themselves, and no more than the last-level cache.
-// Four times: below that, on a Xeon, plain stores win more where the caches have kept the data than they lose from
-// empty ones (`python -m benchmarks stores`).
+// by default this is two times the caches that the threads have for themselves, and no more than the last-level cache.
+// Two times: for so much data, on a Xeon, plain stores win a fifth of a step where the caches have kept it and lose as
+// much where they have not (`python -m benchmarks stores`); for more they lose more than they win.
 int64_t non_temporal_threshold(int threads);
 constexpr int64_t kAutomaticThreshold = -1;
 void set_non_temporal_threshold(int64_t bytes);  // for this process

@@ -204,7 +204,10 @@ struct StochasticRound {
   // The same in the upper half; the lower half is arbitrary.
   static RST_HD U own_upper_half(V x, U random) { return to_bits(x) + random; }
   // Below 2^-14 a float16 has the fixed quantum 2^-24: there x is rounded as 2^-14 + |x|, which has that quantum.
-  static RST_HD V to_float16(V x, U random) { return x == x ? own_to_float16(x, random) : x; }
+  static RST_HD V to_float16(V x, U random) {
+    const V rounded = own_to_float16(x, random);  // first: registers of the GPU's kernels would spill otherwise
+    return x == x ? rounded : x;
+  }
   // For an x whose NaNs have nothing below the cut.
   static RST_HD V own_to_float16(V x, U random) {
     V magnitude = abs(x);

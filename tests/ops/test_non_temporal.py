@@ -90,9 +90,9 @@ def test_the_default_follows_the_caches_of_the_threads() -> None:
     own, last = host.core_cache_bytes(), host.cache_bytes()
     assert 0 < own <= last
     for threads in (1, 2, 1000):
-        assert host.non_temporal_threshold(threads) == min(last, 4 * threads * own)
+        assert host.non_temporal_threshold(threads) == min(last, 2 * threads * own)
     torch.set_num_threads(2)
-    assert _backends.non_temporal_threshold() == min(last, 8 * own)
+    assert _backends.non_temporal_threshold() == min(last, 4 * own)
     host.set_non_temporal_threshold(12345)
     assert host.non_temporal_threshold(1) == host.non_temporal_threshold(2) == 12345
 
