@@ -22,8 +22,8 @@ int64_t core_cache_bytes();
 // About how many bytes of data an op on so many threads may touch before it writes with non-temporal stores what it
 // does not read. A last-level cache says little: a virtual machine sees all of it, but has it together with others. So
 // by default this is two times the caches that the threads have for themselves, and no more than the last-level cache.
-// Two times: for so much data, on a Xeon, plain stores win a fifth of a step where the caches have kept it and lose as
-// much where they have not (`python -m benchmarks stores`); for more they lose more than they win.
+// Two times: for more than that, on a Xeon, plain stores lose a quarter of a step where the caches have not kept the
+// data, and win a tenth at most where they have (`python -m benchmarks stores`).
 int64_t non_temporal_threshold(int threads);
 constexpr int64_t kAutomaticThreshold = -1;
 void set_non_temporal_threshold(int64_t bytes);  // for this process
