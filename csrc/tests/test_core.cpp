@@ -5,20 +5,14 @@
 #include <cstdio>
 #include <cstdlib>
 #include <random>
-#include <thread>
 
 #include "cpu/run.h"
 #include "tests/expect.h"
+#include "tests/inputs.h"
 
 namespace {
 
 using namespace rst;
-
-void run_threads(int n, void (*fn)(int, void*), void* context) {
-  std::vector<std::thread> pool;
-  for (int k = 0; k < n; ++k) pool.emplace_back(fn, k, context);
-  for (std::thread& thread : pool) thread.join();
-}
 
 // The tensors of one parameter, each in its own allocation of exactly its size, off alignment by `shift` scalars.
 struct Parameter {
@@ -44,14 +38,7 @@ struct Parameter {
       }
     }
   }
-  void put(int s, int64_t i, double value) {
-    const DType type = tensor.dtype_of(s);
-    const float single = static_cast<float>(value);
-    const uint16_t top = static_cast<uint16_t>(to_bits(single) >> 16), half = float_to_half_bits(single);
-    const void* const as[kDTypes] = {&single, &value, &top, &half};  // in the order of DType
-    const int64_t size = size_of(type);
-    std::memcpy(static_cast<char*>(tensor.data[s]) + i * size, as[static_cast<int>(type)], size);
-  }
+  void put(int s, int64_t i, double value) { ::put(tensor, s, i, value); }
 };
 
 struct Model {

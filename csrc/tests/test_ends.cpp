@@ -10,6 +10,7 @@
 
 #include "cpu/run.h"
 #include "tests/expect.h"
+#include "tests/inputs.h"
 
 namespace {
 
@@ -61,15 +62,10 @@ std::vector<std::vector<char>> run_all(DType dtype, int64_t numel, Master master
   for (int s = 0; s < kOperands; ++s) {
     if (!((master == Master::None ? kUsed : kUsed | bit(kMaster)) >> s & 1)) continue;
     if (s == kBackup && master == Master::Copy) continue;
-    const DType type = tensor.dtype_of(s);
-    memory[s] = std::make_unique<GuardedMemory>(numel * size_of(type));
+    memory[s] = std::make_unique<GuardedMemory>(numel * size_of(tensor.dtype_of(s)));
     tensor.data[s] = memory[s]->data();
     for (int64_t i = 0; i < numel; ++i) {
-      const double value = (s == kState1 ? 1 : (i + s) % 3 - 1) * (1 + static_cast<double>(i) / 128);
-      const float single = static_cast<float>(value);
-      const uint16_t top = static_cast<uint16_t>(to_bits(single) >> 16), half = float_to_half_bits(single);
-      const void* const as[kDTypes] = {&single, &value, &top, &half};  // in the order of DType
-      std::memcpy(memory[s]->data() + i * size_of(type), as[static_cast<int>(type)], size_of(type));
+      put(tensor, s, i, (s == kState1 ? 1 : (i + s) % 3 - 1) * (1 + static_cast<double>(i) / 128));
     }
   }
   Table table;

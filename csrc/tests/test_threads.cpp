@@ -1,19 +1,13 @@
 // More data than all caches hold, which threads take side by side: one gradient, many times over.
 #include <cstdio>
 #include <cstring>
-#include <thread>
 #include <vector>
 
 #include "cpu/run.h"
 #include "tests/expect.h"
+#include "tests/inputs.h"
 
 using namespace rst;
-
-static void run_threads(int n, void (*fn)(int, void*), void* context) {
-  std::vector<std::thread> pool;
-  for (int k = 0; k < n; ++k) pool.emplace_back(fn, k, context);
-  for (std::thread& thread : pool) thread.join();
-}
 
 int main() {
   std::vector<float> g(1 << 20);
