@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -85,10 +84,7 @@ def measure(case_name: str, dtype: str, names: list[str], args: argparse.Namespa
 
 
 def run(args: argparse.Namespace) -> int:
-    env = record.environment(record.cpu_device())
-    out = Path(args.out) if args.out else record.path_for(env, "cpu")
-    record.refuse_overwrite(out, args.force)
-    data: dict[str, Any] = {**env, "command": "cpu", "races": [], "notes": []}
+    out, data = record.begin("cpu", args.out, args.force)
     for case_name in args.case:
         for dtype in args.dtype:
             names = args.peer or default_peers(case_name, dtype)
@@ -97,6 +93,4 @@ def run(args: argparse.Namespace) -> int:
             data["notes"] += part["notes"]
             record.write(out, data, force=True)  # as it goes: a later case that fails loses nothing
             print(f"{case_name}, {dtype}: done", flush=True)
-    print(record.markdown(data))
-    print(f"written to {out}")
-    return 0
+    return record.show(out, data)

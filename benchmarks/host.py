@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,10 +41,7 @@ def _goal_notes(races: list[dict[str, Any]]) -> list[str]:
 
 
 def run(args: argparse.Namespace) -> int:
-    env = record.environment(record.cpu_device())
-    out = Path(args.out) if args.out else record.path_for(env, "host")
-    record.refuse_overwrite(out, args.force)
-    data: dict[str, Any] = {**env, "command": "host", "races": [], "notes": []}
+    out, data = record.begin("host", args.out, args.force)
     for count in args.count:
         case = many(count, HOST_SIZE)
         for label, (sets, held) in SETS.items():
@@ -67,6 +63,4 @@ def run(args: argparse.Namespace) -> int:
             data["races"].append(entry(race, case, label))
     data["notes"] += _goal_notes(data["races"])
     record.write(out, data, args.force)
-    print(record.markdown(data))
-    print(f"written to {out}")
-    return 0
+    return record.show(out, data)

@@ -115,6 +115,21 @@ def write(path: Path, data: dict[str, Any], force: bool = False) -> Path:
     return summary
 
 
+def begin(command: str, out: str | None, force: bool) -> tuple[Path, dict[str, Any]]:
+    """Where a command that times races on the CPU will write, by default path_for, and what it has before the first."""
+    env = environment(cpu_device())
+    path = Path(out) if out else path_for(env, command)
+    refuse_overwrite(path, force)
+    return path, {**env, "command": command, "races": [], "notes": []}
+
+
+def show(path: Path, data: dict[str, Any]) -> int:
+    """Prints the summary and where it is; the exit status."""
+    print(markdown(data))
+    print(f"written to {path}")
+    return 0
+
+
 def read(path: Path) -> dict[str, Any]:
     """A result file; ValueError for another format."""
     data = json.loads(path.read_text())

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -74,15 +73,10 @@ def measure(megabytes: int, dtype: str, rounds: int) -> list[dict[str, Any]]:
 
 
 def run(args: argparse.Namespace) -> int:
-    env = record.environment(record.cpu_device())
-    out = Path(args.out) if args.out else record.path_for(env, "stores")
-    record.refuse_overwrite(out, args.force)
-    data: dict[str, Any] = {**env, "command": "stores", "races": [], "notes": []}
+    out, data = record.begin("stores", args.out, args.force)
     for dtype in args.dtype:
         for megabytes in args.megabytes:
             data["races"] += measure(megabytes, dtype, args.rounds)
             record.write(out, data, force=True)
             print(f"{megabytes} MiB, {dtype}: done", flush=True)
-    print(record.markdown(data))
-    print(f"written to {out}")
-    return 0
+    return record.show(out, data)
