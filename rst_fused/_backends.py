@@ -362,9 +362,9 @@ def non_temporal_threshold() -> int | None:
     """About how many bytes of data a CPU kernel on all threads may touch before it writes past the caches what it
     does not read; None without the extension.
 
-    By default two times the second-level caches of the threads, and no more than the last-level cache; the
-    environment variable RST_FUSED_NON_TEMPORAL_THRESHOLD is another number, 0 for all data. It changes time alone, not
-    a bit of the results.
+    By default half of the last-level cache; but two times the second-level caches of the threads where more than 16 MiB
+    of that is listed for each core that shares it, for then others share it, too. The environment variable
+    RST_FUSED_NON_TEMPORAL_THRESHOLD is another number, 0 for all data. It changes time alone, not a bit of the results.
     """
     return None if _plan_ext is None else int(_plan_ext.non_temporal_threshold(torch.get_num_threads()))
 

@@ -14,21 +14,37 @@ namespace {
 
 constexpr int64_t kUnknown = 0;
 
+struct Cache {
+  int64_t bytes = kUnknown;
+  int64_t cores = 1;  // that share it
+};
+
+// How many numbers a list such as "0,2-3" has; 1 if it is none.
+int64_t length(std::istream& list) {
+  int64_t count = 0, first = 0, last = 0;
+  while (list >> first) {
+    last = first;
+    if (list.peek() == '-') list.ignore() >> last;
+    count += last - first + 1;
+    list.ignore();  // a comma
+  }
+  return std::max<int64_t>(count, 1);
+}
+
 // The largest cache of a level that Linux lists for the first core; level 0: of all.
-int64_t listed(int level) {
-  int64_t largest = kUnknown;
+Cache listed(int level) {
+  Cache largest;
   for (int index = 0;; ++index) {
     const std::string folder = "/sys/devices/system/cpu/cpu0/cache/index" + std::to_string(index);
-    std::ifstream size_file(folder + "/size"), level_file(folder + "/level");
+    std::ifstream size_file(folder + "/size"), level_file(folder + "/level"), cores_file(folder + "/shared_cpu_list");
     if (!size_file.is_open()) return largest;
     int64_t size = 0;
     int its_level = 0;
     char unit = ' ';
     size_file >> size >> unit;
     level_file >> its_level;
-    if (level == 0 || level == its_level) {
-      largest = std::max(largest, unit == 'K' ? size << 10 : unit == 'M' ? size << 20 : size);
-    }
+    const int64_t bytes = unit == 'K' ? size << 10 : unit == 'M' ? size << 20 : size;
+    if ((level == 0 || level == its_level) && bytes > largest.bytes) largest = {bytes, length(cores_file)};
   }
 }
 
@@ -39,11 +55,19 @@ constexpr int kLevel2 = _SC_LEVEL2_CACHE_SIZE, kLevel3 = _SC_LEVEL3_CACHE_SIZE;
 #else
 constexpr int kLevel2 = -1, kLevel3 = -1;  // which no C library knows
 #endif
-int64_t smaller(int64_t listed, int name) {
+Cache smaller(Cache cache, int name) {
   const int64_t of_library = sysconf(name);
-  if (of_library <= 0) return listed;
-  return listed == kUnknown ? of_library : std::min(listed, of_library);
+  if (of_library > 0) cache.bytes = cache.bytes == kUnknown ? of_library : std::min(cache.bytes, of_library);
+  return cache;
 }
+
+const Cache& last_level() {
+  static const Cache found = smaller(listed(0), kLevel3);
+  return found;
+}
+
+// Of a last-level cache. Server processors have 1 to 16 MiB for each core, but for a few with most cores switched off.
+constexpr int64_t kMostPerCore = 16 << 20;
 
 std::atomic<int64_t>& chosen_threshold() {
   static std::atomic<int64_t> bytes{kAutomaticThreshold};
@@ -52,19 +76,18 @@ std::atomic<int64_t>& chosen_threshold() {
 
 }  // namespace
 
-int64_t cache_bytes() {
-  static const int64_t found = smaller(listed(0), kLevel3);
-  return found != kUnknown ? found : int64_t{32} << 20;
-}
+int64_t cache_bytes() { return last_level().bytes != kUnknown ? last_level().bytes : int64_t{32} << 20; }
 
 int64_t core_cache_bytes() {
-  static const int64_t found = smaller(listed(2), kLevel2);
+  static const int64_t found = smaller(listed(2), kLevel2).bytes;
   return found != kUnknown ? found : int64_t{1} << 20;
 }
 
 int64_t non_temporal_threshold(int threads) {
   const int64_t bytes = chosen_threshold().load(std::memory_order_relaxed);
-  return bytes != kAutomaticThreshold ? bytes : std::min(cache_bytes(), 2 * threads * core_cache_bytes());
+  if (bytes != kAutomaticThreshold) return bytes;
+  const bool is_shared_with_others = cache_bytes() > kMostPerCore * last_level().cores;
+  return is_shared_with_others ? std::min(cache_bytes(), 2 * threads * core_cache_bytes()) : cache_bytes() / 2;
 }
 
 void set_non_temporal_threshold(int64_t bytes) { chosen_threshold().store(bytes, std::memory_order_relaxed); }

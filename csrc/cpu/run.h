@@ -20,10 +20,10 @@ int64_t cache_bytes();
 int64_t core_cache_bytes();
 
 // About how many bytes of data an op on so many threads may touch before it writes with non-temporal stores what it
-// does not read. A last-level cache says little: a virtual machine sees all of it, but has it together with others. So
-// by default this is two times the caches that the threads have for themselves, and no more than the last-level cache.
-// Two times: for more than that, on a Xeon, plain stores lose a quarter of a step where the caches have not kept the
-// data, and win a tenth at most where they have (`python -m benchmarks stores`).
+// does not read. By default half of the last-level cache. But where more of that is listed than so many cores have, a
+// virtual machine sees all of it and not the other cores that share it: then two times the second-level caches, which
+// the threads have for themselves. Beyond that, plain stores win less of a step where the caches have kept the data
+// than they lose where they have not (`python -m benchmarks stores`, on an EPYC and on a Xeon).
 int64_t non_temporal_threshold(int threads);
 constexpr int64_t kAutomaticThreshold = -1;
 void set_non_temporal_threshold(int64_t bytes);  // for this process
