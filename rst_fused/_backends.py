@@ -121,7 +121,8 @@ def _select_simd() -> None:
     wanted = os.environ.get(_SIMD_VARIABLE)
     if wanted and not _plan_ext.select_simd(wanted):
         raise ValueError(
-            f"{_SIMD_VARIABLE}={wanted!r}: expected one of {_plan_ext.simd_levels()}, the levels this processor can run"
+            f"{_SIMD_VARIABLE}={wanted!r}: expected auto or one of {_plan_ext.simd_levels()}, the levels this processor"
+            " can run"
         )
 
 

@@ -2,6 +2,10 @@
 #include <atomic>
 #include <cstring>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include "cpu/kernels.h"
 
 namespace rst {
@@ -33,14 +37,46 @@ bool needs_prefetching() {
 #endif
 }
 
+// Whether 512-bit vectors are executed in halves, as on Zen 4: the only AMD family with a number of 25 and AVX-512.
+static bool halves_wide_vectors() {
+#if defined(__x86_64__)
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  __builtin_cpu_init();
+  if (!__builtin_cpu_is("amd") || !__builtin_cpu_supports("avx512f") || !__get_cpuid(1, &eax, &ebx, &ecx, &edx)) {
+    return false;
+  }
+  const unsigned family = (eax >> 8 & 0xf) + (eax >> 20 & 0xff);
+  return family == 25;
+#else
+  return false;
+#endif
+}
+
+// Null: by the processor.
 static std::atomic<const KernelTable*>& chosen() {
-  static std::atomic<const KernelTable*> table{runnable_kernels().back()};
+  static std::atomic<const KernelTable*> table{nullptr};
   return table;
 }
 
-const KernelTable& kernels() { return *chosen().load(std::memory_order_relaxed); }
+const KernelTable& kernels() {
+  static const KernelTable& best = *runnable_kernels().back();
+  const KernelTable* const table = chosen().load(std::memory_order_relaxed);
+  return table != nullptr ? *table : best;
+}
+
+const KernelTable& kernels_from_memory() {
+#if defined(__x86_64__)
+  static const bool halves = halves_wide_vectors();
+  if (halves && chosen().load(std::memory_order_relaxed) == nullptr) return avx2::kernel_table();
+#endif
+  return kernels();
+}
 
 bool select_kernels(const char* name) {
+  if (std::strcmp(name, "auto") == 0) {
+    chosen().store(nullptr, std::memory_order_relaxed);
+    return true;
+  }
   for (const KernelTable* table : runnable_kernels()) {
     if (std::strcmp(table->name, name) == 0) {
       chosen().store(table, std::memory_order_relaxed);

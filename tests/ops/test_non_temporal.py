@@ -27,12 +27,12 @@ VARIABLE = "RST_FUSED_NON_TEMPORAL_THRESHOLD"
 
 @pytest.fixture(autouse=True)
 def as_before() -> Iterator[None]:
-    level, threads = host.simd_level(), torch.get_num_threads()
+    threads = torch.get_num_threads()
     host.set_non_temporal_threshold(AUTOMATIC)
     yield
     host.set_non_temporal_threshold(int(os.environ.get(VARIABLE) or AUTOMATIC))
     torch.set_num_threads(threads)
-    assert host.select_simd(level)
+    assert host.select_simd(os.environ.get("RST_FUSED_SIMD") or "auto")
 
 
 _BUFFER, _MOMENTS = ("momentum_buffers",), ("exp_avgs", "exp_avg_sqs")
