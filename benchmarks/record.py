@@ -38,9 +38,14 @@ def commit() -> str:
 
 
 def _cpu_model() -> str:
+    """Its name, and the numbers that tell those apart which a virtual machine gives one name."""
     info = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.M) if info.exists() else None
-    return found[1].strip() if found else platform.processor() or platform.machine()
+    text = info.read_text() if info.exists() else ""
+    found = {key: re.search(rf"^{key}\s*:\s*(.+)$", text, re.M) for key in ("model name", "cpu family", "model")}
+    name, family, model = (match and match[1].strip() for match in found.values())
+    if name is None:
+        return platform.processor() or platform.machine()
+    return name if family is None or model is None else f"{name} (family {family}, model {model})"
 
 
 def cache_bytes() -> int | None:
