@@ -57,14 +57,15 @@ void run_strided(const Job& job, const Tensor& tensor, Kernel kernel, ChunkArgs 
   }
 }
 
-void run_chunk(const Job& job, int64_t index) {
-  const Chunk& chunk = job.table->chunks[index];
+// Chunks [index, end), of one tensor, as one.
+void run_chunks(const Job& job, int64_t index, int64_t end) {
+  const Chunk &chunk = job.table->chunks[index], &last = job.table->chunks[end - 1];
   const Tensor& tensor = job.table->tensors[chunk.tensor];
   ChunkArgs c{};
   c.params = job.params;
   c.tensor = &tensor;
   c.begin = chunk.begin;
-  c.count = chunk.count;
+  c.count = last.begin + last.count - chunk.begin;
   c.streaming = job.streaming;
   c.prefetches = job.prefetches;
   c.key = job.key;
@@ -98,8 +99,14 @@ void run_blocks(int thread, void* context) {
     const int forwards = (first + i) % job.blocks, b = job.backwards ? job.blocks - 1 - forwards : forwards;
     std::atomic<bool>& taken = job.taken[b];
     if (taken.load(std::memory_order_relaxed) || taken.exchange(true, std::memory_order_relaxed)) continue;
+    const std::vector<Chunk>& chunks = job.table->chunks;
     const int64_t end = first_chunk(*job.table, b + 1, job.blocks);
-    for (int64_t i = first_chunk(*job.table, b, job.blocks); i < end; ++i) run_chunk(job, i);
+    for (int64_t begin = first_chunk(*job.table, b, job.blocks), next = 0; begin < end; begin = next) {
+      next = begin + 1;
+      // A sum belongs to one chunk. Else, a kernel that begins again waits for memory again.
+      while (job.sums == nullptr && next < end && chunks[next].tensor == chunks[begin].tensor) ++next;
+      run_chunks(job, begin, next);
+    }
   }
 #if defined(__SSE2__)
   if (job.streaming) _mm_sfence();  // orders the streaming stores of this thread before whatever it publishes next
