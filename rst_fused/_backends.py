@@ -363,9 +363,10 @@ def non_temporal_threshold() -> int | None:
     """About how many bytes of data a CPU kernel on all threads may touch before it writes past the caches what it
     does not read; None without the extension.
 
-    By default half of the last-level cache; but two times the second-level caches of the threads where more than 16 MiB
-    of that is listed for each core that shares it, for then others share it, too. The environment variable
-    RST_FUSED_NON_TEMPORAL_THRESHOLD is another number, 0 for all data. It changes time alone, not a bit of the results.
+    By default half of the last-level cache, or two times the second-level caches of the threads if that is more; the
+    latter alone where over 16 MiB of last-level cache are listed for each CPU that shares it, a sign that others do,
+    too. The environment variable RST_FUSED_NON_TEMPORAL_THRESHOLD is another number, 0 for all data. It changes time
+    alone, not a bit of the results.
     """
     return None if _plan_ext is None else int(_plan_ext.non_temporal_threshold(torch.get_num_threads()))
 
@@ -373,3 +374,8 @@ def non_temporal_threshold() -> int | None:
 def simd_level() -> str:
     """The SIMD level of the CPU kernels in use: plain, avx2 or avx512; "none" without the extension."""
     return "none" if _plan_ext is None else str(_plan_ext.simd_level())
+
+
+def simd_level_from_memory() -> str:
+    """That of fp32 and fp64 data larger than the caches: another one on Zen 4, unless RST_FUSED_SIMD names one."""
+    return "none" if _plan_ext is None else str(_plan_ext.simd_level_from_memory())

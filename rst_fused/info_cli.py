@@ -34,6 +34,7 @@ def collect() -> dict[str, Any]:
             for backend in _backends.backends()
         ],
         "simd": _backends.simd_level(),
+        "simd_from_memory": _backends.simd_level_from_memory(),
         "last_level_cache_bytes": _backends.cache_bytes(),
         "non_temporal_threshold_bytes": _backends.non_temporal_threshold(),
         "torch": str(torch.__version__),
@@ -58,7 +59,7 @@ def as_text(facts: dict[str, Any]) -> str:
         state = "available" if backend["available"] else "not available"
         rows.append((f"backend: {backend['name']}", f"{state}: {backend['reason']}"))
     rows += [
-        ("SIMD", facts["simd"]),
+        ("SIMD", simd_line(facts)),
         *cache_rows(facts),
         ("torch", facts["torch"]),
         ("CUDA", cuda_line(facts["cuda"])),
@@ -68,6 +69,11 @@ def as_text(facts: dict[str, Any]) -> str:
     ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def simd_line(facts: dict[str, Any]) -> str:
+    level, from_memory = facts["simd"], facts["simd_from_memory"]
+    return level if level == from_memory else f"{level}; {from_memory} for fp32 and fp64 data larger than the caches"
 
 
 def cache_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:

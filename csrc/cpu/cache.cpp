@@ -16,7 +16,7 @@ constexpr int64_t kUnknown = 0;
 
 struct Cache {
   int64_t bytes = kUnknown;
-  int64_t cores = 1;  // that share it
+  int64_t cpus = 1;  // that share it
 };
 
 // How many numbers a list such as "0,2-3" has; 1 if it is none.
@@ -36,7 +36,7 @@ Cache listed(int level) {
   Cache largest;
   for (int index = 0;; ++index) {
     const std::string folder = "/sys/devices/system/cpu/cpu0/cache/index" + std::to_string(index);
-    std::ifstream size_file(folder + "/size"), level_file(folder + "/level"), cores_file(folder + "/shared_cpu_list");
+    std::ifstream size_file(folder + "/size"), level_file(folder + "/level"), cpus_file(folder + "/shared_cpu_list");
     if (!size_file.is_open()) return largest;
     int64_t size = 0;
     int its_level = 0;
@@ -44,7 +44,7 @@ Cache listed(int level) {
     size_file >> size >> unit;
     level_file >> its_level;
     const int64_t bytes = unit == 'K' ? size << 10 : unit == 'M' ? size << 20 : size;
-    if ((level == 0 || level == its_level) && bytes > largest.bytes) largest = {bytes, length(cores_file)};
+    if ((level == 0 || level == its_level) && bytes > largest.bytes) largest = {bytes, length(cpus_file)};
   }
 }
 
@@ -66,9 +66,6 @@ const Cache& last_level() {
   return found;
 }
 
-// Of a last-level cache. Server processors have 1 to 16 MiB for each core, but for a few with most cores switched off.
-constexpr int64_t kMostPerCore = 16 << 20;
-
 std::atomic<int64_t>& chosen_threshold() {
   static std::atomic<int64_t> bytes{kAutomaticThreshold};
   return bytes;
@@ -83,11 +80,16 @@ int64_t core_cache_bytes() {
   return found != kUnknown ? found : int64_t{1} << 20;
 }
 
+int64_t bytes_kept(int64_t last_level, int64_t cpus, int64_t own) {
+  constexpr int64_t kMostPerCpu = 16 << 20;
+  const int64_t kept = last_level > kMostPerCpu * cpus ? own : std::max(own, last_level / 2);
+  return std::min(last_level, kept);
+}
+
 int64_t non_temporal_threshold(int threads) {
   const int64_t bytes = chosen_threshold().load(std::memory_order_relaxed);
   if (bytes != kAutomaticThreshold) return bytes;
-  const bool is_shared_with_others = cache_bytes() > kMostPerCore * last_level().cores;
-  return is_shared_with_others ? std::min(cache_bytes(), 2 * threads * core_cache_bytes()) : cache_bytes() / 2;
+  return bytes_kept(cache_bytes(), last_level().cpus, 2 * threads * core_cache_bytes());
 }
 
 void set_non_temporal_threshold(int64_t bytes) { chosen_threshold().store(bytes, std::memory_order_relaxed); }

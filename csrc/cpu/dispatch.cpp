@@ -37,20 +37,15 @@ bool needs_prefetching() {
 #endif
 }
 
-// Whether 512-bit vectors are executed in halves, as on Zen 4: the only AMD family with a number of 25 and AVX-512.
-static bool halves_wide_vectors() {
 #if defined(__x86_64__)
+// Family 25 is Zen 3 and Zen 4, of which only Zen 4 has AVX-512.
+static bool is_zen4() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   __builtin_cpu_init();
-  if (!__builtin_cpu_is("amd") || !__builtin_cpu_supports("avx512f") || !__get_cpuid(1, &eax, &ebx, &ecx, &edx)) {
-    return false;
-  }
-  const unsigned family = (eax >> 8 & 0xf) + (eax >> 20 & 0xff);
-  return family == 25;
-#else
-  return false;
-#endif
+  if (!__builtin_cpu_is("amd") || !__builtin_cpu_supports("avx512f")) return false;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (eax >> 8 & 0xf) + (eax >> 20 & 0xff) == 25;
 }
+#endif
 
 // Null: by the processor.
 static std::atomic<const KernelTable*>& chosen() {
@@ -66,8 +61,9 @@ const KernelTable& kernels() {
 
 const KernelTable& kernels_from_memory() {
 #if defined(__x86_64__)
-  static const bool halves = halves_wide_vectors();
-  if (halves && chosen().load(std::memory_order_relaxed) == nullptr) return avx2::kernel_table();
+  static const bool halves = is_zen4();
+  const bool automatic = chosen().load(std::memory_order_relaxed) == nullptr;
+  if (halves && automatic && &kernels() == &avx512::kernel_table()) return avx2::kernel_table();
 #endif
   return kernels();
 }

@@ -51,8 +51,8 @@ const KernelTable& kernel_table();
 // The level in use: the best one that this processor has until select_kernels chooses one.
 const KernelTable& kernels();
 // The level for fp32 and fp64 data that is larger than all caches. The same, but on Zen 4, which executes 512-bit
-// vectors in halves, the one of 256 bits until select_kernels chooses one: a norm over ResNet-18's gradients then takes
-// a seventh less time, and other ops a twentieth. Arithmetic on 16-bit dtypes, and on what caches hold, takes more.
+// vectors in halves, that of 256 bits unless a level was chosen: its loads and stores then keep memory busier. 16-bit
+// dtypes, and data in the caches, are slower with 256 bits there.
 const KernelTable& kernels_from_memory();
 // The levels that this processor can run, best last.
 std::vector<const KernelTable*> runnable_kernels();

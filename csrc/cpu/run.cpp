@@ -25,7 +25,7 @@ struct Job {
   double* sums;
   bool backwards;  // from the last block to the first
   const KernelTable& kernels = rst::kernels();
-  const KernelTable* of_floats = &kernels;  // for fp32 and fp64
+  const KernelTable* wide_kernels = &kernels;  // for fp32 and fp64
   bool prefetches = needs_prefetching();
   uint32_t key = RandomBits::key_of_step(params->seed, params->step);
   bool streaming = false;     // see ChunkArgs
@@ -71,8 +71,8 @@ void run_chunks(const Job& job, int64_t index, int64_t end) {
   c.key = job.key;
   if (job.sums != nullptr) c.sum = job.sums + index;
   const int source = tensor.source(job.params->restoring);
-  const KernelTable& kernels = size_of(tensor.dtype) >= size_of(DType::Float) ? *job.of_floats : job.kernels;
-  const Kernel kernel = job.pick(kernels, tensor, *job.params);
+  const bool wide = size_of(tensor.dtype) >= size_of(DType::Float);
+  const Kernel kernel = job.pick(wide ? *job.wide_kernels : job.kernels, tensor, *job.params);
   if (tensor.strided()) {
     c.source = tensor.data[source];
     run_strided(job, tensor, kernel, c);
@@ -134,7 +134,7 @@ void run(const Table& table, const OpParams& params, Pick pick, unsigned reads, 
   job.threads = threads.parallel == nullptr ? 1 : useful_threads(table, moved, threads.count);
   job.streaming = bytes > static_cast<double>(non_temporal_threshold(job.threads));
   job.side_by_side = bytes > static_cast<double>(cache_bytes());
-  if (job.side_by_side) job.of_floats = &kernels_from_memory();
+  if (job.side_by_side) job.wide_kernels = &kernels_from_memory();
   job.blocks =
       static_cast<int>(std::max<int64_t>(job.threads == 1 ? 1 : 4 * job.threads, table.bytes.back() / kBlockBytes));
   job.taken = std::vector<std::atomic<bool>>(job.blocks);

@@ -101,6 +101,7 @@ PYBIND11_MODULE(_plan_ext, m) {
       "set_non_temporal_threshold", [](int64_t bytes) { core().set_non_temporal_threshold(bytes); }, py::arg("bytes"));
   m.def("simd_levels", &simd_levels);
   m.def("simd_level", [] { return std::string(core().kernels().name); });
+  m.def("simd_level_from_memory", [] { return std::string(core().kernels_from_memory().name); });
   m.def("select_simd", [](const std::string& name) { return core().select_kernels(name.c_str()); }, py::arg("name"));
   py::class_<KeptGrads>(m, "KeptGrads").def("as_list", &KeptGrads::as_list).def("clear", &KeptGrads::clear);
   py::class_<Plan>(m, "Plan", py::custom_type_setup(collect_garbage))

@@ -20,6 +20,7 @@ CoreApi make_api() {
   api.runnable_kernels = &runnable_kernels;
   api.select_kernels = &select_kernels;
   api.kernels = &kernels;
+  api.kernels_from_memory = &kernels_from_memory;
   api.cache_bytes = &cache_bytes;
   api.core_cache_bytes = &core_cache_bytes;
   api.non_temporal_threshold = &non_temporal_threshold;

@@ -128,6 +128,7 @@ struct CoreApi {
   std::vector<const KernelTable*> (*runnable_kernels)();
   bool (*select_kernels)(const char* name);
   const KernelTable& (*kernels)();
+  const KernelTable& (*kernels_from_memory)();
   int64_t (*cache_bytes)();
   int64_t (*core_cache_bytes)();
   int64_t (*non_temporal_threshold)(int threads);

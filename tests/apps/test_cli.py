@@ -62,6 +62,7 @@ def test_info_json_states_the_facts(capsys):
     assert facts["cuda"]["available"] == torch.cuda.is_available()
     assert facts["build"] == _backends.build_info()
     assert facts["simd"] == _backends.simd_level()
+    assert facts["simd_from_memory"] == _backends.simd_level_from_memory()
     assert facts["last_level_cache_bytes"] == _backends.cache_bytes()
     assert facts["non_temporal_threshold_bytes"] == _backends.non_temporal_threshold()
     shown = [(backend["name"], backend["available"]) for backend in facts["backends"]]

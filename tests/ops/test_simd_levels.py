@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import op_db
@@ -128,6 +132,35 @@ def test_rounding_to_16_bits_is_torchs(dtype: torch.dtype) -> None:
         assert w[0][nan].isnan().all() and op_db.same_bits(w[0][~nan], expected[~nan])
 
 
+def zen4() -> bool:
+    info = Path("/proc/cpuinfo")
+    text = info.read_text() if info.exists() else ""
+    return "AuthenticAMD" in text and re.search(r"^cpu family\s*: 25$", text, re.M) is not None and "avx512" in LEVELS
+
+
+def test_a_level_that_was_chosen_is_that_of_all_data() -> None:
+    for level in LEVELS:
+        assert host.select_simd(level)
+        assert host.simd_level() == host.simd_level_from_memory() == level
+    assert host.select_simd("auto")
+    assert host.simd_level() == LEVELS[-1]
+    assert host.simd_level_from_memory() == ("avx2" if zen4() else LEVELS[-1])
+
+
+@pytest.mark.parametrize("value", ["auto", *LEVELS, "avx1024"])
+def test_a_variable_of_the_environment_chooses_a_level(value: str) -> None:
+    code = "from rst_fused import _backends; print(_backends.simd_level())"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "RST_FUSED_SIMD": value}, capture_output=True, text=True,
+        check=False, cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    if value == "avx1024":
+        assert done.returncode != 0 and f"RST_FUSED_SIMD='avx1024': expected auto or one of {LEVELS}" in done.stderr
+    else:
+        assert done.stdout.strip() == (LEVELS[-1] if value == "auto" else value), done.stderr
+
+
+@pytest.mark.skipif(host is None or host.cache_bytes() > 2**26, reason="data larger than these caches is large")
 def test_data_larger_than_all_caches() -> None:
     """Of which some processors take a part with vectors of another level than the rest, unless a level was chosen."""
     n = int(host.cache_bytes()) // torch.float32.itemsize + 4321
@@ -142,7 +175,7 @@ def test_data_larger_than_all_caches() -> None:
         ops.restore_sgd_step_([w], [g], [backup], lr=0.1, backend="cpu")
         found.append((stats[:2], perturbed, w))
     for one, other in zip(*found, strict=True):
-        assert torch.equal(one, other)
+        assert op_db.same_bits(one, other)
 
 
 def test_a_norm_that_flushes_denormal_numbers() -> None:
