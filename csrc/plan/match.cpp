@@ -52,7 +52,7 @@ const Table& Plan::renewed(Part& part) {
 }
 
 bool Plan::in_place(int64_t begin, int64_t end) {
-  return tensors().in_place(tensors_.data(), begin, end, layouts_.data(), words_.data());
+  return tensors().in_place(tensors_.data(), begin, end, layouts_.data(), words_.data(), !gpu_);
 }
 
 bool Plan::read_grads() {
@@ -64,7 +64,7 @@ bool Plan::read_grads() {
     return true;
   };
   return tensors().read_grads(tensors_.data(), count(), layouts_.data(), words_.data(), grad_handles_.data(),
-                              grad_words_.data(), seen, this);
+                              grad_words_.data(), seen, this, !gpu_);
 }
 
 bool Plan::read_first_grads() {

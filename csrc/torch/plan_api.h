@@ -91,14 +91,17 @@ class TensorApi {
   virtual bool facts_of(AtenTensorHandle handle, TensorFacts& facts) = 0;
   virtual bool describe(int32_t torch_dtype, Tensor& tensor) = 0;
   virtual void set_impl_layout(const ImplLayout& layout) = 0;
-  // Whether tensors [begin, end) are what `layouts` says. `words`: theirs at the last call.
+  // Whether tensors [begin, end) are what `layouts` says. `words`: theirs at the last call. `on_threads`: many are
+  // compared on torch's threads.
   virtual bool in_place(const TensorRef* tensors, int64_t begin, int64_t end, const TensorFacts* layouts,
-                        KnownWords* words) = 0;
+                        KnownWords* words, bool on_threads) = 0;
   // Reads the gradients of the first `count` tensors. False if a tensor is not in place, if a gradient is missing, is
   // not an ordinary strided tensor or is negated when it is read, or if `seen` returns false. `grads` receives their
-  // handles; it must hold those of the last call, or null. `grad_words`: those of the gradients at the last call.
+  // handles; it must hold those of the last call, or null. `grad_words`: those of the gradients at the last call. With
+  // threads, `seen` is called on several of them without facts, and then perhaps again for all.
   virtual bool read_grads(const TensorRef* tensors, int64_t count, const TensorFacts* layouts, KnownWords* words,
-                          AtenTensorHandle* grads, KnownWords* grad_words, SeenGrad* seen, void* context) = 0;
+                          AtenTensorHandle* grads, KnownWords* grad_words, SeenGrad* seen, void* context,
+                          bool on_threads) = 0;
   virtual bool has_grads(const TensorRef* tensors, int64_t count) = 0;         // whether any of them has one
   virtual void clear_grads(const AtenTensorHandle* grads, int64_t count) = 0;  // p.grad = None, for those of read_grads
   virtual void bump_versions(const TensorRef* tensors, int64_t count) = 0;     // tells autograd that they change

@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <atomic>
 #include <deque>
 #include <mutex>
 #include <unordered_set>
@@ -61,9 +62,14 @@ KnownWords shared_words(AtenTensorHandle tensor, const TensorFacts& facts) {
   return &all.back();
 }
 
-bool is_in_place(const TensorRef& tensor, const TensorFacts& layout, KnownWords& words) {
+// Whether it is what it was at the last call, by its words alone.
+bool is_unchanged(const TensorRef& tensor, const TensorFacts& layout, KnownWords words) {
   void* data = nullptr;
-  if (same_words(tensor.handle, words) && read_data(tensor.handle, words, data)) return data == layout.data;
+  return same_words(tensor.handle, words) && read_data(tensor.handle, words, data) && data == layout.data;
+}
+
+bool is_in_place(const TensorRef& tensor, const TensorFacts& layout, KnownWords& words) {
+  if (is_unchanged(tensor, layout, words)) return true;
   TensorFacts facts;
   if (!read_facts(tensor.handle, facts) || facts.data != layout.data || !is_like(facts, layout) ||
       !equal(facts.strides, layout.strides, layout.ndim)) {
@@ -83,11 +89,15 @@ bool is_negated(AtenTensorHandle tensor) {
   return torch::stable::detail::to<bool>(stack);
 }
 
+// Reads the address of a gradient that is like that of the last call, by its words alone. It has none in a storage that
+// was freed, and without elements.
+bool read_unchanged(AtenTensorHandle grad, KnownWords words, void*& data) {
+  return same_words(grad, words) && read_data(grad, words, data) && data != nullptr;
+}
+
 bool is_seen(AtenTensorHandle grad, KnownWords& words, SeenGrad* seen, void* context, int64_t index) {
-  void* data = nullptr;  // in a storage that was freed, and without elements
-  if (same_words(grad, words) && read_data(grad, words, data) && data != nullptr) {
-    return seen(context, index, data, nullptr);
-  }
+  void* data = nullptr;
+  if (read_unchanged(grad, words, data)) return seen(context, index, data, nullptr);
   TensorFacts facts;
   if (!read_facts(grad, facts) || is_negated(grad) || !seen(context, index, facts.data, &facts)) return false;
   words = shared_words(grad, facts);
@@ -153,6 +163,23 @@ void visit(int64_t begin, int64_t end, Last last, Steps... steps) {
   }
 }
 
+// Whether check(from, to) holds for all parts of [0, count), of which each has a thread; without threads false, with
+// nothing checked. Comparing many tensors waits for memory, which several threads do at once. A check may only read
+// words: who counts references may wait for Python's lock, which the caller has.
+template <class Check>
+bool holds_on_threads(int64_t count, Check check) {
+  constexpr int64_t kPerThread = 250;  // tensors; fewer are compared before another thread is awake
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), count / kPerThread);
+  if (threads <= 1 || impl_layout.first_word == 0) return false;
+  std::atomic<bool> holds{true};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t k, int64_t end) {
+    for (; k < end; ++k) {
+      if (!check(k * count / threads, (k + 1) * count / threads)) holds = false;
+    }
+  });
+  return holds;
+}
+
 // What a handle points to is a pointer that owns its TensorImpl, or says that there is none. Exchanging two of them
 // touches no count of references.
 const void*& impl_at(AtenTensorHandle handle) { return *reinterpret_cast<const void**>(handle); }
@@ -163,6 +190,46 @@ void clear(int64_t count, At at) {
   visit(
       0, count, [&](int64_t i) { TORCH_ERROR_CODE_CHECK(aoti_torch_assign_tensors(undefined.get(), at(i))); },
       [&](int64_t i) { prefetch(at(i)); }, [&](int64_t i) { prefetch(impl_of(at(i))); });
+}
+
+// Whether check(i) holds for all of these tensors; after one that it does not hold for, it is not called.
+template <class Check>
+bool visit_tensors(const TensorRef* tensors, int64_t begin, int64_t end, Check check) {
+  bool fine = true;
+  visit(
+      begin, end, [&](int64_t i) { fine = fine && check(i); }, [&](int64_t i) { prefetch_tensor(tensors[i]); },
+      [&](int64_t i) { prefetch_storage(tensors[i].handle); });
+  return fine;
+}
+
+// The same of tensors and their gradients, all of which must be there: `grads` receives their handles.
+template <class Check>
+bool visit_grads(const TensorRef* tensors, int64_t begin, int64_t end, AtenTensorHandle* grads, Check check) {
+  bool fine = true;
+  visit(
+      begin, end, [&](int64_t i) { fine = fine && check(i); },
+      [&](int64_t i) {
+        prefetch_tensor(tensors[i]);
+        prefetch(grads[i]);  // where p.grad was at the last call
+      },
+      [&](int64_t i) {
+        const AtenTensorHandle tensor = tensors[i].handle;
+        prefetch_storage(tensor);
+        prefetch(word_of(tensor, kAutograd));
+        prefetch(word_of(tensor, kVersion));  // for bump_versions
+      },
+      [&](int64_t i) {
+        grads[i] = grad_of(tensors[i].handle);
+        if (grads[i] == nullptr) {
+          fine = false;
+        } else {
+          prefetch_impl(impl_of(grads[i]));
+        }
+      },
+      [&](int64_t i) {
+        if (fine) prefetch_storage(grads[i]);
+      });
+  return fine;
 }
 
 class Tensors final : public TensorApi {
@@ -178,45 +245,28 @@ class Tensors final : public TensorApi {
   void set_impl_layout(const ImplLayout& layout) override { impl_layout = layout; }
 
   bool read_grads(const TensorRef* tensors, int64_t count, const TensorFacts* layouts, KnownWords* words,
-                  AtenTensorHandle* grads, KnownWords* grad_words, SeenGrad* seen, void* context) override {
-    bool fine = true;
-    visit(
-        0, count,
-        [&](int64_t i) {
-          fine = fine && is_in_place(tensors[i], layouts[i], words[i]) &&
-                 is_seen(grads[i], grad_words[i], seen, context, i);
-        },
-        [&](int64_t i) {
-          prefetch_tensor(tensors[i]);
-          prefetch(grads[i]);  // where p.grad was at the last call
-        },
-        [&](int64_t i) {
-          const AtenTensorHandle tensor = tensors[i].handle;
-          prefetch_storage(tensor);
-          prefetch(word_of(tensor, kAutograd));
-          prefetch(word_of(tensor, kVersion));  // for bump_versions
-        },
-        [&](int64_t i) {
-          grads[i] = grad_of(tensors[i].handle);
-          if (grads[i] == nullptr) {
-            fine = false;
-          } else {
-            prefetch_impl(impl_of(grads[i]));
-          }
-        },
-        [&](int64_t i) {
-          if (fine) prefetch_storage(grads[i]);
-        });
-    return fine;
+                  AtenTensorHandle* grads, KnownWords* grad_words, SeenGrad* seen, void* context,
+                  bool on_threads) override {
+    const auto unchanged = [&](int64_t i) {
+      void* data = nullptr;
+      return is_unchanged(tensors[i], layouts[i], words[i]) && read_unchanged(grads[i], grad_words[i], data) &&
+             seen(context, i, data, nullptr);
+    };
+    const auto part = [&](int64_t from, int64_t to) { return visit_grads(tensors, from, to, grads, unchanged); };
+    if (on_threads && holds_on_threads(count, part)) return true;
+    return visit_grads(tensors, 0, count, grads, [&](int64_t i) {
+      return is_in_place(tensors[i], layouts[i], words[i]) && is_seen(grads[i], grad_words[i], seen, context, i);
+    });
   }
 
-  bool in_place(const TensorRef* tensors, int64_t begin, int64_t end, const TensorFacts* layouts,
-                KnownWords* words) override {
-    bool fine = true;
-    visit(
-        begin, end, [&](int64_t i) { fine = fine && is_in_place(tensors[i], layouts[i], words[i]); },
-        [&](int64_t i) { prefetch_tensor(tensors[i]); }, [&](int64_t i) { prefetch_storage(tensors[i].handle); });
-    return fine;
+  bool in_place(const TensorRef* tensors, int64_t begin, int64_t end, const TensorFacts* layouts, KnownWords* words,
+                bool on_threads) override {
+    const auto unchanged = [&](int64_t i) { return is_unchanged(tensors[i], layouts[i], words[i]); };
+    const auto part = [&](int64_t from, int64_t to) {
+      return visit_tensors(tensors, begin + from, begin + to, unchanged);
+    };
+    if (on_threads && holds_on_threads(end - begin, part)) return true;
+    return visit_tensors(tensors, begin, end, [&](int64_t i) { return is_in_place(tensors[i], layouts[i], words[i]); });
   }
 
   bool has_grads(const TensorRef* tensors, int64_t count) override {
