@@ -363,10 +363,10 @@ def non_temporal_threshold() -> int | None:
     """About how many bytes of data a CPU kernel on all threads may touch before it writes past the caches what it
     does not read; None without the extension.
 
-    By default half of the last-level cache, or two times the second-level caches of the threads if that is more; the
-    latter alone where over 16 MiB of last-level cache are listed for each CPU that shares it, a sign that others do,
-    too. The environment variable RST_FUSED_NON_TEMPORAL_THRESHOLD is another number, 0 for all data. It changes time
-    alone, not a bit of the results.
+    By default half of the last-level cache, or two times the second-level caches of the threads if that is more, and
+    never more than the last-level cache; half of it does not count where over 16 MiB of it are listed for each CPU that
+    shares it, a sign that others do, too. The environment variable RST_FUSED_NON_TEMPORAL_THRESHOLD is another number,
+    0 for all data. It changes time alone, not a bit of the results.
     """
     return None if _plan_ext is None else int(_plan_ext.non_temporal_threshold(torch.get_num_threads()))
 

@@ -113,7 +113,7 @@ template <class T>
 bool sum_in_fp32(const ChunkArgs& c) {
   NormSums sums = sums_before(c);
   const bool far = c.prefetches && c.streaming;  // data that is in the caches is near
-  // On Zen 4, data from memory takes a tenth less time without it.
+  // Without this prefetching, data from memory takes a tenth less time on Zen 4.
   const bool near = sizeof(T) == 2 && !(c.streaming && kVectorBytes == kLine);
   const T* g = static_cast<const T*>(c.data[kGrad]);
   int64_t i = 0;

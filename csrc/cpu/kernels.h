@@ -1,4 +1,5 @@
-// What a CPU kernel is: a function over one chunk, in one variant per dtype and flag, in one table per SIMD level.
+// What a CPU kernel is: a function over a chunk, or over several of one tensor that follow one another, in one variant
+// per dtype and flag, in one table per SIMD level.
 #pragma once
 
 #include "core/chunk_table.h"

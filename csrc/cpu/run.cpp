@@ -25,7 +25,7 @@ struct Job {
   double* sums;
   bool backwards;  // from the last block to the first
   const KernelTable& kernels = rst::kernels();
-  const KernelTable* wide_kernels = &kernels;  // for fp32 and fp64
+  const KernelTable* kernels_of_wide = &kernels;  // of fp32 and fp64
   bool prefetches = needs_prefetching();
   uint32_t key = RandomBits::key_of_step(params->seed, params->step);
   bool streaming = false;     // see ChunkArgs
@@ -72,7 +72,7 @@ void run_chunks(const Job& job, int64_t index, int64_t end) {
   if (job.sums != nullptr) c.sum = job.sums + index;
   const int source = tensor.source(job.params->restoring);
   const bool wide = size_of(tensor.dtype) >= size_of(DType::Float);
-  const Kernel kernel = job.pick(wide ? *job.wide_kernels : job.kernels, tensor, *job.params);
+  const Kernel kernel = job.pick(wide ? *job.kernels_of_wide : job.kernels, tensor, *job.params);
   if (tensor.strided()) {
     c.source = tensor.data[source];
     run_strided(job, tensor, kernel, c);
@@ -103,7 +103,7 @@ void run_blocks(int thread, void* context) {
     const int64_t end = first_chunk(*job.table, b + 1, job.blocks);
     for (int64_t begin = first_chunk(*job.table, b, job.blocks), next = 0; begin < end; begin = next) {
       next = begin + 1;
-      // A sum belongs to one chunk. Else, a kernel that begins again waits for memory again.
+      // Sums are per chunk. Other kernels take all chunks of a tensor at once: each start waits for memory.
       while (job.sums == nullptr && next < end && chunks[next].tensor == chunks[begin].tensor) ++next;
       run_chunks(job, begin, next);
     }
@@ -134,7 +134,7 @@ void run(const Table& table, const OpParams& params, Pick pick, unsigned reads, 
   job.threads = threads.parallel == nullptr ? 1 : useful_threads(table, moved, threads.count);
   job.streaming = bytes > static_cast<double>(non_temporal_threshold(job.threads));
   job.side_by_side = bytes > static_cast<double>(cache_bytes());
-  if (job.side_by_side) job.wide_kernels = &kernels_from_memory();
+  if (job.side_by_side) job.kernels_of_wide = &kernels_from_memory();
   job.blocks =
       static_cast<int>(std::max<int64_t>(job.threads == 1 ? 1 : 4 * job.threads, table.bytes.back() / kBlockBytes));
   job.taken = std::vector<std::atomic<bool>>(job.blocks);

@@ -55,3 +55,4 @@ export LD_PRELOAD
 # Without the modules the tests would be skipped, and without plans they would not get to them.
 python3 -c "import torch, rst_fused, rst_fused._C, rst_fused._plan_ext as e; assert e.can_plan() and e.knows_impl_layout(), e"
 python3 -m pytest -q -p no:cacheprovider tests/optim/test_memory_safety.py
+python3 -m pytest -q -p no:cacheprovider tests/optim/test_many_tensors.py -k "moved and 259"

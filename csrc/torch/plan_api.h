@@ -69,8 +69,8 @@ struct ImplLayout {
   int storage_context = 0;
 };
 
-// Called with the gradient of the parameter at `index` while it is in the cache; after false it is not called again.
-// `facts` is null where they are those of the last call, but for the address.
+// Called with the gradient of the parameter at `index` while it is in the cache; after false it is not called again,
+// but by other threads: see read_grads. `facts` is null where they are those of the last call, but for the address.
 using SeenGrad = bool(void* context, int64_t index, void* data, const TensorFacts* facts);
 
 // The ops, on torch's threads or on the current stream of a GPU. `cache`: what they may keep between calls with one

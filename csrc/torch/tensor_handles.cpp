@@ -164,13 +164,15 @@ void visit(int64_t begin, int64_t end, Last last, Steps... steps) {
 }
 
 // Whether check(from, to) holds for all parts of [0, count), of which each has a thread; without threads false, with
-// nothing checked. Comparing many tensors waits for memory, which several threads do at once. A check may only read
-// words: who counts references may wait for Python's lock, which the caller has.
+// nothing checked. Comparing many tensors waits for memory, which several threads do at once. A check must touch no
+// count of references, for that may wait for Python's lock, which the caller has; and write only what belongs to its
+// part.
 template <class Check>
 bool holds_on_threads(int64_t count, Check check) {
   constexpr int64_t kPerThread = 250;  // tensors; fewer are compared before another thread is awake
+  if (count < 2 * kPerThread || impl_layout.first_word == 0) return false;
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), count / kPerThread);
-  if (threads <= 1 || impl_layout.first_word == 0) return false;
+  if (threads <= 1) return false;
   std::atomic<bool> holds{true};
   torch::stable::parallel_for(0, threads, 1, [&](int64_t k, int64_t end) {
     for (; k < end; ++k) {

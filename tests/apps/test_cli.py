@@ -63,6 +63,8 @@ def test_info_json_states_the_facts(capsys):
     assert facts["build"] == _backends.build_info()
     assert facts["simd"] == _backends.simd_level()
     assert facts["simd_from_memory"] == _backends.simd_level_from_memory()
+    lines = [info_cli.simd_line({"simd": "avx512", "simd_from_memory": level}) for level in ("avx512", "avx2")]
+    assert lines == ["avx512", "avx512; avx2 for fp32 and fp64 data larger than the caches"]
     assert facts["last_level_cache_bytes"] == _backends.cache_bytes()
     assert facts["non_temporal_threshold_bytes"] == _backends.non_temporal_threshold()
     shown = [(backend["name"], backend["available"]) for backend in facts["backends"]]
