@@ -280,7 +280,7 @@ def test_results_are_append_only(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert main(arguments) == 0
     data = record.read(out)
     assert [race["label"] for race in data["races"]] == [
-        "fresh gradients", "same gradients", "new gradient addresses"
+        "fresh gradients", "same gradients", "new gradient addresses", "same gradients, from empty caches"
     ]  # fmt: skip
     assert all(len(r["rounds_s"]) == 2 for race in data["races"] for r in race["results"])
     assert out.with_suffix(".md").read_text() == record.markdown(data)
