@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import op_db
@@ -14,6 +12,7 @@ import pytest
 import torch
 from op_db import Sample
 from torch import Tensor
+from triton_processes import run_python
 
 from benchmarks.record import cache_bytes as listed_cache_bytes
 from rst_fused import _backends
@@ -108,11 +107,9 @@ def test_the_cache_is_no_larger_than_the_system_says() -> None:
 
 
 def in_a_process(value: str) -> subprocess.CompletedProcess[str]:
-    code = "from rst_fused import _backends; print(_backends.non_temporal_threshold())"
-    return subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, VARIABLE: value}, capture_output=True, text=True, check=False,
-        cwd=Path(__file__).parents[2],
-    )  # fmt: skip
+    return run_python(
+        "-c", "from rst_fused import _backends; print(_backends.non_temporal_threshold())", **{VARIABLE: value}
+    )
 
 
 @pytest.mark.parametrize("value", ["0", "1000000", str(2**63 - 1)])

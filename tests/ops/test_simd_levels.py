@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import pytest
 import torch
 from op_db import OPS, Sample
 from torch import Tensor
+from triton_processes import run_python
 
 from rst_fused import _backends, ops
 
@@ -150,10 +149,7 @@ def test_a_level_that_was_chosen_is_that_of_all_data() -> None:
 @pytest.mark.parametrize("value", ["auto", *LEVELS, "avx1024"])
 def test_a_variable_of_the_environment_chooses_a_level(value: str) -> None:
     code = "from rst_fused import _backends; print(_backends.simd_level())"
-    done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "RST_FUSED_SIMD": value}, capture_output=True, text=True,
-        check=False, cwd=Path(__file__).parents[2],
-    )  # fmt: skip
+    done = run_python("-c", code, RST_FUSED_SIMD=value)
     if value == "avx1024":
         assert done.returncode != 0 and f"RST_FUSED_SIMD='avx1024': expected auto or one of {LEVELS}" in done.stderr
     else:

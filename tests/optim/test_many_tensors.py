@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from oracle_optimizer import bits
@@ -12,15 +10,8 @@ from torch import Tensor, nn
 
 from rst_fused import RST, _backends
 
-pytestmark = needs_plans
+pytestmark = [needs_plans, pytest.mark.usefixtures("one_thread")]
 COUNT = 777  # three threads have 259 of them each
-
-
-@pytest.fixture(autouse=True)
-def threads_as_before() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def gradients(step: int) -> list[Tensor]:
@@ -41,11 +32,9 @@ def spoil(how: str, opt: RST, p: nn.Parameter) -> None:
     elif how == "negated":
         p.grad = (-p.grad)._neg_view()  # type: ignore[operator]
     elif how == "other state":
-        state = opt.state[p]
-        if "momentum_buffer" in state:
-            old = state["momentum_buffer"]
-            state["momentum_buffer"] = old.clone()
-            old.fill_(torch.nan)
+        old = opt.state[p]["momentum_buffer"]
+        opt.state[p]["momentum_buffer"] = old.clone()
+        old.fill_(torch.nan)
     elif how == "moved state":  # the same tensor in other memory
         for buffer in opt.state[p].values():
             old = buffer.data
