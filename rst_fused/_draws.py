@@ -48,4 +48,6 @@ def draw_at(seed: int, step: int, p: float) -> bool:
     """``draw`` for a seed and a step that are known to be integers in range."""
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"p={p!r}: expected a probability in [0, 1]")
+    if p in (0.0, 1.0):  # as most steps of a late schedule: every number is below 1, and none below 0
+        return p == 1.0
     return _block(seed, step >> 6)[step & 63] < p

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 from torch.optim import Optimizer
 
 from rst_fused._backends import backend_for
@@ -223,21 +223,24 @@ class RST(SavedOptimizer):
         evaluated outside: without it there is a graph break, which fullgraph=True refuses. Raises RuntimeError if
         already perturbed, or for gradients that are sparse, of another dtype, or without memory of their own.
         """
-        if is_compiling():
+        if is_dynamo_compiling():
             return self._perturb_in_graph(fire)
         if outside_of_graphs.is_around():
             return outside_of_graphs.call["perturb"](self, fire)
-        self._refuse_while_perturbed("perturb")
+        state = self._step_state
+        if state.perturbed:
+            self._refuse_while_perturbed("perturb")
         if self.base is not None:
             self._adopt()
         drawn = self._draw()
         fire = drawn if fire is None else bool(fire)
         if self.m_sharpness:
             local.check_perturb(self, fire)
-        self._step_state.unasked_at = -1
+        state.unasked_at = -1
         if not fire:
             return False
-        release.check_perturb(self)
+        if state.released or state.waiting:
+            release.refuse_perturb()
         try:
             step.perturb(self)
         except BaseException as error:
@@ -279,7 +282,7 @@ class RST(SavedOptimizer):
         if closure is not None:
             self._refuse_while_perturbed("step(closure)")
             amp.check_closure(self)
-        if state.perturbed and state.captured != self.capturing:
+        if state.perturbed and state.captured != (self._on_gpu and self.capturing):
             raise RuntimeError("perturb() and step() must both be inside the capture of a CUDA graph, or both outside")
         try:  # around everything: an interrupt may strike anywhere
             if self.release_gradients:
@@ -349,7 +352,7 @@ class RST(SavedOptimizer):
     def restore(self) -> None:
         """Abandons a step: the weights are bit for bit those before perturb(). No update, no step counted. Parameters
         that release_gradients=True has updated already stay so."""
-        compiling = is_compiling()
+        compiling = is_dynamo_compiling()
         kept = compiling and (self.release_gradients or self._step_state.is_kept_by_plan())
         if kept or (not compiling and outside_of_graphs.is_around()):
             outside_of_graphs.call["restore"](self)

@@ -26,7 +26,7 @@ class Scaling:
     def overflowed(self) -> bool:
         """Whether the CPU knows of an overflow. What a GPU or a compiled graph finds, only the kernels see."""
         found = self.found_inf
-        return found is not None and found.is_cpu and not torch.compiler.is_compiling() and bool(found)
+        return found is not None and found.is_cpu and not torch.compiler.is_dynamo_compiling() and bool(found)
 
     def known_to_be_finite(self) -> Scaling:
         """Without the found_inf of the CPU, once it was asked."""
@@ -42,8 +42,6 @@ class Scaling:
 
         None if a plan can use neither: with found_inf on the GPU the CPU could not tell whether a step counts.
         """
-        if self is NONE:  # at every step without AMP
-            return _UNSCALED
         numbers = [t for t in (self.grad_scale, self.found_inf) if t is not None]
         if all(t.is_cpu for t in numbers):
             return 1.0 if self.grad_scale is None else float(self.grad_scale), 0, 0
@@ -56,7 +54,7 @@ class Scaling:
 
 
 NONE = Scaling()
-_UNSCALED = (1.0, 0, 0)
+UNSCALED: tuple[float, Any, Any] = (1.0, 0, 0)  # for_plan without a scaler
 
 
 def scaling(opt: StepOptimizer) -> Scaling:

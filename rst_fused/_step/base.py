@@ -17,7 +17,7 @@ from rst_fused._step.devices import DeviceState
 from rst_fused._step.rules import Group, Rule
 from rst_fused._step.sharding import Sharding
 from rst_fused._step.state import StepState
-from rst_fused.schedule import Schedule, as_schedule, match
+from rst_fused.schedule import Schedule, as_schedule, constant, match
 
 
 class StepOptimizer(Optimizer):
@@ -44,6 +44,7 @@ class StepOptimizer(Optimizer):
     _schedule: Schedule
     _gamma: float | Callable[[int], float]
     _gamma_follows_schedule: bool  # it was given as "match"
+    _constants: tuple[float, float] | None = None  # p and gamma, where neither depends on the step
     _max_grad_norm: float | None
     _warned_of_silent_step = False
     _closure_covers_window = False  # see rst_fused._step.earlier_gradients
@@ -83,6 +84,7 @@ class StepOptimizer(Optimizer):
         self._schedule = as_schedule(given)
         if self._gamma_follows_schedule:
             self._gamma = match(self._schedule)
+        self._note_constants()
         self._draw_again()
 
     @property
@@ -103,6 +105,7 @@ class StepOptimizer(Optimizer):
                 check_number("gamma", given, 0)
             self._gamma = given
         self._gamma_follows_schedule = isinstance(given, str)
+        self._note_constants()
         self._draw_again()
 
     @property
@@ -145,6 +148,14 @@ class StepOptimizer(Optimizer):
             for device in self._devices:
                 device.make_part_stats(self._sharding.part_count)
 
+    def _note_constants(self) -> None:
+        """For _draw: to ask for p(t) and gamma(t) takes ten calls, which is most of its time."""
+        p, gamma = self._schedule, getattr(self, "_gamma", None)
+        if type(p) is constant and isinstance(gamma, (int, float)):
+            self._constants = p.p, float(gamma)
+        else:
+            self._constants = None
+
     def _draw_again(self) -> None:
         """After a draw and before the perturbation, what was set since counts."""
         state = self._step_state
@@ -169,13 +180,13 @@ class StepOptimizer(Optimizer):
         if state.drawn_at != t:
             if state.placeholders:
                 placeholders.discard(self)
-            p, gamma = self._numbers(t)
+            p, gamma = self._constants or self._numbers(t)
             if t >= state.check_at:
                 agreement.check(self, t, p, gamma)
             state.drawn = draw_at(self.seed, t, p)
             state.gamma = gamma
             state.mixes = state.gamma != 1.0
-            state.drawn_at = -1 if self.capturing else t
+            state.drawn_at = -1 if self._on_gpu and self.capturing else t
         return state.drawn
 
     def first_pass(self, model: torch.nn.Module | None = None) -> AbstractContextManager[None]:

@@ -6,7 +6,7 @@ update divides by the scale of AMP anyway, of which this becomes a part: only th
 
 from __future__ import annotations
 
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 
 from rst_fused._step import dispatch, validation
 from rst_fused._step.amp import Scaling
@@ -23,10 +23,10 @@ def clipped(opt: StepOptimizer, scaling: Scaling) -> Scaling:
         return scaling
     if opt._step_state.mixing:
         _check_update(opt)
-        if not is_compiling():
+        if not is_dynamo_compiling():
             validation.check_grads_apart(opt)
         dispatch.restore(opt, NOTHING_KEPT, mixing=True)
-    if is_compiling() or opt.capturing or not opt._plans.grad_norm(opt):
+    if is_dynamo_compiling() or opt.capturing or not opt._plans.grad_norm(opt):
         _check_update(opt)
         dispatch.grad_norm(opt)
     norm, scale = opt._devices[0].update_stats[0], scaling.grad_scale
@@ -39,5 +39,5 @@ def clipped(opt: StepOptimizer, scaling: Scaling) -> Scaling:
 
 
 def _check_update(opt: StepOptimizer) -> None:
-    if not is_compiling():
+    if not is_dynamo_compiling():
         validation.check_phase(opt, updating=True)

@@ -56,7 +56,7 @@ def init_state(opt: StepOptimizer, group: Group, p: Tensor, updating: bool) -> N
 
 
 def _refuse_new_state(opt: StepOptimizer, created: set[str]) -> None:
-    if created and not torch.compiler.is_compiling() and opt.capturing:
+    if created and not torch.compiler.is_dynamo_compiling() and opt.capturing:
         raise RuntimeError(
             "a CUDA graph would make the optimizer's state again at every replay: take a step with the same parameters "
             "before capturing"

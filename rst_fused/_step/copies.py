@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import torch
+from torch import clear_autocast_cache
 
 from rst_fused._step.base import StepOptimizer
 
@@ -13,7 +13,7 @@ def drop_copies(opt: StepOptimizer) -> None:
     autocast keeps its copies until its outermost context is left, and both passes may be in one; FSDP2 keeps what it
     gathered, to use it again, after set_reshard_after_backward(False).
     """
-    torch.clear_autocast_cache()
+    clear_autocast_cache()
     for reference in opt._sharding.fsdp_modules:
         module = reference()
         if module is not None:

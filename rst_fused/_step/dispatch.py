@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 
 from rst_fused._backends import bump_versions
 from rst_fused._step import columns, first_grads, norm
@@ -47,7 +47,7 @@ def setters(state: StepState, fields: dict[str, Any]) -> list[partial[None]]:
 def perturb(opt: StepOptimizer, measured: bool = False) -> None:
     """grad_norm, unless it was ``measured``, and perturb_ over all groups."""
     state, everything = opt._step_state, range(len(opt.param_groups))
-    later = is_compiling() or opt.capturing  # what is called now runs then
+    later = is_dynamo_compiling() or opt.capturing  # what is called now runs then
     if len(opt._devices) > 1 and opt.capturing:
         devices = " and ".join(str(device.device) for device in opt._devices)
         raise RuntimeError(f"a CUDA graph holds the work of one GPU, but parameters are on {devices}")
@@ -71,7 +71,7 @@ def perturb(opt: StepOptimizer, measured: bool = False) -> None:
         saved = {**state.saved, **dict(zip(c.params, kept, strict=True))}
         after: dict[str, Any] = {"saved": saved}
         if state.mixing:
-            kept_grads = first_grads.in_graph(c.grads) if is_compiling() else c.grads
+            kept_grads = first_grads.in_graph(c.grads) if is_dynamo_compiling() else c.grads
             after["first_grads"] = {**state.first_grads, **dict(zip(c.params, kept_grads, strict=True))}
         arguments: tuple[Any, ...] = (
             locals_of(c.params), locals_of(c.grads), c.backups, locals_of(c.masters),
@@ -123,7 +123,7 @@ def _perturb_and_note(
     nobody may find weights in p.grad.
     """
     state, params = opt._step_state, arguments[0]
-    if is_compiling():
+    if is_dynamo_compiling():
         op(*arguments)
         state.become(after)
         return
@@ -152,7 +152,7 @@ def update(
     bring back the weights of parameters without gradient."""
     rule, state = opt.rule, opt._step_state
     assert rule is not None
-    if not is_compiling():
+    if not is_dynamo_compiling():
         state.take_first_grads()
         state.take_saved()
         for device in opt._devices if opt.state_dtype is not None and not opt.capturing else ():
@@ -168,7 +168,7 @@ def update(
             c = columns.gather(opt, indices, True, kind, device, only)
             if not c.params:
                 continue
-            if c.steps and c.steps[0].is_cpu and not is_compiling() and opt.capturing:
+            if c.steps and c.steps[0].is_cpu and not is_dynamo_compiling() and opt.capturing:
                 raise RuntimeError("Adam in a CUDA graph: its step count must lie on the GPU, pass capturable=True")
             restores = state.perturbed and not (c.masters and copies_masters(opt))
             backups = [saved.get(p, p) for p in c.params] if restores else []
@@ -211,7 +211,7 @@ def _commit(
     them; and where an op is itself Python code (which writes its results in one go), what it began is finished.
     """
     state = opt._step_state
-    if is_compiling():
+    if is_dynamo_compiling():
         for op, arguments in (*updates, *others):
             op(*arguments)
         state.become(after)
@@ -255,14 +255,14 @@ def restore(opt: StepOptimizer, after: dict[str, Any], mixing: bool = False) -> 
     state = opt._step_state
     if mixing:
         state.take_first_grads()
-    saved = state.saved_now() if is_compiling() else state.take_saved()
-    lost = [] if is_compiling() else names_of_lost(opt)
+    saved = state.saved_now() if is_dynamo_compiling() else state.take_saved()
+    lost = [] if is_dynamo_compiling() else names_of_lost(opt)
     for op, arguments in restore_calls(opt, saved, mixing):
         op(*arguments)
     bump_versions(with_locals(list(state.saved)))
     firsts, elsewhere = state.first_grads, state.holds_first_grads_elsewhere()
     state.become(after)
-    if elsewhere and not is_compiling():
+    if elsewhere and not is_dynamo_compiling():
         firsts.clear()
     if lost:
         raise RuntimeError(
@@ -277,7 +277,7 @@ def restore_calls(opt: StepOptimizer, saved: Mapping[Tensor, Tensor], mixing: bo
     backends = {str(state.device): state.backend for state in opt._devices}
     parts: dict[tuple[str, bool, bool], list[Tensor]] = {}
     for p, kept in saved.items():
-        usable = is_compiling() or (is_usable(p) and is_usable(kept))
+        usable = is_dynamo_compiling() or (is_usable(p) and is_usable(kept))
         if usable and still_fits(opt, p, kept) and str(device_of(p)) in backends:
             mixed = mixing and p.grad is not None and p in firsts
             parts.setdefault((str(device_of(p)), kept_by_master(opt, p), mixed), []).append(p)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch.autograd import profiler
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
@@ -22,7 +22,7 @@ def with_hooks(in_graph: Callable[..., Any], step: Callable[..., Any]) -> Callab
 
     @functools.wraps(step)
     def lean(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if is_compiling():  # which cannot ask for the profiler, and traces torch's wrapper
+        if is_dynamo_compiling():  # which cannot ask for the profiler, and traces torch's wrapper
             return (hooked_in_graph if type(self).step is lean else in_graph)(self, *args, **kwargs)
         listeners = (
             self._optimizer_step_pre_hooks

@@ -38,8 +38,7 @@ def grad_norm(opt: StepOptimizer, parts: Sequence[Part], stats: Tensor, adaptive
 
 def needs_finish(opt: StepOptimizer) -> bool:
     """Whether the norm is more than what one call of grad_norm finds."""
-    sharding = opt._sharding
-    return len(opt._devices) > 1 or sharding.part_count > 1 or bool(sharding.reductions)
+    return len(opt._devices) > 1 or opt._sharding.adds_up
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from torch._C import _len_torch_dispatch_stack
 from rst_fused._backends import can_plan, new_plan
 from rst_fused._checks import PLAIN
 from rst_fused._step import columns, gradient_memory, norm, validation
-from rst_fused._step.amp import Scaling
+from rst_fused._step.amp import NONE, UNSCALED, Scaling
 from rst_fused._step.base import StepOptimizer
 from rst_fused._step.rules import Flags
 from rst_fused._step.sharding import local, locals_of
@@ -54,11 +54,14 @@ class PlanCache:
         self._state_size = 0
         self._saved: Mapping[Tensor, Tensor] = {}  # where the plan keeps weights; empty: it was made without backups
         self._look_again_at: float = math.inf
+        self._perturbs = False  # whether it knows where to keep weights
         self._swapped: list[Tensor] = []  # of the parameters, those whose weights go where their gradient was
+        self._unseen: list[Tensor] = []  # of these, those of whose gradients the plan cannot see who else has them
         self._after_perturb: dict[str, Any] = {}  # the fields of StepState that it changes
         self._updates = False  # whether it knows the state that an update needs
         self.measured = False  # see perturb
-        self._stats: Any = 0  # where a plan in C++ is given the address
+        self._as_tensors = False  # what a plan in C++ is given the address of
+        self._stats: Any = 0
         self._columns = columns.Columns()
         self._shards: Shards | None = None  # where parameters are DTensors
         self._cached = _HyperparamCache()
@@ -68,9 +71,12 @@ class PlanCache:
         """Norm and perturbation. Where only the norm was served, ``measured`` is set: the other ranks have added to it,
         and will not do so again."""
         self.measured = False
-        if not self._saved or not self._is_current(opt):
+        if not self._perturbs or not self._is_current(opt):
             return False
-        if opt._step_state.steps >= self._look_again_at or (self._swapped and not self._may_swap(opt)):
+        state = opt._step_state
+        if state.steps >= self._look_again_at or (self._swapped and state.mixing):
+            return False
+        if self._unseen and len(gradient_memory.serving(self._unseen)) < len(self._unseen):
             return False
         if self._shards is None:
             return self._perturb(opt)
@@ -85,11 +91,6 @@ class PlanCache:
                 self._shards.drop_grads()
             return served
 
-    def _may_swap(self, opt: StepOptimizer) -> bool:
-        if opt._step_state.mixing:
-            return False
-        return self._plan.sees_references or len(gradient_memory.serving(self._swapped)) == len(self._swapped)
-
     def _perturb(self, opt: StepOptimizer) -> bool:
         cached, state = self._cached, opt._step_state
         if cached.rho is None:
@@ -98,7 +99,7 @@ class PlanCache:
             cached.rho = _floats([row[0] for row in columns.rho_rows(self._columns)])
             if cached.rho is None:
                 return False
-        measured = norm.needs_finish(opt)
+        measured = opt._sharding.adds_up
         if measured and not self._grad_norm(opt, opt._devices[0].stats, opt.adaptive):
             return False
         served = self._plan.perturb(
@@ -119,9 +120,9 @@ class PlanCache:
 
     def _grad_norm(self, opt: StepOptimizer, stats: Tensor, adaptive: bool) -> bool:
         """The norm over all parts, with the other ranks, where there is something to add up."""
-        finishes = norm.needs_finish(opt)
+        finishes = opt._sharding.adds_up
         rows = list(opt._devices[0].part_stats) if finishes else [stats]
-        into = rows if opt.backend.plans == "triton" else [row.data_ptr() for row in rows]
+        into = rows if self._as_tensors else [row.data_ptr() for row in rows]
         if not all([self._plan.grad_norm(row, part, adaptive, opt.eta) for part, row in enumerate(into)]):
             return False
         if finishes:
@@ -131,11 +132,12 @@ class PlanCache:
     def update(self, opt: StepOptimizer, scaling: Scaling, after: dict[str, Any]) -> bool:
         """Restore, mixing and base step; the step state becomes ``after`` in the same call."""
         state = opt._step_state
-        restores = bool(state.saved)
-        if not self._updates or (restores and state.saved is not self._saved) or not self._is_current(opt):
+        restores = self._perturbs and state.saved is self._saved
+        if not self._updates or (not restores and state.saved) or not self._is_current(opt):
             return False
-        as_tensors = opt.backend.plans == "triton"
-        numbers = scaling.for_plan(opt._devices[0].device, bool(self._columns.steps), as_tensors)
+        numbers: tuple[float, Any, Any] | None = UNSCALED
+        if scaling is not NONE:  # that of every step without AMP
+            numbers = scaling.for_plan(opt._devices[0].device, bool(self._columns.steps), self._as_tensors)
         if numbers is None:
             return False
         mixing, cached = state.mixing, self._cached
@@ -187,7 +189,8 @@ class PlanCache:
             self._shards.take_back()
 
     def drop(self) -> None:
-        self._plan, self._saved, self._swapped, self._updates, self._shards = None, {}, [], False, None
+        self._plan, self._updates, self._perturbs = None, False, False
+        self._saved, self._swapped, self._unseen, self._shards = {}, [], [], None
 
     def renew(self, opt: StepOptimizer, for_update: bool) -> bool:
         """Makes a new plan, if one can serve the present tensors, all of which were validated. ``for_update``: then it
@@ -265,10 +268,12 @@ class PlanCache:
         self._columns, self._flags = c, flags
         self._state, self._state_size = opt.state, len(opt.state)
         stats = opt._devices[0].stats
-        self._stats = stats if opt.backend.plans == "triton" else stats.data_ptr()
+        self._as_tensors = opt.backend.plans == "triton"
+        self._stats = stats if self._as_tensors else stats.data_ptr()
         self._updates = updating and rule is not None
+        self._perturbs = backed and len(saved) > 0
         self._saved = saved if backed else {}
-        self._swapped = swapped
+        self._swapped, self._unseen = swapped, [] if plan.sees_references else swapped
         spares = any(needing) and gradient_memory.never_mixes(opt)
         self._look_again_at = state.steps + LOOK_AGAIN if spares else math.inf
         self._after_perturb = {"saved": self._saved}

@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -228,15 +228,13 @@ def _on_this_stream(kept: Iterable[Tensor]) -> None:
 
 
 # --- the end of a step ------------------------------------------------------------------------------------------------
-def check_perturb(opt: StepOptimizer) -> None:
+def refuse_perturb() -> NoReturn:
     """Raises RuntimeError for a perturbation in the middle of a base step."""
-    state = opt._step_state
-    if state.released or state.waiting:
-        raise RuntimeError(
-            "perturb(fire=True), but the draw of this step was False, and its backward has released gradients "
-            "(release_gradients=True): finish the base step by step(). To decide by yourself run the first backward "
-            "within opt.accumulate_gradients()"
-        )
+    raise RuntimeError(
+        "perturb(fire=True), but the draw of this step was False, and its backward has released gradients "
+        "(release_gradients=True): finish the base step by step(). To decide by yourself run the first backward "
+        "within opt.accumulate_gradients()"
+    )
 
 
 def check_step(opt: StepOptimizer) -> None:

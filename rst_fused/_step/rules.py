@@ -200,14 +200,14 @@ def hyperparam_tensor(
     and are dropped. Then too the matrix is made on ``device``, where CUDA graphs want all of theirs to be.
     """
     tensors = [x for row in rows for x in row if isinstance(x, Tensor)]
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_dynamo_compiling():
         if not tensors:
             return torch.tensor(rows, dtype=torch.float64, device="cpu")
         if all(x.is_cpu for x in tensors):
             device = torch.device("cpu")
         rows = [[x.to(device) if isinstance(x, Tensor) else x for x in row] for row in rows]
     one = torch.ones((), dtype=torch.float64, device=device)
-    if not torch.compiler.is_compiling() or not graph_inputs:
+    if not torch.compiler.is_dynamo_compiling() or not graph_inputs:
         return torch.stack([torch.stack([one * x for x in row]) for row in rows])
     wide = [torch.stack([one * x for x in (*row, *more)]) for row, more in zip(rows, graph_inputs, strict=True)]
     return torch.stack(wide)[:, : len(rows[0])].contiguous()
