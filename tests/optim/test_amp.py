@@ -228,3 +228,34 @@ def test_autocast_bfloat16(gamma: Any, backend: str) -> None:
         assert all(p.dtype == torch.float32 for p in model.parameters())
         results.append((bits(list(model.parameters())), bits(losses), int(model[1].num_batches_tracked)))
     assert results[0] == results[1] and results[0][2] == 30
+
+
+@every_backend
+@pytest.mark.parametrize("after", ["perturb", "step", "restore"])
+def test_one_autocast_around_everything(after: str, backend: str) -> None:
+    """autocast keeps its copies of the weights until its outermost block ends: a forward after the weights have moved
+    must not meet those of before."""
+    torch.manual_seed(0)
+    model = nn.Linear(8, 3)
+    opt = RST(model.parameters(), lr=0.1, rho=0.5, schedule=1.0, backend=backend)
+    x = torch.randn(64, 8)
+
+    def forward_and_backward() -> torch.Tensor:
+        opt.zero_grad()
+        out = model(x)
+        nn.functional.cross_entropy(out, torch.zeros(64, dtype=torch.long)).backward()
+        return out.detach()
+
+    for _ in range(3):  # new plans first, then those that are there
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs = [forward_and_backward()]
+            assert opt.perturb()
+            if after != "perturb":
+                forward_and_backward()
+                opt.step() if after == "step" else opt.restore()
+            outputs.append(model(x).detach())
+        with torch.autocast("cpu", torch.bfloat16):
+            expected = model(x).detach()
+        assert bits(outputs[1:]) == bits([expected])
+        assert after == "restore" or bits(outputs[:1]) != bits([expected])
+        opt.restore()
