@@ -151,7 +151,7 @@ class StepOptimizer(Optimizer):
     def _note_constants(self) -> None:
         """For _draw: to ask for p(t) and gamma(t) takes ten calls, which is most of its time."""
         p, gamma = self._schedule, getattr(self, "_gamma", None)
-        if type(p) is constant and isinstance(gamma, (int, float)):
+        if type(p) is constant and isinstance(gamma, (int, float)) and not callable(gamma):
             self._constants = p.p, float(gamma)
         else:
             self._constants = None

@@ -26,13 +26,13 @@ def perturb(opt: StepOptimizer, compiling: bool = False) -> None:
     if compiling:
         dispatch.perturb(opt)
         return
-    drop_copies(opt)  # before the kernels, whose data takes the place of the interpreter's in the caches
     if state.mixing:
         first_grads.keep_apart(opt)
     state.captured = capturing = opt._on_gpu and opt.capturing
     # In a graph, random bits and hyperparameters on the GPU must stay there, which those of a plan do not.
     if capturing or not opt._plans.perturb(opt):
         validation.check_phase(opt, updating=False)
+        refuse_unreduced(opt._sharding.fsdp_modules)  # which that has found, where a wrapper replaced the parameters
         try:
             gradient_memory.choose(opt)
             if capturing or opt._plans.measured or not _perturb_by_new_plan(opt):
@@ -42,6 +42,7 @@ def perturb(opt: StepOptimizer, compiling: bool = False) -> None:
                 dispatch.perturb(opt, measured)
         finally:  # the gradients of another call are others
             state.swaps = frozenset()
+    drop_copies(opt)
 
 
 def _perturb_by_new_plan(opt: StepOptimizer) -> bool:
@@ -70,14 +71,14 @@ def update(opt: StepOptimizer, compiling: bool = False) -> None:
         after = state.after_step()
         dispatch.update(opt, clipped(opt, amp.scaling(opt)), after)
         return
-    if not compiling:
-        drop_copies(opt)
     if opt.base is not None:
         _update_by_instance(opt)
     elif opt.release_gradients:
         release.finish(opt)
     else:
         _update(opt)
+    if not compiling:
+        drop_copies(opt)
 
 
 def _update(opt: StepOptimizer) -> None:

@@ -140,9 +140,10 @@ def test_late_schedules_take_the_cost_that_was_asked_for() -> None:
     assert results[0]["kinds"] == [False] * 6 + [True] * 2
 
 
+@pytest.mark.parametrize("replaced", [False, True])
 @pytest.mark.parametrize("mixed", [False, True])
-def test_a_first_pass_that_fsdp_has_not_reduced_is_refused(mixed: bool) -> None:
-    for said, moved, perturbed in ranks.run(RANKS, finetuning.unreduced, mixed, seconds=60):
+def test_a_first_pass_that_fsdp_has_not_reduced_is_refused(mixed: bool, replaced: bool) -> None:
+    for said, moved, perturbed in ranks.run(RANKS, finetuning.unreduced, mixed, replaced, seconds=60):
         assert "set_requires_gradient_sync(False)" in said and moved == 0.0 and perturbed
 
 

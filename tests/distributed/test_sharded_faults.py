@@ -27,6 +27,12 @@ def test_a_group_added_while_weights_are_gathered():
         assert all(second > 1.01 * first for first, second in losses)
 
 
+@pytest.mark.parametrize("p", [0.0, 1.0])
+def test_parameters_replaced_while_weights_are_gathered(p):
+    for seen in ranks.run(2, faults.parameters_replaced_while_gathered, p):
+        assert seen == [True] * (4 if p else 2)
+
+
 def test_layouts_that_change():
     assert ranks.run(2, faults.layouts_that_change) == [pytest.approx([2.0, 2.0])] * 2
 

@@ -259,3 +259,26 @@ def test_one_autocast_around_everything(after: str, backend: str) -> None:
         assert bits(outputs[1:]) == bits([expected])
         assert after == "restore" or bits(outputs[:1]) != bits([expected])
         opt.restore()
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.5])
+@pytest.mark.parametrize("p", [0.0, 1.0])
+def test_a_forward_within_the_step_of_the_base(p: float, gamma: float) -> None:
+    """Under autocast it leaves copies of weights that the base is about to change."""
+    torch.manual_seed(0)
+    model, x = nn.Linear(8, 3), torch.randn(64, 8)
+    base = torch.optim.SGD(model.parameters(), lr=0.5)
+    base.register_step_pre_hook(lambda *_: (model(x), None)[1])
+    opt = RST(base=base, schedule=p, rho=0.5, gamma=gamma)
+
+    def closure() -> torch.Tensor:
+        opt.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), torch.zeros(64, dtype=torch.long))
+        loss.backward()
+        return loss.detach()
+
+    with torch.autocast("cpu", torch.bfloat16):
+        opt.step(closure)
+        found = model(x).detach()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert bits([found]) == bits([model(x)])

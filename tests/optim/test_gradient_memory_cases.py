@@ -337,7 +337,8 @@ def test_a_perturbation_that_failed_decides_nothing_for_the_next(monkeypatch: py
 def test_a_graph_that_is_captured_keeps_weights_in_backups(monkeypatch: pytest.MonkeyPatch) -> None:
     params = parameters((5,), (3, 4))
     opt = RST(params, lr=0.05, schedule=1.0, backend="cpu")
-    monkeypatch.setattr(RST, "capturing", property(lambda self: True))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    opt._on_gpu = True
     give(params, 0)
     opt.perturb()
     assert backed(params, opt) == [0, 1] and not has_plan(opt)

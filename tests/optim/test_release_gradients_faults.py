@@ -360,7 +360,8 @@ def test_what_is_refused_between_a_backward_and_its_step(what: str) -> None:
 
 def test_a_capture_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     params, opt = make("sgd")
-    monkeypatch.setattr(RST, "capturing", True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    opt._on_gpu = True
     with pytest.raises(RuntimeError, match="release_gradients=True in the capture of a CUDA graph"):
         PROBLEM.backward(params, 0)
 

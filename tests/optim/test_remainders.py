@@ -257,6 +257,7 @@ def test_none_is_made_while_a_graph_is_captured(masters: bool | str, monkeypatch
     """Every replay would make it again."""
     params, opt = make("sgd-plain", "cpu", masters, schedule=1.0)
     backward(params, 0)
-    monkeypatch.setattr(RST, "capturing", True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    opt._on_gpu = True
     with pytest.raises(RuntimeError, match="would make the optimizer's state again at every replay"):
         opt.perturb(fire=True)

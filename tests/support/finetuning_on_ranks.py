@@ -107,10 +107,11 @@ def run_all(*runs: tuple[str, ...]) -> list[dict[str, Any]]:
         return [run(*arguments) for arguments in runs]
 
 
-def unreduced(mixed: bool) -> tuple[str, float, float]:
+def unreduced(mixed: bool, replaced: bool) -> tuple[str, float, float]:
     """A first pass that FSDP2 has not reduced: what is said, whether the weights moved, and a right step thereafter."""
     model, mine = sharded_model("fsdp, mixed" if mixed else "fsdp")
-    opt = RST(model.parameters(), schedule=1.0, lr=0.1)
+    opt = RST([torch.nn.Parameter(torch.zeros(1))] if replaced else model.parameters(), schedule=1.0, lr=0.1)
+    opt.param_groups[0]["params"] = list(model.parameters())  # as a wrapper does that shards both
     x, y = batches(1)[0]
     model.set_requires_gradient_sync(False)
     (model(mine(x)).float() - mine(y)).square().mean().backward()

@@ -88,6 +88,37 @@ def groups_added_while_gathered() -> list[tuple[float, float]]:
     return losses
 
 
+def parameters_replaced_while_gathered(p: float) -> list[bool]:
+    """Whether the forwards that follow a perturbation, and an update, see the weights that these have made."""
+    model = make_model()
+    opt = RST(model.parameters(), lr=0.5, schedule=p, rho=1.0)
+    fsdp(model)
+    opt.param_groups[0]["params"] = list(model.parameters())  # as a wrapper does that shards both
+    model.set_reshard_after_backward(False)
+    x, y = batches(1)[0]
+    seen = []
+
+    def forward_and_backward() -> Tensor:
+        opt.zero_grad()
+        out = model(x)
+        (out - y).square().mean().backward()
+        return out.detach()
+
+    def sees_the_weights() -> bool:
+        found = model(x).detach()
+        model.reshard()
+        return torch.equal(found, model(x))
+
+    for _ in range(2):
+        before = forward_and_backward()
+        if opt.perturb():
+            seen.append(sees_the_weights() and not torch.equal(before, model(x)))
+            forward_and_backward()
+        opt.step()
+        seen.append(sees_the_weights() and not torch.equal(before, model(x)))
+    return seen
+
+
 def layouts_that_change() -> list[float]:
     """The norm before and after a parameter became replicated."""
     mesh = _mesh()
