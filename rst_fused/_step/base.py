@@ -137,7 +137,8 @@ class StepOptimizer(Optimizer):
 
     @property
     def capturing(self) -> bool:
-        """Whether a CUDA graph is being captured, to which calls only add kernels."""
+        """Whether a CUDA graph is being captured, to which calls only add kernels. What every step runs asks _on_gpu
+        first, which spares a call."""
         return self._on_gpu and torch.cuda.is_current_stream_capturing()
 
     def _find_sharding(self) -> None:

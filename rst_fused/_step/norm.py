@@ -27,18 +27,13 @@ class Part(NamedTuple):
 @torch.no_grad()
 def grad_norm(opt: StepOptimizer, parts: Sequence[Part], stats: Tensor, adaptive: bool) -> None:
     """||g|| over all parts, or ||T g||, in ``stats`` on the first device."""
-    finishes = needs_finish(opt)
+    finishes = len(opt._devices) > 1 or opt._sharding.adds_up
     for part in parts:
         into = part.device.part_stats[part.number] if finishes else stats
         lists = map(locals_of, (part.grads, part.params, part.masters))
         part.device.backend.ops.grad_norm(into, *lists, adaptive, opt.eta)
     if finishes:
         finish(opt, stats)
-
-
-def needs_finish(opt: StepOptimizer) -> bool:
-    """Whether the norm is more than what one call of grad_norm finds."""
-    return len(opt._devices) > 1 or opt._sharding.adds_up
 
 
 @torch.no_grad()

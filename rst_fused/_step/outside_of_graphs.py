@@ -1,4 +1,7 @@
-"""Calls that torch.compile runs eagerly, by a graph break; with fullgraph=True it raises and gives their reason."""
+"""Calls that torch.compile runs eagerly, by a graph break; with fullgraph=True it raises and gives their reason.
+
+Whether it traces them, steps ask of is_dynamo_compiling: is_compiling is True for all threads while one compiles.
+"""
 
 from __future__ import annotations
 

@@ -52,9 +52,8 @@ class PlanCache:
         self._flags: list[Flags] | None = None
         self._state: Any = None
         self._state_size = 0
-        self._saved: Mapping[Tensor, Tensor] = {}  # where the plan keeps weights; empty: it was made without backups
+        self._saved: Mapping[Tensor, Tensor] | None = None  # where the plan keeps weights; None: made without backups
         self._look_again_at: float = math.inf
-        self._perturbs = False  # whether it knows where to keep weights
         self._swapped: list[Tensor] = []  # of the parameters, those whose weights go where their gradient was
         self._unseen: list[Tensor] = []  # of these, those of whose gradients the plan cannot see who else has them
         self._after_perturb: dict[str, Any] = {}  # the fields of StepState that it changes
@@ -71,7 +70,7 @@ class PlanCache:
         """Norm and perturbation. Where only the norm was served, ``measured`` is set: the other ranks have added to it,
         and will not do so again."""
         self.measured = False
-        if not self._perturbs or not self._is_current(opt):
+        if self._saved is None or not self._is_current(opt):
             return False
         state = opt._step_state
         if state.steps >= self._look_again_at or (self._swapped and state.mixing):
@@ -132,7 +131,7 @@ class PlanCache:
     def update(self, opt: StepOptimizer, scaling: Scaling, after: dict[str, Any]) -> bool:
         """Restore, mixing and base step; the step state becomes ``after`` in the same call."""
         state = opt._step_state
-        restores = self._perturbs and state.saved is self._saved
+        restores = state.saved is self._saved
         if not self._updates or (not restores and state.saved) or not self._is_current(opt):
             return False
         numbers: tuple[float, Any, Any] | None = UNSCALED
@@ -156,7 +155,7 @@ class PlanCache:
 
     def restore(self, opt: StepOptimizer, after: dict[str, Any]) -> bool:
         """Undoes a perturbation; the step state becomes ``after`` in the same call."""
-        if self._plan is None or not self._saved or opt._step_state.saved is not self._saved:
+        if self._plan is None or opt._step_state.saved is not self._saved:
             return False
         if self._shards is not None and not self._shards.are_current():
             return False
@@ -189,13 +188,13 @@ class PlanCache:
             self._shards.take_back()
 
     def drop(self) -> None:
-        self._plan, self._updates, self._perturbs = None, False, False
-        self._saved, self._swapped, self._unseen, self._shards = {}, [], [], None
+        self._plan, self._updates, self._shards = None, False, None
+        self._saved, self._swapped, self._unseen = None, [], []
 
     def renew(self, opt: StepOptimizer, for_update: bool) -> bool:
         """Makes a new plan, if one can serve the present tensors, all of which were validated. ``for_update``: then it
         creates state that does not exist yet."""
-        perturbed_here = bool(self._saved) and opt._step_state.saved is self._saved
+        perturbed_here = opt._step_state.saved is self._saved
         self.drop()
         self._cached = _HyperparamCache()
         if opt._step_state.saved and not perturbed_here:
@@ -271,12 +270,11 @@ class PlanCache:
         self._as_tensors = opt.backend.plans == "triton"
         self._stats = stats if self._as_tensors else stats.data_ptr()
         self._updates = updating and rule is not None
-        self._perturbs = backed and len(saved) > 0
-        self._saved = saved if backed else {}
+        self._saved = saved if backed else None
         self._swapped, self._unseen = swapped, [] if plan.sees_references else swapped
         spares = any(needing) and gradient_memory.never_mixes(opt)
         self._look_again_at = state.steps + LOOK_AGAIN if spares else math.inf
-        self._after_perturb = {"saved": self._saved}
+        self._after_perturb = {"saved": saved}
         self._plan = plan  # last: an interrupt before leaves no plan, rather than one beside notes of another
         return True
 

@@ -141,7 +141,7 @@ class Sharding:
         if self.dtensors:
             self._find_parts()
             self.fsdp_modules = modules_of(self.dtensors)
-        self.adds_up = self.part_count > 1 or bool(self.reductions)  # whether there is more than one norm
+        self.adds_up = self.part_count > 1 or bool(self.reductions)  # whether one norm is not yet ||g||
 
     def _find_parts(self) -> None:
         """Of all parameters, with a gradient or without: every rank has to come to the same all-reduces, in one order,
